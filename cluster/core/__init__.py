@@ -1,0 +1,1 @@
+"""Decisions. Nothing here touches a socket, a file, a clock or randomness: it acts through `ports`."""

@@ -1,0 +1,1 @@
+"""Membership engines behind one interface (`base.Driver`)."""

@@ -1,0 +1,1 @@
+"""Everything of the cluster that touches the operating system."""

@@ -1,0 +1,1 @@
+"""The same core in a seeded world, with faults and a checker."""

@@ -1,0 +1,1 @@
+"""Bytes <-> values, as total functions: any input gives a value or a `PeerError`."""

@@ -1,0 +1,1 @@
+"""Doors: how clients reach a volume."""

@@ -1,0 +1,1 @@
+"""sheepfs: volumes as files, through FUSE."""

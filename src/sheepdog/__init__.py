@@ -1,0 +1,1 @@
+"""Sheepdog: a distributed block store, made anew in Python."""

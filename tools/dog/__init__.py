@@ -1,0 +1,1 @@
+"""dog, the administration tool."""
