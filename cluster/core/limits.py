@@ -1,0 +1,30 @@
+"""Every size, queue, retry and timeout, each with its reason. Full is an answer, not a crash."""
+
+from __future__ import annotations
+
+BLOCK_SIZE = 4096  # unit of hash and of promise P1: the page of every kernel and filesystem above us
+DEFAULT_SHIFT = 22  # 4 MiB objects, as every existing client expects
+MIN_SHIFT, MAX_SHIFT = 20, 31  # protocol.md 6.2
+MAX_MAP_ENTRIES = 1 << 20  # protocol.md 6.2: plain volumes
+DEFAULT_COPIES = 3
+MAX_COPIES = 31  # protocol.md 14.4: room for 31 participants
+DEFAULT_VNODES = 128  # protocol.md 10.2
+MAX_NODES = 6144  # protocol.md 14.3
+
+INODE_SIZE = 12_587_576  # protocol.md 7.1
+ATTRIBUTE_SIZE = 66_320  # protocol.md 9
+BTREE_NODE_SIZE = 4_194_304
+LEDGER_SIZE = 4_194_304
+
+MAX_REQUEST_BYTES = (1 << 31) + 4096  # one whole object of the largest size
+MAX_ADMIN_PAYLOAD_BYTES = INODE_SIZE  # payloads of anything that is not object I/O
+MAX_PEER_BODY_BYTES = (1 << 31) + 4096
+
+PLACEMENT_CACHE_ENTRIES = 65_536  # a lookup costs 3 us, a hit 0.1; 64 Ki entries are 10 MB
+RECOVERY_PULLS = 4  # objects one home restores at a time: fills a disk without starving clients
+PULL_CHUNK_BYTES = 1 << 20  # one fetch of a restore: large enough for streaming, small beside client I/O
+INVENTORY_PART_ENTRIES = 32_768  # 1 MiB messages
+STABLE_DELAY_NS = 2_000_000  # an idle home pushes its watermark after this long: reads elsewhere wait no longer
+MAX_RETRIES = 1_000  # of one client request over epoch changes; beyond it the client gets EIO
+RETRY_DELAY_NS = 20_000_000  # before a request is tried again that met a node not ready yet
+STATE_CHUNK_BYTES = 512 * 1024  # of ordered messages: below the limit of every engine (1 MB)

@@ -1,0 +1,103 @@
+"""What nodes say to each other. The bytes are in cluster/wire/peer.py.
+
+One shape for all: a request carries `rid` and is answered by one ANSWER with the same `rid`; kinds named
+"notice" have no answer. Every message carries the sender's epoch, and is refused in another one (fencing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum, IntFlag
+from typing import TypeAlias
+
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """Kinds of peer messages; sender -> receiver."""
+
+    ANSWER = 1  # to any request: result, version, body
+    SUBMIT = 2  # gateway -> home: write, create, punch or remove, see Flag
+    READ = 3  # gateway -> replica or home: `length` bytes at `offset`
+    APPLY = 4  # home -> replica: a numbered write
+    STABLE = 5  # notice, home -> replica: watermark of an idle home
+    INVENTORY = 6  # notice, member -> home: copies held (body: core.peering.Inventory)
+    SETTLE = 7  # notice, home -> member: peering is done; body: oids of which its copy is not current
+    PULL = 8  # home -> replica: restore `oid` at `version`; body: the nodes to fetch from
+    TABLE = 9  # puller -> source: block hashes
+    FETCH = 10  # puller -> source: bytes of a copy of exactly `version`
+    DROP = 11  # notice, home -> holder of a surplus or stale copy
+    COMPLETE = 12  # notice, home -> all: everything it is home of is recovered
+    FLUSH = 13  # gateway -> member: make a volume's writes durable (oid: its inode)
+    DRAIN = 14  # owner of an ordered operation -> member: hold new writes of the vid, answer when none is in flight
+    QUERY = 15  # gateway -> member: administration (body: JSON, answer's body: JSON)
+
+
+class Flag(IntFlag):
+    """Bits of `Message.flags` for SUBMIT and APPLY; none of CREATE, PUNCH, REMOVE means overwrite."""
+
+    NONE = 0
+    CREATE = 1  # a new object of `length` bytes with the body at `offset`
+    REMOVE = 2
+    PUNCH = 4  # `length` bytes at `offset` become a hole
+    DURABLE = 8  # on the disk before the answer
+    LAST = 16  # INVENTORY: no further part follows
+    REPAIR = 32  # PULL: replace the copy even if its version is right (it is corrupt)
+
+
+class Message:
+    """One peer message; unused fields are zero. `body` is a buffer or a sequence of buffers to be sent together."""
+
+    __slots__ = (
+        "body",
+        "copies",
+        "epoch",
+        "flags",
+        "kind",
+        "length",
+        "offset",
+        "oid",
+        "result",
+        "rid",
+        "sequence",
+        "version",
+        "watermark",
+    )
+
+    def __init__(
+        self,
+        kind: int,
+        epoch: int,
+        rid: int = 0,
+        oid: ObjectId = ObjectId(0),  # noqa: B008 (a constant)
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        version: Version = NO_VERSION,
+        sequence: int = 0,
+        watermark: int = 0,
+        copies: int = 0,
+        result: int = 0,
+        body: Buffer | Sequence[Buffer] = b"",
+    ) -> None:
+        self.kind = kind
+        self.epoch = epoch
+        self.rid = rid
+        self.oid = oid
+        self.offset = offset
+        self.length = length
+        self.flags = flags
+        self.version = version
+        self.sequence = sequence
+        self.watermark = watermark
+        self.copies = copies
+        self.result = result
+        self.body = body
+
+    def __repr__(self) -> str:
+        return (
+            f"Message({Kind(self.kind).name} epoch={self.epoch} rid={self.rid} oid={self.oid:016x} "
+            f"{self.offset}+{self.length} flags={self.flags} {tuple(self.version)} result={self.result})"
+        )

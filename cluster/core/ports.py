@@ -1,0 +1,190 @@
+"""What core asks of the world. Each port has a real body (cluster.host, cluster.drivers) and a simulated one (cluster.sim).
+
+Rules for every body:
+* Calls come from one thread (the loop's) and return at once; what takes time ends in a callback on the same thread.
+  A callback may come before the call returns.
+* Failures arrive as values (`StoreError`), never as exceptions out of a callback.
+* Buffers handed over stay unchanged until the callback has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ids import EpochRecord, NodeId, ObjectId, Version, Vid
+from sheepdog.cluster.core.messages import Message
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Done: TypeAlias = Callable[[StoreError | None], None]
+ReadDone: TypeAlias = Callable[[Buffer | StoreError], None]
+
+
+class Timer(Protocol):
+    """A pending call; `cancel` may be called at any time, also after it fired."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Time, in integer nanoseconds."""
+
+    def now_ns(self) -> int:
+        """Monotonic, also across suspend (CLOCK_BOOTTIME)."""
+
+    def wall_ns(self) -> int:
+        """Unix time; only for what people read (creation times)."""
+
+    def after(self, delay_ns: int, call: Callable[[], None]) -> Timer:
+        """Calls back once, not before `delay_ns` has passed."""
+
+
+class Network(Protocol):
+    """Messages to the other nodes: in order per peer, at most once, lost when the link breaks."""
+
+    def send(self, node: NodeId, message: Message) -> None:
+        """Queues a message; messages of one turn of the loop leave together. Unknown or dead node: dropped."""
+
+    def connect(self, nodes: Iterable[NodeId]) -> None:
+        """The nodes this one talks to from now on; links to all others are closed."""
+
+
+class Store(Protocol):
+    """The objects of this node (design.md 7). Sizes and offsets in bytes; a block is 4096 bytes.
+
+    A copy of an object is its bytes, its size and its version. What `write` and `create` hand over is
+    seen by every later `read` at once; `done(None)` means acknowledged: in the operating system's hands
+    (survives kill -9), and with `durable` on the disk (survives power loss).
+    """
+
+    def version(self, oid: ObjectId) -> Version | None:
+        """Version of the copy here; None without one. NO_VERSION for a copy whose restore has not finished."""
+
+    def inventory(self) -> Iterable[tuple[ObjectId, Version]]:
+        """All copies here, in ascending order of oid."""
+
+    def size(self, oid: ObjectId) -> int:
+        """Size of the copy here; raises NoObject."""
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        """`length` bytes from `offset`, hashes verified; NoObject, Corrupt, DiskError."""
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+        """Overwrites a range of an existing copy; NoObject, NoSpace, Corrupt (of a block's rest), DiskError."""
+
+    def create(
+        self, oid: ObjectId, size: int, offset: int, data: Buffer, version: Version, durable: bool, done: Done
+    ) -> None:
+        """A new copy, zero but for `data`; replaces an existing one atomically. Its existence is durable at `done`.
+
+        Blocks of `data` that are all zero are left as holes. NoSpace, DiskError.
+        """
+
+    def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
+        """Makes a range read as zeros; whole blocks become holes."""
+
+    def remove(self, oid: ObjectId, done: Done) -> None:
+        """The copy is gone; without one, nothing happens. Durable at `done`."""
+
+    def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
+        """Everything acknowledged so far for objects of these vids (None: of all) is durable at `done`."""
+
+    def table(self, oid: ObjectId) -> bytes:
+        """Block hashes of the copy: 8 bytes little-endian a block, zero for a hole; raises NoObject."""
+
+    def restore_begin(self, oid: ObjectId, size: int) -> None:
+        """Opens the copy (or a new, empty one) for recovery; its version is NO_VERSION until the end, also after a crash."""
+
+    def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
+        """Whole blocks (the object's last one may be short) fetched from another copy."""
+
+    def restore_punch(self, oid: ObjectId, offset: int, length: int) -> None:
+        """Whole blocks that are holes in the other copy."""
+
+    def restore_finish(self, oid: ObjectId, version: Version, done: Done) -> None:
+        """The copy is complete, durable, and has this version."""
+
+    def usage(self) -> tuple[int, int]:
+        """(bytes in use by objects, bytes still free), over all disks."""
+
+
+class NodeState(Protocol):
+    """The small durable state of a node: configuration and epoch log."""
+
+    def save_config(self, config: bytes, done: Done) -> None:
+        """Replaces the cluster configuration (encoded by core.state); durable at `done`."""
+
+    def append_epoch(self, record: EpochRecord, done: Done) -> None:
+        """Adds one record to the epoch log; durable at `done`."""
+
+    def clear_epochs(self, done: Done) -> None:
+        """Forgets all records (format)."""
+
+    def load_config(self) -> bytes | None: ...
+
+    def load_epochs(self) -> list[EpochRecord]:
+        """All records, ascending by epoch."""
+
+    def save_settled(self, epoch: int, done: Done) -> None:
+        """Remembers the newest epoch in which every copy of this node was proven current."""
+
+    def load_settled(self) -> int: ...
+
+
+class Engine(Protocol):
+    """Ordered broadcast of the membership engine, as core sees it (cluster/drivers/base.py)."""
+
+    def broadcast(self, data: bytes) -> None:
+        """Sends to all members, itself included; delivered as `Delivery` in one order everywhere, exactly once."""
+
+    def leave(self) -> None:
+        """Leaves orderly; the others see it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One process attached to the membership engine. `payload` is opaque (a node's description)."""
+
+    id: bytes
+    incarnation: int
+    payload: bytes
+
+
+class View(NamedTuple):
+    """The attached processes from this event on, oldest first; joined and left against the view before."""
+
+    sequence: int
+    members: tuple[Peer, ...]
+    joined: tuple[Peer, ...]
+    left: tuple[Peer, ...]
+
+
+class Delivery(NamedTuple):
+    """One ordered message."""
+
+    sequence: int
+    sender: Peer
+    data: bytes
+
+
+class Suspended(NamedTuple):
+    """The engine is out of reach: acknowledge nothing, keep waiting."""
+
+    reason: str
+
+
+class Resumed(NamedTuple):
+    """The engine is back, the session survived."""
+
+
+class Lost(NamedTuple):
+    """Expelled, in a minority or session gone: this incarnation is over."""
+
+    reason: str
+
+
+Event: TypeAlias = View | Delivery | Suspended | Resumed | Lost
+Log: TypeAlias = Callable[[int, str], None]
+"""log(level, text); levels as in syslog: 3 error, 4 warning, 5 notice, 6 info, 7 debug."""

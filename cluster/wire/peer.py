@@ -1,0 +1,121 @@
+"""Bytes of peer messages (our own protocol between sheep; clients never see it).
+
+A link starts with a hello (24 bytes: magic, version, port, address), then carries frames in both directions:
+a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
+that a client could send, so peers and clients share one port.
+
+header: u8 kind, u8 flags, u8 copies, u8 0, u32 epoch, u64 rid, u64 oid, u32 offset, u32 length,
+        u32 version.epoch, u32 version.term, u64 version.counter, u64 sequence, u64 watermark,
+        u32 result, u32 body_length, 24 reserved bytes (0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
+from sheepdog.cluster.core.messages import Buffer, Kind, Message
+
+PEER_MAGIC = b"\xf5SHP"
+PEER_VERSION = 1
+HELLO = Struct("<4sHH16s")
+HEADER = Struct("<BBBxIQQIIIIQQQII24x")
+HEADER_SIZE = HEADER.size
+_KINDS = frozenset(int(kind) for kind in Kind)
+
+
+def encode_hello(node: NodeId) -> bytes:
+    return HELLO.pack(PEER_MAGIC, PEER_VERSION, node.port, node.address)
+
+
+def decode_hello(data: Buffer) -> NodeId:
+    """The node at the other end; PeerError for anything but a hello of our version."""
+    if len(data) != HELLO.size:
+        raise PeerError("short hello")
+    magic, version, port, address = HELLO.unpack(data)
+    if magic != PEER_MAGIC:
+        raise PeerError("not a peer")
+    if version != PEER_VERSION:
+        raise PeerError(f"peer speaks version {version} of the peer protocol, this node {PEER_VERSION}")
+    return NodeId(address, port)
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The buffers of one frame, header first; the body is not copied."""
+    body = message.body
+    parts: Sequence[Buffer] = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
+    length = 0
+    for part in parts:
+        length += len(part)
+    version = message.version
+    header = HEADER.pack(
+        message.kind,
+        message.flags,
+        message.copies,
+        message.epoch,
+        message.rid,
+        message.oid,
+        message.offset,
+        message.length,
+        version[0],
+        version[1],
+        version[2],
+        message.sequence,
+        message.watermark,
+        message.result,
+        length,
+    )
+    return [header, *parts] if length else [header]
+
+
+def body_length(buffer: Buffer, start: int = 0) -> int:
+    """Length of the body that follows the header at `start`; PeerError if it cannot be."""
+    (length,) = _LENGTH.unpack_from(buffer, start + _LENGTH_OFFSET)
+    if length > MAX_PEER_BODY_BYTES:
+        raise PeerError(f"peer message of {length} bytes")
+    return int(length)
+
+
+_LENGTH = Struct("<I")
+_LENGTH_OFFSET = 68
+
+
+def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
+    """The message whose header is at `start`; `body` is kept, not copied. PeerError for an unknown kind."""
+    (
+        kind,
+        flags,
+        copies,
+        epoch,
+        rid,
+        oid,
+        offset,
+        length,
+        version_epoch,
+        term,
+        counter,
+        sequence,
+        watermark,
+        result,
+        _,
+    ) = HEADER.unpack_from(buffer, start)
+    if kind not in _KINDS:
+        raise PeerError(f"unknown kind of peer message: {kind}")
+    return Message(
+        kind,
+        epoch,
+        rid,
+        ObjectId(oid),
+        offset,
+        length,
+        flags,
+        Version(version_epoch, term, counter),
+        sequence,
+        watermark,
+        copies,
+        result,
+        body,
+    )
