@@ -1,0 +1,166 @@
+"""A cluster of real `sheep` processes on this machine, with the embedded driver and directories of its own.
+
+Started as a user would start it (each node daemonises); stopped by process id whatever happened before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tests.support import native
+from tests.support.ports import PortBlock
+from tests.support.processes import BIN, alive, end, having_argument, run, send_signal, wait_until
+
+JOIN_SECONDS = 30.0  # a start takes below 0.5 s on a quiet machine
+RECOVER_SECONDS = 120.0
+RUNNING, WAIT_FOR_FORMAT, WAIT_FOR_JOIN = 0x00, 0x16, 0x17
+LOG_TAIL_LINES = 40
+
+
+class Cluster:
+    """Nodes 0..count-1, one zone each unless `zones` says otherwise. Call `close` in every case."""
+
+    def __init__(
+        self,
+        count: int,
+        directory: Path,
+        *,
+        zones: Sequence[int] | None = None,
+        options: Sequence[str] = ("-n",),
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`options` go to every sheep; `prefix` stands before every command (nsenter ...)."""
+        self.count = count
+        self.directory = directory
+        self.zones = list(zones) if zones is not None else list(range(count))
+        self.options = list(options)
+        self.prefix = list(prefix)
+        self.ports = PortBlock()
+
+    # places
+
+    def store(self, node: int) -> Path:
+        return self.directory / f"store{node}"
+
+    def socket(self, node: int) -> Path:
+        return self.store(node) / "sock"
+
+    def port(self, node: int) -> int:
+        return self.ports[node]
+
+    def log(self, node: int) -> Path:
+        return self.store(node) / "sheep.log"
+
+    def objects(self, node: int) -> dict[str, Path]:
+        """Name and file of every object that this node holds now (superseded ones not counted)."""
+        directory = self.store(node) / "obj"
+        return {entry.name: Path(entry.path) for entry in os.scandir(directory) if entry.is_file()}
+
+    # life
+
+    def start(self, *nodes: int, extra: Mapping[int, Sequence[str]] | None = None) -> None:
+        """Starts nodes (all by default) in this order and does not wait for them to join."""
+        for node in nodes or range(self.count):
+            run(self.command(node, (extra or {}).get(node, ())))
+
+    def command(self, node: int, extra: Sequence[str] = ()) -> list[str]:
+        return [
+            *self.prefix, str(BIN / "sheep"), str(self.store(node)), *self.options, *extra,
+            "-c", f"local:{self.directory}/membership", "-z", str(self.zones[node]), "-p", str(self.port(node)),
+        ]  # fmt: skip
+
+    def pids(self, node: int) -> list[int]:
+        return having_argument(str(self.store(node)))
+
+    def kill(self, node: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to a node's processes; with SIGKILL or SIGTERM returns when they are gone."""
+        pids = self.pids(node)
+        assert pids, f"node {node} does not run"
+        for pid in pids:
+            send_signal(pid, number)
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            wait_until(lambda: not any(map(alive, pids)), JOIN_SECONDS, f"end of node {node}")
+
+    def running_nodes(self) -> list[int]:
+        return [node for node in range(self.count) if self.pids(node)]
+
+    def wait_members(self, members: int, nodes: Iterable[int] | None = None, seconds: float = JOIN_SECONDS) -> float:
+        """Until each of `nodes` (those that run) sees `members` nodes; how long that took, in seconds."""
+        watched = list(nodes) if nodes is not None else self.running_nodes()
+        assert watched, "no node runs\n" + self.logs()
+        return wait_until(
+            lambda: all(native.member_count(self.socket(node)) == members for node in watched),
+            seconds,
+            f"nodes {watched} see {members} members",
+        )
+
+    def wait_status(self, result: int, nodes: Iterable[int] | None = None, seconds: float = JOIN_SECONDS) -> None:
+        """Until each of `nodes` (those that run) answers STAT_CLUSTER with `result`."""
+        watched = list(nodes) if nodes is not None else self.running_nodes()
+        wait_until(
+            lambda: all(native.status(self.socket(node)) == result for node in watched),
+            seconds,
+            f"nodes {watched} answer status {result:#x}",
+        )
+
+    def wait_recovered(self, seconds: float = RECOVER_SECONDS) -> float:
+        """Until no node recovers, as `dog node recovery` sees it twice in a row."""
+        start = wait_until(lambda: not self.recovering(), seconds, "end of recovery", step=0.1)
+        return start + wait_until(lambda: not self.recovering(), seconds, "end of recovery", step=0.1)
+
+    def recovering(self) -> list[list[str]]:
+        """Rows of `dog node recovery -r`."""
+        return [line.split() for line in self.dog("node", "recovery", "-r", node=self.any_node()).splitlines()]
+
+    def any_node(self) -> int:
+        return self.running_nodes()[0]
+
+    def wait_stopped(self, seconds: float = JOIN_SECONDS) -> None:
+        wait_until(lambda: not self.running_nodes(), seconds, "end of all nodes")
+
+    def close(self) -> None:
+        """Ends every process of this cluster and gives its ports back."""
+        try:
+            end([pid for node in range(self.count) for pid in self.pids(node)])
+        finally:
+            self.ports.close()
+
+    # use
+
+    def dog(self, *words: str, node: int = 0, stdin: bytes = b"", seconds: float = 120.0) -> str:
+        """Output of a `dog` command that must succeed."""
+        return self.try_dog(*words, node=node, stdin=stdin, check=True, seconds=seconds).stdout.decode()
+
+    def try_dog(
+        self, *words: str, node: int = 0, stdin: bytes = b"", check: bool = False, seconds: float = 120.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Runs `dog NOUN VERB -p PORT ...` against a node."""
+        noun, verb, *rest = words
+        command = [*self.prefix, str(BIN / "dog"), noun, verb, "-p", str(self.port(node)), *rest]
+        return run(command, stdin=stdin, check=check, seconds=seconds)
+
+    def format(self, *options: str) -> None:
+        self.dog("cluster", "format", *options, node=self.any_node())
+        self.wait_status(RUNNING)
+
+    def logs(self) -> str:
+        """The end of every node's log, for the report of a failed test."""
+        parts = []
+        for node in range(self.count):
+            try:
+                lines = self.log(node).read_text(errors="replace").splitlines()
+            except OSError as error:
+                lines = [str(error)]
+            parts.append(f"--- node {node} (port {self.port(node)})\n" + "\n".join(lines[-LOG_TAIL_LINES:]))
+        return "\n".join(parts)
+
+
+def started(cluster: Cluster) -> Cluster:
+    """Starts all nodes and waits until each sees all."""
+    cluster.start()
+    cluster.wait_members(cluster.count, range(cluster.count))
+    return cluster
