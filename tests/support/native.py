@@ -1,4 +1,4 @@
-"""The few requests of the native protocol by which tests watch a node: bytes laid out here, apart from the code under test."""
+"""The few requests of the native protocol by which tests watch a node, laid out apart from the code under test."""
 
 from __future__ import annotations
 
