@@ -9,6 +9,7 @@ MAX_MAP_ENTRIES = 1 << 20  # protocol.md 6.2: plain volumes
 DEFAULT_COPIES = 3
 MAX_COPIES = 31  # protocol.md 14.4: room for 31 participants
 DEFAULT_VNODES = 128  # protocol.md 10.2
+MAX_VNODES = 65_535  # protocol.md 14.1: 16 bits in a node record
 MAX_NODES = 6144  # protocol.md 14.3
 
 INODE_SIZE = 12_587_576  # protocol.md 7.1
@@ -28,3 +29,5 @@ STABLE_DELAY_NS = 2_000_000  # an idle home pushes its watermark after this long
 MAX_RETRIES = 1_000  # of one client request over epoch changes; beyond it the client gets EIO
 RETRY_DELAY_NS = 20_000_000  # before a request is tried again that met a node not ready yet
 STATE_CHUNK_BYTES = 512 * 1024  # of ordered messages: below the limit of every engine (1 MB)
+JOIN_HISTORY_EPOCHS = 256  # records that a joining node tells: 6 nodes take 100 KB; more than any outage makes
+MAX_EARLY_MESSAGES = 4096  # held for an epoch this node has not seen yet: peers get there within milliseconds
