@@ -1,0 +1,62 @@
+"""Frames of the client protocol: 48 bytes of header and what follows them (protocol.md 1.2).
+
+Server and clients cut their streams with these two parsers. Both are an `Intake` (wire.streams): receive into `space()`,
+tell `fill(count)`, take complete frames from `next()`.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.limits import MAX_ADMIN_PAYLOAD_BYTES, MAX_REQUEST_BYTES
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.header import HEADER_SIZE
+from sheepdog.cluster.wire.opcodes import OBJECT_IO, Flags
+from sheepdog.cluster.wire.streams import Arena, Intake
+
+_OPCODE_FLAGS_LENGTH: Final = Struct("<xBH8xI")
+_LENGTH: Final = Struct("<12xI")
+
+
+def request_payload_length(buffer: Buffer, start: int = 0) -> int:
+    """Bytes that follow the request's header at `start`: the WRITE flag decides, never the opcode.
+
+    PeerError for more than any request of its kind can have.
+    """
+    opcode, flags, length = _OPCODE_FLAGS_LENGTH.unpack_from(buffer, start)
+    if not flags & Flags.WRITE:
+        return 0  # the length is the room that the client has for the answer
+    if length > MAX_ADMIN_PAYLOAD_BYTES and (length > MAX_REQUEST_BYTES or opcode not in OBJECT_IO):
+        raise PeerError(f"request {opcode:#04x} with a payload of {length} bytes")
+    return int(length)
+
+
+def response_payload_length(buffer: Buffer, start: int = 0) -> int:
+    """Bytes that follow the response's header at `start`, whatever its result. PeerError for more than an object."""
+    (length,) = _LENGTH.unpack_from(buffer, start)
+    if length > MAX_REQUEST_BYTES:
+        raise PeerError(f"response with a payload of {length} bytes")
+    return int(length)
+
+
+class RequestParser(Intake):
+    """The server's side: requests out of any segmentation of the stream.
+
+    Requests of unknown opcode or version are frames like any other; `opcodes.admit` refuses them afterwards.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena, HEADER_SIZE, request_payload_length)
+
+
+class ResponseParser(Intake):
+    """The client's side."""
+
+    __slots__ = ()
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena, HEADER_SIZE, response_payload_length)
