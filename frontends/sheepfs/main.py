@@ -1,0 +1,92 @@
+"""The command `sheepfs`: mounts, goes into the background, serves until unmounted.
+
+The mount happens before the fork, so that its failure is the command's exit status; the command returns when the
+daemon serves. Whatever ends the daemon, it leaves no dead mount behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import stat
+import sys
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.frontends.sheepfs.daemon import Readiness, go_into_background, log_to_stderr, log_to_syslog
+from sheepdog.frontends.sheepfs.filesystem import FileSystem
+from sheepdog.frontends.sheepfs.gateway import GatewayCluster
+from sheepdog.frontends.sheepfs.memory import stay_in_memory
+from sheepdog.frontends.sheepfs.options import USAGE, Options, parse
+from sheepdog.frontends.sheepfs.transport import MountError, MountOptions, Transport, log
+from sheepdog.frontends.sheepfs.volumes import Settings
+
+
+def main() -> int:
+    """Entry point; the exit status of cli.md 3: 0 mounted (or help), 1 anything else."""
+    try:
+        options = parse(sys.argv[1:])
+        if options.help:
+            sys.stdout.write(USAGE)
+            return 0
+        return run(options)
+    except (UsageError, MountError) as problem:
+        print(problem, file=sys.stderr)
+        return 1
+
+
+def run(options: Options) -> int:
+    """Mount and serve. Returns (in the foreground or the daemon) when the file system is unmounted."""
+    mountpoint = _checked(options.mountpoint)
+    transport = chosen(options.transport)
+    log_to_stderr(options.debug)
+    transport.mount(MountOptions(mountpoint, options.debug))
+    try:
+        readiness = Readiness()
+        if not options.foreground:
+            readiness = go_into_background()
+            log_to_syslog()
+        asyncio.run(_serve(transport, options, readiness))
+        return 0
+    except Exception as problem:
+        log.critical("sheepfs ends: %s", problem, exc_info=problem)
+        return 1
+    finally:
+        transport.close()
+
+
+async def _serve(transport: Transport, options: Options, readiness: Readiness) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, transport.stop)
+    stay_in_memory()
+    files = FileSystem(GatewayCluster(options.address), Settings(options.page_cache, options.object_cache))
+    readiness.announce()
+    try:
+        await transport.serve(files)
+    finally:
+        await files.close()
+
+
+def _checked(mountpoint: str) -> str:
+    """The mount point as an absolute path; `UsageError` in libfuse's words if it cannot be one."""
+    try:
+        if not stat.S_ISDIR(os.stat(mountpoint).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as problem:
+        raise UsageError(f"fuse: bad mount point `{mountpoint}': {problem.strerror}") from None
+    return os.path.realpath(mountpoint)
+
+
+def chosen(name: str) -> Transport:
+    """The transport of this name; modules are imported only when chosen (libfuse may be missing)."""
+    try:
+        from sheepdog.frontends.sheepfs.pyfuse3_transport import Pyfuse3Transport
+    except ImportError as problem:
+        raise UsageError(f"the pyfuse3 transport is not installed ({problem})") from None
+    return Pyfuse3Transport()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
