@@ -1,0 +1,46 @@
+"""Names of membership drivers. A driver's module is imported only when the driver is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.drivers.base import Driver
+
+_CLASSES = {
+    "local": "sheepdog.cluster.drivers.local:LocalDriver",
+}
+PREFERRED = ("corosync", "local")  # the default is the first of these that this build has (cli.md 1.1)
+
+
+@dataclass(frozen=True, slots=True)
+class DriverSpec:
+    """A driver as named by `-c NAME[:ARGUMENT]`."""
+
+    name: str
+    argument: str
+
+
+def available() -> tuple[str, ...]:
+    """Names of the drivers of this build, sorted."""
+    return tuple(sorted(_CLASSES))
+
+
+def default() -> DriverSpec:
+    return DriverSpec(next(name for name in PREFERRED if name in _CLASSES), "")
+
+
+def parse(text: str) -> DriverSpec:
+    """`local`, `local:FILE` ...: the name ends at the first colon. UsageError for a driver that is not available."""
+    name, _, argument = text.partition(":")
+    if name not in _CLASSES:
+        raise UsageError(f"Invalid cluster driver '{text}'")
+    return DriverSpec(name, argument)
+
+
+def create(spec: DriverSpec) -> Driver:
+    """A driver that is not opened yet. UsageError for an argument that it refuses."""
+    module, _, attribute = _CLASSES[spec.name].partition(":")
+    return cast(Driver, getattr(import_module(module), attribute)(spec.argument))
