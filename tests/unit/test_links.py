@@ -1,0 +1,289 @@
+"""Links over real loopback sockets: both directions, order, large bodies, breaks, strangers, liars."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from tests.support.ports import PortBlock
+
+from sheepdog.cluster.core.ids import NodeId, ObjectId
+from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.host import links as links_module
+from sheepdog.cluster.host.links import Links
+from sheepdog.cluster.host.loop import Turn, new_loop
+from sheepdog.cluster.host.server import Server
+from sheepdog.cluster.wire.peer import HEADER_SIZE, encode, encode_hello
+from sheepdog.cluster.wire.streams import Arena, BufferPool
+
+LOCALHOST = bytes(12) + bytes((127, 0, 0, 1))
+
+
+class World:
+    """One loop with any number of nodes in it."""
+
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self.loop = new_loop(self.log)
+        self.turn = Turn(self.loop)
+        self.ports = PortBlock()
+        self.nodes: list[Node] = []
+
+    def log(self, level: int, text: str) -> None:
+        self.logged.append(text)
+
+    def node(self, index: int) -> Node:
+        node = Node(self, NodeId(LOCALHOST, self.ports[index]))
+        self.nodes.append(node)
+        return node
+
+    def until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        async def wait() -> None:
+            end = time.monotonic() + seconds
+            while not condition():
+                assert time.monotonic() < end, self.logged
+                await asyncio.sleep(0.005)
+
+        self.loop.run_until_complete(wait())
+
+    def run(self, seconds: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+        self.ports.close()
+        assert not [text for text in self.logged if "internal error" in text]
+
+
+class Node:
+    """Links with a listening server; everything that happens is written down."""
+
+    def __init__(self, world: World, me: NodeId) -> None:
+        self.world = world
+        self.me = me
+        self.arrived: list[tuple[NodeId, Message]] = []
+        self.events: list[tuple[NodeId, bool]] = []
+        self.links = Links(me, world.loop, world.turn, Arena(BufferPool()), world.log)
+        self.links.on_message = lambda node, message: self.arrived.append((node, message))
+        self.links.on_link = lambda node, up: self.events.append((node, up))
+        self.server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
+        self.server.listen_tcp("127.0.0.1", me.port)
+
+    def close(self) -> None:
+        self.server.stop_listening()
+        self.links.close()
+
+    def raw(self) -> socket.socket:
+        """A connection to this node by hand."""
+        sock = socket.create_connection(("127.0.0.1", self.me.port))
+        sock.setblocking(False)
+        return sock
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[Node, Node]:
+    small, large = world.node(0), world.node(1)
+    small.links.connect([small.me, large.me])
+    large.links.connect([small.me, large.me])
+    world.until(lambda: small.events and large.events)
+    assert small.events == [(large.me, True)]
+    assert large.events == [(small.me, True)]
+    return small, large
+
+
+def message(rid: int, body: bytes = b"") -> Message:
+    return Message(Kind.APPLY, 3, rid, ObjectId(0xABC), 8192, len(body), body=body)
+
+
+def closed_by_peer(sock: socket.socket) -> bool:
+    try:
+        while sock.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_messages_arrive_in_order_both_ways(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    bodies = [b"", b"x" * 100, b"y" * 4096, b"z" * 70_000, b"w" * 3_000_000]
+    for rid in range(500):
+        small.links.send(large.me, message(rid, bodies[rid % 5 if rid % 50 < 5 else 2]))
+        large.links.send(small.me, message(rid))
+    world.until(lambda: len(large.arrived) == len(small.arrived) == 500)
+    for rid, (sender, arrived) in enumerate(large.arrived):
+        assert sender == small.me
+        assert (arrived.rid, arrived.kind, arrived.epoch, arrived.oid) == (rid, Kind.APPLY, 3, 0xABC)
+        assert arrived.body == bodies[rid % 5 if rid % 50 < 5 else 2]
+    assert [arrived.rid for _, arrived in small.arrived] == list(range(500))
+
+
+def test_the_dialled_side_may_come_later(world: World) -> None:
+    small, large = world.node(0), world.node(1)
+    large.links.connect([small.me])
+    small.links.connect([large.me])
+    world.until(lambda: small.links.is_up(large.me) and large.links.is_up(small.me))
+
+
+def test_a_stranger_waits_until_it_becomes_a_member(world: World) -> None:
+    small, large = world.node(0), world.node(1)
+    small.links.connect([large.me])
+    world.run(0.2)
+    assert not small.events
+    large.links.connect([small.me])
+    world.until(lambda: small.links.is_up(large.me) and large.links.is_up(small.me), 1.0)
+    assert small.events == [(large.me, True)]  # the waiting connection was taken, no second one made
+    assert large.events == [(small.me, True)]
+
+
+def test_a_stranger_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "WAITING_TIMEOUT_S", 0.1)
+    node = world.node(5)
+    stranger = node.raw()
+    stranger.send(encode_hello(NodeId(LOCALHOST, 1)))
+    world.until(lambda: closed_by_peer(stranger))
+
+
+def test_strangers_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "MAX_WAITING", 3)
+    node = world.node(5)
+    strangers = []
+    for port in range(1, 6):
+        stranger = node.raw()
+        stranger.send(encode_hello(NodeId(LOCALHOST, port)))
+        strangers.append(stranger)
+    world.until(lambda: sum(map(closed_by_peer, strangers)) == 2)
+    world.run(0.1)
+    assert sum(map(closed_by_peer, strangers)) == 2
+
+
+def test_a_broken_link_comes_back(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    large.close()
+    world.until(lambda: small.events[-1] == (large.me, False))
+    small.links.send(large.me, message(1))  # dropped
+    again = Node(world, large.me)
+    world.nodes.append(again)
+    again.links.connect([small.me])
+    world.until(lambda: small.events[-1] == (large.me, True))
+    small.links.send(large.me, message(2))
+    world.until(lambda: again.arrived)
+    assert [arrived.rid for _, arrived in again.arrived] == [2]
+
+
+def test_a_node_that_left_is_closed_without_an_event(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    small.links.connect([])
+    assert not small.links.is_up(large.me)
+    world.until(lambda: large.events[-1] == (small.me, False))
+    assert small.events == [(large.me, True)]
+
+
+def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    again = large.raw()
+    again.send(encode_hello(small.me) + b"".join(encode(message(77))))
+    world.until(lambda: large.arrived)
+    assert large.events[:3] == [(small.me, True), (small.me, False), (small.me, True)]
+    again.close()
+    world.until(lambda: large.events[-1] == (small.me, True) and small.events[-1] == (large.me, True))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x63" + bytes(HEADER_SIZE - 1),  # unknown kind
+        bytes(68) + b"\xff\xff\xff\xff" + bytes(24),  # a body of 4 GiB
+        bytes(range(256)),
+    ],
+)
+def test_garbage_costs_the_connection_and_nothing_else(world: World, pair: tuple[Node, Node], garbage: bytes) -> None:
+    small, large = pair
+    liar = large.raw()
+    liar.send(encode_hello(small.me) + garbage)
+    world.until(lambda: closed_by_peer(liar))
+    world.until(lambda: small.links.is_up(large.me) and large.links.is_up(small.me))
+    small.links.send(large.me, message(5))
+    world.until(lambda: large.arrived)
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        b"\xf5XXX" + bytes(20),
+        b"\xf5SHP\x63\x00" + bytes(18),  # version 99
+        encode_hello(NodeId(LOCALHOST, 65_535)),  # larger than the node it dials
+    ],
+)
+def test_bad_hellos(world: World, hello: bytes) -> None:
+    node = world.node(0)
+    liar = node.raw()
+    liar.send(hello)
+    world.until(lambda: closed_by_peer(liar))
+
+
+def test_half_a_hello_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "HELLO_TIMEOUT_S", 0.1)
+    node = world.node(0)
+    slow = node.raw()
+    slow.send(encode_hello(NodeId(LOCALHOST, 1))[:10])
+    world.until(lambda: closed_by_peer(slow))
+
+
+def test_a_message_that_breaks_core_does_not_stop_the_next(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    seen: list[int] = []
+
+    def picky(sender: NodeId, arrived: Message) -> None:
+        seen.append(arrived.rid)
+        if arrived.rid == 1:
+            raise ValueError("a bug")
+
+    large.links.on_message = picky
+    for rid in range(3):
+        small.links.send(large.me, message(rid))
+    world.until(lambda: len(seen) == 3)
+    assert large.links.is_up(small.me)
+    assert [text for text in world.logged if "a bug" in text]
+    world.logged.clear()
+
+
+def test_a_peer_that_does_not_read_congests_and_then_loses_its_link(
+    world: World, pair: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = pair
+    monkeypatch.setattr(links_module, "CONGESTED_BYTES", 8 << 20)
+    monkeypatch.setattr(links_module, "MAX_QUEUE_BYTES", 16 << 20)
+    deaf = large.raw()
+    deaf.send(encode_hello(small.me))
+    world.until(lambda: large.events[-1] == (small.me, True) and len(large.events) == 3)
+    small.links.connect([])  # dials no more
+    body = bytes(1 << 20)
+    sent = 0
+    while not large.links.congested(small.me):
+        large.links.send(small.me, message(sent, body))
+        sent += 1
+        assert sent < 30
+        world.run(0)
+    for _ in range(20):
+        large.links.send(small.me, message(0, body))
+    world.until(lambda: large.events[-1] == (small.me, False))
+    assert not large.links.congested(small.me)
+    deaf.close()
