@@ -15,8 +15,10 @@ PACKAGE = "sheepdog"
 # The system, time and chance reach these rooms through ports only.
 PURE = ("cluster.core", "cluster.wire")
 SYSTEM = frozenset(
-    ["asyncio", "os", "socket", "ssl", "time", "random", "threading", "pathlib", "logging"]
-    + ["select", "selectors", "subprocess", "signal", "multiprocessing", "secrets", "tempfile", "shutil"]
+    (
+        *("asyncio", "os", "socket", "ssl", "time", "random", "threading", "pathlib", "logging"),
+        *("select", "selectors", "subprocess", "signal", "multiprocessing", "secrets", "tempfile", "shutil"),
+    )
 )
 
 CORE, WIRE, CLIENT = "cluster.core", "cluster.wire", "cluster.client"
