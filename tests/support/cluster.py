@@ -32,14 +32,18 @@ class Cluster:
         zones: Sequence[int] | None = None,
         options: Sequence[str] = ("-n",),
         prefix: Sequence[str] = (),
+        ports: PortBlock | None = None,
     ) -> None:
-        """`options` go to every sheep; `prefix` stands before every command (nsenter ...)."""
+        """`options` go to every sheep; `prefix` stands before every command (nsenter ...).
+
+        `ports` become the cluster's: it closes them.
+        """
         self.count = count
         self.directory = directory
         self.zones = list(zones) if zones is not None else list(range(count))
         self.options = list(options)
         self.prefix = list(prefix)
-        self.ports = PortBlock()
+        self.ports = ports or PortBlock()
 
     # places
 

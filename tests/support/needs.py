@@ -6,10 +6,10 @@ A skip in CI (CI=true) is a failure: there everything is installed (tests/confte
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+from tests.support.processes import which
 
 QEMU52 = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog")
 
@@ -24,10 +24,6 @@ def program(*names: str) -> None:
     for name in names:
         if which(name) is None:
             pytest.skip(f"needs {name}, which is not installed (packaging/install-packages test)")
-
-
-def which(name: str) -> str | None:
-    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
 def fuse() -> None:

@@ -17,10 +17,11 @@ FIRST, LAST, BLOCK = 7100, 9700, 20  # a test's cluster has at most 20 nodes
 class PortBlock:
     """BLOCK consecutive free ports, ours until `close`: a lock on a file keeps other test runs of this machine away."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = FIRST) -> None:
+        """The first free block at or after port `start`."""
         directory = Path(tempfile.gettempdir()) / f"sheepdog-test-ports-{os.getuid()}"
         directory.mkdir(exist_ok=True)
-        for first in range(FIRST, LAST, BLOCK):
+        for first in range(start, LAST, BLOCK):
             descriptor = os.open(directory / str(first), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -32,7 +33,7 @@ class PortBlock:
                 self._descriptor = descriptor
                 return
             os.close(descriptor)
-        raise AssertionError(f"no {BLOCK} free ports between {FIRST} and {LAST}")
+        raise AssertionError(f"no {BLOCK} free ports between {start} and {LAST}")
 
     def __getitem__(self, index: int) -> int:
         assert 0 <= index < BLOCK

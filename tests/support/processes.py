@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def run(
             f"{' '.join(argv)}: exit status {done.returncode}\n{shown(done.stdout)}\n{shown(done.stderr)}"
         )
     return done
+
+
+def which(name: str) -> str | None:
+    """The path of a program, also where Debian keeps the administrators' ones."""
+    return shutil.which(name, path=environment()["PATH"])
 
 
 def shown(output: bytes | None) -> str:
