@@ -1,0 +1,161 @@
+"""`make bench`: three nodes, three copies, QEMU 5.2's `qemu-img bench` as the client; C Sheepdog's figures beside it.
+
+Prints for each workload operations (or bytes) per second and the CPU time of all daemons per operation: medians of
+several runs. The second figure is the one to compare: the first drifts with whatever else the machine does.
+
+    python -m tests.bench.run [--durable] [--runs N] [--seconds S] [--only TEXT] [--no-load]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+
+from tests.support.cluster import Cluster, started
+from tests.support.processes import run
+
+NODES = 3
+KIB, MIB = 1 << 10, 1 << 20
+VOLUME_BYTES = 256 * MIB
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+FIRST_COUNT = 64  # requests of the run that finds out how many fill the wanted time
+QEMU_IMG = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog") / "bin/qemu-img"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One row. `nosync`, `durable`: C Sheepdog on two cores, as (operations or MB per second, CPU ms)."""
+
+    name: str
+    size: int
+    depth: int
+    write: bool
+    nosync: tuple[float, float] | None
+    durable: tuple[float, float] | None
+    fresh: bool = False  # each write is the first of its object
+
+    @property
+    def in_megabytes(self) -> bool:
+        return self.size >= MIB
+
+
+WORKLOADS = (
+    Workload("4k read depth 1", 4 * KIB, 1, False, (4267, 0.13), (2613, 0.18)),
+    Workload("4k read depth 16", 4 * KIB, 16, False, (14707, 0.07), (11726, 0.06)),
+    Workload("4k write depth 1", 4 * KIB, 1, True, (2529, 0.44), (1639, 0.58)),
+    Workload("4k write depth 16", 4 * KIB, 16, True, (4820, 0.34), (3269, 0.49)),
+    Workload("4k write depth 64", 4 * KIB, 64, True, (4669, 0.35), None),
+    Workload("64k write depth 16", 64 * KIB, 16, True, (2797, 0.58), (2130, 0.74)),
+    Workload("1M read depth 8", MIB, 8, False, (1324, 0.0), (882, 0.0)),
+    Workload("1M write depth 8", MIB, 8, True, (362, 0.0), (224, 0.0)),
+    Workload("4M read depth 4", 4 * MIB, 4, False, (1753, 0.0), (1086, 0.0)),
+    Workload("4M write depth 4", 4 * MIB, 4, True, (442, 0.0), (269, 0.0)),
+    Workload("first 4k write of an object, depth 1", 4 * KIB, 1, True, (831, 0.0), (93, 0.0), fresh=True),
+    Workload("first 4k write of an object, depth 16", 4 * KIB, 16, True, (1362, 0.0), (283, 0.0), fresh=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    seconds: float
+    cpu_seconds: float
+    count: int
+
+
+class Bench:
+    """A cluster with a written volume, and the measuring of one run of a client against it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.fresh = 0
+        cluster.dog("vdi", "create", "bench", str(VOLUME_BYTES))
+        cluster.dog("vdi", "write", "bench", "0", str(VOLUME_BYTES), stdin=os.urandom(VOLUME_BYTES), seconds=300)
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all daemons so far."""
+        ticks = 0
+        for node in range(NODES):
+            for pid in self.cluster.pids(node):
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks * TICK_SECONDS
+
+    def once(self, work: Workload, count: int) -> Result:
+        name = "bench"
+        step = work.size
+        if work.fresh:
+            self.fresh += 1
+            name, step = f"fresh{self.fresh}", 4 * MIB
+            self.cluster.dog("vdi", "create", name, str(count * step))
+        before = self.cpu_seconds()
+        output = run(
+            [
+                QEMU_IMG, "bench", "-f", "raw", "-t", "none", "-c", str(count), "-d", str(work.depth),
+                "-s", str(work.size), "-S", str(step), *(["-w", "--pattern", "90"] if work.write else []),
+                f"sheepdog://127.0.0.1:{self.cluster.port(0)}/{name}",
+            ],
+            seconds=300,
+        ).stdout.decode()  # fmt: skip
+        seconds = float(output.split("Run completed in ")[1].split()[0])
+        result = Result(seconds, self.cpu_seconds() - before, count)
+        if work.fresh:
+            self.cluster.dog("vdi", "delete", name)
+        return result
+
+    def measure(self, work: Workload, runs: int, seconds: float) -> tuple[float, float]:
+        """Medians of (operations per second, CPU milliseconds per operation)."""
+        first = self.once(work, FIRST_COUNT)
+        count = max(FIRST_COUNT, int(FIRST_COUNT * seconds / max(first.seconds, 0.001)))
+        if work.fresh:
+            count = min(count, 2000)
+        results = [self.once(work, count) for _ in range(runs)]
+        rate = statistics.median(result.count / result.seconds for result in results)
+        return rate, statistics.median(1000 * result.cpu_seconds / result.count for result in results)
+
+
+def row(work: Workload, rate: float, cpu_ms: float, peer: tuple[float, float] | None) -> str:
+    speed = rate * work.size / 1e6 if work.in_megabytes else rate
+    unit = "MB/s" if work.in_megabytes else "IOPS"
+    peer_speed = f"{peer[0]:>8.0f}" if peer else f"{'-':>8}"
+    peer_cpu = f"{peer[1]:>8.2f}" if peer and peer[1] else f"{'-':>8}"
+    ratio = f"{speed / peer[0]:>7.2f}x" if peer else f"{'-':>8}"
+    return f"{work.name:38}{speed:>10.0f} {unit}{cpu_ms:>9.3f}   {peer_speed}{peer_cpu}{ratio}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench ARGS='...'", description="Measure three nodes with three copies.")
+    parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
+    parser.add_argument("--only", default="", help="only workloads whose name contains this")
+    parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
+    arguments = parser.parse_args()
+    if not QEMU_IMG.exists():
+        print(f"{QEMU_IMG} is missing: make qemu52 builds it", file=sys.stderr)
+        return 1
+    directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
+    with ExitStack() as stack:
+        stack.callback(rmtree, directory, ignore_errors=True)
+        cluster = Cluster(NODES, directory, options=() if arguments.durable else ("-n",))
+        stack.callback(cluster.close)
+        started(cluster).format("-c", "3")
+        bench = Bench(cluster)
+        mode = "every write durable" if arguments.durable else "-n: never durable"
+        print(f"Three nodes, three copies, {mode}; qemu-img bench, medians of {arguments.runs} runs.\n")
+        print(f"{'':38}{'this':>15}{'CPU ms':>9}   {'C':>8}{'CPU ms':>8}{'ratio':>8}")
+        for work in WORKLOADS:
+            if arguments.only in work.name:
+                rate, cpu_ms = bench.measure(work, arguments.runs, arguments.seconds)
+                print(row(work, rate, cpu_ms, work.durable if arguments.durable else work.nosync), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
