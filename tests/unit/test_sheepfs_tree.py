@@ -1,0 +1,360 @@
+"""The tree of cli.md 3.1 and the rules of 3.2 over volumes in memory: no kernel, no daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+from collections.abc import Awaitable, Callable
+
+import pytest
+from tests.support.memory_cluster import OBJECT, MemoryCluster
+
+from sheepdog.frontends.sheepfs.filesystem import FileSystem
+from sheepdog.frontends.sheepfs.transport import Attributes
+from sheepdog.frontends.sheepfs.tree import ROOT_INODE
+from sheepdog.frontends.sheepfs.volumes import Settings
+
+SIZE = 3 * OBJECT + 1000
+
+
+class Mount:
+    """A file system used by paths, as the kernel would use it."""
+
+    def __init__(self) -> None:
+        self.cluster = MemoryCluster({"web": SIZE, "db": OBJECT})
+        self.settings = Settings()
+        self.files = FileSystem(self.cluster, self.settings)
+
+    def find(self, path: str) -> Attributes:
+        found = self.files.lookup(ROOT_INODE, b".")
+        for part in path.split("/"):
+            found = self.files.lookup(found.inode, part.encode())
+        return found
+
+    async def stat(self, path: str) -> Attributes:
+        return await self.files.attributes(self.find(path).inode)
+
+    def names(self, path: str) -> list[str]:
+        handle = self.files.open_directory(self.find(path).inode if path else ROOT_INODE)
+        listed = [entry.name.decode() for entry in self.files.listing(handle, 0)]
+        self.files.close_directory(handle)
+        return listed
+
+    async def open(self, path: str, flags: int = os.O_RDWR) -> int:
+        return (await self.files.open(self.find(path).inode, flags)).handle
+
+    async def read(self, path: str, offset: int = 0, length: int = 1 << 20) -> bytes:
+        handle = await self.open(path)
+        try:
+            return bytes(await self.files.file(handle).read(offset, length))
+        finally:
+            self.files.release(handle)
+
+    async def write(self, path: str, text: str | bytes, offset: int = 0, flags: int = os.O_RDWR) -> int:
+        handle = await self.open(path, flags)
+        try:
+            data = text.encode() if isinstance(text, str) else text
+            return await self.files.file(handle).write(offset, data)
+        finally:
+            self.files.release(handle)
+
+
+Scenario = Callable[[Mount], Awaitable[None]]
+
+
+def play(scenario: Scenario) -> None:
+    async def main() -> None:
+        await scenario(Mount())
+
+    asyncio.run(main())
+
+
+async def refused(code: int, request: Awaitable[object]) -> None:
+    with pytest.raises(OSError) as caught:
+        await request
+    assert caught.value.errno == code, os.strerror(caught.value.errno or 0)
+
+
+def test_the_tree_has_the_names_kinds_and_modes_of_old() -> None:
+    async def scenario(mount: Mount) -> None:
+        assert mount.names("") == ["cluster", "node", "vdi", "volume", "config"]
+        assert mount.names("cluster") == ["info"]
+        assert mount.names("node") == ["info", "list"]
+        assert mount.names("vdi") == ["list", "mount", "unmount", "volume"]
+        assert mount.names("config") == ["page_cache", "object_cache", "sheep_info"]
+        assert mount.names("volume") == []
+        for directory in ("cluster", "node", "vdi", "volume", "config"):
+            assert mount.find(directory).mode == stat.S_IFDIR | 0o755
+        for file in ("cluster/info", "vdi/mount", "config/sheep_info"):
+            assert mount.find(file).mode == stat.S_IFREG | 0o644
+        link = mount.find("vdi/volume")
+        assert stat.S_ISLNK(link.mode)
+        assert mount.files.readlink(link.inode) == b"../volume"
+
+    play(scenario)
+
+
+def test_inode_numbers_are_stable_distinct_and_never_reused() -> None:
+    async def scenario(mount: Mount) -> None:
+        fixed = [mount.find(path).inode for path in ("cluster", "cluster/info", "node", "vdi/mount", "config")]
+        assert len(set(fixed)) == len(fixed)
+        await mount.write("vdi/mount", "web")
+        first = mount.find("volume/web").inode
+        await mount.write("vdi/unmount", "web")
+        await refused(errno.ENOENT, mount.files.attributes(first))
+        await mount.write("vdi/mount", "web")
+        assert mount.find("volume/web").inode != first
+
+    play(scenario)
+
+
+def test_status_files_are_made_anew_for_each_open_and_keep_their_text_while_open() -> None:
+    async def scenario(mount: Mount) -> None:
+        handle = await mount.open("vdi/list")
+        first = await mount.files.file(handle).read(0, 100)
+        assert first == b"vdi list 1\n"
+        assert await mount.read("vdi/list") == b"vdi list 2\n"
+        assert await mount.files.file(handle).read(4, 4) == b"list"
+        assert await mount.files.file(handle).read(100, 4) == b""
+        assert (await mount.stat("vdi/list")).size == len(b"vdi list 2\n")
+        mount.cluster.down = True
+        assert await mount.read("node/info") == b""
+
+    play(scenario)
+
+
+def test_status_files_refuse_writers() -> None:
+    async def scenario(mount: Mount) -> None:
+        for path in ("cluster/info", "node/info", "node/list", "vdi/list"):
+            await refused(errno.EIO, mount.write(path, "x\n"))
+
+    play(scenario)
+
+
+def test_mounting_shows_the_volume_and_unmounting_takes_it_away() -> None:
+    async def scenario(mount: Mount) -> None:
+        assert await mount.write("vdi/mount", "web\n") == 4
+        assert mount.names("volume") == ["web"]
+        assert (await mount.stat("volume/web")).size == SIZE
+        await mount.write("vdi/mount", "web")
+        assert len(mount.cluster.opened) == 1, "mounting twice must not open twice"
+        await refused(errno.EINVAL, mount.write("vdi/unmount", "db"))
+        await mount.write("vdi/unmount", "web\n")
+        assert mount.names("volume") == []
+        volume = mount.cluster.volumes["web"]
+        assert volume.closed == 1
+        assert volume.calls[-1][0] == "flush", "what was written must be flushed before the connection goes"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("name", ["", "nope", "a/b", ".", "..", "web\n\n", "web -s 1", "x" * 256, "\udcff"])
+def test_mounting_what_cannot_be_a_volume_is_invalid(name: str) -> None:
+    async def scenario(mount: Mount) -> None:
+        await refused(errno.EINVAL, mount.write("vdi/mount", os.fsencode(name)))
+        assert mount.names("volume") == []
+
+    play(scenario)
+
+
+def test_mounting_without_a_cluster_is_an_io_error() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.down = True
+        await refused(errno.EIO, mount.write("vdi/mount", "web"))
+
+    play(scenario)
+
+
+def test_unmounting_is_refused_while_the_volume_is_open() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        handle = await mount.open("volume/web")
+        await refused(errno.EBUSY, mount.write("vdi/unmount", "web"))
+        mount.files.release(handle)
+        await mount.write("vdi/unmount", "web")
+
+    play(scenario)
+
+
+def test_mounting_from_many_writers_at_once_opens_once() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.volumes["web"].latency_s = 0.01
+        await asyncio.gather(*(mount.write("vdi/mount", "web") for _ in range(8)))
+        assert len(mount.cluster.opened) == 1
+
+    play(scenario)
+
+
+def test_reads_stop_at_the_end_of_the_volume() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        assert await mount.read("volume/web", 0, 4096) == bytes(4096)
+        assert await mount.read("volume/web", SIZE - 10, 4096) == bytes(10)
+        assert await mount.read("volume/web", SIZE, 4096) == b""
+        assert await mount.read("volume/web", SIZE + 4096, 4096) == b""
+
+    play(scenario)
+
+
+def test_writes_are_cut_at_the_end_of_the_volume_and_refused_from_there_on() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        assert await mount.write("volume/web", b"a" * 100, SIZE - 60) == 60
+        assert await mount.read("volume/web", SIZE - 61, 100) == b"\0" + b"a" * 60
+        await refused(errno.ENOSPC, mount.write("volume/web", b"a", SIZE))
+        await refused(errno.ENOSPC, mount.write("volume/web", b"a", SIZE + 4096))
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(("flags", "durable"), [(0, 0), (os.O_SYNC, 1), (os.O_DSYNC, 1)])
+def test_only_synchronous_opens_write_durably(flags: int, durable: int) -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("volume/web", b"x" * 512, 512, os.O_RDWR | flags)
+        assert mount.cluster.volumes["web"].durable_writes == durable
+
+    play(scenario)
+
+
+def test_fsync_flushes_the_volume() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        handle = await mount.open("volume/web")
+        await mount.files.file(handle).write(0, b"x")
+        await mount.files.file(handle).fsync()
+        assert [call[0] for call in mount.cluster.volumes["web"].calls] == ["write", "flush"]
+
+    play(scenario)
+
+
+def test_failures_of_the_cluster_reach_the_caller() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        mount.cluster.volumes["web"].fail = errno.ENOSPC
+        await refused(errno.ENOSPC, mount.write("volume/web", b"x"))
+        mount.cluster.volumes["web"].fail = errno.EIO
+        await refused(errno.EIO, mount.read("volume/web"))
+
+    play(scenario)
+
+
+def test_making_a_volume_smaller_changes_nothing() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("volume/web", b"keep")
+        found = await mount.files.truncate(mount.find("volume/web").inode, 0)
+        assert found.size == SIZE
+        assert await mount.read("volume/web", 0, 4) == b"keep"
+
+    play(scenario)
+
+
+def test_removing_a_volumes_file_does_nothing_and_anything_else_is_refused() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        mount.files.unlink(mount.find("volume").inode, b"web")
+        assert mount.names("volume") == ["web"]
+        with pytest.raises(PermissionError):
+            mount.files.unlink(mount.find("vdi").inode, b"list")
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1\n", 1), ("0", 0), ("-7\n", 1), (" 2 ", 1)])
+def test_switches_take_integers(text: str, value: int) -> None:
+    async def scenario(mount: Mount) -> None:
+        for name in ("page_cache", "object_cache"):
+            await mount.write(f"config/{name}", text)
+            assert await mount.read(f"config/{name}") == b"%d\n" % value
+            assert (await mount.stat(f"config/{name}")).size == 5
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("text", ["", "on", "1.0", "0x1", "1 2"])
+def test_switches_refuse_anything_else(text: str) -> None:
+    async def scenario(mount: Mount) -> None:
+        await refused(errno.EINVAL, mount.write("config/page_cache", text))
+        assert await mount.read("config/page_cache") == b"0\n"
+
+    play(scenario)
+
+
+def test_switches_act_on_what_is_opened_next() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("config/object_cache", "1")
+        await mount.write("vdi/mount", "web")
+        assert mount.cluster.opened[-1][2] is True
+        inode = mount.find("volume/web").inode
+        assert (await mount.files.open(inode, os.O_RDWR)).direct
+        await mount.write("config/page_cache", "1")
+        assert not (await mount.files.open(inode, os.O_RDWR)).direct
+
+    play(scenario)
+
+
+def test_the_gateway_can_be_changed_and_volumes_go_with_it() -> None:
+    async def scenario(mount: Mount) -> None:
+        assert await mount.read("config/sheep_info") == b"127.0.0.1:7000\n"
+        assert (await mount.stat("config/sheep_info")).size == len("127.0.0.1") + 6
+        await mount.write("vdi/mount", "web")
+        await mount.write("config/sheep_info", "::1:7003\n")
+        assert await mount.read("config/sheep_info") == b"::1:7003\n"
+        assert mount.cluster.opened[-1] == ("web", "", False, ("::1", 7003))
+        mount.cluster.down = True
+        await refused(errno.EINVAL, mount.write("config/sheep_info", "10.0.0.1:7001"))
+        assert await mount.read("config/sheep_info") == b"10.0.0.1:7001\n"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("text", ["", "127.0.0.1", ":7000", "host:", "host:0", "host:65536", "host:7x", " host:7000"])
+def test_a_malformed_gateway_is_invalid_and_changes_nothing(text: str) -> None:
+    async def scenario(mount: Mount) -> None:
+        await refused(errno.EINVAL, mount.write("config/sheep_info", text))
+        assert await mount.read("config/sheep_info") == b"127.0.0.1:7000\n"
+
+    play(scenario)
+
+
+def test_seek_finds_data_and_holes_and_the_end_counts_as_a_hole() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("volume/web", b"x", OBJECT + 5)
+        file = mount.files.file(await mount.open("volume/web"))
+        assert await file.seek(0, data=True) == OBJECT
+        assert await file.seek(0, data=False) == 0
+        assert await file.seek(OBJECT + 100, data=True) == OBJECT + 100
+        assert await file.seek(OBJECT, data=False) == 2 * OBJECT
+        await refused(errno.ENXIO, file.seek(2 * OBJECT, data=True))
+        await refused(errno.ENXIO, file.seek(SIZE, data=False))
+        await mount.write("volume/web", b"x", SIZE - 1)
+        assert await file.seek(3 * OBJECT, data=False) == SIZE
+
+    play(scenario)
+
+
+def test_a_listing_read_in_parts_is_the_listing_of_the_time_of_opening() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("vdi/mount", "db")
+        handle = mount.files.open_directory(mount.find("volume").inode)
+        first = mount.files.listing(handle, 0)[0]
+        assert first.name == b"web"
+        await mount.write("vdi/unmount", "web")
+        assert [entry.name for entry in mount.files.listing(handle, first.cookie)] == [b"db"]
+
+    play(scenario)
+
+
+def test_closing_the_file_system_flushes_every_volume() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("vdi/mount", "db")
+        await mount.files.close()
+        assert all(volume.calls[-1][0] == "flush" and volume.closed for volume in mount.cluster.volumes.values())
+
+    play(scenario)
