@@ -1,7 +1,7 @@
 """Frames of the client protocol: 48 bytes of header and what follows them (protocol.md 1.2).
 
-Server and clients cut their streams with these two parsers. Both are an `Intake` (wire.streams): receive into `space()`,
-tell `fill(count)`, take complete frames from `next()`.
+Server and clients cut their streams with these two parsers. Both are an `Intake` (wire.streams): receive into
+`space()`, tell `fill(count)`, take complete frames from `next()`.
 """
 
 from __future__ import annotations
