@@ -1,0 +1,47 @@
+"""Where a gateway listens, and how to connect to it. Imports no asyncio: `dog` uses it on its fast path."""
+
+from __future__ import annotations
+
+import socket
+from typing import TypeAlias
+
+Address: TypeAlias = tuple[str, int] | str
+"""(host, port), or the path of a Unix socket (`sock` in a sheep's directory)."""
+
+KEEPALIVE_IDLE_S = 10  # a gateway whose host vanished is noticed within about 20 s, without any traffic of ours
+KEEPALIVE_INTERVAL_S = 3
+KEEPALIVE_PROBES = 3
+UNACKNOWLEDGED_LIMIT_MS = 20_000  # sent bytes that the peer's kernel does not acknowledge; slow answers do not count
+
+
+def describe(address: Address) -> str:
+    """`host:port` or the path, for messages."""
+    return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+
+
+def candidates(address: Address) -> list[tuple[int, tuple[str, int] | str]]:
+    """(address family, socket address) to try in turn; OSError if the name cannot be resolved."""
+    if isinstance(address, str):
+        return [(socket.AF_UNIX, address)]
+    host, port = address
+    # Literals skip the resolver, whose libraries cost milliseconds to load.
+    try:
+        socket.inet_pton(socket.AF_INET, host)
+        return [(socket.AF_INET, (host, port))]
+    except OSError:
+        pass
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(int(family), (str(target[0]), int(target[1]))) for family, _, _, _, target in found]
+
+
+def prepare(family: int) -> socket.socket:
+    """A socket for one candidate, with the options every connection to a gateway wants."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    if family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_LIMIT_MS)
+    return sock

@@ -1,0 +1,290 @@
+"""One pipelined connection to a gateway, for asyncio.
+
+Answers are matched by id and may come in any order; the requests of one turn of the loop leave in one
+`sendmsg`. There is no coroutine, task or future per request in `submit`: the caller's callback is run
+from the socket's reader. Payloads are views of the buffers they were received into (wire.streams).
+
+A broken connection is opened again and every request in flight is sent again with its old id: all
+operations of this protocol may be repeated. After `PATIENCE_S` without a gateway the requests fail with EIO.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import socket
+from collections.abc import Callable
+from struct import Struct
+from typing import NamedTuple, TypeAlias
+
+from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.header import HEADER_SIZE
+from sheepdog.cluster.wire.streams import Arena, BufferPool, Intake, Outbox
+
+PATIENCE_S = 30.0  # longer than a node's expulsion and a daemon's restart; shorter than a person's patience
+CONNECT_LIMIT_S = 5.0  # one attempt
+RETRY_FIRST_S = 0.05
+RETRY_LAST_S = 1.0
+RECEIVES_PER_TURN = 16  # then other sockets of the loop get their turn
+
+_ANSWER = Struct("<8xI4xI28x")  # id, result
+_LENGTH = Struct("<12xI32x")
+_ID = Struct("<I")
+_ID_OFFSET = 8
+_EMPTY = b""
+
+Done: TypeAlias = Callable[[int, Buffer, bytes], None]
+"""done(result code, payload, answer header); the header is empty when no gateway could be reached (code EIO)."""
+
+
+class Reply(NamedTuple):
+    """A successful answer."""
+
+    header: bytes
+    data: Buffer
+
+
+class _Request:
+    """A request from `submit` until its answer."""
+
+    __slots__ = ("done", "header", "limit", "payload")
+
+    def __init__(self, header: bytearray, payload: Buffer, done: Done, limit: int) -> None:
+        self.header = header
+        self.payload = payload
+        self.done = done
+        self.limit = limit
+
+
+def _answer_length(buffer: Buffer, start: int) -> int:
+    return int(_LENGTH.unpack_from(buffer, start)[0])
+
+
+class Session:
+    """One connection. All methods belong to the loop's thread."""
+
+    def __init__(self, address: Address, patience_s: float = PATIENCE_S) -> None:
+        self.address = address
+        self._patience_s = patience_s
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None
+        self._flight: dict[int, _Request] = {}  # in order of submission
+        self._ids = itertools.count()
+        self._queue: list[Buffer] = []  # submitted in this turn of the loop
+        self._flushing = False
+        self._writing = False  # the writer is registered: the kernel's buffer is full
+        self._arena = Arena(BufferPool())
+        self._intake = Intake(self._arena, HEADER_SIZE, _answer_length)
+        self._outbox = Outbox()
+        self._connecting: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @classmethod
+    async def open(cls, address: Address, patience_s: float = PATIENCE_S) -> Session:
+        """Connects once; OSError if nobody listens there."""
+        session = cls(address, patience_s)
+        session._attach(await session._dial())
+        return session
+
+    # -- requests
+
+    def submit(self, header: bytearray, payload: Buffer, done: Done, limit: int = 0) -> None:
+        """Sends a request; `done` comes exactly once, and never before this returns.
+
+        The id in `header` is filled in here. `payload` is borrowed and must not change until `done`. An answer of
+        more than `limit` bytes breaks the protocol. The answer's data is a view that its receiver may keep.
+        """
+        if self._closed:
+            raise OSError(errno.EBADF, "the session is closed")
+        flight = self._flight
+        number = next(self._ids) & 0xFFFFFFFF
+        while number in flight:
+            number = next(self._ids) & 0xFFFFFFFF
+        _ID.pack_into(header, _ID_OFFSET, number)
+        flight[number] = _Request(header, payload, done, limit)
+        if self._socket is None:
+            self._reconnect()  # sends everything in flight when it succeeds
+            return
+        self._queue.append(header)
+        if payload:
+            self._queue.append(payload)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    async def call(self, header: bytearray, payload: Buffer = _EMPTY, limit: int = 0) -> Reply:
+        """One request and its answer; SheepError for a result other than SUCCESS."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
+
+        def done(result: int, data: Buffer, answer: bytes) -> None:
+            if future.done():
+                return  # the caller was cancelled
+            if result:
+                future.set_exception(SheepError(result))
+            else:
+                future.set_result(Reply(answer, data))
+
+        self.submit(header, payload, done, limit)
+        return await future
+
+    async def close(self) -> None:
+        """Ends the connection; what is still in flight fails with EIO."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        self._detach()
+        self._fail_all()
+
+    # -- sending
+
+    def _flush(self) -> None:
+        self._flushing = False
+        sock = self._socket
+        if sock is None:
+            return
+        if self._queue:
+            self._outbox.add(self._queue)
+            self._queue.clear()
+        if self._writing:
+            return
+        try:
+            if self._outbox.send(sock.sendmsg):
+                return
+        except OSError:
+            self._broken()
+            return
+        self._writing = True
+        self._loop.add_writer(sock.fileno(), self._writable)
+
+    def _writable(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket.fileno())
+        self._writing = False
+        self._flush()
+
+    # -- receiving
+
+    def _readable(self) -> None:
+        sock = self._socket
+        intake, flight = self._intake, self._flight
+        for _ in range(RECEIVES_PER_TURN):
+            if sock is None:
+                return
+            space = intake.space()
+            try:
+                got = sock.recv_into(space)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                got = 0
+            if not got:
+                self._broken()
+                return
+            intake.fill(got)
+            while frame := intake.next():
+                buffer, start, data = frame
+                number, result = _ANSWER.unpack_from(buffer, start)
+                request = flight.get(number)
+                if request is None or len(data) > request.limit:
+                    self._broken()  # not what we asked for: the stream cannot be trusted any more
+                    return
+                self._finish(number, result, data, bytes(buffer[start : start + HEADER_SIZE]))
+                if self._socket is not sock:
+                    return  # the callback closed the session
+            if got < len(space):
+                return  # a short receive emptied the socket
+
+    def _finish(self, number: int, result: int, data: Buffer, answer: bytes) -> None:
+        request = self._flight.pop(number)
+        try:
+            request.done(result, data, answer)
+        except Exception as error:  # a bug in the caller must not desynchronise everybody else's answers
+            self._loop.call_exception_handler({"message": "callback of a request failed", "exception": error})
+
+    # -- connection
+
+    async def _dial(self) -> socket.socket:
+        """A connected, non-blocking socket; OSError."""
+        if isinstance(self.address, str):
+            found = candidates(self.address)
+        else:
+            found = await self._loop.run_in_executor(None, candidates, self.address)
+        failure: OSError = OSError(errno.EIO, f"{describe(self.address)} has no address")
+        for family, target in found:
+            sock = prepare(family)
+            sock.setblocking(False)
+            try:
+                await asyncio.wait_for(self._loop.sock_connect(sock, target), CONNECT_LIMIT_S)
+            except (OSError, TimeoutError) as error:
+                failure = OSError(
+                    error.errno or errno.ETIMEDOUT, f"{describe(self.address)}: {error.strerror or 'no answer'}"
+                )
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        raise failure
+
+    def _attach(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._intake = Intake(self._arena, HEADER_SIZE, _answer_length)
+        self._outbox = Outbox()
+        self._loop.add_reader(sock.fileno(), self._readable)
+        for request in self._flight.values():
+            self._queue.append(request.header)
+            if request.payload:
+                self._queue.append(request.payload)
+        self._flush()
+
+    def _detach(self) -> None:
+        sock, self._socket = self._socket, None
+        self._queue.clear()
+        if sock is not None:
+            self._loop.remove_reader(sock.fileno())
+            if self._writing:
+                self._loop.remove_writer(sock.fileno())
+            sock.close()
+        self._writing = False
+
+    def _broken(self) -> None:
+        self._detach()
+        if self._flight and not self._closed:
+            self._reconnect()  # an idle session waits for its next request
+
+    def _reconnect(self) -> None:
+        if self._connecting is None and not self._closed:
+            self._connecting = self._loop.create_task(self._keep_dialling())
+
+    async def _keep_dialling(self) -> None:
+        deadline = self._loop.time() + self._patience_s
+        delay = RETRY_FIRST_S
+        try:
+            while True:
+                try:
+                    sock = await self._dial()
+                except OSError:
+                    # More requests may have been submitted meanwhile; they share this deadline.
+                    if self._loop.time() + delay > deadline:
+                        self._fail_all()
+                        return
+                    await asyncio.sleep(delay)
+                    delay = min(2 * delay, RETRY_LAST_S)
+                else:
+                    self._connecting = None  # before attaching: the new socket may break at once
+                    self._attach(sock)
+                    return
+        finally:
+            if self._connecting is asyncio.current_task():
+                self._connecting = None
+
+    def _fail_all(self) -> None:
+        for number in list(self._flight):
+            if number in self._flight:
+                self._finish(number, Result.EIO, _EMPTY, _EMPTY)
