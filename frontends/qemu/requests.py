@@ -1,0 +1,156 @@
+"""Requests of the native protocol: which are let in, and what object I/O asks of the gateway (protocol.md 3.3.1-3.3.4).
+
+Operations on VDIs and administration are in `operations`; they are handed in as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import (
+    ObjectId,
+    Vid,
+    is_attribute,
+    is_btree,
+    is_data,
+    is_inode,
+    is_ledger,
+    is_vmstate,
+    vid_of,
+)
+from sheepdog.cluster.core.limits import ATTRIBUTE_SIZE, BTREE_NODE_SIZE, DEFAULT_SHIFT, INODE_SIZE, LEDGER_SIZE
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.state import ClusterState
+from sheepdog.cluster.wire.header import OBJECT_REQUEST
+from sheepdog.cluster.wire.opcodes import SERVED_WHILE_WAITING, Flags, Opcode, admit
+from sheepdog.frontends.qemu.connection import Call
+
+IoDone: TypeAlias = Callable[[int, Buffer], None]
+Handler: TypeAlias = Callable[[Call], None]
+_unpack_object = OBJECT_REQUEST.struct.unpack_from
+
+
+class Gateway(Protocol):
+    """What object I/O needs of `core.gateway.Gateway`; every `done` comes exactly once."""
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None: ...
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None: ...
+
+    def create(
+        self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone
+    ) -> None: ...
+
+    def remove(self, oid: ObjectId, done: IoDone) -> None: ...
+
+    def flush(self, vid: Vid, done: IoDone) -> None: ...
+
+
+class Requests:
+    """Gives every request to its handler; a refused one is answered, its connection stays."""
+
+    def __init__(
+        self, gateway: Gateway, cluster: Callable[[], ClusterState], operations: Mapping[int, Handler]
+    ) -> None:
+        """`cluster` gives the state as it is now; `operations` are the handlers of everything but object I/O."""
+        self._gateway = gateway
+        self._cluster = cluster
+        self._handlers: dict[int, Handler] = {
+            Opcode.CREATE_AND_WRITE_OBJ: self._create,
+            Opcode.READ_OBJ: self._read,
+            Opcode.WRITE_OBJ: self._write,
+            Opcode.DISCARD_OBJ: self._discard,
+            Opcode.FLUSH_VDI: self._flush,
+            **operations,
+        }
+
+    def dispatch(self, call: Call) -> None:
+        """Answers the call, now or later (protocol.md 2.8, 12.2)."""
+        opcode = call.opcode
+        result = admit(opcode, call.version)
+        if not result:
+            state = self._cluster().result()
+            if not state or (opcode in SERVED_WHILE_WAITING and state in _WAITING):
+                handler = self._handlers.get(opcode)
+                if handler is not None:
+                    handler(call)
+                    return
+                result = Result.INVALID_PARMS
+            else:
+                result = state
+        call.fail(result)
+
+    def _read(self, call: Call) -> None:
+        oid, offset = _object_of(call)
+        if call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
+            call.fail(Result.INVALID_PARMS)
+        else:
+            self._gateway.read(oid, offset, call.length, call.read)
+
+    def _write(self, call: Call) -> None:
+        oid, offset = _object_of(call)
+        data = call.payload
+        if len(data) != call.length:  # announced, but not sent for want of the WRITE flag
+            call.fail(Result.INVALID_PARMS)
+            return
+        beyond = offset + len(data) - self._size_of(oid)
+        if beyond > 0:
+            if not is_data(oid):
+                call.fail(Result.INVALID_PARMS)
+                return
+            # `dog benchmark io` adds the object's place in the volume to the offset; refused, it would end.
+            data = data[: max(len(data) - beyond, 0)]
+            offset = offset if data else 0
+        self._gateway.write(oid, offset, data, _durable(call), call.written)
+
+    def _create(self, call: Call) -> None:
+        values = _unpack_object(call.buffer, call.start)
+        oid, cow_oid, offset = ObjectId(values[6]), ObjectId(values[7]), values[12]
+        data = call.payload
+        if len(data) != call.length or offset + len(data) > self._size_of(oid):
+            call.fail(Result.INVALID_PARMS)
+            return
+        source = cow_oid if call.flags & Flags.COW else ObjectId(0)
+        self._gateway.create(oid, source, offset, data, _durable(call), call.written)
+
+    def _discard(self, call: Call) -> None:
+        oid, _ = _object_of(call)
+        if is_data(oid):
+            self._gateway.remove(oid, call.written)
+        else:
+            call.fail(Result.INVALID_PARMS)
+
+    def _flush(self, call: Call) -> None:
+        oid, _ = _object_of(call)
+        self._gateway.flush(vid_of(oid), call.written)
+
+    def _size_of(self, oid: ObjectId) -> int:
+        """The object's nominal size in bytes (protocol.md 6.2); 0 for what is no object id."""
+        if oid & _UNUSED_BITS:
+            return 0
+        if is_data(oid) or is_vmstate(oid):
+            record = self._cluster().vdis.get(vid_of(oid))
+            return 1 << (record.shift if record is not None else DEFAULT_SHIFT)
+        if is_inode(oid):
+            return INODE_SIZE
+        if is_attribute(oid):
+            return ATTRIBUTE_SIZE
+        if is_btree(oid):
+            return BTREE_NODE_SIZE
+        return LEDGER_SIZE if is_ledger(oid) else 0
+
+
+_UNUSED_BITS = 0x7 << 56  # protocol.md 6.1
+_WAITING = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
+
+
+def _object_of(call: Call) -> tuple[ObjectId, int]:
+    values = _unpack_object(call.buffer, call.start)
+    return ObjectId(values[6]), values[12]
+
+
+def _durable(call: Call) -> bool:
+    """Only CACHE allows a later flush to make it durable; DIRECT or neither do not (protocol.md 5.3)."""
+    return not call.flags & Flags.CACHE
