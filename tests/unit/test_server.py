@@ -1,0 +1,143 @@
+"""The listening server: who gets which connection, many clients, no files left."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.ports import PortBlock
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.ids import NodeId
+from sheepdog.cluster.host.loop import new_loop
+from sheepdog.cluster.host.server import Server
+from sheepdog.cluster.wire.peer import encode_hello
+
+
+class World:
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self.loop = new_loop(lambda level, text: self.logged.append(text))
+        self.ports = PortBlock()
+        self.peers: list[socket.socket] = []
+        self.clients: list[socket.socket] = []
+        self.server = Server(
+            self.loop, self.peers.append, self.clients.append, lambda level, text: self.logged.append(text)
+        )
+        self.mine: list[socket.socket] = []
+
+    def until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        async def wait() -> None:
+            end = time.monotonic() + seconds
+            while not condition():
+                assert time.monotonic() < end, self.logged
+                await asyncio.sleep(0.002)
+
+        self.loop.run_until_complete(wait())
+
+    def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
+        sock = socket.create_connection((host, port), timeout=5)
+        self.mine.append(sock)
+        return sock
+
+    def close(self) -> None:
+        self.server.stop_listening()
+        self.loop.close()
+        self.ports.close()
+        for sock in (*self.peers, *self.clients, *self.mine):
+            sock.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1"])
+def test_the_first_byte_decides(world: World, address: str | None) -> None:
+    world.server.listen_tcp(address, world.ports[0])
+    silent = world.connect(world.ports[0])
+    hello = encode_hello(NodeId(bytes(16), 7000))
+    world.connect(world.ports[0]).sendall(hello)
+    world.connect(world.ports[0]).sendall(b"\x01\x02")
+    world.connect(world.ports[0]).sendall(b"\x00")
+    world.until(lambda: len(world.peers) == 1 and len(world.clients) == 2)
+    # The byte is still there for whoever got the connection.
+    assert world.peers[0].recv(100) == hello
+    assert sorted(client.recv(100) for client in world.clients) == [b"\x00", b"\x01\x02"]
+    for sock in (*world.peers, *world.clients):
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert not sock.getblocking()
+    silent.sendall(b"\x02")  # a connection may take its time
+    world.until(lambda: len(world.clients) == 3)
+
+
+def test_unix_socket_replaces_a_dead_one(world: World, tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(path)
+    dead.close()
+    world.server.listen_unix(path)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(path)
+    world.mine.append(client)
+    client.sendall(b"\x01")
+    world.until(lambda: world.clients)
+    world.server.stop_listening()
+    assert not (tmp_path / "sock").exists()
+
+
+def test_where_it_cannot_listen_it_says_so(world: World, tmp_path: Path) -> None:
+    world.server.listen_tcp("127.0.0.1", world.ports[0])
+    other = Server(world.loop, world.peers.append, world.clients.append, lambda level, text: None)
+    with pytest.raises(UsageError, match="in use"):
+        other.listen_tcp("127.0.0.1", world.ports[0])
+    with pytest.raises(UsageError):
+        other.listen_tcp("192.0.2.1", world.ports[1])
+    with pytest.raises(UsageError):
+        other.listen_unix(str(tmp_path / "missing" / "sock"))
+
+
+def test_closing_before_speaking_is_harmless(world: World) -> None:
+    world.server.listen_tcp("127.0.0.1", world.ports[0])
+    for _ in range(20):
+        world.connect(world.ports[0]).close()
+    world.connect(world.ports[0]).sendall(b"\x01")
+    world.until(lambda: world.clients)
+    assert len(world.clients) == 1
+
+
+def test_five_hundred_clients_at_once(world: World) -> None:
+    world.server.listen_tcp("127.0.0.1", world.ports[0])
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    for _ in range(500):
+        world.connect(world.ports[0]).sendall(b"\x01")
+    world.until(lambda: len(world.clients) == 500)
+
+
+def test_no_files_left_is_survived(world: World) -> None:
+    world.server.listen_tcp("127.0.0.1", world.ports[0])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waiting = [world.connect(world.ports[0]) for _ in range(10)]
+    for sock in waiting:
+        sock.sendall(b"\x01")
+    spare = socket.socket()
+    lowest = spare.fileno()
+    spare.close()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 4, before[1]))
+        world.until(lambda: [text for text in world.logged if "cannot accept" in text])
+        assert len(world.clients) < 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    world.until(lambda: len(world.clients) == 10)
