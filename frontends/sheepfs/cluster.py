@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from sheepdog.cluster.client.address import Address
+from sheepdog.cluster.client.machine import Extent
+from sheepdog.cluster.client.volume import ReadDone, WriteDone
+from sheepdog.cluster.core.messages import Buffer
 
-Buffer = bytes | bytearray | memoryview
+__all__ = ["Buffer", "Cluster", "Extent", "ReadDone", "Volume", "WriteDone"]
 
 
 class Volume(Protocol):
     """An open volume. Requests may run at the same time; overlapping ones take effect in any order.
 
     Failures are OSErrors with the errno that the user is to see. When the gateway goes away requests wait for it,
-    bounded, then fail with EIO.
+    bounded, then fail with EIO. Every range lies inside the volume.
     """
 
     @property
     def size(self) -> int: ...
 
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Exactly `length` bytes; the range is inside the volume."""
+    @property
+    def read_only(self) -> bool: ...
 
-    async def write(self, offset: int, data: bytes | memoryview, durable: bool) -> None:
-        """`durable`: on the disks of every copy before the return; else after the next `flush`."""
+    def submit_read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Exactly `length` bytes; `done` comes once, perhaps before this returns."""
+
+    def submit_write(self, offset: int, data: Buffer, durable: bool, done: WriteDone) -> None:
+        """`durable`: on the disks of every copy before `done`; else after the next `flush`. `data` is borrowed."""
+
+    async def read(self, offset: int, length: int) -> Buffer: ...
+
+    async def write(self, offset: int, data: Buffer, durable: bool = False) -> None: ...
 
     async def flush(self) -> None:
         """Everything written before is on the disks of every copy, whichever gateway it went through."""
 
-    async def discard(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int) -> None:
         """The range reads as zeros afterwards; whole objects are freed."""
 
-    async def extents(self, offset: int, length: int) -> Sequence[tuple[int, int, bool]]:
-        """(offset, length, holds data) of the range, ascending, without gaps."""
+    async def resize(self, size: int) -> None:
+        """Grow to this many bytes."""
 
-    def allocated_bytes(self) -> int:
-        """How much of the volume has objects of its own or of an ancestor."""
+    def extents(self, offset: int, length: int) -> Iterable[Extent]:
+        """What is allocated in a range: ascending, without gaps."""
 
-    async def close(self) -> None: ...
+    async def move(self, address: Address) -> None:
+        """Go on through another gateway, requests in flight included. OSError, and no change, if that cannot be."""
+
+    async def close(self) -> None:
+        """Flush and end the connection."""
 
 
 class Cluster(Protocol):

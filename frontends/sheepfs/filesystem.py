@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sheepdog.frontends.sheepfs.cluster import Cluster
 from sheepdog.frontends.sheepfs.control import root_directory
 from sheepdog.frontends.sheepfs.transport import Attributes, Opened, error
-from sheepdog.frontends.sheepfs.tree import Handle, Link, Tree
+from sheepdog.frontends.sheepfs.tree import ControlFile, Handle, Link, Tree
 from sheepdog.frontends.sheepfs.volumes import Settings, Volumes
 
 
@@ -45,6 +45,11 @@ class FileSystem:
 
     async def attributes(self, inode: int) -> Attributes:
         return await self._tree.node(inode).fresh_attributes()
+
+    def attributes_now(self, inode: int) -> Attributes | None:
+        """The same, if nobody has to be asked for them; else None."""
+        node = self._tree.node(inode)
+        return None if isinstance(node, ControlFile) else node.attributes()
 
     async def truncate(self, inode: int, size: int) -> Attributes:
         node = self._tree.node(inode)

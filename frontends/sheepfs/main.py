@@ -80,7 +80,11 @@ def _checked(mountpoint: str) -> str:
 
 
 def chosen(name: str) -> Transport:
-    """The transport of this name; modules are imported only when chosen (libfuse may be missing)."""
+    """The transport of this name; `auto` is the direct one where permitted. Imported only when chosen."""
+    if name == "direct" or (name == "auto" and os.geteuid() == 0):
+        from sheepdog.frontends.sheepfs.direct_transport import DirectTransport
+
+        return DirectTransport()
     try:
         from sheepdog.frontends.sheepfs.pyfuse3_transport import Pyfuse3Transport
     except ImportError as problem:

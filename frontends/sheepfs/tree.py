@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol
 
+from sheepdog.cluster.core.messages import Buffer
 from sheepdog.frontends.sheepfs.transport import BLOCK_SIZE, Attributes, error
 
 ROOT_INODE = 1  # the kernel's name of the root
@@ -24,16 +25,17 @@ class Handle(Protocol):
     """An open file. Every method may raise OSError; `release` is the last call."""
 
     direct: bool
+    quick: bool  # has `submit_read` and `submit_write` too: a `VolumeHandle`
 
-    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview: ...
+    async def read(self, offset: int, length: int) -> Buffer: ...
 
-    async def write(self, offset: int, data: bytes | memoryview) -> int: ...
+    async def write(self, offset: int, data: Buffer) -> int: ...
 
     async def fsync(self) -> None: ...
 
-    async def discard(self, offset: int, length: int) -> None: ...
+    async def zero(self, offset: int, length: int) -> None: ...
 
-    async def seek(self, offset: int, data: bool) -> int: ...
+    def seek(self, offset: int, data: bool) -> int: ...
 
     def release(self) -> None: ...
 
@@ -167,6 +169,7 @@ class ControlFile(Node):
 class ControlHandle:
     """One open control file: the text as of the open, whatever changes meanwhile."""
 
+    quick = False
     direct = True  # the size shown may be older than the text: the page cache would cut it
 
     def __init__(self, node: ControlFile, text: bytes) -> None:
@@ -176,7 +179,7 @@ class ControlHandle:
     async def read(self, offset: int, length: int) -> bytes:
         return self._text[offset : offset + length]
 
-    async def write(self, offset: int, data: bytes | memoryview) -> int:
+    async def write(self, offset: int, data: Buffer) -> int:
         del offset  # `echo X >> FILE` writes at the end
         await self._node.order(bytes(data))
         return len(data)
@@ -184,10 +187,10 @@ class ControlHandle:
     async def fsync(self) -> None:
         """Orders are done when written."""
 
-    async def discard(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int) -> None:
         raise error(errno.EOPNOTSUPP)
 
-    async def seek(self, offset: int, data: bool) -> int:
+    def seek(self, offset: int, data: bool) -> int:
         """A text has no holes: data everywhere, the one hole at its end."""
         if offset >= len(self._text):
             raise error(errno.ENXIO)

@@ -1,7 +1,7 @@
 """The volumes that are mounted, and what reading and writing their files means (cli.md 3.2).
 
 A mounted volume outlives its connection: the client waits for a gateway that went away, bounded, and an order to use
-another gateway carries the requests in flight over to it. The size stays that of the time of mounting.
+another gateway carries the requests in flight over to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import stat
 import time
 
 from sheepdog.cluster.client.address import Address
-from sheepdog.frontends.sheepfs.cluster import Buffer, Cluster, Volume
+from sheepdog.frontends.sheepfs.cluster import Buffer, Cluster, Volume, WriteDone
 from sheepdog.frontends.sheepfs.transport import NAME_MAX, Attributes, error
 from sheepdog.frontends.sheepfs.tree import Node, Tree
 
@@ -25,132 +25,98 @@ DURABLE_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
 class MountedVolume(Node):
-    """One file in `volume/`."""
+    """One file in `volume/`. Its size is the volume's at the time of mounting."""
 
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
 
-    def __init__(self, cluster: Cluster, settings: Settings, name: str, volume: Volume) -> None:
+    def __init__(self, settings: Settings, name: str, volume: Volume) -> None:
         self.name = name
         self.size = volume.size
+        self.volume = volume
         self.opened = 0
-        self._cluster = cluster
+        self.mtime_ns = time.time_ns()
         self._settings = settings
-        self._volume = volume
-        self._mtime_ns = time.time_ns()
 
     def attributes(self) -> Attributes:
-        described = self._described(self.size, mtime_ns=self._mtime_ns)
-        described.blocks = -(-self._volume.allocated_bytes() // 512)
+        described = self._described(self.size, mtime_ns=self.mtime_ns)
+        allocated = sum(extent.length for extent in self.volume.extents(0, self.size) if extent.allocated)
+        described.blocks = -(-allocated // 512)
         return described
 
     async def open(self, flags: int) -> VolumeHandle:
         return VolumeHandle(self, durable=bool(flags & DURABLE_FLAGS), direct=not self._settings.page_cache)
 
-    async def read(self, offset: int, length: int) -> Buffer:
-        """What there is of the range: less at the end of the volume, nothing from there on."""
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return b""
-        volume = self._volume
-        try:
-            return await volume.read(offset, length)
-        except OSError:
-            if not self._moved_from(volume):
-                raise
-        return await self._volume.read(offset, length)
-
-    async def write(self, offset: int, data: bytes | memoryview, durable: bool) -> int:
-        """Bytes written: fewer at the end of the volume; ENOSPC from there on."""
-        room = self.size - offset
-        if len(data) > room:
-            if room <= 0:
-                raise error(errno.ENOSPC)
-            data = data[:room]
-        volume = self._volume
-        try:
-            await volume.write(offset, data, durable)
-        except OSError:
-            if not self._moved_from(volume):
-                raise
-            await self._volume.write(offset, data, durable)
-        self._mtime_ns = time.time_ns()
-        return len(data)
-
-    async def flush(self) -> None:
-        volume = self._volume
-        try:
-            await volume.flush()
-        except OSError:
-            if not self._moved_from(volume):
-                raise
-            await self._volume.flush()
-
-    async def discard(self, offset: int, length: int) -> None:
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return
-        volume = self._volume
-        try:
-            await volume.discard(offset, length)
-        except OSError:
-            if not self._moved_from(volume):
-                raise
-            await self._volume.discard(offset, length)
-
-    async def seek(self, offset: int, data: bool) -> int:
-        """Start of the next data, or of the next hole (the end of the file counts as one), from `offset` on."""
-        if not 0 <= offset < self.size:
-            raise error(errno.ENXIO)
-        for start, _, holds_data in await self._volume.extents(offset, self.size - offset):
-            if holds_data == data:
-                return start
-        if data:
-            raise error(errno.ENXIO)
-        return self.size
-
-    async def move(self) -> None:
-        """Open the volume anew at the address now set; requests in flight are repeated there. OSError if that fails."""
-        volume = await self._cluster.open(self.name, "", self._settings.object_cache)
-        if volume.size < self.size:
-            await volume.close()
-            raise OSError(errno.EINVAL, f"the volume is smaller now ({volume.size} bytes) than when it was mounted")
-        old, self._volume = self._volume, volume
-        await old.close()
-
     async def close(self) -> None:
-        """Flush, as far as that works in `CLOSE_LIMIT_S`, and close the connection."""
+        """Flush and end the connection, as far as that works in `CLOSE_LIMIT_S`."""
         try:
             async with asyncio.timeout(CLOSE_LIMIT_S):
-                await self._volume.flush()
+                await self.volume.close()
         except (OSError, TimeoutError) as problem:
             log.warning("volume %s: not flushed when it was unmounted: %s", self.name, problem)
-        await self._volume.close()
-
-    def _moved_from(self, volume: Volume) -> bool:
-        """Whether a request failed only because its connection was closed by `move`."""
-        return volume is not self._volume
 
 
 class VolumeHandle:
-    """One open file of a volume."""
+    """One open file of a volume.
 
-    def __init__(self, volume: MountedVolume, durable: bool, direct: bool) -> None:
-        self._volume = volume
+    `clip`, `submit_read` and `submit_write` are for transports without a coroutine for each request; `read` and `write`
+    do the same. At the end reads give less, and so do writes; from there on reads give nothing, writes ENOSPC.
+    """
+
+    quick = True
+
+    def __init__(self, node: MountedVolume, durable: bool, direct: bool) -> None:
+        self._node = node
         self._durable = durable
         self.direct = direct
-        # The hot call goes to the volume without a frame in between.
-        self.read = volume.read
-        self.fsync = volume.flush
-        self.discard = volume.discard
-        self.seek = volume.seek
-        volume.opened += 1
+        self.submit_read = node.volume.submit_read
+        node.opened += 1
 
-    async def write(self, offset: int, data: bytes | memoryview) -> int:
-        return await self._volume.write(offset, data, self._durable)
+    def clip(self, offset: int, length: int) -> int:
+        """How much of the range lies inside the volume; may be negative beyond its end."""
+        size = self._node.size
+        return length if offset + length <= size else size - offset
+
+    def submit_write(self, offset: int, data: Buffer, durable: bool, done: WriteDone) -> None:
+        node = self._node
+        node.mtime_ns = time.time_ns()
+        node.volume.submit_write(offset, data, durable or self._durable, done)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        length = self.clip(offset, length)
+        return await self._node.volume.read(offset, length) if length > 0 else b""
+
+    async def write(self, offset: int, data: Buffer) -> int:
+        length = self.clip(offset, len(data))
+        if length <= 0 < len(data):
+            raise error(errno.ENOSPC)
+        await self._node.volume.write(offset, data[:length], self._durable)
+        self._node.mtime_ns = time.time_ns()
+        return length
+
+    async def fsync(self) -> None:
+        await self._node.volume.flush()
+
+    async def zero(self, offset: int, length: int) -> None:
+        length = self.clip(offset, length)
+        if length > 0:
+            await self._node.volume.zero(offset, length)
+            self._node.mtime_ns = time.time_ns()
+
+    def seek(self, offset: int, data: bool) -> int:
+        """Start of the next data, or of the next hole (the end of the file counts as one), from `offset` on."""
+        node = self._node
+        if not 0 <= offset < node.size:
+            raise error(errno.ENXIO)
+        for extent in node.volume.extents(offset, node.size - offset):
+            if extent.allocated == data:
+                return extent.offset
+        if data:
+            raise error(errno.ENXIO)
+        return node.size
 
     def release(self) -> None:
-        self._volume.opened -= 1
+        self._node.opened -= 1
 
 
 class Settings:
@@ -193,7 +159,7 @@ class Volumes:
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)
                 raise error(errno.EINVAL if problem.errno == errno.ENOENT else errno.EIO) from None
-            node = MountedVolume(self._cluster, self._settings, name, volume)
+            node = MountedVolume(self._settings, name, volume)
             if self._tree:
                 self._tree.add(node)
             self._mounted[name] = node
@@ -217,7 +183,7 @@ class Volumes:
         failed = False
         for node in list(self._mounted.values()):
             try:
-                await node.move()
+                await node.volume.move(address)
             except OSError as problem:
                 log.error("volume %s: %s", node.name, problem)
                 failed = True

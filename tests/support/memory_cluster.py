@@ -10,9 +10,10 @@ import asyncio
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.client.address import Address
+from sheepdog.frontends.sheepfs.cluster import Buffer, Extent, ReadDone, WriteDone
 
 OBJECT = 4 << 20
 
@@ -28,18 +29,49 @@ class MemoryVolume:
         self.durable_writes = 0
         self.closed = 0
         self.fail = 0
+        self.read_only = False
+        self.address: Address | None = None
 
     async def _arrive(self, what: str, offset: int, length: int) -> None:
         self.calls.append((what, offset, length))
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
+        self._check(what, offset, length)
+
+    def _check(self, what: str, offset: int, length: int) -> None:
         if self.fail:
             raise OSError(self.fail, os.strerror(self.fail))
         if offset < 0 or offset + length > self.size:
             raise AssertionError(f"{what} outside the volume: {offset}+{length}")
 
-    async def read(self, offset: int, length: int) -> bytes:
-        await self._arrive("read", offset, length)
+    def submit_read(self, offset: int, length: int, done: ReadDone) -> None:
+        self.calls.append(("read", offset, length))
+        self._answer(lambda: done(None, self._read(offset, length)), lambda failure: done(failure, b""))
+
+    def submit_write(self, offset: int, data: Buffer, durable: bool, done: WriteDone) -> None:
+        self.calls.append(("write", offset, len(data)))
+        self.durable_writes += durable
+
+        def act() -> None:
+            self._write(offset, data)
+            done(None)
+
+        self._answer(act, done)
+
+    def _answer(self, act: Callable[[], object], failed: Callable[[OSError], None]) -> None:
+        def answer() -> None:
+            if self.fail:
+                failed(OSError(self.fail, os.strerror(self.fail)))
+            else:
+                act()
+
+        if self.latency_s:
+            asyncio.get_running_loop().call_later(self.latency_s, answer)
+        else:
+            answer()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        self._check("read", offset, length)
         result = bytearray()
         while length:
             index, start = divmod(offset, OBJECT)
@@ -49,9 +81,8 @@ class MemoryVolume:
             offset, length = offset + part, length - part
         return bytes(result)
 
-    async def write(self, offset: int, data: bytes | memoryview, durable: bool) -> None:
-        await self._arrive("write", offset, len(data))
-        self.durable_writes += durable
+    def _write(self, offset: int, data: Buffer) -> None:
+        self._check("write", offset, len(data))
         data = memoryview(data)
         while data:
             index, start = divmod(offset, OBJECT)
@@ -59,11 +90,20 @@ class MemoryVolume:
             self.objects.setdefault(index, bytearray(OBJECT))[start : start + part] = data[:part]
             offset, data = offset + part, data[part:]
 
+    async def read(self, offset: int, length: int) -> bytes:
+        await self._arrive("read", offset, length)
+        return self._read(offset, length)
+
+    async def write(self, offset: int, data: Buffer, durable: bool = False) -> None:
+        await self._arrive("write", offset, len(data))
+        self.durable_writes += durable
+        self._write(offset, data)
+
     async def flush(self) -> None:
         await self._arrive("flush", 0, 0)
 
-    async def discard(self, offset: int, length: int) -> None:
-        await self._arrive("discard", offset, length)
+    async def zero(self, offset: int, length: int) -> None:
+        await self._arrive("zero", offset, length)
         while length:
             index, start = divmod(offset, OBJECT)
             part = min(length, OBJECT - start)
@@ -73,20 +113,25 @@ class MemoryVolume:
                 self.objects[index][start : start + part] = bytes(part)
             offset, length = offset + part, length - part
 
-    async def extents(self, offset: int, length: int) -> Sequence[tuple[int, int, bool]]:
-        await self._arrive("extents", offset, length)
-        found: list[tuple[int, int, bool]] = []
+    async def resize(self, size: int) -> None:
+        await self._arrive("resize", 0, 0)
+        self.size = size
+
+    def extents(self, offset: int, length: int) -> Iterable[Extent]:
         while length:
             index, start = divmod(offset, OBJECT)
             part = min(length, OBJECT - start)
-            found.append((offset, part, index in self.objects))
+            yield Extent(offset, part, index in self.objects)
             offset, length = offset + part, length - part
-        return found
 
-    def allocated_bytes(self) -> int:
-        return len(self.objects) * OBJECT
+    async def move(self, address: Address) -> None:
+        self.calls.append(("move", 0, 0))
+        if self.fail:
+            raise OSError(self.fail, os.strerror(self.fail))
+        self.address = address
 
     async def close(self) -> None:
+        await self.flush()
         self.closed += 1
 
 
