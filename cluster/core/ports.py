@@ -1,4 +1,6 @@
-"""What core asks of the world. Each port has a real body (cluster.host, cluster.drivers) and a simulated one (cluster.sim).
+"""What core asks of the world.
+
+Each port has a real body (cluster.host, cluster.drivers) and a simulated one (cluster.sim).
 
 Rules for every body:
 * Calls come from one thread (the loop's) and return at once; what takes time ends in a callback on the same thread.
@@ -95,7 +97,7 @@ class Store(Protocol):
         """Block hashes of the copy: 8 bytes little-endian a block, zero for a hole; raises NoObject."""
 
     def restore_begin(self, oid: ObjectId, size: int) -> None:
-        """Opens the copy (or a new, empty one) for recovery; its version is NO_VERSION until the end, also after a crash."""
+        """Opens the copy (or a new, empty one) for recovery; its version is NO_VERSION until the end (crashes too)."""
 
     def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
         """Whole blocks (the object's last one may be short) fetched from another copy."""

@@ -1,0 +1,150 @@
+"""One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
+
+vdis      records added or changed by an operation          changes: {"put": [record...], "table": [...]}
+header    a client wrote the header of an inode             vid, tag, size, vm_state_size, copies
+add       register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
+lock      lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
+release   unlock (RELEASE_VDI)                              vid, shared
+find      lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
+recovery  automatic recovery on or off                      enabled
+shutdown  all nodes stop
+kill      one node stops                                    node
+epoch     a new epoch without a change of members           time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status
+from sheepdog.cluster.core.vdi import LockState, VdiRecord, VdiTable
+
+Command = dict[str, Any]
+MAX_PARTICIPANTS = 31  # protocol.md 8.5
+
+
+def apply_command(state: ClusterState, sender: str, command: Command) -> Any:
+    """Applies one command; returns what its proposer is told."""
+    return _HANDLERS[command["t"]](state, sender, command)
+
+
+def _vdis(state: ClusterState, _: str, command: Command) -> Result:
+    if "table" in command:
+        state.vdis = VdiTable.from_json(command["table"])
+        state.loaded = True
+    for values in command.get("put", ()):
+        record = VdiRecord.from_json(values)
+        old = state.vdis.get(record.vid)
+        if old is not None:
+            record.lock, record.owners = old.lock, old.owners
+        state.vdis.put(record)
+    if "move_lock" in command:
+        _move_lock(state, *command["move_lock"])
+    return Result.SUCCESS
+
+
+def _move_lock(state: ClusterState, source: int, target: int) -> None:
+    """After a snapshot the client goes on with the new working vid without locking it (protocol.md 8.5)."""
+    old, new = state.vdis.get(Vid(source)), state.vdis.get(Vid(target))
+    if old is not None and new is not None:
+        new.lock, new.owners = old.lock, old.owners
+        old.lock, old.owners = LockState.UNLOCKED, []
+
+
+def _header(state: ClusterState, _: str, command: Command) -> Result:
+    record = state.vdis.get(Vid(command["vid"]))
+    if record is not None and not record.deleted:
+        record.tag = command["tag"].encode("latin-1")
+        record.size = command["size"]
+        record.vm_state_size = command["vm_state_size"]
+        record.copies = command["copies"]
+    return Result.SUCCESS
+
+
+def _add(state: ClusterState, _: str, command: Command) -> Result:
+    vid = Vid(command["vid"])
+    if state.vdis.get(vid) is None:
+        state.vdis.put(
+            VdiRecord(
+                vid,
+                b"",
+                copies=command["copies"],
+                policy=command["policy"],
+                shift=command["shift"],
+                deleted=True,
+            )
+        )
+    if command["use"]:
+        state.vdis.mark(vid, False)
+    return Result.SUCCESS
+
+
+def _find(state: ClusterState, _: str, command: Command) -> VdiRecord | Result:
+    return state.vdis.lookup(command["name"].encode("latin-1"), command["tag"].encode("latin-1"), command["snap_id"])
+
+
+def _lock(state: ClusterState, sender: str, command: Command) -> tuple[Result, VdiRecord | None]:
+    record = _find(state, sender, command)
+    if isinstance(record, Result):
+        return record, None
+    # A snapshot cannot be changed, so nobody needs it alone (protocol.md 8.5).
+    if not state.flags & ClusterFlag.LOCKS or record.is_snapshot:
+        return Result.SUCCESS, record
+    if command["shared"]:
+        if record.lock == LockState.LOCKED:
+            return Result.VDI_LOCKED, record
+        if sender not in record.owners:
+            if len(record.owners) >= MAX_PARTICIPANTS:
+                return Result.VDI_LOCKED, record
+            record.owners.append(sender)
+        record.lock = LockState.SHARED
+        return Result.SUCCESS, record
+    if record.lock != LockState.UNLOCKED:
+        return Result.VDI_LOCKED, record
+    record.lock, record.owners = LockState.LOCKED, [sender]
+    return Result.SUCCESS, record
+
+
+def _release(state: ClusterState, sender: str, command: Command) -> Result:
+    record = state.vdis.get(Vid(command["vid"]))
+    if record is None:
+        return Result.SUCCESS
+    if command["shared"]:
+        if record.lock == LockState.SHARED and sender in record.owners:
+            record.owners.remove(sender)
+            if not record.owners:
+                record.lock = LockState.UNLOCKED
+    elif record.lock == LockState.LOCKED:
+        record.lock, record.owners = LockState.UNLOCKED, []
+    return Result.SUCCESS
+
+
+def _recovery(state: ClusterState, _: str, command: Command) -> Result:
+    state.disable_recovery = not command["enabled"]
+    return Result.SUCCESS
+
+
+def _shutdown(state: ClusterState, _: str, __: Command) -> Result:
+    state.status = Status.SHUTDOWN
+    return Result.SUCCESS
+
+
+def _nothing(_: ClusterState, __: str, ___: Command) -> Result:
+    return Result.SUCCESS
+
+
+_HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
+    "vdis": _vdis,
+    "header": _header,
+    "add": _add,
+    "find": _find,
+    "lock": _lock,
+    "release": _release,
+    "recovery": _recovery,
+    "shutdown": _shutdown,
+    "kill": _nothing,
+    "epoch": _nothing,
+}

@@ -1,0 +1,341 @@
+"""Runs the operation at the head of the queue on the node whose turn it is (see core.operations).
+
+Each script may be run again from its start by another node after a crash at any point:
+
+ create  the new inode is written, then the base is frozen: that write is what a cold start goes by
+ delete  the inode loses its name first, then what it named is freed, then its map is emptied
+ load    after a cold start: the VDI table is collected from the inode objects of all members
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from sheepdog.cluster.core.attributes import Attribute
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import PeerError, Result, StoreError
+from sheepdog.cluster.core.everyone import Everyone
+from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.hashing import vid_of_name
+from sheepdog.cluster.core.ids import (
+    NO_VERSION,
+    ObjectId,
+    Vid,
+    attribute_oid,
+    inode_oid,
+    is_inode,
+    vid_of,
+    vmstate_oid,
+)
+from sheepdog.cluster.core.inode import (
+    HEADER_SIZE,
+    InodeHeader,
+    empty_btree,
+    map_offset,
+    objects_of,
+    unpack_map,
+)
+from sheepdog.cluster.core.inode_writes import InodeWrites
+from sheepdog.cluster.core.limits import (
+    ATTRIBUTE_PROBES,
+    ATTRIBUTE_SIZE,
+    INODE_SIZE,
+    MAX_MAP_ENTRIES,
+    MAX_SHIFT,
+    MIN_SHIFT,
+    RECLAIM_PARALLEL,
+)
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind
+from sheepdog.cluster.core.script import Script, Step, gather, run
+from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
+
+Values = dict[str, Any]
+_SNAP_CTIME_OFFSET = 520
+_SIZE_OFFSET = 536
+_MAP_CHUNK_ENTRIES = 1 << 16
+
+
+class Executor:
+    """Of one node."""
+
+    def __init__(self, context: Context, gateway: Gateway, everyone: Everyone, inodes: InodeWrites) -> None:
+        self._context = context
+        self._gateway = gateway
+        self._everyone = everyone
+        self._inodes = inodes
+        self._settled = 0
+
+    def execute(self, operation: Values) -> None:
+        """Runs to the end, then proposes the commit."""
+        scripts: dict[str, Callable[[Values], Script[Values]]] = {
+            "create": self._create,
+            "delete": self._delete,
+            "attribute": self._attribute,
+            "load": self._load,
+        }
+
+        def ended(outcome: Values) -> None:
+            name = {"owner": operation["owner"], "number": operation["number"], "op": operation["op"]}
+            command = {"t": "commit", "operation": name, "changes": {}, **outcome}
+            self._context.machine.propose(command)
+
+        run(scripts[operation["op"]](operation), ended)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _read(self, oid: ObjectId, offset: int, length: int) -> Step:
+        return lambda done: self._gateway.raw_read(oid, offset, length, done)
+
+    def _change(
+        self, oid: ObjectId, flags: int, offset: int, data: Buffer = b"", length: int = 0, copies: int = 0
+    ) -> Step:
+        durable = flags | Flag.DURABLE
+        return lambda done: self._gateway.change(oid, durable, offset, length, data, copies, done)
+
+    def _freeze(self, vid: Vid) -> Step:
+        """No write of the volume is under way on any node, and none begins."""
+        return lambda done: self._everyone.ask(
+            Kind.DRAIN,
+            inode_oid(vid),
+            b"",
+            lambda answered: self._gateway.freeze(vid, lambda: answered(Result.SUCCESS, b"")),
+            lambda result, _: done(result),
+        )
+
+    def _flush(self, vid: Vid) -> Step:
+        return lambda done: self._gateway.flush(vid, lambda result, _: done(result))
+
+    # -- create ----------------------------------------------------------------------------------------------------
+
+    def _create(self, operation: Values) -> Script[Values]:
+        vdis = self._context.state.vdis
+        name = operation["name"].encode("latin-1")
+        working = vdis.working(name)
+        snapshot = operation["snapshot"]
+        base = vdis.get(Vid(operation["base"])) if operation["base"] else None
+        refusal = _refusal(operation, working, base)
+        vid = vdis.allocate(name)
+        if not refusal and vid is None:
+            refusal = Result.FULL_VDI
+        if refusal or vid is None:
+            return {"result": int(refusal)}
+        header = self._new_header(operation, vid, working, base)
+        entries = b""
+        if snapshot:
+            assert working is not None
+            yield self._freeze(working.vid)
+            if (yield self._flush(working.vid)):
+                return {"result": int(Result.BASE_VDI_READ)}
+        if base is not None:
+            result, entries = yield from self._read_map(base)
+            if result:
+                return {"result": int(Result.BASE_VDI_READ)}
+        elif header.store_policy:
+            entries = empty_btree()
+        body = header.pack() + entries
+        result, _ = yield self._change(inode_oid(vid), Flag.CREATE, 0, body, INODE_SIZE, header.nr_copies)
+        if result:
+            return {"result": int(Result.NO_SPACE if result == Result.NO_SPACE else Result.VDI_WRITE)}
+        put = [VdiRecord.of_inode(header).to_json()]
+        changes: Values = {"put": put}
+        if snapshot:
+            assert working is not None
+            frozen = operation["time"].to_bytes(8, "little")
+            result, _ = yield self._change(inode_oid(working.vid), 0, _SNAP_CTIME_OFFSET, frozen)
+            if result:
+                return {"result": int(Result.BASE_VDI_WRITE)}
+            put.insert(0, {**working.to_json(), "snap_ctime": operation["time"]})
+            changes["move_lock"] = [working.vid, vid]
+        return {"result": int(Result.SUCCESS), "vid": vid, "changes": changes}
+
+    def _new_header(
+        self, operation: Values, vid: Vid, working: VdiRecord | None, base: VdiRecord | None
+    ) -> InodeHeader:
+        """protocol.md 8.3: a new inode inherits object size and map form from its base, whatever was asked."""
+        state = self._context.state
+        name = operation["name"].encode("latin-1")
+        if operation["snapshot"]:
+            assert working is not None
+            snap_id = working.snap_id + 1
+        else:
+            snap_id = state.vdis.next_snap_id(name)
+        return InodeHeader(
+            name=name,
+            create_time=operation["time"],
+            vdi_size=operation["size"],
+            copy_policy=operation["policy"],
+            store_policy=base.store_policy if base is not None else operation["store_policy"],
+            nr_copies=operation["copies"] or state.copies,
+            block_size_shift=base.shift if base is not None else operation["shift"] or state.shift,
+            snap_id=snap_id,
+            vdi_id=vid,
+            parent_vdi_id=base.vid if base is not None else 0,
+        )
+
+    def _read_map(self, record: VdiRecord) -> Script[tuple[int, bytes]]:
+        """The used part of a volume's object map."""
+        count = min(objects_of(record.size, record.shift), MAX_MAP_ENTRIES)
+        parts = []
+        for start in range(0, count, _MAP_CHUNK_ENTRIES):
+            length = 4 * min(_MAP_CHUNK_ENTRIES, count - start)
+            result, part = yield self._read(inode_oid(record.vid), map_offset(start), length)
+            if result:
+                return int(result), b""
+            parts.append(bytes(part))
+        return 0, b"".join(parts)
+
+    # -- delete ----------------------------------------------------------------------------------------------------
+
+    def _delete(self, operation: Values) -> Script[Values]:
+        record = self._context.state.vdis.lookup(
+            operation["name"].encode("latin-1"), operation["tag"].encode("latin-1"), operation["snap_id"]
+        )
+        if isinstance(record, Result):
+            return {"result": int(record)}
+        oid = inode_oid(record.vid)
+        yield self._freeze(record.vid)
+        result, _ = yield self._change(oid, 0, 0, bytes(256))
+        if result:
+            return {"result": int(Result.VDI_WRITE)}
+        result, entries = yield from self._read_map(record)
+        if not result and entries:
+            named: array[int] = unpack_map(entries)
+            dropped = [(Vid(owner), index) for index, owner in enumerate(named) if owner]
+            yield from self._inodes.reclaim(record.vid, dropped)
+            yield self._change(oid, Flag.PUNCH, map_offset(0), length=len(entries))
+        chunks = objects_of(record.vm_state_size, record.shift)
+        removals = [self._change(vmstate_oid(record.vid, index), Flag.REMOVE, 0) for index in range(chunks)]
+        yield gather(removals, RECLAIM_PARALLEL)
+        yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
+        tombstone = {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
+        return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": {"put": [tombstone]}}
+
+    # -- attributes ------------------------------------------------------------------------------------------------
+
+    def _attribute(self, operation: Values) -> Script[Values]:
+        try:
+            wanted = Attribute.unpack(bytes.fromhex(operation["payload"]))
+        except PeerError:
+            return {"result": int(Result.INVALID_PARMS)}
+        record = self._context.state.vdis.lookup(wanted.name, wanted.tag, operation["snap_id"])
+        if isinstance(record, Result):
+            return {"result": int(record)}
+        wanted.snap_id = operation["snap_id"]
+        wanted.ctime = record.create_time
+        vid = vid_of_name(wanted.name)
+        place, found = yield from self._find_attribute(vid, wanted)
+        if place < 0:
+            return {"result": int(Result.FULL_VDI)}
+        answer = {"result": int(Result.SUCCESS), "vid": vid, "attribute": place}
+        oid = attribute_oid(vid, place)
+        if operation["delete"]:
+            if not found:
+                return {"result": int(Result.NO_OBJ)}
+            result, _ = yield self._change(oid, 0, 0, bytes(256))
+        elif operation["create"]:
+            if found and operation["exclusive"]:
+                return {"result": int(Result.VDI_EXIST)}
+            result, _ = yield self._change(oid, Flag.CREATE, 0, wanted.pack(), ATTRIBUTE_SIZE)
+        else:
+            result = Result.SUCCESS if found else Result.NO_OBJ
+        if result:
+            return {"result": int(result)}
+        return answer
+
+    def _find_attribute(self, vid: Vid, wanted: Attribute) -> Script[tuple[int, bool]]:
+        """(id where the attribute is or may be put, whether it is there); id -1: no place."""
+        start, free = wanted.id(), -1
+        for step in range(ATTRIBUTE_PROBES):
+            place = (start + step) & 0xFFFFFFFF
+            result, data = yield self._read(attribute_oid(vid, place), 0, ATTRIBUTE_SIZE)
+            if result:
+                return (place if free < 0 else free), False
+            there = Attribute.unpack(data)
+            if (there.name, there.tag, there.snap_id, there.key) == (
+                wanted.name,
+                wanted.tag,
+                wanted.snap_id,
+                wanted.key,
+            ):
+                return place, True
+            if not there.name and free < 0:
+                free = place
+        return free, False
+
+    # -- load ------------------------------------------------------------------------------------------------------
+
+    def _load(self, _: Values) -> Script[Values]:
+        """The VDI table after a cold start: of each inode the copy that is current, as peering decides."""
+        answers: dict[Any, Buffer] = yield self._ask_inodes()
+        best: dict[int, tuple[tuple[Any, ...], InodeHeader]] = {}
+        for node in sorted(answers):
+            for vid, as_of, version, text in json.loads(bytes(answers[node])):
+                rank = (as_of, tuple(version))
+                if vid not in best or rank > best[vid][0]:
+                    best[vid] = (rank, InodeHeader.unpack(bytes.fromhex(text)))
+        table = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
+        self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")
+        return {"result": int(Result.SUCCESS), "changes": {"table": table.to_json()}}
+
+    def _ask_inodes(self) -> Step:
+        return lambda done: self._everyone.ask(
+            Kind.QUERY, ObjectId(0), b'"inodes"', self.inodes_here, lambda _, answers: done(answers)
+        )
+
+    def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
+        """This node's inode headers: JSON list of [vid, as_of, version, hex of the header]."""
+        copies = [
+            (oid, version)
+            for oid, version in self._context.store.inventory()
+            if is_inode(oid) and version != NO_VERSION
+        ]
+
+        def collect(parts: list[Any]) -> None:
+            found = []
+            for (oid, version), data in zip(copies, parts, strict=True):
+                header = None if isinstance(data, StoreError) else self._header(oid, data)
+                if header is not None:
+                    as_of = max(self._settled, version.epoch)
+                    found.append([vid_of(oid), as_of, list(version), header.pack().hex()])
+            answered(Result.SUCCESS, json.dumps(found).encode())
+
+        gather([self._read_header(oid) for oid, _ in copies], RECLAIM_PARALLEL)(collect)
+
+    def begin(self, settled: int) -> None:
+        """The node starts; `settled` is the newest epoch in which all its copies were proven current."""
+        self._settled = settled
+
+    def _read_header(self, oid: ObjectId) -> Step:
+        return lambda done: self._context.store.read(oid, 0, HEADER_SIZE, done)
+
+    def _header(self, oid: ObjectId, data: Buffer) -> InodeHeader | None:
+        try:
+            header = InodeHeader.unpack(data)
+        except PeerError as error:
+            self._context.log(3, f"object {oid:016x} is no inode: {error}")
+            return None
+        header.vdi_id = vid_of(oid)
+        return header
+
+
+def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | None) -> Result:
+    """Why NEW_VDI cannot be done (protocol.md 8.3); SUCCESS if it can."""
+    if not operation["name"]:
+        return Result.INVALID_PARMS
+    if operation["shift"] and not MIN_SHIFT <= operation["shift"] <= MAX_SHIFT:
+        return Result.INVALID_PARMS
+    if operation["policy"]:
+        return Result.NO_SUPPORT
+    if operation["snapshot"]:
+        if working is None:
+            return Result.NO_VDI
+        if base is None:
+            return Result.BASE_VDI_READ
+    elif working is not None:
+        return Result.VDI_EXIST
+    elif operation["base"] and (base is None or base.deleted):
+        return Result.BASE_VDI_READ
+    return Result.SUCCESS

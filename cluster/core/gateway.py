@@ -1,0 +1,326 @@
+"""The gateway machine: takes a client's request to where it belongs, and again after every change of epoch.
+
+ read    this node's copy if it may be read here, else the home's
+ change  to the home, which numbers it and sees that all replicas have it
+ flush   to every member: the client may have written through another gateway before
+
+Each request is answered exactly once. What is under way when the epoch changes is sent again in its old order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
+from sheepdog.cluster.core.everyone import Everyone
+from sheepdog.cluster.core.home import Home, Submission
+from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
+from sheepdog.cluster.core.limits import RETRY_DELAY_NS
+from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.state import ClusterFlag, ClusterState
+
+IoDone: TypeAlias = Callable[[int, Buffer], None]
+ClientWrite: TypeAlias = Callable[[ObjectId, int, Buffer, bool, IoDone], None]
+_AGAIN = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
+
+
+class _Request:
+    """One request on its way."""
+
+    __slots__ = ("copies", "data", "done", "flags", "gateway", "length", "number", "offset", "oid", "reading")
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        number: int,
+        reading: bool,
+        oid: ObjectId,
+        flags: int,
+        offset: int,
+        length: int,
+        data: Buffer,
+        copies: int,
+        done: IoDone,
+    ) -> None:
+        self.gateway = gateway
+        self.number = number
+        self.reading = reading
+        self.oid = oid
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.data = data
+        self.copies = copies
+        self.done = done
+
+    def finish(self, result: int, data: Buffer) -> None:
+        """The answer; a second one (from an earlier epoch) is ignored."""
+        if self.gateway.pending.pop(self.number, None) is None:
+            return
+        if result in _AGAIN:
+            self.gateway.later(self)
+            return
+        self.done(result, data)
+        if self.gateway.drains:
+            self.gateway.request_ended()
+
+    def answered(self, message: Message) -> None:
+        body = message.body
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        self.finish(message.result, body)
+
+
+class Gateway:
+    """See the module. `home` is this node's home machine of the current epoch (None outside a running cluster)."""
+
+    def __init__(self, context: Context, replica: Replica, everyone: Everyone) -> None:
+        self._context = context
+        self._replica = replica
+        self._everyone = everyone
+        self.home: Home | None = None
+        self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
+        self.pending: dict[int, _Request] = {}  # by number, in the order they came
+        self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
+        self._next_number = 0
+        self._suspended = False
+        self._held: list[Callable[[], None]] = []  # while suspended
+        self._frozen: dict[Vid, list[Callable[[], None]]] = {}  # writes held while a snapshot is taken
+
+    # -- what clients ask --------------------------------------------------------------------------------------
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
+        """`length` bytes from `offset`: all of them, or an error."""
+        refusal = self._context.state.result()
+        if refusal:
+            done(refusal, b"")
+        elif self._suspended:
+            self._held.append(lambda: self.read(oid, offset, length, done))
+        else:
+            self.raw_read(oid, offset, length, done)
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
+        """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
+        if self._may_change(oid, done, lambda: self.write(oid, offset, data, durable, done)):
+            if is_inode(oid) and self.inode_write is not None:
+                self.inode_write(oid, offset, data, durable, done)
+            else:
+                self.change(oid, Flag.DURABLE if durable else 0, offset, 0, data, 0, done)
+
+    def create(self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
+        """A new object of its nominal size: zeros, or a copy of `cow_oid`, with the data laid over it."""
+        if not self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
+            return
+        size = self._context.size_of(oid)
+        flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
+        if not cow_oid or len(data) >= size:
+            self.change(oid, flags, offset, size, data, 0, done)
+            return
+
+        def copied(result: int, source: Buffer) -> None:
+            if result:
+                done(result, b"")
+                return
+            whole = bytearray(source)
+            whole[offset : offset + len(data)] = data
+            # The source was read outside any drain: look again whether the volume may be written.
+            if self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
+                self.change(oid, flags, 0, size, whole, 0, done)
+
+        self.raw_read(cow_oid, 0, size, copied)
+
+    def remove(self, oid: ObjectId, done: IoDone) -> None:
+        """Drops one object; an object that is not there is success."""
+        if self._may_change(oid, done, lambda: self.remove(oid, done)):
+            self.change(oid, Flag.REMOVE, 0, 0, b"", 0, done)
+
+    def flush(self, vid: Vid, done: IoDone) -> None:
+        """Everything acknowledged so far for this volume (and what it was branched off) becomes durable."""
+        refusal = self._context.state.result()
+        if refusal:
+            done(refusal, b"")
+            return
+        self._everyone.ask(
+            Kind.FLUSH,
+            inode_oid(vid),
+            b"",
+            lambda answered: self.flush_here(vid, answered),
+            lambda result, _: done(result, b""),
+        )
+
+    def flush_here(self, vid: Vid, answered: IoDone) -> None:
+        """This node's part of a flush."""
+        vids = frozenset([vid, *self._context.state.vdis.ancestors(vid)])
+
+        def flushed(error: StoreError | None) -> None:
+            answered(Result.SUCCESS if error is None else error.result, b"")
+
+        self._context.store.flush(vids, flushed)
+
+    def _may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
+        """False if the request was answered or is held."""
+        state = self._context.state
+        refusal = state.result() or self._refusal(state, oid)
+        if refusal:
+            done(refusal, b"")
+            return False
+        if self._suspended:
+            self._held.append(retry)
+            return False
+        if self._frozen and vid_of(oid) in self._frozen:
+            self._frozen[vid_of(oid)].append(retry)
+            return False
+        return True
+
+    def _refusal(self, state: ClusterState, oid: ObjectId) -> Result:
+        if is_data(oid):
+            record = state.vdis.get(vid_of(oid))
+            if record is None or (record.deleted and record.name):
+                return Result.NO_VDI
+            if record.snap_ctime:
+                return Result.READONLY
+        placement = self._context.placement
+        if state.flags & ClusterFlag.STRICT and placement.ring.zones < self._context.copies_of(oid):
+            return Result.HALT
+        return Result.SUCCESS
+
+    # -- raw requests: no checks, for the node's own machines too --------------------------------------------------
+
+    def raw_read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
+        self._next_number = number = self._next_number + 1
+        request = _Request(self, number, True, oid, 0, offset, length, b"", 0, done)
+        self.pending[number] = request
+        self._route(request)
+
+    def change(
+        self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
+    ) -> None:
+        """A change as SUBMIT describes it; `copies` 0: as the VDI table says."""
+        self._next_number = number = self._next_number + 1
+        request = _Request(self, number, False, oid, flags, offset, length, data, copies, done)
+        self.pending[number] = request
+        self._route(request)
+
+    def _route(self, request: _Request) -> None:
+        context, home = self._context, self.home
+        oid = request.oid
+        replicas = context.placement.replicas(oid)
+        if home is None or not replicas:
+            request.finish(Result.EIO, b"")
+            return
+        first, me = replicas[0], context.placement.me
+        if request.reading:
+            if first == me:
+                home.read(oid, request.offset, request.length, request.finish)
+            elif me in replicas and self._replica.readable(oid, first, request.offset, request.length):
+                context.store.read(oid, request.offset, request.length, self._read_here(request))
+            else:
+                self._read_at_home(request, 0)
+        elif first == me:
+            home.submit(
+                Submission(
+                    oid, request.flags, request.offset, request.length, request.data, request.copies, request.finish
+                )
+            )
+        else:
+            node = context.placement.nodes[first]
+            message = Message(
+                Kind.SUBMIT,
+                context.epoch,
+                0,
+                oid,
+                request.offset,
+                request.length,
+                request.flags,
+                watermark=context.peers.oldest(node),
+                copies=request.copies,
+                body=request.data,
+            )
+            context.peers.request(node, message, request.answered)
+
+    def _read_at_home(self, request: _Request, flags: int) -> None:
+        context = self._context
+        home = context.placement.home(request.oid)
+        assert home is not None
+        message = Message(Kind.READ, context.epoch, 0, request.oid, request.offset, request.length, flags)
+        context.peers.request(context.placement.nodes[home], message, request.answered)
+
+    def _read_here(self, request: _Request) -> Callable[[Buffer | StoreError], None]:
+        epoch = self._context.epoch
+
+        def read(data: Buffer | StoreError) -> None:
+            if not isinstance(data, StoreError):
+                request.finish(Result.SUCCESS, data)
+            elif self._context.epoch == epoch and request.number in self.pending:
+                if isinstance(data, Corrupt):
+                    self._context.probe("gateway.corrupt_here")
+                    self._context.log(3, f"object {request.oid:016x}: {data}; another copy answers")
+                    self._replica.missing[request.oid] = None
+                    self._read_at_home(request, Flag.REPAIR)
+                else:
+                    request.finish(data.result, b"")
+
+        return read
+
+    def later(self, request: _Request) -> None:
+        """A node was not ready for the request: route it again in a moment."""
+        self.pending[request.number] = request
+
+        def again() -> None:
+            if request.number in self.pending:
+                self._route(request)
+
+        self._context.clock.after(RETRY_DELAY_NS, again)
+
+    # -- changes of the cluster ------------------------------------------------------------------------------------
+
+    def begin(self, home: Home) -> None:
+        """A new epoch: everything under way starts again, in order."""
+        self.home = home
+        for request in list(self.pending.values()):
+            self._route(request)
+
+    def stop(self, result: int) -> None:
+        """This node is no member any more: everything under way ends."""
+        self.home = None
+        for request in list(self.pending.values()):
+            request.finish(result, b"")
+
+    def suspend(self, suspended: bool) -> None:
+        """The node is in doubt about its membership: nothing is begun until it is sure again."""
+        self._suspended = suspended
+        if not suspended:
+            held, self._held = self._held, []
+            for call in held:
+                call()
+
+    def freeze(self, vid: Vid, drained: Callable[[], None]) -> None:
+        """Holds new writes of a volume; `drained` when none is under way. Ends with `thaw`."""
+        self._frozen.setdefault(vid, [])
+        left = {
+            number: None
+            for number, request in self.pending.items()
+            if not request.reading and vid_of(request.oid) == vid
+        }
+        if left:
+            self.drains.append((vid, left, drained))
+        else:
+            drained()
+
+    def request_ended(self) -> None:
+        """Some freeze is waiting: see whether all it waits for has ended."""
+        for entry in list(self.drains):
+            _, left, drained = entry
+            if not any(number in self.pending for number in left):
+                self.drains.remove(entry)
+                drained()
+
+    def thaw(self) -> None:
+        """The operation that froze volumes has ended: held writes go on, and meet the new state."""
+        frozen, self._frozen = self._frozen, {}
+        for calls in frozen.values():
+            for call in calls:
+                call()

@@ -1,0 +1,390 @@
+"""The home machine: numbers the writes of the objects it is home of, and sees that all replicas have them.
+
+One instance per epoch. Until every member's inventory is here it holds all requests (`peering`); then it is `active`:
+
+ object clean       write: number it, hand it to all replicas, answer when all have; read: from the own copy,
+                    but not while a write to the same blocks is on its way
+ object recovering  requests wait for just that object, which is recovered first
+ object lost        no copy that could be trusted is left among the members: EIO until one returns
+
+Writes of one object take effect in the order of their numbers on every replica: links are in order, and a replica
+applies at once. The *watermark* tells the replicas below which number all writes are everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version
+from sheepdog.cluster.core.limits import STABLE_DELAY_NS
+from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.peering import Inventories, decode_holdings, encode_oids
+from sheepdog.cluster.core.placement import Placement
+from sheepdog.cluster.core.ports import Buffer, Timer
+from sheepdog.cluster.core.puller import Puller
+from sheepdog.cluster.core.recovery import Recovery
+from sheepdog.cluster.core.replica import perform, touched
+
+IoDone: TypeAlias = Callable[[int, Buffer], None]
+
+
+class HomeHooks(Protocol):
+    """What a home tells the replica side of its own node."""
+
+    def settled_locally(self, missing: list[ObjectId]) -> None:
+        """Peering is over; these copies of this node are not current."""
+
+    def restored_locally(self, oid: ObjectId) -> None:
+        """This node's copy is current again."""
+
+    def completed_locally(self) -> None:
+        """Everything this home is home of is recovered."""
+
+
+class Submission:
+    """A change that a gateway wants: fields as of a SUBMIT message. `done(result, b"")` comes once, or never
+    if the epoch changes first (the gateway submits again)."""
+
+    __slots__ = ("copies", "data", "done", "flags", "length", "offset", "oid")
+
+    def __init__(
+        self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
+    ) -> None:
+        self.oid = oid
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.data = data
+        self.copies = copies
+        self.done = done
+
+
+class _Write:
+    """A numbered write on its way to the replicas."""
+
+    __slots__ = ("end", "fresh", "home", "pending", "result", "sequence", "start", "submission", "waiting")
+
+    def __init__(self, home: Home, submission: Submission, sequence: int, pending: int, fresh: bool) -> None:
+        self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
+        self.home = home
+        self.submission = submission
+        self.sequence = sequence
+        self.pending = pending
+        self.result = int(Result.SUCCESS)
+        self.start, self.end = touched(
+            submission.flags,
+            submission.offset,
+            submission.length if submission.flags & Flag.PUNCH else len(submission.data),
+        )
+        self.waiting: list[Callable[[], None]] | None = None
+
+    def local(self, error: StoreError | None) -> None:
+        if error is not None:
+            self.home.replica_failed(self, self.home.me, error.result)
+        self.pending -= 1
+        if not self.pending:
+            self.home.completed(self)
+
+    def remote(self, node: int) -> Callable[[Message], None]:
+        def answered(answer: Message) -> None:
+            if answer.result:
+                self.home.replica_failed(self, node, answer.result)
+            self.pending -= 1
+            if not self.pending:
+                self.home.completed(self)
+
+        return answered
+
+
+class Home:
+    """See the module. `former` gives placements of earlier epochs."""
+
+    def __init__(
+        self, context: Context, puller: Puller, former: Callable[[int], Placement | None], hooks: HomeHooks
+    ) -> None:
+        self.context = context
+        self.hooks = hooks
+        self.active = False
+        self.me = context.placement.me
+        self._placement = context.placement
+        self._epoch = context.epoch
+        self._term = context.state.term
+        self._former = former
+        self._inventories = Inventories(len(self._placement.members))
+        self._held: list[Callable[[], None]] = []
+        self._sequence = 0
+        self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
+        self._flying: dict[int, _Write] = {}  # by sequence, ascending
+        self._writing: dict[ObjectId, list[_Write]] = {}
+        self._lost: dict[ObjectId, None] = {}
+        self._told = 0  # watermark that every replica knows
+        self._stable_timer: Timer | None = None
+        self.recovery = Recovery(context, self, puller)
+
+    # -- peering -----------------------------------------------------------------------------------------------
+
+    def on_inventory(self, sender: NodeId, message: Message) -> None:
+        """Part of a member's inventory: `offset` is the part's number, `length` the epoch it is complete for."""
+        if self.active:
+            return
+        body = message.body
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        self._inventories.add(
+            self._placement.index_of[sender],
+            message.offset,
+            decode_holdings(body),
+            message.length,
+            bool(message.flags & Flag.LAST),
+        )
+        if self._inventories.all_here():
+            self._settle()
+
+    def waiting_for(self) -> list[NodeId]:
+        """Members whose inventory has not come yet."""
+        return [] if self.active else [self._placement.nodes[i] for i in self._inventories.missing_members()]
+
+    def _settle(self) -> None:
+        """All inventories are here: tell everybody which of its copies are not current, and begin."""
+        missing: list[list[ObjectId]] = [[] for _ in self._placement.members]
+        for decision in self._inventories.decide(self._placement, self._former):
+            for member in decision.missing:
+                missing[member].append(decision.oid)
+            if decision.version == NO_VERSION:
+                if decision.missing:
+                    self._lost[decision.oid] = None
+                    self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
+                self.recovery.drop(decision.oid, decision.surplus)
+            else:
+                self.recovery.add(decision)
+        self._inventories = Inventories(0)
+        self.active = True
+        for member, oids in enumerate(missing):
+            if member == self.me:
+                self.hooks.settled_locally(oids)
+            else:
+                message = Message(Kind.SETTLE, self._epoch, body=encode_oids(oids))
+                self.context.peers.request(self._placement.nodes[member], message, _ignore)
+        held, self._held = self._held, []
+        for call in held:
+            call()
+        self.recovery.begin()
+
+    # -- writes ------------------------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> None:
+        """Takes a change; see the module for when it is answered."""
+        if not self.active:
+            self._held.append(lambda: self.submit(submission))
+            return
+        oid, flags = submission.oid, submission.flags
+        if self.recovery.is_full(oid):
+            submission.done(Result.NO_SPACE, b"")
+            return
+        if self.recovery.holds(oid, False, lambda: self.submit(submission)):
+            return
+        store = self.context.store
+        if not flags & Flag.CREATE:
+            if oid in self._lost:
+                submission.done(Result.EIO, b"")
+                return
+            if store.version(oid) is None:
+                submission.done(Result.SUCCESS if flags & Flag.REMOVE else Result.NO_OBJ, b"")
+                return
+        elif self._lost:
+            self._lost.pop(oid, None)
+        self._number(submission, self._replicas(submission))
+
+    def _replicas(self, submission: Submission) -> tuple[int, ...]:
+        if submission.copies:  # a new inode: the VDI table does not know it yet
+            return self._placement.ring.replicas(submission.oid, submission.copies)
+        return self._placement.replicas(submission.oid)
+
+    def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
+        context, placement = self.context, self._placement
+        oid = submission.oid
+        self._sequence = sequence = self._sequence + 1
+        version = Version(self._epoch, self._term, sequence)
+        fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
+        write = _Write(self, submission, sequence, len(replicas), fresh)
+        self._flying[sequence] = write
+        writing = self._writing.get(oid)
+        if writing is None:
+            self._writing[oid] = [write]
+        else:
+            writing.append(write)
+        watermark = next(iter(self._flying)) - 1
+        for replica in replicas[1:]:
+            message = Message(
+                Kind.APPLY,
+                self._epoch,
+                0,
+                oid,
+                submission.offset,
+                submission.length,
+                submission.flags,
+                version,
+                sequence,
+                watermark,
+                0,
+                0,
+                submission.data,
+            )
+            context.peers.request(placement.nodes[replica], message, write.remote(replica))
+        perform(
+            context.store,
+            submission.flags,
+            oid,
+            submission.offset,
+            submission.length,
+            submission.data,
+            version,
+            write.local,
+        )
+
+    def replica_failed(self, write: _Write, member: int, result: int) -> None:
+        """A replica could not apply a write: its copy differs now, and must be made equal again."""
+        self.context.probe("home.replica_failed")
+        oid = write.submission.oid
+        write.result = result
+        node = self._placement.nodes[member]
+        self.context.log(3, f"object {oid:016x}: {node} could not apply a write (result {result:#x})")
+        if not write.fresh:
+            self.recovery.suspect(oid, member)
+
+    def completed(self, write: _Write) -> None:
+        """All replicas have answered."""
+        if self.context.epoch != self._epoch:
+            return  # fenced: the gateways submit again in the new epoch
+        oid = write.submission.oid
+        del self._flying[write.sequence]
+        writing = self._writing[oid]
+        writing.remove(write)
+        if not writing:
+            del self._writing[oid]
+            self.recovery.quiet(oid)
+        if write.result and write.fresh:
+            self._undo(write)
+        else:
+            write.submission.done(write.result, b"")
+        if write.waiting is not None:
+            for call in write.waiting:
+                call()
+        if not self._flying and self._stable_timer is None:
+            self._stable_timer = self.context.clock.after(STABLE_DELAY_NS, self._push_watermark)
+
+    def _undo(self, write: _Write) -> None:
+        """An object could not be created on every replica: remove it where it was."""
+        submission, result = write.submission, write.result
+        removal = Submission(
+            submission.oid, Flag.REMOVE, 0, 0, b"", submission.copies, lambda *_: submission.done(result, b"")
+        )
+        self._number(removal, self._replicas(removal))
+
+    def is_writing(self, oid: ObjectId) -> bool:
+        return oid in self._writing
+
+    def _push_watermark(self) -> None:
+        """An idle home tells its replicas that all writes are everywhere, so that they may be read there."""
+        self._stable_timer = None
+        if self._flying or self.context.epoch != self._epoch or self._told == self._sequence:
+            return  # the next write carries it
+        self._told = self._sequence
+        for node in self._placement.nodes:
+            if node != self.context.me:
+                self.context.network.send(node, Message(Kind.STABLE, self._epoch, watermark=self._sequence))
+
+    # -- reads -------------------------------------------------------------------------------------------------
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
+        """Reads from the own copy, or, if that is rotten, from another one (and has it repaired)."""
+        if not self.active:
+            self._held.append(lambda: self.read(oid, offset, length, done))
+            return
+        if self.recovery.holds(oid, True, lambda: self.read(oid, offset, length, done)):
+            return
+        writing = self._writing.get(oid)
+        if writing is not None:
+            for write in reversed(writing):
+                if write.start < offset + length and offset < write.end:
+                    if write.waiting is None:
+                        write.waiting = []
+                    write.waiting.append(lambda: self.read(oid, offset, length, done))
+                    return
+        if oid in self._lost:
+            done(Result.EIO, b"")
+            return
+
+        def read(data: Buffer | StoreError) -> None:
+            if not isinstance(data, StoreError):
+                done(Result.SUCCESS, data)
+            elif isinstance(data, Corrupt):
+                self.context.probe("home.corrupt")
+                self.context.log(3, f"object {oid:016x}: {data}; another copy answers")
+                self.recovery.suspect(oid, self.me)
+                self._read_elsewhere(oid, offset, length, done)
+            else:
+                done(data.result, b"")
+
+        self.context.store.read(oid, offset, length, read)
+
+    def _read_elsewhere(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
+        others = [member for member in self._placement.replicas(oid) if member != self.me]
+        version = self.context.store.version(oid) or NO_VERSION
+
+        def ask(index: int) -> None:
+            if index == len(others):
+                done(Result.EIO, b"")
+                return
+            message = Message(Kind.FETCH, self._epoch, oid=oid, offset=offset, length=length, version=version)
+
+            def answered(answer: Message) -> None:
+                if answer.result == Result.SUCCESS:
+                    assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                    done(Result.SUCCESS, answer.body)
+                else:
+                    ask(index + 1)
+
+            self.context.peers.request(self._placement.nodes[others[index]], message, answered)
+
+        ask(0)
+
+    # -- requests of other gateways ------------------------------------------------------------------------------
+
+    def on_submit(self, sender: NodeId, message: Message) -> None:
+        """A gateway's change. One that comes again (the link broke) is not executed again."""
+        seen = self._seen.setdefault(sender, {})
+        rid = message.rid
+        if rid in seen:
+            self.context.probe("home.submit_repeated")
+            result = seen[rid]
+            if result is not None:
+                self.context.peers.answer(sender, message, result)
+            return
+        while seen and (oldest := next(iter(seen))) < message.watermark:
+            del seen[oldest]  # the gateway has that answer
+        seen[rid] = None
+
+        def done(result: int, _: Buffer) -> None:
+            seen[rid] = result
+            self.context.peers.answer(sender, message, result)
+
+        body = message.body
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        self.submit(Submission(message.oid, message.flags, message.offset, message.length, body, message.copies, done))
+
+    def on_read(self, sender: NodeId, message: Message) -> None:
+        """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
+        if message.flags & Flag.REPAIR and self.active:
+            self.recovery.suspect(message.oid, self._placement.index_of[sender])
+
+        def done(result: int, data: Buffer) -> None:
+            self.context.peers.answer(sender, message, result, data)
+
+        self.read(message.oid, message.offset, message.length, done)
+
+
+def _ignore(_: Message) -> None:
+    """Asked only to have the message delivered."""

@@ -1,0 +1,139 @@
+"""What a client's write into an inode means beyond its bytes (protocol.md 7.4, 7.5).
+
+header  the client may change tag, vm_clock, vm_state_size, size (growing), copies; all nodes learn it
+map     entries that change drop their reference to the data object they named; an object that nobody
+        names any more is freed before the client is answered, so that it may create it again at once
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import PeerError, Result
+from sheepdog.cluster.core.gateway import Gateway, IoDone
+from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid, vid_of
+from sheepdog.cluster.core.inode import (
+    HEADER_SIZE,
+    MAP_END,
+    InodeHeader,
+    entries_written,
+    map_offset,
+    unpack_map,
+)
+from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
+from sheepdog.cluster.core.messages import Flag
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.script import Script, Step, gather, run
+
+
+class InodeWrites:
+    """Takes client writes to inode objects from the gateway."""
+
+    def __init__(self, context: Context, gateway: Gateway) -> None:
+        self._context = context
+        self._gateway = gateway
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
+        record = self._context.state.vdis.get(vid_of(oid))
+        if record is None or record.deleted:
+            done(Result.NO_VDI, b"")
+            return
+        end = offset + len(data)
+        if data and offset < HEADER_SIZE:
+            run(self._write_header(oid, offset, data, durable), lambda result: done(result, b""))
+        elif data and end <= MAP_END and not record.store_policy:
+            run(self._write_map(oid, offset, data, durable), lambda result: done(result, b""))
+        else:
+            self._gateway.change(oid, Flag.DURABLE if durable else 0, offset, 0, data, 0, done)
+
+    def _read(self, oid: ObjectId, offset: int, length: int) -> Step:
+        return lambda done: self._gateway.raw_read(oid, offset, length, done)
+
+    def _change(self, oid: ObjectId, flags: int, offset: int, data: Buffer) -> Step:
+        return lambda done: self._gateway.change(oid, flags, offset, 0, data, 0, done)
+
+    def _write_header(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
+        result, old = yield self._read(oid, 0, HEADER_SIZE)
+        if result:
+            return int(result)
+        wanted = bytearray(old)
+        inside = min(len(data), HEADER_SIZE - offset)
+        wanted[offset : offset + inside] = data[:inside]
+        try:
+            header, asked = InodeHeader.unpack(old), InodeHeader.unpack(wanted)
+        except PeerError:
+            return int(Result.INVALID_PARMS)
+        header.tag = asked.tag
+        header.vm_clock_nsec = asked.vm_clock_nsec
+        header.vm_state_size = asked.vm_state_size
+        header.vdi_size = max(header.vdi_size, asked.vdi_size)
+        header.nr_copies = asked.nr_copies
+        header.btree_counter = asked.btree_counter
+        body = header.pack() + bytes(data[inside:])
+        result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, 0, body)
+        if result:
+            return int(result)
+        command = {
+            "t": "header",
+            "vid": header.vdi_id,
+            "tag": header.tag.decode("latin-1"),
+            "size": header.vdi_size,
+            "vm_state_size": header.vm_state_size,
+            "copies": header.nr_copies,
+        }
+        answer = yield lambda done: self._context.machine.propose(command, done)
+        return int(answer)
+
+    def _write_map(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
+        entries = entries_written(offset, len(data))
+        start, length = map_offset(entries.start), 4 * len(entries)
+        result, before = yield self._read(oid, start, length)
+        if result:
+            return int(result)
+        after = bytearray(before)
+        after[offset - start : offset - start + len(data)] = data
+        result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, offset, data)
+        if result or before == after:
+            return int(result)
+        old, new = unpack_map(before), unpack_map(after)
+        dropped = [(Vid(old[i]), entries.start + i) for i in range(len(old)) if old[i] and old[i] != new[i]]
+        if dropped:
+            yield from self.reclaim(vid_of(oid), dropped)
+        return int(Result.SUCCESS)
+
+    def reclaim(self, writer: Vid, dropped: list[tuple[Vid, int]]) -> Script[None]:
+        """Removes those of the data objects (owner, index) that no inode names any more.
+
+        `writer` has dropped them already. Only their owner and what was branched off it can name them.
+        """
+        vdis = self._context.state.vdis
+        by_owner: dict[Vid, list[int]] = {}
+        for owner, index in dropped:
+            by_owner.setdefault(owner, []).append(index)
+        free: list[ObjectId] = []
+        for owner, indexes in by_owner.items():
+            if vdis.get(owner) is None:
+                continue
+            family = [owner, *vdis.descendants(owner)]
+            living = [vid for vid in family if vid != writer and (r := vdis.get(vid)) is not None and not r.deleted]
+            left = dict.fromkeys(indexes)
+            for vid in living:
+                if not left:
+                    break
+                yield from self._strike_named(vid, owner, left)
+            free.extend(data_oid(owner, index) for index in left)
+        yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in free], RECLAIM_PARALLEL)
+
+    def _strike_named(self, vid: Vid, owner: Vid, indexes: dict[int, None]) -> Script[None]:
+        """Takes out of `indexes` those whose entry in the map of `vid` names `owner`."""
+        low, high = min(indexes), max(indexes)
+        result, part = yield self._read(inode_oid(vid), map_offset(low), 4 * (high - low + 1))
+        if result:
+            # Not known to be free: keep them. A later pass over the store finds what nothing names.
+            self._context.probe("reclaim.map_unreadable")
+            indexes.clear()
+            return
+        entries: array[int] = unpack_map(part)
+        for index in [index for index in indexes if entries[index - low] == owner]:
+            del indexes[index]

@@ -1,0 +1,486 @@
+"""The cluster machine: joins, leaves, epochs and ordered operations, on top of any membership engine.
+
+The engine gives one order of views and messages to all attached processes; this machine turns it into the
+replicated `ClusterState`. A process is *attached* when the engine shows it, and *joined* once an ACCEPT for it
+was delivered. Every state change is a command that all joined nodes apply at the same place of the order.
+
+ sender       command  effect
+ any node     join     asks to be let in; says what its disks remember
+ coordinator  accept   the node is a member; carries the state as of a place in the order
+ coordinator  reject   the node must go (cli.md 1.7)
+ coordinator  leave    members that the engine no longer shows are gone
+ joined node  op       queues an operation; the first of the queue runs, alone
+ executor     commit   ends the running operation with its changes
+ joined node  others   one-step changes, see `Commands`
+
+The coordinator is the oldest joined process; if there is none, the oldest attached one founds the cluster
+from what its own disk remembers. The executor of an operation is its owner, or the coordinator once the owner is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, Protocol
+
+from sheepdog.cluster.core.commands import apply_command
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
+from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, STATE_CHUNK_BYTES
+from sheepdog.cluster.core.ports import (
+    Clock,
+    Delivery,
+    Engine,
+    Event,
+    Log,
+    Lost,
+    Peer,
+    Resumed,
+    Suspended,
+    View,
+)
+from sheepdog.cluster.core.state import (
+    PROTOCOL_VERSION,
+    ClusterFlag,
+    ClusterState,
+    Status,
+    member_from_json,
+    member_to_json,
+    node_key,
+    record_from_json,
+    record_to_json,
+)
+
+Command = dict[str, Any]
+Answer = Callable[[Any], None]
+Key = tuple[bytes, int]  # a process: id and incarnation
+_FRAGMENT = Struct("<BIHH")  # kind (0 whole, 1 part), id, index, total
+
+
+class Listener(Protocol):
+    """What the node does when the state has changed (core.node)."""
+
+    def epoch_changed(self) -> None:
+        """A new epoch, or the first one after a start."""
+
+    def formatted(self) -> None: ...
+
+    def operation_due(self, operation: Command) -> None:
+        """This node executes the operation at the head of the queue."""
+
+    def operation_ended(self, operation: Command) -> None: ...
+
+    def state_changed(self, command: Command) -> None:
+        """A one-step command was applied."""
+
+    def refused(self, reason: str) -> None: ...
+
+    def suspended(self, suspended: bool, reason: str) -> None: ...
+
+    def lost(self, reason: str) -> None: ...
+
+
+class ClusterMachine:
+    """See the module. `fixed_vnodes`: this node was started with a fixed number of virtual nodes."""
+
+    def __init__(
+        self,
+        me: Member,
+        fixed_vnodes: bool,
+        state: ClusterState,
+        clock: Clock,
+        engine: Engine,
+        listener: Listener,
+        log: Log,
+    ) -> None:
+        self.me = me
+        self.fixed_vnodes = fixed_vnodes
+        self.state = state
+        self.joined = False
+        self._clock = clock
+        self._engine = engine
+        self._listener = listener
+        self._log = log
+        self._view: tuple[Key, ...] = ()
+        self._accepted: dict[Key, None] = {}
+        self._joins: dict[Key, Command] = {}  # delivered and not answered yet
+        self._answered: set[Key] = set()  # answered by this coordinator; membership tests only
+        self._struck: set[Key] = set()  # members this node proposed to strike out; membership tests only
+        self._history: list[tuple[int, Key, Command]] = []  # since attach, until joined
+        self._fragments: dict[tuple[Key, int], list[bytes]] = {}
+        self._waiting: dict[int, Answer] = {}
+        self._next_id = 0
+        self._executing: Any = None
+        self._asked_to_join = False
+
+    # -- towards the engine ------------------------------------------------------------------------------------
+
+    def propose(self, command: Command, answer: Answer | None = None) -> None:
+        """Broadcasts a command; `answer` gets what applying it here returned."""
+        if answer is not None:
+            self._next_id += 1
+            command["id"] = self._next_id
+            self._waiting[self._next_id] = answer
+        self._broadcast(json.dumps(command).encode())
+
+    def _broadcast(self, data: bytes) -> None:
+        if len(data) <= STATE_CHUNK_BYTES:
+            self._engine.broadcast(_FRAGMENT.pack(0, 0, 0, 1) + data)
+            return
+        self._next_id += 1
+        parts = [data[i : i + STATE_CHUNK_BYTES] for i in range(0, len(data), STATE_CHUNK_BYTES)]
+        for index, part in enumerate(parts):
+            self._engine.broadcast(_FRAGMENT.pack(1, self._next_id, index, len(parts)) + part)
+
+    def _whole(self, sender: Key, data: bytes) -> Command | None:
+        """The command that this delivery completes."""
+        kind, fragment, index, total = _FRAGMENT.unpack_from(data)
+        body = data[_FRAGMENT.size :]
+        if kind:
+            parts = self._fragments.setdefault((sender, fragment), [])
+            if index != len(parts):
+                return None  # the beginning was sent before this node attached
+            parts.append(body)
+            if len(parts) < total:
+                return None
+            body = b"".join(self._fragments.pop((sender, fragment)))
+        command: Command = json.loads(body)
+        return command
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, View):
+            self._on_view(event)
+        elif isinstance(event, Delivery):
+            sender = (event.sender.id, event.sender.incarnation)
+            command = self._whole(sender, event.data)
+            if command is not None:
+                self._on_command(event.sequence, sender, command)
+        elif isinstance(event, Suspended):
+            self._listener.suspended(True, event.reason)
+        elif isinstance(event, Resumed):
+            self._listener.suspended(False, "")
+        elif isinstance(event, Lost):
+            self._listener.lost(event.reason)
+
+    def _on_view(self, view: View) -> None:
+        self._view = tuple(_key(peer) for peer in view.members)
+        for peer in view.left:
+            key = _key(peer)
+            self._accepted.pop(key, None)
+            self._joins.pop(key, None)
+            for fragment in [name for name in self._fragments if name[0] == key]:
+                del self._fragments[fragment]
+        mine = next((key for key in self._view if key[0] == _id_bytes(self.me)), None)
+        if mine is None:
+            return
+        if not self._asked_to_join:
+            self._asked_to_join = True
+            self.me = Member(self.me.id, self.me.zone, self.me.vnodes, self.me.space, mine[1])
+            self.propose(self._join_command())
+        self._coordinate()
+
+    @property
+    def _my_key(self) -> Key:
+        return _id_bytes(self.me), self.me.incarnation
+
+    def coordinator(self) -> Key | None:
+        """The oldest joined process; None when nobody has joined."""
+        return next((key for key in self._view if key in self._accepted), None)
+
+    def is_coordinator(self) -> bool:
+        return self.joined and self.coordinator() == self._my_key
+
+    def _now_s(self) -> int:
+        return self._clock.wall_ns() // 1_000_000_000
+
+    def _coordinate(self) -> None:
+        """What falls to this node if it is the oldest: founding, letting in, striking out, taking over."""
+        if not self.joined:
+            if self.coordinator() is None and self._view and self._view[0] == self._my_key:
+                self._answer_join(self._my_key)
+            return
+        if self.is_coordinator():
+            gone = [member for member in self.state.members if _member_key(member) not in self._view]
+            news = [member for member in gone if _member_key(member) not in self._struck]
+            if news:
+                self._struck.update(_member_key(member) for member in news)
+                self.propose({"t": "leave", "nodes": [node_key(m.id) for m in gone], "time": self._now_s()})
+            for key in list(self._joins):
+                self._answer_join(key)
+        self._run_head()
+
+    # -- joining -----------------------------------------------------------------------------------------------
+
+    def _join_command(self) -> Command:
+        state = self.state
+        return {
+            "t": "join",
+            "member": member_to_json(self.me),
+            "fixed": self.fixed_vnodes,
+            "protocol": PROTOCOL_VERSION,
+            "config": state.config().decode() if state.ctime else None,
+            "epochs": [record_to_json(record) for record in state.epochs[-JOIN_HISTORY_EPOCHS:]],
+        }
+
+    def _answer_join(self, key: Key) -> None:
+        """Coordinator (or founder): lets a node in or refuses it."""
+        join = self._joins.get(key)
+        if join is None or key in self._answered:
+            return
+        self._answered.add(key)
+        reason = None if not self.joined else refusal(self.state, join)
+        who = [key[0].hex(), key[1]]
+        if reason is not None:
+            self.propose({"t": "reject", "who": who, "reason": reason})
+            return
+        founding = not self.joined
+        state = ClusterState() if founding else self.state
+        self.propose(
+            {
+                "t": "accept",
+                "who": who,
+                "join": join,
+                "as_of": self._applied,
+                "state": state.encode(),
+                "time": self._now_s(),
+            }
+        )
+
+    def _on_command(self, sequence: int, sender: Key, command: Command) -> None:
+        kind = command["t"]
+        if kind == "join":
+            self._joins[sender] = command
+            if not self.joined:
+                self._history.append((sequence, sender, command))
+            self._applied = sequence
+            self._coordinate()
+            return
+        if kind in ("accept", "reject"):
+            self._on_verdict(sequence, command)
+        elif self.joined:
+            self._apply(sender, command)
+        else:
+            self._history.append((sequence, sender, command))
+        self._applied = sequence
+        self._coordinate()
+
+    _applied = 0  # sequence of the last event applied here
+
+    def _on_verdict(self, sequence: int, command: Command) -> None:
+        key: Key = (bytes.fromhex(command["who"][0]), command["who"][1])
+        self._joins.pop(key, None)
+        if key not in self._view or key in self._accepted:
+            return  # gone meanwhile, or answered by two coordinators
+        if command["t"] == "reject":
+            if key == self._my_key:
+                self._listener.refused(command["reason"])
+            return
+        self._accepted[key] = None
+        if key == self._my_key:
+            self._enter(command)
+        elif self.joined:
+            self._admit(command["join"], command["time"])
+        else:
+            self._history.append((sequence, key, command))
+
+    def _enter(self, command: Command) -> None:
+        """This node is let in: takes the state over and catches up with the order."""
+        self.state = ClusterState.decode(command["state"])
+        self.joined = True
+        for sequence, sender, earlier in self._history:
+            if sequence <= command["as_of"]:
+                continue
+            if earlier["t"] == "accept":
+                if not any(_member_key(member) == sender for member in self.state.members):
+                    self._admit(earlier["join"], earlier["time"], quiet=True)
+            elif earlier["t"] != "join":
+                self._apply(sender, earlier, quiet=True)
+        self._history.clear()
+        self._admit(command["join"], command["time"])
+
+    def _admit(self, join: Command, time_s: int, quiet: bool = False) -> None:
+        """A node becomes a member; equal on all joined nodes."""
+        state = self.state
+        member = member_from_json(join["member"])
+        others = [other for other in state.members if other.id != member.id]
+        state.members = state.weighted([*others, member])
+        if state.status == Status.RUNNING:
+            self._new_epoch(time_s, quiet)
+            return
+        if state.status == Status.WAITING and join["config"] is not None:
+            learn(state, join)
+        self._try_start(time_s, quiet)
+
+    def _try_start(self, time_s: int, quiet: bool) -> None:
+        """Starts a formatted cluster once all members of its latest epoch are back (cli.md 4, "Full restart")."""
+        state = self.state
+        if state.status != Status.WAITING or not state.ctime or not state.epochs or state.missing_members():
+            return
+        self.start(time_s, quiet)
+
+    def start(self, time_s: int, quiet: bool = False) -> None:
+        """The waiting cluster runs with the nodes that are present."""
+        state = self.state
+        state.status = Status.RUNNING
+        state.term += 1
+        state.loaded = False
+        state.queue = [{"op": "load", "owner": "", "number": 0}]
+        if _places(state.members) != _places(state.epochs[-1].members):
+            self._new_epoch(time_s, quiet)
+        elif not quiet:
+            self._listener.epoch_changed()
+
+    def _new_epoch(self, time_s: int, quiet: bool = False) -> None:
+        state = self.state
+        state.epochs.append(EpochRecord(Epoch(state.epoch + 1), time_s, state.members))
+        if not quiet:
+            self._listener.epoch_changed()
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def _apply(self, sender: Key, command: Command, quiet: bool = False) -> None:
+        """Applies a command of a joined sender; equal on all joined nodes."""
+        kind = command["t"]
+        answer: Any = Result.SUCCESS
+        if kind == "leave":
+            self._leave(command, quiet)
+        elif kind == "op":
+            self.state.queue.append(command["operation"])
+        elif kind == "commit":
+            self._commit(command, quiet)
+        elif kind == "format":
+            self._format(command, quiet)
+        elif kind == "start":
+            if self.state.status == Status.WAITING and self.state.ctime:
+                self.start(command["time"], quiet)
+            else:
+                answer = Result.FORCE_RECOVER
+        else:
+            answer = apply_command(self.state, sender[0].hex(), command)
+            if kind == "epoch":
+                self._new_epoch(command["time"], quiet)
+            if not quiet:
+                self._listener.state_changed(command)
+        if sender == self._my_key and "id" in command:
+            waiting = self._waiting.pop(command["id"], None)
+            if waiting is not None:
+                waiting(answer)
+
+    def _leave(self, command: Command, quiet: bool) -> None:
+        state = self.state
+        gone = [node for node in command["nodes"] if any(node_key(member.id) == node for member in state.members)]
+        if not gone:
+            return
+        state.members = state.weighted([member for member in state.members if node_key(member.id) not in gone])
+        for node in gone:
+            state.vdis.unlock_node(node)
+        if state.status == Status.RUNNING:
+            self._new_epoch(command["time"], quiet)
+
+    def _format(self, command: Command, quiet: bool) -> None:
+        state = self.state
+        members, had = state.members, state.epoch
+        self.state = state = ClusterState(
+            status=Status.RUNNING,
+            ctime=command["ctime"],
+            copies=command["copies"],
+            policy=command["policy"],
+            shift=command["shift"],
+            flags=command["flags"],
+            store_name=command["store_name"],
+            term=1,
+            loaded=True,
+        )
+        state.members = state.weighted(members)
+        state.epochs.append(EpochRecord(Epoch(1), command["time"], state.members))
+        self._executing = None
+        if not quiet:
+            self._log(5, f"the cluster was formatted (epoch before: {had})")
+            self._listener.formatted()
+            self._listener.epoch_changed()
+
+    def _commit(self, command: Command, quiet: bool) -> None:
+        """The operation at the head of the queue ends; a second commit of it finds another head."""
+        queue = self.state.queue
+        operation = command["operation"]
+        if not queue or _name(queue[0]) != _name(operation):
+            return
+        queue.pop(0)
+        apply_command(self.state, "", {"t": "vdis", **command["changes"]})
+        if self._executing == _name(operation):
+            self._executing = None
+        if not quiet:
+            self._listener.operation_ended({**operation, **command})
+
+    def _run_head(self) -> None:
+        """Starts the operation at the head of the queue if it is this node's to execute."""
+        queue = self.state.queue
+        if not self.joined or not queue or self.state.status != Status.RUNNING:
+            return
+        head = queue[0]
+        if self._executing == _name(head):
+            return
+        owner_here = any(node_key(member.id) == head["owner"] for member in self.state.members)
+        mine = head["owner"] == node_key(self.me.id) if owner_here else self.is_coordinator()
+        if mine:
+            self._executing = _name(head)
+            self._listener.operation_due(head)
+
+
+def refusal(state: ClusterState, join: Command) -> str | None:
+    """Why a node may not join (cli.md 1.7); None when it may."""
+    if join["protocol"] != PROTOCOL_VERSION:
+        return f"it speaks version {join['protocol']} of the protocol between sheep, the cluster {PROTOCOL_VERSION}"
+    config = json.loads(join["config"]) if join["config"] is not None else None
+    if state.ctime and config is not None and config["ctime"] != state.ctime:
+        return "its store belongs to another cluster (different creation time)"
+    last = join["epochs"][-1][0] if join["epochs"] else 0
+    if state.status == Status.RUNNING and last > state.epoch:
+        return f"its epoch {last} is newer than the cluster's {state.epoch}"
+    storing = member_from_json(join["member"]).vnodes > 0
+    automatic = bool(state.flags & ClusterFlag.AUTO_VNODES)
+    if state.ctime and storing and join["fixed"] == automatic:
+        return "its vnodes are fixed (-V), the cluster's automatic" if automatic else "it has no fixed vnodes (-V)"
+    if state.status == Status.SHUTDOWN:
+        return "the cluster is shutting down"
+    return None
+
+
+def learn(state: ClusterState, join: Command) -> None:
+    """A waiting cluster takes over what a formatted joiner remembers, if it is newer."""
+    config = json.loads(join["config"])
+    epochs = [record_from_json(value) for value in join["epochs"]]
+    newest = epochs[-1].epoch if epochs else 0
+    term = max(state.term, config["term"])
+    if not state.ctime or newest > state.epoch:
+        for name, value in config.items():
+            setattr(state, name, value)
+        known = {record.epoch: record for record in state.epochs}
+        known.update({record.epoch: record for record in epochs})
+        state.epochs = [known[number] for number in sorted(known)]
+        state.members = state.weighted(state.members)
+    state.term = term
+
+
+def _places(members: tuple[Member, ...]) -> list[tuple[Any, ...]]:
+    """What placement depends on."""
+    return [(member.id, member.zone, member.vnodes) for member in members]
+
+
+def _name(operation: Command) -> tuple[Any, Any]:
+    return operation["owner"], operation["number"]
+
+
+def _key(peer: Peer) -> Key:
+    return peer.id, peer.incarnation
+
+
+def _id_bytes(member: Member) -> bytes:
+    return bytes.fromhex(node_key(member.id))
+
+
+def _member_key(member: Member) -> Key:
+    return _id_bytes(member), member.incarnation

@@ -1,0 +1,416 @@
+"""One node: puts the machines together, switches epochs, and fences messages of other epochs.
+
+epoch switch   1 the record is written to the epoch log; meanwhile nothing is served in the new epoch
+               2 once it is durable (and the VDI table is there): this node's inventory goes to every home
+               3 each home with all inventories settles, serves, recovers, and tells when it is done
+               4 when all homes are done, every copy here is current: `settled` is remembered durably
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import PeerError, Result, StoreError
+from sheepdog.cluster.core.everyone import Everyone
+from sheepdog.cluster.core.executor import Executor
+from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, vid_of
+from sheepdog.cluster.core.inode_writes import InodeWrites
+from sheepdog.cluster.core.limits import MAX_EARLY_MESSAGES
+from sheepdog.cluster.core.membership import ClusterMachine, Command
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
+from sheepdog.cluster.core.operations import Operations
+from sheepdog.cluster.core.peering import Holding, Standing, decode_members, decode_oids, parts
+from sheepdog.cluster.core.placement import Placement
+from sheepdog.cluster.core.ports import Clock, Engine, Event, Log, Network, NodeState, Store
+from sheepdog.cluster.core.puller import Puller
+from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.state import ClusterState, Status, node_key
+
+
+class Node:
+    """See the module. `on_exit(status, reason)` is set by the daemon and called when the node must end."""
+
+    payload = b""
+
+    def __init__(
+        self,
+        me: Member,
+        clock: Clock,
+        network: Network,
+        store: Store,
+        state: NodeState,
+        engine: Engine,
+        log: Log,
+        fixed_vnodes: bool = False,
+    ) -> None:
+        self.on_exit: Callable[[int, str], None] = lambda status, reason: None
+        self.context = Context(me.id, clock, network, store, log)
+        self._disk = state
+        self._engine = engine
+        self._log = log
+        self.machine = ClusterMachine(
+            me,
+            fixed_vnodes,
+            ClusterState.from_disk(state.load_config(), state.load_epochs()),
+            clock,
+            engine,
+            self,
+            log,
+        )
+        self.context.bind(self.machine)
+        self.replica = Replica(self.context)
+        self.puller = Puller(self.context)
+        self.everyone = Everyone(self.context)
+        self.gateway = Gateway(self.context, self.replica, self.everyone)
+        inodes = InodeWrites(self.context, self.gateway)
+        self.gateway.inode_write = inodes.write
+        self.operations = Operations(self.context)
+        self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
+        self.home: Home | None = None
+        self._standing = Standing(0)
+        self._lacking: dict[ObjectId, None] = {}  # objects this node should have had when its epoch ended
+        self._settled = 0
+        self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
+        self._early: list[tuple[NodeId, Message]] = []
+        self._durable = False  # the current epoch's record is on the disk
+        self._told = False  # the homes of the current epoch know what is here
+        self._recorded = 0  # newest epoch that is durable in the log
+        self._former: dict[int, Placement | None] = {}
+        self._handlers: dict[int, Callable[[NodeId, Message], None]] = {
+            Kind.ANSWER: self.context.peers.on_answer,
+            Kind.APPLY: self.replica.on_apply,
+            Kind.STABLE: self.replica.on_stable,
+            Kind.TABLE: self.puller.on_table,
+            Kind.FETCH: self.puller.on_fetch,
+            Kind.SUBMIT: lambda sender, message: self._at_home().on_submit(sender, message),
+            Kind.READ: lambda sender, message: self._at_home().on_read(sender, message),
+            Kind.INVENTORY: self._on_inventory,
+            Kind.SETTLE: self._on_settle,
+            Kind.PULL: self._on_pull,
+            Kind.DROP: self._on_drop,
+            Kind.COMPLETE: self._on_complete,
+            Kind.FLUSH: self._on_flush,
+            Kind.DRAIN: self._on_drain,
+            Kind.QUERY: self._on_query,
+        }
+
+    @property
+    def cluster(self) -> ClusterState:
+        return self.machine.state
+
+    def start(self) -> None:
+        """Reads what the disks remember of the cluster; before the engine is attached."""
+        self._settled = self._disk.load_settled()
+        self._standing = Standing(self._settled)
+        self._executor.begin(self._settled)
+        self._recorded = self.cluster.epoch
+
+    def stop(self, done: Callable[[], None]) -> None:
+        """Leaves the cluster orderly."""
+        self._engine.leave()
+        self.context.store.flush(None, lambda _: done())
+
+    # -- from the engine -------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        self.machine.on_event(event)
+
+    def refused(self, reason: str) -> None:
+        self._log(3, f"failed to join Sheepdog: {reason}")
+        self.on_exit(1, reason)
+
+    def lost(self, reason: str) -> None:
+        self._log(3, f"lost the cluster: {reason}")
+        self._retire(Result.CLUSTER_ERROR)
+        self.on_exit(1, reason)
+
+    def suspended(self, suspended: bool, reason: str) -> None:
+        if suspended:
+            self._log(4, f"the membership engine is out of reach: {reason}; requests wait")
+        self.gateway.suspend(suspended)
+
+    def operation_due(self, operation: Command) -> None:
+        if operation["op"] == "load" or self.context.epoch:
+            self._executor.execute(operation)
+
+    def operation_ended(self, operation: Command) -> None:
+        self.context.placement.forget()
+        if operation["op"] == "load":
+            self._tell_inventory()
+        self.gateway.thaw()
+        self.operations.ended(operation)
+
+    def state_changed(self, command: Command) -> None:
+        kind = command["t"]
+        if kind in ("header", "add"):
+            self.context.placement.forget()
+        elif kind == "recovery":
+            self._save_config()
+            if self.home is not None and self.home.active:
+                self.home.recovery.run()
+        elif kind == "shutdown":
+            self._end("shutdown")
+        elif kind == "kill" and command["node"] == node_key(self.context.me):
+            self._end("killed by the administrator")
+
+    def _end(self, reason: str) -> None:
+        self._log(5, f"stopping: {reason}")
+        self._retire(Result.SHUTDOWN)
+        self.context.store.flush(None, lambda _: self.on_exit(0, reason))
+
+    def _retire(self, result: Result) -> None:
+        """This node serves no more."""
+        self.gateway.stop(result)
+        self.operations.forget_all(result)
+
+    # -- epochs ----------------------------------------------------------------------------------------------------
+
+    def formatted(self) -> None:
+        """The cluster was formatted: nothing of before counts."""
+        store = self.context.store
+        self.context.epoch = 0
+        self._recorded = 0
+        self._former.clear()
+        self._lacking = {}
+        self._settled = 0
+        self._standing = Standing(0)
+        self._disk.clear_epochs(self._must_work)
+        self._disk.save_settled(0, self._must_work)
+        self.operations.forget_all(Result.VDI_NOT_EMPTY)
+        self.gateway.stop(Result.NO_OBJ)
+        for oid, _ in list(store.inventory()):
+            store.remove(oid, self._must_work)
+
+    def epoch_changed(self) -> None:
+        """The newest record of the state is the epoch from now on."""
+        context, state = self.context, self.cluster
+        record = state.epochs[-1]
+        self._end_epoch()
+        context.epoch = record.epoch
+        context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)
+        context.peers.forget_all()
+        context.network.connect([node for node in context.placement.nodes if node != context.me])
+        self._log(5, f"epoch {record.epoch} with {len(record.members)} nodes")
+        self._complete = {}
+        self._durable = self._told = False
+        self.replica.begin()
+        self.puller.begin()
+        self.home = Home(context, self.puller, self._former_placement, self)
+        self.gateway.begin(self.home)
+        self.everyone.begin()
+        self._record()
+        early, self._early = self._early, []
+        for sender, message in early:
+            self.on_message(sender, message)
+        self._exit_if_only_gateways(record.members)
+
+    def _end_epoch(self) -> None:
+        """What this node knows of its copies at the end of the epoch that is over."""
+        context = self.context
+        if not context.epoch:
+            return
+        settled = self.replica.all_settled()
+        if settled:
+            self._lacking = {}
+        self._lacking.update(self.replica.missing)
+        self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
+        self._former[context.epoch] = context.placement
+
+    def _former_placement(self, epoch: int) -> Placement | None:
+        if epoch not in self._former:
+            record = self.cluster.record(epoch)
+            self._former[epoch] = (
+                None
+                if record is None
+                else Placement(record.epoch, record.members, self.context.me, self.context.copies_of)
+            )
+        return self._former[epoch]
+
+    def _record(self) -> None:
+        """Makes the configuration and all new epoch records durable, then goes on to peering."""
+        epoch = self.context.epoch
+        records = [record for record in self.cluster.epochs if record.epoch > self._recorded]
+
+        def next_record(error: StoreError | None) -> None:
+            if error is not None:
+                self._must_work(error)
+                return
+            if self.context.epoch != epoch:
+                return
+            if records:
+                record = records.pop(0)
+                self._recorded = max(self._recorded, record.epoch)
+                self._disk.append_epoch(record, next_record)
+            else:
+                self._durable = True
+                self._tell_inventory()
+
+        self._disk.save_config(self.cluster.config(), next_record)
+
+    def _save_config(self) -> None:
+        self._disk.save_config(self.cluster.config(), self._must_work)
+
+    def _must_work(self, error: StoreError | None) -> None:
+        if error is not None:
+            self._log(3, f"the node's own state cannot be written: {error}")
+            self._retire(Result.EIO)
+            self.on_exit(1, f"cannot write the node's state: {error}")
+
+    def _tell_inventory(self) -> None:
+        """Tells each home which of its objects are here, once the epoch is durable and the VDI table known."""
+        context, placement = self.context, self.context.placement
+        epoch = context.epoch
+        if not self._durable or not self.cluster.loaded or self._told:
+            return
+        self._told = True
+        by_home: list[list[Holding]] = [[] for _ in placement.members]
+        listed: dict[ObjectId, None] = {}
+        for oid, version in context.store.inventory():
+            home = placement.home(oid)
+            if home is not None:
+                listed[oid] = None
+                by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
+        for oid in self._lacking:
+            home = placement.home(oid)
+            if oid not in listed and home is not None:
+                by_home[home].append(Holding(oid, NO_VERSION, 0))
+        for home, holdings in enumerate(by_home):
+            bodies = parts(holdings)
+            for index, body in enumerate(bodies):
+                message = Message(
+                    Kind.INVENTORY,
+                    epoch,
+                    offset=index,
+                    length=self._standing.complete,
+                    flags=Flag.LAST if index == len(bodies) - 1 else 0,
+                    body=body,
+                )
+                if home == placement.me:
+                    self._at_home().on_inventory(context.me, message)
+                else:
+                    context.peers.request(placement.nodes[home], message, _delivered)
+
+    def _exit_if_only_gateways(self, members: tuple[Member, ...]) -> None:
+        before = self.cluster.epochs[-2].members if len(self.cluster.epochs) > 1 else ()
+        if not any(member.vnodes for member in members) and any(member.vnodes for member in before):
+            self._log(5, "only gateway nodes are remaining, exiting")
+            self.on_exit(0, "only gateway nodes are remaining")
+
+    # -- from the home machine of this node ------------------------------------------------------------------------
+
+    def settled_locally(self, missing: list[ObjectId]) -> None:
+        self.replica.settle(self.context.placement.me, missing)
+
+    def completed_locally(self) -> None:
+        self._home_done(self.context.me)
+
+    def restored_locally(self, oid: ObjectId) -> None:
+        self.replica.missing.pop(oid, None)
+
+    def _home_done(self, node: NodeId) -> None:
+        self._complete[node] = None
+        context = self.context
+        if len(self._complete) < len(context.placement.nodes) or self.replica.missing:
+            return
+        if not self.replica.all_settled() or self._settled >= context.epoch:
+            return
+        self._settled = context.epoch
+        self._lacking = {}
+        self._standing.settle(context.epoch)
+        self._disk.save_settled(context.epoch, self._must_work)
+        self._log(6, f"all copies are current in epoch {context.epoch}")
+
+    # -- from the network ------------------------------------------------------------------------------------------
+
+    def on_link(self, node: NodeId, up: bool) -> None:
+        self.context.peers.on_link(node, up)
+
+    def on_message(self, sender: NodeId, message: Message) -> None:
+        """One message of a peer. Another epoch's is not obeyed: an older one is dropped (its sender will notice
+        and ask again), a newer one waits until this node gets there."""
+        context = self.context
+        if message.epoch != context.epoch:
+            if message.epoch > context.epoch and len(self._early) < MAX_EARLY_MESSAGES:
+                context.probe("node.early_message")
+                self._early.append((sender, message))
+            else:
+                context.probe("node.stale_message")
+            return
+        if sender not in context.placement.index_of:
+            return
+        self._handlers[message.kind](sender, message)
+
+    def _at_home(self) -> Home:
+        assert self.home is not None  # there is one as soon as there is an epoch
+        return self.home
+
+    def _on_inventory(self, sender: NodeId, message: Message) -> None:
+        self.context.peers.answer(sender, message, Result.SUCCESS)
+        self._at_home().on_inventory(sender, message)
+
+    def _on_settle(self, sender: NodeId, message: Message) -> None:
+        self.replica.settle(self.context.placement.index_of[sender], decode_oids(_body(message)))
+        self.context.peers.answer(sender, message, Result.SUCCESS)
+
+    def _on_pull(self, sender: NodeId, message: Message) -> None:
+        placement = self.context.placement
+        sources = [placement.nodes[index] for index in decode_members(_body(message), len(placement.nodes))]
+        epoch = self.context.epoch
+
+        def pulled(result: int) -> None:
+            if self.context.epoch == epoch:
+                if not result:
+                    self.replica.missing.pop(message.oid, None)
+                self.context.peers.answer(sender, message, result)
+
+        self.puller.pull(message.oid, message.version, sources, bool(message.flags & Flag.REPAIR), pulled)
+
+    def _on_drop(self, sender: NodeId, message: Message) -> None:
+        self.context.peers.answer(sender, message, Result.SUCCESS)
+        self.context.store.remove(message.oid, lambda _: None)
+
+    def _on_complete(self, sender: NodeId, message: Message) -> None:
+        self.context.peers.answer(sender, message, Result.SUCCESS)
+        self._home_done(sender)
+
+    def _on_flush(self, sender: NodeId, message: Message) -> None:
+        self.gateway.flush_here(vid_of(message.oid), self._answering(sender, message))
+
+    def _on_drain(self, sender: NodeId, message: Message) -> None:
+        answer = self._answering(sender, message)
+        self.gateway.freeze(vid_of(message.oid), lambda: answer(Result.SUCCESS, b""))
+
+    def _on_query(self, sender: NodeId, message: Message) -> None:
+        if json.loads(bytes(_body(message))) != "inodes":
+            raise PeerError("unknown query")
+        self._executor.inodes_here(self._answering(sender, message))
+
+    def _answering(self, sender: NodeId, message: Message) -> Callable[[int, Buffer], None]:
+        def answer(result: int, body: Buffer) -> None:
+            self.context.peers.answer(sender, message, result, body)
+
+        return answer
+
+    # -- what administration asks ------------------------------------------------------------------------------------
+
+    def recovery_progress(self) -> tuple[bool, int, int]:
+        """(in recovery, objects finished, objects in all) of the objects this node is home of."""
+        home = self.home
+        if home is None or self.cluster.status != Status.RUNNING:
+            return False, 0, 0
+        recovery = home.recovery
+        return not home.active or bool(recovery.unfinished), recovery.finished, recovery.total
+
+
+def _body(message: Message) -> Buffer:
+    assert isinstance(message.body, (bytes, bytearray, memoryview))
+    return message.body
+
+
+def _delivered(_: Any) -> None:
+    """Asked only to have the message delivered."""

@@ -1,0 +1,205 @@
+"""VDI and cluster operations that all nodes see in one order (protocol.md 8, 9).
+
+An operation is queued by an ordered event; when it is at the head of the queue its executor runs it (`Executor`)
+and ends it with a commit that changes the VDI table everywhere at once. If the executor dies, another node runs the
+whole operation again: every step may be repeated, because nobody can use what it makes before the commit.
+Lookups are ordered too, so that a client finds what another client was just told exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT
+from sheepdog.cluster.core.state import STORE_NAMES, Status, node_key
+from sheepdog.cluster.core.vdi import VdiRecord
+
+VdiDone: TypeAlias = Callable[[Result, VdiRecord | None], None]
+ResultDone: TypeAlias = Callable[[Result], None]
+AttributeDone: TypeAlias = Callable[[Result, int, int], None]
+Values: TypeAlias = dict[str, Any]
+
+
+class Operations:
+    """What a door asks for. Every `done` is called once; a cluster that is not running answers at once."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._number = context.clock.wall_ns()  # operation numbers must not repeat after a restart of this node
+        self._waiting: dict[int, Callable[[Values], None]] = {}
+
+    # -- queued operations -----------------------------------------------------------------------------------------
+
+    def _queue(self, operation: Values, ended: Callable[[Values], None]) -> None:
+        refusal = self._context.state.result()
+        if refusal:
+            ended({"result": int(refusal)})
+            return
+        self._number += 1
+        operation["owner"] = node_key(self._context.me)
+        operation["number"] = self._number
+        self._waiting[self._number] = ended
+        self._context.machine.propose({"t": "op", "operation": operation})
+
+    def ended(self, operation: Values) -> None:
+        """An operation was committed (on every node); its owner answers the client."""
+        if operation["owner"] == node_key(self._context.me):
+            waiting = self._waiting.pop(operation["number"], None)
+            if waiting is not None:
+                waiting(operation)
+
+    def forget_all(self, result: Result) -> None:
+        """The queue is gone (format, or this node left): everybody who waits is told."""
+        waiting, self._waiting = self._waiting, {}
+        for ended in waiting.values():
+            ended({"result": int(result)})
+
+    def _vdi_ended(self, done: VdiDone) -> Callable[[Values], None]:
+        def ended(operation: Values) -> None:
+            vid = operation.get("vid", 0)
+            done(Result(operation["result"]), self._context.state.vdis.get(Vid(vid)) if vid else None)
+
+        return ended
+
+    def create_vdi(
+        self,
+        name: bytes,
+        size: int,
+        base: Vid,
+        copies: int,
+        policy: int,
+        store_policy: int,
+        shift: int,
+        snap_id: int,
+        done: VdiDone,
+    ) -> None:
+        """NEW_VDI in all its meanings (protocol.md 8.3): create, clone, roll back, snapshot, rebase."""
+        operation = {
+            "op": "create",
+            "name": name.decode("latin-1"),
+            "size": size,
+            "base": base,
+            "copies": copies,
+            "policy": policy,
+            "store_policy": store_policy,
+            "shift": shift,
+            "snapshot": bool(snap_id),
+            "time": self._now(),
+        }
+        self._queue(operation, self._vdi_ended(done))
+
+    def delete_vdi(self, name: bytes, tag: bytes, snap_id: int, done: VdiDone) -> None:
+        """DEL_VDI: the name is free afterwards, data objects that nothing else names are gone (protocol.md 8.7)."""
+        operation = {"op": "delete", **_target(name, tag, snap_id)}
+        self._queue(operation, self._vdi_ended(done))
+
+    def attribute(
+        self, payload: bytes, snap_id: int, create: bool, exclusive: bool, delete: bool, done: AttributeDone
+    ) -> None:
+        """GET_VDI_ATTR (protocol.md 9); done(result, vid of the name's hash, attribute id)."""
+        operation = {
+            "op": "attribute",
+            "payload": payload.hex(),
+            "snap_id": snap_id,
+            "create": create,
+            "exclusive": exclusive,
+            "delete": delete,
+        }
+
+        def ended(values: Values) -> None:
+            done(Result(values["result"]), values.get("vid", 0), values.get("attribute", 0))
+
+        self._queue(operation, ended)
+
+    # -- one-step changes --------------------------------------------------------------------------------------------
+
+    def find_vdi(self, name: bytes, tag: bytes, snap_id: int, done: VdiDone) -> None:
+        """GET_VDI_INFO: a lookup in the order of all events."""
+        if self._refused(done):
+            return
+
+        def found(answer: Any) -> None:
+            if isinstance(answer, VdiRecord):
+                done(Result.SUCCESS, answer)
+            else:
+                done(answer, None)
+
+        self._context.machine.propose({"t": "find", **_target(name, tag, snap_id)}, found)
+
+    def lock_vdi(self, name: bytes, tag: bytes, snap_id: int, shared: bool, done: VdiDone) -> None:
+        """LOCK_VDI: lookup, and the lock if the cluster enforces locks (protocol.md 8.5)."""
+        if self._refused(done):
+            return
+        command = {"t": "lock", "shared": shared, **_target(name, tag, snap_id)}
+        self._context.machine.propose(command, lambda answer: done(*answer))
+
+    def release_vdi(self, vid: Vid, shared: bool, done: ResultDone) -> None:
+        self._context.machine.propose({"t": "release", "vid": vid, "shared": shared}, done)
+
+    def add_vdi(self, vid: Vid, copies: int, policy: int, shift: int, use: bool, done: ResultDone) -> None:
+        """NOTIFY_VDI_ADD: registers a vid before its inode is written (`cluster snapshot load`)."""
+        command = {"t": "add", "vid": vid, "copies": copies, "policy": policy, "shift": shift, "use": use}
+        self._context.machine.propose(command, done)
+
+    def format(
+        self, ctime: int, copies: int, policy: int, flags: int, shift: int, store_name: str, done: ResultDone
+    ) -> None:
+        """MAKE_FS: everything is wiped, epoch 1 begins; done when this node's part of it is durable."""
+        if store_name not in STORE_NAMES:
+            done(Result.NO_STORE)
+            return
+        if policy:
+            done(Result.NO_SUPPORT)
+            return
+        command = {
+            "t": "format",
+            "ctime": ctime,
+            "copies": copies or DEFAULT_COPIES,
+            "policy": policy,
+            "flags": flags,
+            "shift": shift or DEFAULT_SHIFT,
+            "store_name": store_name,
+            "time": self._context.clock.wall_ns() // 1_000_000_000,
+        }
+        self._context.machine.propose(command, done)
+
+    def shutdown(self, done: ResultDone) -> None:
+        self._context.machine.propose({"t": "shutdown"}, done)
+
+    def kill(self, done: ResultDone) -> None:
+        """This node stops."""
+        self._context.machine.propose({"t": "kill", "node": node_key(self._context.me)}, done)
+
+    def set_recovery(self, enabled: bool, done: ResultDone) -> None:
+        self._context.machine.propose({"t": "recovery", "enabled": enabled}, done)
+
+    def new_epoch(self, done: ResultDone) -> None:
+        """A new epoch with the same members: weights or redundancy have changed."""
+        command = {"t": "epoch", "time": self._context.clock.wall_ns() // 1_000_000_000}
+        self._context.machine.propose(command, done)
+
+    def force_recover(self, done: ResultDone) -> None:
+        """Starts a waiting cluster with the nodes that are present."""
+        if self._context.state.status != Status.WAITING or not self._context.state.ctime:
+            done(Result.FORCE_RECOVER)
+            return
+        command = {"t": "start", "time": self._context.clock.wall_ns() // 1_000_000_000}
+        self._context.machine.propose(command, done)
+
+    def _refused(self, done: VdiDone) -> bool:
+        refusal = self._context.state.result()
+        if refusal:
+            done(refusal, None)
+        return bool(refusal)
+
+    def _now(self) -> int:
+        seconds, rest = divmod(self._context.clock.wall_ns(), 1_000_000_000)
+        return seconds << 32 | rest
+
+
+def _target(name: bytes, tag: bytes, snap_id: int) -> Values:
+    return {"name": name.decode("latin-1"), "tag": tag.decode("latin-1"), "snap_id": snap_id}

@@ -1,0 +1,211 @@
+"""Peering: after an epoch change each home learns what everybody holds, and decides which copies are current.
+
+Every member tells every home the copies it holds of that home's objects, with the newest epoch in which each was
+known to be current (`as_of`), and the epoch up to which its holdings are complete (`complete`): an object that it
+should have held then and does not list was deleted.
+
+ as_of of a copy     continuing member, copy settled in the epoch before: that epoch
+                     otherwise: the epoch of its last settling, or of the copy's last write if that is later
+                     (a write is only ever applied to a current copy)
+ best copy           the highest (as_of, version): its version is what all replicas must have
+ deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from struct import Struct
+from typing import NamedTuple
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.placement import Placement
+
+_ENTRY = Struct("<QIIQI4x")
+_OIDS = Struct("<Q")
+_MEMBERS = Struct("<H")
+
+
+class Holding(NamedTuple):
+    """One copy in an inventory."""
+
+    oid: ObjectId
+    version: Version
+    as_of: int
+
+
+class Decision(NamedTuple):
+    """What a home decided for one object that is not simply equal everywhere."""
+
+    oid: ObjectId
+    version: Version  # NO_VERSION: deleted, or lost
+    sources: tuple[int, ...]  # members with that version
+    missing: tuple[int, ...]  # replicas without it
+    surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
+
+
+def encode_holdings(holdings: Sequence[Holding]) -> bytes:
+    """Bytes of one part: 32 a copy (oid, version, as_of)."""
+    pack = _ENTRY.pack
+    return b"".join([pack(oid, *version, as_of) for oid, version, as_of in holdings])
+
+
+def decode_holdings(body: Buffer) -> list[Holding]:
+    if len(body) % _ENTRY.size:
+        raise PeerError("inventory of odd length")
+    return [
+        Holding(ObjectId(oid), Version(epoch, term, counter), as_of)
+        for oid, epoch, term, counter, as_of in _ENTRY.iter_unpack(body)
+    ]
+
+
+def encode_oids(oids: Iterable[ObjectId]) -> bytes:
+    return b"".join([_OIDS.pack(oid) for oid in oids])
+
+
+def decode_oids(body: Buffer) -> list[ObjectId]:
+    if len(body) % _OIDS.size:
+        raise PeerError("list of objects of odd length")
+    return [ObjectId(oid) for (oid,) in _OIDS.iter_unpack(body)]
+
+
+def encode_members(members: Iterable[int]) -> bytes:
+    return b"".join([_MEMBERS.pack(member) for member in members])
+
+
+def decode_members(body: Buffer, count: int) -> list[int]:
+    """Indexes of members of an epoch with `count` of them."""
+    if len(body) % _MEMBERS.size:
+        raise PeerError("list of members of odd length")
+    members = [member for (member,) in _MEMBERS.iter_unpack(body)]
+    if any(member >= count for member in members):
+        raise PeerError("unknown member")
+    return members
+
+
+def parts(holdings: Sequence[Holding]) -> list[bytes]:
+    """The bodies of the messages that carry an inventory; at least one."""
+    step = INVENTORY_PART_ENTRIES
+    return [encode_holdings(holdings[start : start + step]) for start in range(0, max(len(holdings), 1), step)]
+
+
+class Standing:
+    """How current the copies of this node are, carried from epoch to epoch."""
+
+    def __init__(self, settled: int) -> None:
+        self.default = settled  # as_of of every copy not named below
+        self.complete = settled
+        self._older: dict[ObjectId, int] = {}
+
+    def as_of(self, oid: ObjectId, version: Version) -> int:
+        if version == NO_VERSION:
+            return 0
+        return max(self._older.get(oid, self.default), version.epoch)
+
+    def advance(
+        self,
+        epoch: int,
+        all_settled: bool,
+        copies: Iterable[tuple[ObjectId, Version]],
+        current: Callable[[ObjectId], bool],
+    ) -> None:
+        """Epoch `epoch` is over: copies that were `current` in it are as of it, the others stay as they were."""
+        older = {oid: self.as_of(oid, version) for oid, version in copies if not current(oid)}
+        self.default = epoch
+        self._older = older
+        if all_settled:
+            self.complete = epoch
+
+    def settle(self, epoch: int) -> None:
+        """Every copy of this node was proven current in `epoch`."""
+        self.default = self.complete = epoch
+        self._older.clear()
+
+
+class Inventories:
+    """What the members told this home, until all have."""
+
+    def __init__(self, members: int) -> None:
+        self._holdings: list[list[Holding]] = [[] for _ in range(members)]
+        self.complete = [0] * members
+        self._ended = [False] * members
+        self._parts: list[int] = [0] * members
+
+    def add(self, member: int, index: int, holdings: list[Holding], complete: int, last: bool) -> None:
+        """One part; parts come in order, and again after a broken link."""
+        if index < self._parts[member]:
+            return
+        self._parts[member] = index + 1
+        self._holdings[member].extend(holdings)
+        self.complete[member] = complete
+        self._ended[member] = self._ended[member] or last
+
+    def all_here(self) -> bool:
+        return all(self._ended)
+
+    def missing_members(self) -> list[int]:
+        return [member for member, ended in enumerate(self._ended) if not ended]
+
+    def decide(self, placement: Placement, former: Callable[[int], Placement | None]) -> list[Decision]:
+        """Decisions for all objects whose copies are not equal and exactly where they belong.
+
+        `former(epoch)` gives the placement of an earlier epoch (None: unknown).
+        """
+        copies: dict[ObjectId, list[tuple[int, Version, int]]] = {}
+        for member, holdings in enumerate(self._holdings):
+            for oid, version, as_of in holdings:
+                copies.setdefault(oid, []).append((member, version, as_of))
+        decisions = []
+        for oid in sorted(copies):
+            held = copies[oid]
+            replicas = placement.replicas(oid)
+            version = held[0][1]
+            if (
+                len(held) == len(replicas)
+                and version != NO_VERSION
+                and all(entry[1] == version for entry in held)
+                and all(entry[0] in replicas for entry in held)
+            ):
+                continue
+            decisions.append(self._decide_one(oid, held, replicas, placement, former))
+        return decisions
+
+    def _decide_one(
+        self,
+        oid: ObjectId,
+        held: list[tuple[int, Version, int]],
+        replicas: tuple[int, ...],
+        placement: Placement,
+        former: Callable[[int], Placement | None],
+    ) -> Decision:
+        best_as_of, best = max((as_of, version) for _, version, as_of in held)
+        holders = {member for member, _, _ in held}
+        if self._deleted(oid, best_as_of, holders, placement, former):
+            return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
+        if best == NO_VERSION:
+            return Decision(oid, NO_VERSION, (), replicas, ())
+        sources = tuple(member for member, version, _ in held if version == best)
+        missing = tuple(member for member in replicas if member not in sources)
+        surplus = tuple(sorted(member for member in holders if member not in replicas))
+        return Decision(oid, best, sources, missing, surplus)
+
+    def _deleted(
+        self,
+        oid: ObjectId,
+        best_as_of: int,
+        holders: set[int],
+        placement: Placement,
+        former: Callable[[int], Placement | None],
+    ) -> bool:
+        for member, complete in enumerate(self.complete):
+            if member in holders or complete <= best_as_of:
+                continue
+            then = former(complete)
+            if then is None:
+                continue
+            index = then.index_of.get(placement.nodes[member])
+            if index is not None and index in then.replicas(oid):
+                return True
+        return False

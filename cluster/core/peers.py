@@ -1,0 +1,68 @@
+"""Requests between nodes: matched by id, sent again when a link comes back, forgotten when the epoch changes.
+
+A machine that must have its answer across epochs asks again in the new one (`core.gateway`, `core.operations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, Version
+from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.ports import Network
+
+Answered = Callable[[Message], None]
+
+
+class Peers:
+    """Outstanding requests by peer, in the order they were made."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._next_rid = 0
+        self._outstanding: dict[NodeId, dict[int, tuple[Message, Answered]]] = {}
+
+    def request(self, node: NodeId, message: Message, answered: Answered) -> None:
+        """Sends; `answered` gets the ANSWER, or nothing if the epoch changes first."""
+        self._next_rid += 1
+        message.rid = self._next_rid
+        outstanding = self._outstanding.get(node)
+        if outstanding is None:
+            outstanding = self._outstanding[node] = {}
+        outstanding[message.rid] = (message, answered)
+        self._network.send(node, message)
+
+    def answer(
+        self,
+        node: NodeId,
+        request: Message,
+        result: int,
+        body: Buffer = b"",
+        version: Version = NO_VERSION,
+        length: int = 0,
+    ) -> None:
+        self._network.send(
+            node,
+            Message(Kind.ANSWER, request.epoch, request.rid, version=version, length=length, result=result, body=body),
+        )
+
+    def oldest(self, node: NodeId) -> int:
+        """Id of the oldest request that `node` has not answered: it may forget all before."""
+        return next(iter(self._outstanding.get(node, ())), self._next_rid + 1)
+
+    def on_answer(self, node: NodeId, message: Message) -> None:
+        """Completes a request; a second answer (the request was sent again) is ignored."""
+        outstanding = self._outstanding.get(node)
+        entry = outstanding.pop(message.rid, None) if outstanding else None
+        if entry is not None:
+            entry[1](message)
+
+    def on_link(self, node: NodeId, up: bool) -> None:
+        """A new link: whatever was not answered may be lost, and is sent again in order."""
+        if up:
+            for message, _ in list(self._outstanding.get(node, {}).values()):
+                self._network.send(node, message)
+
+    def forget_all(self) -> None:
+        """A new epoch: no answer of the old one counts."""
+        self._outstanding.clear()

@@ -1,0 +1,209 @@
+"""The puller: makes a copy here equal to one elsewhere, moving only the blocks whose hashes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
+from sheepdog.cluster.core.messages import Buffer, Kind, Message
+
+Pulled = Callable[[int], None]
+
+
+class Puller:
+    """All restores that this node has going. `bytes_pulled` counts what was moved since the start."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._active: dict[ObjectId, _Pull] = {}
+        self.bytes_pulled = 0
+
+    def begin(self) -> None:
+        """A new epoch: what was under way is given up (blocks that arrived are not fetched again)."""
+        for pull in self._active.values():
+            pull.given_up = True
+        self._active = {}
+
+    def pull(self, oid: ObjectId, version: Version, sources: Sequence[NodeId], repair: bool, pulled: Pulled) -> None:
+        """Restores `oid` at `version`; `pulled` gets the result. With `repair` the bytes here are not trusted."""
+        if self._context.store.version(oid) == version and not repair and oid not in self._active:
+            pulled(Result.SUCCESS)
+            return
+        active = self._active.get(oid)
+        if active is not None:
+            active.waiting.append(pulled)
+            return
+        self._active[oid] = pull = _Pull(self, self._context, oid, version, list(sources), repair)
+        pull.waiting.append(pulled)
+        pull.start()
+
+    def ended(self, pull: _Pull, result: int) -> None:
+        self._active.pop(pull.oid, None)
+        for pulled in pull.waiting:
+            pulled(result)
+
+    # -- the other side ----------------------------------------------------------------------------------------
+
+    def on_table(self, sender: NodeId, message: Message) -> None:
+        """Somebody restores from here: hashes of the copy, if it has the version asked for."""
+        context = self._context
+        if context.store.version(message.oid) != message.version:
+            context.peers.answer(sender, message, Result.STALE_OBJ)
+            return
+        try:
+            table, size = context.store.table(message.oid), context.store.size(message.oid)
+        except StoreError as error:
+            context.peers.answer(sender, message, error.result)
+            return
+        context.peers.answer(sender, message, Result.SUCCESS, table, message.version, size)
+
+    def on_fetch(self, sender: NodeId, message: Message) -> None:
+        context = self._context
+        if context.store.version(message.oid) != message.version:
+            context.peers.answer(sender, message, Result.STALE_OBJ)
+            return
+
+        def done(data: Buffer | StoreError) -> None:
+            if isinstance(data, StoreError):
+                context.log(4, f"object {message.oid:016x}: cannot be fetched from here: {data}")
+                context.peers.answer(sender, message, data.result)
+            else:
+                context.peers.answer(sender, message, Result.SUCCESS, data)
+
+        context.store.read(message.oid, message.offset, message.length, done)
+
+
+class _Pull:
+    """One object on its way. A source that fails is replaced by the next; the last failure is the result."""
+
+    def __init__(
+        self, puller: Puller, context: Context, oid: ObjectId, version: Version, sources: list[NodeId], repair: bool
+    ) -> None:
+        self.oid = oid
+        self.waiting: list[Pulled] = []
+        self.given_up = False
+        self._puller = puller
+        self._context = context
+        self._version = version
+        self._sources = sources
+        self._repair = repair
+        self._table: Buffer = b""
+        self._ranges: list[tuple[int, int]] = []
+        self._in_flight = 0
+        self._failed: int | None = None
+
+    def start(self) -> None:
+        if not self._sources:
+            self._end(self._failed if self._failed is not None else int(Result.NO_OBJ))
+            return
+        self._failed = None
+        self._ask(Message(Kind.TABLE, self._context.epoch, oid=self.oid, version=self._version), self._on_table)
+
+    def _ask(self, message: Message, answered: Callable[[Message], None]) -> None:
+        self._context.peers.request(self._sources[0], message, answered)
+
+    def _end(self, result: int) -> None:
+        if not self.given_up:
+            self._puller.ended(self, result)
+
+    def _next_source(self, result: int) -> None:
+        self._failed = result
+        if self._in_flight == 0:
+            self._sources.pop(0)
+            self.start()
+
+    def _on_table(self, answer: Message) -> None:
+        if self.given_up:
+            return
+        if answer.result != Result.SUCCESS:
+            self._next_source(answer.result)
+            return
+        store = self._context.store
+        assert isinstance(answer.body, (bytes, bytearray, memoryview))
+        size = answer.length
+        self._table = bytes(answer.body)
+        try:
+            mine = store.table(self.oid) if store.size(self.oid) == size and not self._repair else b""
+        except NoObject:
+            mine = b""
+        holes, self._ranges = difference(mine, self._table, size)
+        self._repair = False  # a second source goes on where the first one ended
+        store.restore_begin(self.oid, size)
+        for offset, length in holes:
+            store.restore_punch(self.oid, offset, length)
+        self._fetch_more()
+
+    def _fetch_more(self) -> None:
+        while self._ranges and self._in_flight < PULL_WINDOW and self._failed is None:
+            offset, length = self._ranges.pop()
+            self._in_flight += 1
+            message = Message(
+                Kind.FETCH, self._context.epoch, oid=self.oid, offset=offset, length=length, version=self._version
+            )
+            self._ask(message, lambda answer, at=offset: self._on_data(at, answer))  # type: ignore[misc]
+        if self._in_flight == 0 and not self._ranges and self._failed is None:
+            self._finish()
+
+    def _on_data(self, offset: int, answer: Message) -> None:
+        if self.given_up:
+            return
+        if answer.result != Result.SUCCESS:
+            self._in_flight -= 1
+            self._next_source(answer.result)
+            return
+        assert isinstance(answer.body, (bytes, bytearray, memoryview))
+        self._puller.bytes_pulled += len(answer.body)
+        self._context.store.restore_write(self.oid, offset, answer.body, self._written)
+
+    def _written(self, error: StoreError | None) -> None:
+        self._in_flight -= 1
+        if self.given_up:
+            return
+        if error is not None:
+            self._context.log(3, f"object {self.oid:016x}: cannot be restored here: {error}")
+            self._sources = self._sources[:1]
+            self._next_source(error.result)
+        elif self._failed is not None:
+            self._next_source(self._failed)
+        else:
+            self._fetch_more()
+
+    def _finish(self) -> None:
+        store = self._context.store
+        if store.table(self.oid) != self._table:
+            self._context.log(3, f"object {self.oid:016x}: restored bytes do not have the source's hashes")
+            self._next_source(Result.EIO)
+            return
+
+        def finished(error: StoreError | None) -> None:
+            self._end(Result.SUCCESS if error is None else error.result)
+
+        store.restore_finish(self.oid, self._version, finished)
+
+
+def difference(mine: Buffer, theirs: Buffer, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(holes to make, ranges to fetch) that turn a copy with table `mine` into one with `theirs`; bytes.
+
+    `mine` empty: nothing is here yet. Ranges are cut at PULL_CHUNK_BYTES and at the object's size.
+    """
+    old = memoryview(mine).cast("Q") if mine else None
+    new = memoryview(theirs).cast("Q")
+    holes: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
+    if mine == theirs:
+        return holes, ranges
+    for block, entry in enumerate(new):
+        before = old[block] if old is not None else 0
+        if before == entry:
+            continue
+        offset = block * BLOCK_SIZE
+        length = min(BLOCK_SIZE, size - offset)
+        target = ranges if entry else holes
+        if target and sum(target[-1]) == offset and target[-1][1] + length <= PULL_CHUNK_BYTES:
+            target[-1] = (target[-1][0], target[-1][1] + length)
+        else:
+            target.append((offset, length))
+    return holes, ranges

@@ -1,0 +1,158 @@
+"""The replica machine: applies numbered writes to this node's copies, and knows which copies may be read here.
+
+A copy is readable here without asking its home when, in this epoch,
+ * the home has settled with this node and does not miss its copy, and
+ * no write above the home's watermark touches the blocks (some other replica may not have it yet).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.ports import Buffer, Done, Store
+
+_WHOLE = 1 << 62  # end of a range that covers any object
+
+
+def perform(
+    store: Store, flags: int, oid: ObjectId, offset: int, length: int, data: Buffer, version: Version, done: Done
+) -> None:
+    """One numbered change of a copy, as SUBMIT and APPLY describe it."""
+    durable = bool(flags & Flag.DURABLE)
+    if flags & Flag.CREATE:
+        store.create(oid, length, offset, data, version, durable, done)
+    elif flags & Flag.REMOVE:
+        store.remove(oid, done)
+    elif flags & Flag.PUNCH:
+        store.punch(oid, offset, length, version, durable, done)
+    else:
+        store.write(oid, offset, data, version, durable, done)
+
+
+def touched(flags: int, offset: int, length: int) -> tuple[int, int]:
+    """First and last+1 byte that a change affects, in whole blocks: the unit of atomicity."""
+    if flags & (Flag.CREATE | Flag.REMOVE):
+        return 0, _WHOLE
+    return offset - offset % BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE) * BLOCK_SIZE
+
+
+class Replica:
+    """Of one node, over all epochs; `begin` starts a new one."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.settled: list[bool] = []  # by home
+        self.missing: dict[ObjectId, None] = {}  # copies here that are not current
+        self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
+        self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
+        self._applied: list[int] = []  # by home: highest sequence seen
+        self._unanswered: dict[tuple[int, int], None] = {}  # (home, sequence) being applied
+        self._failed: dict[tuple[int, int], int] = {}
+
+    def begin(self) -> None:
+        """A new epoch: nothing is readable until the homes have settled with this node."""
+        count = len(self._context.placement.members)
+        self.settled = [False] * count
+        self.missing = {}
+        self._unstable = {}
+        self._order = [deque() for _ in range(count)]
+        self._applied = [0] * count
+        self._unanswered = {}
+        self._failed = {}
+
+    def settle(self, home: int, missing: Iterable[ObjectId]) -> None:
+        """The home decided which copies here are current."""
+        for oid in missing:
+            self.missing[oid] = None
+        self.settled[home] = True
+
+    def all_settled(self) -> bool:
+        return bool(self.settled) and all(self.settled)
+
+    def is_current(self, oid: ObjectId) -> bool:
+        """The copy here was proven current in this epoch."""
+        home = self._context.placement.home(oid)
+        return home is not None and home < len(self.settled) and self.settled[home] and oid not in self.missing
+
+    def readable(self, oid: ObjectId, home: int, offset: int, length: int) -> bool:
+        if not self.settled[home] or oid in self.missing:
+            return False
+        unstable = self._unstable.get(oid)
+        if unstable is None:
+            return True
+        end = offset + length
+        return not any(start < end and offset < stop for _, start, stop in unstable)
+
+    def on_apply(self, sender: NodeId, message: Message) -> None:
+        """A home's write. One that comes a second time (the link broke) is answered, not applied again."""
+        context = self._context
+        home = context.placement.index_of[sender]
+        sequence = message.sequence
+        key = (home, sequence)
+        if sequence <= self._applied[home]:
+            context.probe("replica.apply_repeated")
+            if key not in self._unanswered:
+                context.peers.answer(sender, message, self._failed.get(key, Result.SUCCESS))
+            return
+        self._applied[home] = sequence
+        self._unanswered[key] = None
+        self._stable(home, message.watermark)
+        oid, flags = message.oid, message.flags
+        body = message.body
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
+        self._unstable.setdefault(oid, []).append((sequence, start, end))
+        self._order[home].append((sequence, oid))
+        epoch = context.epoch
+        perform(
+            context.store,
+            flags,
+            oid,
+            message.offset,
+            message.length,
+            body,
+            message.version,
+            self._answering(sender, message, key, epoch),
+        )
+
+    def _answering(
+        self, sender: NodeId, message: Message, key: tuple[int, int], epoch: int
+    ) -> Callable[[StoreError | None], None]:
+        def applied(error: StoreError | None) -> None:
+            context = self._context
+            if context.epoch != epoch:
+                return  # fenced: that home does not count any more
+            self._unanswered.pop(key, None)
+            result = Result.SUCCESS
+            if error is not None:
+                context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
+                self.missing[message.oid] = None
+                result = self._failed[key] = error.result
+            context.peers.answer(sender, message, result)
+
+        return applied
+
+    def on_stable(self, sender: NodeId, message: Message) -> None:
+        self._stable(self._context.placement.index_of[sender], message.watermark)
+
+    def _stable(self, home: int, watermark: int) -> None:
+        """All replicas have every write of `home` up to `watermark`."""
+        order = self._order[home]
+        while order and order[0][0] <= watermark:
+            sequence, oid = order.popleft()
+            ranges = self._unstable.get(oid)
+            if ranges is None:
+                continue
+            left = [entry for entry in ranges if entry[0] != sequence]
+            if left:
+                self._unstable[oid] = left
+            else:
+                del self._unstable[oid]
+            if self._failed:
+                self._failed.pop((home, sequence), None)

@@ -1,0 +1,166 @@
+"""The cluster's replicated state: equal on all joined nodes, changed only by ordered events.
+
+This module holds the values and what can be said of them; `membership` decides when they change.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
+from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT
+from sheepdog.cluster.core.ring import auto_vnodes
+from sheepdog.cluster.core.vdi import VdiTable
+
+PROTOCOL_VERSION = 0x0A  # protocol.md 14.3
+STORE_NAMES = ("plain", "tree", "farm", "simple")  # names that format accepts; all mean our one store
+
+
+class Status(enum.IntEnum):
+    """protocol.md 12.2."""
+
+    RUNNING = 1
+    WAITING = 2
+    SHUTDOWN = 3
+    KILLED = 4
+
+
+class ClusterFlag(enum.IntFlag):
+    """protocol.md 12.1."""
+
+    STRICT = 0x01
+    DISK_MODE = 0x02
+    AUTO_VNODES = 0x04
+    LOCKS = 0x08
+    RECYCLE = 0x10
+    AVOID_DISKFULL = 0x20
+
+
+@dataclass(slots=True)
+class ClusterState:
+    """See the module. `members` are the nodes of the current epoch, or the present ones while waiting."""
+
+    status: Status = Status.WAITING
+    ctime: int = 0  # 0: never formatted
+    copies: int = DEFAULT_COPIES
+    policy: int = 0
+    shift: int = DEFAULT_SHIFT
+    flags: int = ClusterFlag.AUTO_VNODES
+    store_name: str = ""
+    disable_recovery: bool = False
+    term: int = 0  # raised at every start of the cluster
+    members: tuple[Member, ...] = ()
+    epochs: list[EpochRecord] = field(default_factory=list)
+    vdis: VdiTable = field(default_factory=VdiTable)
+    loaded: bool = False  # the VDI table has been collected since the start
+    queue: list[dict[str, Any]] = field(default_factory=list)  # ordered operations; the first one runs
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.epochs[-1].epoch if self.epochs else Epoch(0)
+
+    def result(self) -> Result:
+        """What an operation is told that needs a running cluster (protocol.md 12.2)."""
+        if self.status == Status.RUNNING:
+            return Result.SUCCESS
+        if self.status == Status.SHUTDOWN:
+            return Result.SHUTDOWN
+        if self.status == Status.KILLED:
+            return Result.KILLED
+        return Result.WAIT_FOR_JOIN if self.ctime else Result.WAIT_FOR_FORMAT
+
+    def record(self, epoch: int) -> EpochRecord | None:
+        """The membership of an epoch, if its record is known."""
+        for record in reversed(self.epochs):
+            if record.epoch == epoch:
+                return record
+        return None
+
+    def missing_members(self) -> list[NodeId]:
+        """Members of the latest epoch that are not present."""
+        present = {member.id for member in self.members}
+        return [member.id for member in self.epochs[-1].members if member.id not in present] if self.epochs else []
+
+    def weighted(self, members: Sequence[Member]) -> tuple[Member, ...]:
+        """The members with the vnodes that the strategy gives them, ascending by id (protocol.md 10.2)."""
+        ordered = sorted(members, key=lambda member: member.id)
+        if not self.flags & ClusterFlag.AUTO_VNODES:
+            return tuple(ordered)
+        storing = [member for member in ordered if member.vnodes]
+        vnodes = dict(zip([m.id for m in storing], auto_vnodes([member.space for member in storing]), strict=True))
+        return tuple(replace(member, vnodes=vnodes.get(member.id, 0)) for member in ordered)
+
+    def config(self) -> bytes:
+        """The durable configuration of a node (ports.NodeState.save_config)."""
+        return json.dumps(
+            {
+                "ctime": self.ctime,
+                "copies": self.copies,
+                "policy": self.policy,
+                "shift": self.shift,
+                "flags": int(self.flags),
+                "store_name": self.store_name,
+                "disable_recovery": self.disable_recovery,
+                "term": self.term,
+            }
+        ).encode()
+
+    @classmethod
+    def from_disk(cls, config: bytes | None, epochs: list[EpochRecord]) -> ClusterState:
+        """What a node knows when it starts."""
+        return cls(epochs=list(epochs), **json.loads(config)) if config else cls()
+
+    def encode(self) -> str:
+        """The whole state as text for a joining node."""
+        values = {
+            **json.loads(self.config()),
+            "status": int(self.status),
+            "members": [member_to_json(member) for member in self.members],
+            "epochs": [record_to_json(record) for record in self.epochs],
+            "vdis": self.vdis.to_json(),
+            "loaded": self.loaded,
+            "queue": self.queue,
+        }
+        return zlib.compress(json.dumps(values).encode()).decode("latin-1")
+
+    @classmethod
+    def decode(cls, text: str) -> ClusterState:
+        values = json.loads(zlib.decompress(text.encode("latin-1")))
+        values["status"] = Status(values["status"])
+        values["members"] = tuple(member_from_json(value) for value in values["members"])
+        values["epochs"] = [record_from_json(value) for value in values["epochs"]]
+        values["vdis"] = VdiTable.from_json(values["vdis"])
+        return cls(**values)
+
+
+def node_key(node: NodeId) -> str:
+    """A node in ordered messages: hex of address and port."""
+    return node.address.hex() + f"{node.port:04x}"
+
+
+def node_from_key(key: str) -> NodeId:
+    return NodeId(bytes.fromhex(key[:32]), int(key[32:], 16))
+
+
+def member_to_json(member: Member) -> list[Any]:
+    return [node_key(member.id), member.zone, member.vnodes, member.space, member.incarnation]
+
+
+def member_from_json(values: list[Any]) -> Member:
+    key, zone, vnodes, space, incarnation = values
+    return Member(node_from_key(key), zone, vnodes, space, incarnation)
+
+
+def record_to_json(record: EpochRecord) -> list[Any]:
+    return [record.epoch, record.began_s, [member_to_json(member) for member in record.members]]
+
+
+def record_from_json(values: list[Any]) -> EpochRecord:
+    epoch, began_s, members = values
+    return EpochRecord(Epoch(epoch), began_s, tuple(member_from_json(value) for value in members))

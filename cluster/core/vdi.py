@@ -1,0 +1,234 @@
+"""The table of all VDIs, equal on every node (changed only by ordered events; protocol.md 6.3, 8.1, 8.2).
+
+It is rebuilt from the inode objects at a cold start and handed to joining nodes; lookups touch no disk.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.hashing import vid_of_name
+from sheepdog.cluster.core.ids import VID_COUNT, Vid
+from sheepdog.cluster.core.inode import InodeHeader
+
+BITMAP_SIZE = VID_COUNT // 8
+
+
+class LockState(enum.IntEnum):
+    """protocol.md 14.4."""
+
+    UNLOCKED = 1
+    LOCKED = 2
+    SHARED = 3
+
+
+@dataclass(slots=True)
+class VdiRecord:
+    """What every node knows of one VDI. Times are (seconds << 32) | nanoseconds; `size` in bytes.
+
+    A deleted VDI keeps its vid and parent (protocol.md 6.3: deleted vids stay in use).
+    """
+
+    vid: Vid
+    name: bytes
+    tag: bytes = b""
+    create_time: int = 0
+    snap_ctime: int = 0  # 0: working VDI
+    size: int = 0
+    vm_state_size: int = 0
+    copies: int = 0
+    policy: int = 0
+    store_policy: int = 0
+    shift: int = 0
+    snap_id: int = 0
+    parent: Vid = Vid(0)  # noqa: RUF009 (a constant)
+    deleted: bool = False
+    lock: int = LockState.UNLOCKED
+    owners: list[str] = field(default_factory=list)  # nodes that hold the lock, as hex of address and port
+
+    @property
+    def is_snapshot(self) -> bool:
+        return self.snap_ctime != 0
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["name"] = self.name.decode("latin-1")
+        values["tag"] = self.tag.decode("latin-1")
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> VdiRecord:
+        fields = dict(values)
+        fields["name"] = fields["name"].encode("latin-1")
+        fields["tag"] = fields["tag"].encode("latin-1")
+        return cls(**fields)
+
+    @classmethod
+    def of_inode(cls, inode: InodeHeader) -> VdiRecord:
+        """The record that an inode object describes."""
+        return cls(
+            vid=Vid(inode.vdi_id),
+            name=inode.name,
+            tag=inode.tag,
+            create_time=inode.create_time,
+            snap_ctime=inode.snap_ctime,
+            size=inode.vdi_size,
+            vm_state_size=inode.vm_state_size,
+            copies=inode.nr_copies,
+            policy=inode.copy_policy,
+            store_policy=inode.store_policy,
+            shift=inode.block_size_shift,
+            snap_id=inode.snap_id,
+            parent=Vid(inode.parent_vdi_id),
+            deleted=not inode.name,
+        )
+
+
+class VdiTable:
+    """All VDIs by vid and by name."""
+
+    def __init__(self) -> None:
+        self._records: dict[Vid, VdiRecord] = {}
+        self._by_name: dict[bytes, list[Vid]] = {}
+        self._children: dict[Vid, list[Vid]] = {}
+        self._in_use = bytearray(BITMAP_SIZE)
+        self._deleted = bytearray(BITMAP_SIZE)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, vid: Vid) -> VdiRecord | None:
+        return self._records.get(vid)
+
+    def records(self) -> Iterator[VdiRecord]:
+        """All records, tombstones included, ascending by vid."""
+        for vid in sorted(self._records):
+            yield self._records[vid]
+
+    def in_use_bitmap(self) -> bytes:
+        """Every vid ever used (protocol.md 3.3.7)."""
+        return bytes(self._in_use)
+
+    def deleted_bitmap(self) -> bytes:
+        return bytes(self._deleted)
+
+    def put(self, record: VdiRecord) -> None:
+        """Adds or replaces a record."""
+        old = self._records.get(record.vid)
+        if old is not None:
+            self._unlink(old)
+        self._records[record.vid] = record
+        self._by_name.setdefault(record.name, []).append(record.vid)
+        if record.parent:
+            self._children.setdefault(record.parent, []).append(record.vid)
+        self.mark(record.vid, record.deleted)
+
+    def mark(self, vid: Vid, deleted: bool) -> None:
+        """Sets the vid's bit in use, and its deleted bit as told."""
+        byte, bit = vid >> 3, 1 << (vid & 7)
+        self._in_use[byte] |= bit
+        if deleted:
+            self._deleted[byte] |= bit
+        else:
+            self._deleted[byte] &= ~bit & 0xFF
+
+    def _unlink(self, record: VdiRecord) -> None:
+        self._by_name[record.name].remove(record.vid)
+        if not self._by_name[record.name]:
+            del self._by_name[record.name]
+        if record.parent:
+            self._children[record.parent].remove(record.vid)
+
+    def named(self, name: bytes) -> list[VdiRecord]:
+        """The living VDIs of a name in order of creation: snapshots by ascending id, the working one last."""
+        records = [self._records[vid] for vid in self._by_name.get(name, ()) if name]
+        records.sort(key=lambda record: (not record.is_snapshot, record.snap_id))
+        return records
+
+    def working(self, name: bytes) -> VdiRecord | None:
+        for vid in reversed(self._by_name.get(name, ())):
+            record = self._records[vid]
+            if name and not record.is_snapshot:
+                return record
+        return None
+
+    def lookup(self, name: bytes, tag: bytes, snap_id: int) -> VdiRecord | Result:
+        """The VDI that a client means (protocol.md 8.2): NO_VDI or NO_TAG if there is none."""
+        working = self.working(name)
+        if not tag and not snap_id:
+            return working if working is not None else Result.NO_VDI
+        for record in reversed(self.named(name)):
+            if record.is_snapshot and ((tag and record.tag == tag) or (snap_id and record.snap_id == snap_id)):
+                return record
+        return Result.NO_VDI if working is None else Result.NO_TAG
+
+    def next_snap_id(self, name: bytes) -> int:
+        """Snapshot id of a new working VDI: one above what remains of that name (protocol.md 8.3)."""
+        return max((record.snap_id for record in self.named(name)), default=0) + 1
+
+    def allocate(self, name: bytes) -> Vid | None:
+        """First free vid at or after the name's hash (protocol.md 6.3); None when all are used."""
+        start = vid_of_name(name) or 1
+        in_use = self._in_use
+        for step in range(VID_COUNT):
+            vid = (start + step) % VID_COUNT
+            if vid and not in_use[vid >> 3] >> (vid & 7) & 1:
+                return Vid(vid)
+        return None
+
+    def descendants(self, vid: Vid) -> list[Vid]:
+        """All VDIs that were branched off `vid`, directly or not, tombstones included."""
+        found: list[Vid] = []
+        todo = [vid]
+        while todo:
+            children = self._children.get(todo.pop(), ())
+            found.extend(children)
+            todo.extend(children)
+        return found
+
+    def ancestors(self, vid: Vid) -> list[Vid]:
+        found: list[Vid] = []
+        record = self._records.get(vid)
+        while record is not None and record.parent and record.parent not in found:
+            found.append(record.parent)
+            record = self._records.get(record.parent)
+        return found
+
+    def unlock_node(self, owner: str) -> None:
+        """Locks vanish when their owning gateway node leaves (cli.md 4, "Lock")."""
+        for record in self._records.values():
+            if owner in record.owners:
+                record.owners.remove(owner)
+                if not record.owners:
+                    record.lock = LockState.UNLOCKED
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [record.to_json() for record in self.records()]
+
+    @classmethod
+    def from_json(cls, values: Iterable[dict[str, Any]]) -> VdiTable:
+        table = cls()
+        for value in values:
+            table.put(VdiRecord.from_json(value))
+        return table
+
+    @classmethod
+    def of_inodes(cls, inodes: Iterable[InodeHeader]) -> VdiTable:
+        """The table that a set of inode objects describes, after a cold start.
+
+        Of two working VDIs of one name where one is the other's parent, the child is the rest of a
+        snapshot that was never committed (its parent was not frozen yet): nobody ever wrote to it.
+        """
+        table = cls()
+        records = [VdiRecord.of_inode(inode) for inode in inodes]
+        working = {record.vid: record for record in records if not record.is_snapshot and not record.deleted}
+        for record in records:
+            parent = working.get(record.parent)
+            if record.vid in working and parent is not None and parent.name == record.name:
+                record.deleted, record.name = True, b""
+            table.put(record)
+        return table
