@@ -1,0 +1,174 @@
+"""The system calls of the store, behind one port.
+
+`Disk` is everything that the store asks of a file system; `RealDisk` is Linux. A test body with another
+`Disk` decides what survives a crash. Errors are `OSError`; the store turns them into its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from sheepdog.cluster.core.ports import Buffer
+
+_KEEP_SIZE_AND_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)
+_SYNC_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class FileInfo(NamedTuple):
+    """Length of a file and what it takes on the disk, in bytes."""
+
+    length: int
+    allocated: int
+
+
+class Space(NamedTuple):
+    """Size of a file system and what is still free for us, in bytes."""
+
+    total: int
+    free: int
+
+
+class Disk(Protocol):
+    """A file system. Paths are absolute. Calls block, so that those that may take long belong into `Workers`."""
+
+    def open(self, path: str, flags: int) -> int:
+        """A descriptor; `flags` are those of open(2), new files get mode 0640."""
+
+    def close(self, fd: int, /) -> None: ...
+
+    def info(self, fd: int) -> FileInfo: ...
+
+    def preadv(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int, /) -> int:
+        """Fills the buffers; the count is short at the end of the file."""
+
+    def preadv_cached(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int) -> int:
+        """Like preadv, but only what the page cache holds: a short count or BlockingIOError when more is needed."""
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:
+        """Bytes written, fewer only when the disk is full."""
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int: ...
+
+    def is_hole(self, fd: int, offset: int, length: int) -> bool:
+        """True when no byte of the range is allocated; False when in doubt."""
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Gives the range back; it reads as zeros."""
+
+    def allocate(self, fd: int, length: int) -> None:
+        """Makes sure that writes to the first `length` bytes need no more space."""
+
+    def truncate(self, fd: int, length: int, /) -> None: ...
+
+    def fdatasync(self, fd: int, /) -> None: ...
+
+    def sync_directory(self, path: str) -> None:
+        """Makes creations, renames and removals in a directory durable."""
+
+    def sync_filesystem(self, path: str) -> None:
+        """Makes everything on the file system of `path` durable."""
+
+    def rename(self, old: str, new: str, /) -> None: ...
+
+    def unlink(self, path: str, /) -> None: ...
+
+    def mkdir(self, path: str) -> None:
+        """Mode 0750; an existing directory is fine, a missing parent is not."""
+
+    def listdir(self, path: str, /) -> list[str]: ...
+
+    def space(self, path: str) -> Space: ...
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.fallocate.restype = ctypes.c_int
+
+
+def raise_descriptor_limit() -> int:
+    """Allows this process as many descriptors as the system lets it have; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft
+
+
+class RealDisk:
+    """The operating system's file system."""
+
+    close = staticmethod(os.close)
+    preadv = staticmethod(os.preadv)
+    pwrite = staticmethod(os.pwrite)
+    pwritev = staticmethod(os.pwritev)
+    truncate = staticmethod(os.ftruncate)
+    fdatasync = staticmethod(os.fdatasync)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    listdir = staticmethod(os.listdir)
+
+    def open(self, path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+    def info(self, fd: int) -> FileInfo:
+        status = os.fstat(fd)
+        return FileInfo(status.st_size, status.st_blocks * 512)
+
+    def preadv_cached(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int) -> int:
+        try:
+            return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return os.preadv(fd, buffers, offset)  # a file system in memory, such as tmpfs
+
+    def is_hole(self, fd: int, offset: int, length: int) -> bool:
+        try:
+            return os.lseek(fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            return error.errno == errno.ENXIO  # no data behind `offset`
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        if _libc.fallocate(fd, _KEEP_SIZE_AND_PUNCH, offset, length) == 0:
+            return
+        code = ctypes.get_errno()
+        if code != errno.EOPNOTSUPP:
+            raise OSError(code, os.strerror(code))
+        zeros = bytes(min(length, 1 << 20))
+        for start in range(offset, offset + length, len(zeros)):
+            os.pwrite(fd, zeros[: offset + length - start], start)
+
+    def allocate(self, fd: int, length: int) -> None:
+        os.posix_fallocate(fd, 0, length)
+
+    def sync_directory(self, path: str) -> None:
+        fd = os.open(path, _SYNC_FLAGS)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def sync_filesystem(self, path: str) -> None:
+        fd = os.open(path, _SYNC_FLAGS)
+        try:
+            if _libc.syncfs(fd) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+        finally:
+            os.close(fd)
+
+    def mkdir(self, path: str) -> None:
+        try:
+            os.mkdir(path, 0o750)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+
+    def space(self, path: str) -> Space:
+        status = os.statvfs(path)
+        return Space(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)

@@ -1,0 +1,150 @@
+"""Group commit: everybody who waits for the same file or directory shares one sync.
+
+A sync covers what was written before it began, so whoever comes while one runs waits for the next.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.host.directory import ObjectDirectory
+from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.object_file import Copy
+from sheepdog.cluster.host.workers import Workers
+
+Fail = Callable[[ObjectDirectory, OSError], StoreError]
+"""Takes the disk out of service and says so; never called twice for one disk's first error."""
+
+
+class FileSyncs:
+    """Syncs of object files, and the register of those that need one."""
+
+    def __init__(self, disk: Disk, workers: Workers, fail: Fail, idle: Callable[[Copy], None]) -> None:
+        self._disk = disk
+        self._workers = workers
+        self._fail = fail
+        self._idle = idle  # a sync of this copy has ended
+        self._dirty: dict[Vid, dict[ObjectId, Copy]] = {}  # written or being synced
+
+    def mark_dirty(self, copy: Copy) -> None:
+        copy.dirty = True
+        if not copy.gone:  # nobody flushes what was removed
+            self._dirty.setdefault(vid_of(copy.oid), {})[copy.oid] = copy
+
+    def forget(self, copy: Copy) -> None:
+        """The copy is gone: no flush has to cover it."""
+        of_vid = self._dirty.get(vid_of(copy.oid))
+        if of_vid is not None and of_vid.get(copy.oid) is copy:
+            self._remove(copy)
+
+    def sync(self, copy: Copy, done: Done) -> None:
+        """Everything written to the copy so far is on the disk at `done`."""
+        if copy.home.failed:
+            done(self._fail(copy.home, OSError(errno.EIO, "out of service")))
+            return
+        copy.waiters.append(done)
+        if copy.running is None:
+            self._start(copy)
+
+    def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
+        """Everything written so far to copies of these vids (None: of all) is on the disk at `done`."""
+        wanted = self._dirty.values() if vids is None else [self._dirty[v] for v in sorted(vids) if v in self._dirty]
+        gather(
+            [
+                (lambda each, copy=copy: self._cover(copy, each))  # type: ignore[misc]
+                for of_vid in list(wanted)
+                for copy in list(of_vid.values())
+            ],
+            done,
+        )
+
+    def _cover(self, copy: Copy, done: Done) -> None:
+        if copy.dirty or copy.running is None:
+            self.sync(copy, done)
+        else:  # nothing was written since the sync in flight began
+            copy.running.append(done)
+
+    def _start(self, copy: Copy) -> None:
+        copy.running, copy.waiters = copy.waiters, []
+        copy.dirty = False
+        copy.pins += 1
+        fd = copy.fd
+
+        def finished(result: OSError | None) -> None:
+            copy.pins -= 1
+            waiters, copy.running = copy.running or [], None
+            error = None if result is None else self._fail(copy.home, result)
+            if error is not None:
+                waiters += copy.waiters
+                copy.waiters = []
+            elif copy.waiters:
+                self._start(copy)
+            elif not copy.dirty:
+                self.forget(copy)
+            for done in waiters:
+                done(error)
+            self._idle(copy)
+
+        self._workers.run(lambda: self._disk.fdatasync(fd), finished)
+
+    def _remove(self, copy: Copy) -> None:
+        vid = vid_of(copy.oid)
+        of_vid = self._dirty[vid]
+        del of_vid[copy.oid]
+        if not of_vid:
+            del self._dirty[vid]
+
+
+class DirectorySyncs:
+    """Syncs of one object directory."""
+
+    def __init__(self, home: ObjectDirectory, workers: Workers, fail: Fail) -> None:
+        self._home = home
+        self._workers = workers
+        self._fail = fail
+        self._running = False
+        self._waiters: list[Done] = []
+
+    def sync(self, done: Done) -> None:
+        """Names made and removed so far are on the disk at `done`."""
+        self._waiters.append(done)
+        if not self._running:
+            self._start()
+
+    def _start(self) -> None:
+        batch, self._waiters = self._waiters, []
+        self._running = True
+
+        def finished(result: OSError | None) -> None:
+            self._running = False
+            error: StoreError | None = None if result is None else self._fail(self._home, result)
+            if self._waiters:
+                self._start()
+            for done in batch:
+                done(error)
+
+        self._workers.run(self._home.sync, finished)
+
+
+def gather(calls: Iterable[Callable[[Done], None]], done: Done) -> None:
+    """Starts all calls; `done` comes once, after the last, with the first error."""
+    started = list(calls)
+    left = len(started)
+    failure: StoreError | None = None
+    if not left:
+        done(None)
+        return
+
+    def each(error: StoreError | None) -> None:
+        nonlocal left, failure
+        failure = failure or error
+        left -= 1
+        if left == 0:
+            done(failure)
+
+    for call in started:
+        call(each)

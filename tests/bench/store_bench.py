@@ -1,0 +1,116 @@
+"""CPU and time of one operation of the object store, without network.
+
+python -m tests.bench.store_bench [DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.stores import StoreDriver
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ids import Version, Vid, data_oid
+
+OBJECTS = 16
+SIZE = 4 << 20
+
+
+def measure(name: str, count: int, run: Callable[[int], None]) -> None:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(count)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"{name:38} {count / wall:10.0f} IOPS {cpu / count * 1e6:9.1f} us CPU {wall / count * 1e6:9.1f} us")
+
+
+def bench(directory: str, nosync: bool) -> None:
+    driver = StoreDriver(directory, nosync=nosync)
+    rng = random.Random(1)
+    oids = [data_oid(Vid(1), index) for index in range(OBJECTS)]
+    data, large = rng.randbytes(4096), rng.randbytes(1 << 20)
+    counter = 1
+
+    def version() -> Version:
+        nonlocal counter
+        counter += 1
+        return Version(1, 1, counter)
+
+    for oid in oids:
+        driver.create(oid, SIZE, 0, rng.randbytes(SIZE), version())
+    store = driver.store
+    places = [(rng.choice(oids), rng.randrange(SIZE >> 12) << 12) for _ in range(4096)]
+
+    def ignore(result: object) -> None:
+        assert not isinstance(result, StoreError)
+
+    def overwrite(count: int, block: bytes = data, shift: int = 0) -> None:
+        for number in range(count):
+            oid, offset = places[number & 4095]
+            store.write(oid, min(offset + shift, SIZE - len(block)), block, version(), False, ignore)
+        driver.settle()
+
+    def durable(count: int, depth: int) -> None:
+        waiting = 0
+
+        def done(error: StoreError | None) -> None:
+            nonlocal waiting
+            assert error is None
+            waiting -= 1
+
+        for number in range(count):
+            oid, offset = places[number & 4095]
+            waiting += 1
+            store.write(oid, offset, data, version(), True, done)
+            while waiting >= depth:
+                driver.step()
+        while waiting:
+            driver.step()
+
+    def read(count: int, length: int = 4096) -> None:
+        for number in range(count):
+            oid, offset = places[number & 4095]
+            store.read(oid, min(offset, SIZE - length), length, ignore)
+        driver.settle()
+
+    def create(count: int) -> None:
+        for number in range(count):
+            driver.create(data_oid(Vid(2), number), SIZE, 0, data, version())
+
+    print(f"-- {directory}, {'nosync' if nosync else 'sync'}")
+    measure("4 KiB overwrite", 50_000, overwrite)
+    measure("4 KiB overwrite, unaligned", 20_000, lambda count: overwrite(count, data, 512))
+    measure("1 MiB overwrite", 200, lambda count: overwrite(count, large))
+    measure("4 KiB read", 50_000, read)
+    measure("1 MiB read", 500, lambda count: read(count, 1 << 20))
+    measure("create 4 MiB thin", 200, create)
+    for depth, count in ((1, 300), (16, 4_000), (64, 10_000)):
+        measure(f"4 KiB durable, depth {depth}", count, lambda n, depth=depth: durable(n, depth))  # type: ignore[misc]
+    driver.close()
+
+
+def bench_open(directory: str, count: int) -> None:
+    driver = StoreDriver(directory, nosync=True)
+    for number in range(count):
+        driver.create(data_oid(Vid(3), number), 4096, 0, b"x", Version(1, 1, number + 1))
+    driver.close()
+    for name in ("with the index", "without"):
+        began = time.perf_counter()
+        driver = StoreDriver(directory, nosync=True)
+        print(f"open {count} objects {name}: {time.perf_counter() - began:.2f} s")
+        driver.crash()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as path:
+        bench(str(Path(path) / "sync"), False)
+        bench(str(Path(path) / "nosync"), True)
+        bench_open(str(Path(path) / "many"), 20_000)
+
+
+if __name__ == "__main__":
+    main()

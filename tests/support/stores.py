@@ -1,0 +1,105 @@
+"""A store driven by a queue instead of an event loop: every call waits for its answer."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ids import ObjectId, Version, Vid
+from sheepdog.cluster.core.ports import Buffer, Done
+from sheepdog.cluster.host.disk import Disk, RealDisk
+from sheepdog.cluster.host.object_store import ObjectStore
+from sheepdog.cluster.host.workers import ThreadWorkers
+
+WAIT_S = 20  # for one answer; a lost callback fails the test instead of hanging it
+
+
+class Driver:
+    """Waits for callbacks; `call_soon` is what a loop would offer."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.call_soon = self._calls.put
+
+    def step(self) -> None:
+        self._calls.get(timeout=WAIT_S)()
+
+    def wait(self, start: Callable[[Done], None]) -> StoreError | None:
+        """Starts something with a callback and returns what the callback got."""
+        results: list[StoreError | None] = []
+        start(results.append)
+        while not results:
+            self.step()
+        return results[0]
+
+    def settle(self) -> None:
+        """Runs what has arrived."""
+        while not self._calls.empty():
+            self.step()
+
+
+class StoreDriver(Driver):
+    """An object store whose failures are raised."""
+
+    def __init__(self, directory: str, nosync: bool = False, disk: Disk | None = None) -> None:
+        super().__init__()
+        self.logged: list[str] = []
+        self.failed: list[str] = []
+        self.disk = disk or RealDisk()
+        self.workers = ThreadWorkers(self.call_soon)
+        self.store = ObjectStore(
+            directory,
+            self.disk,
+            self.workers,
+            lambda level, text: self.logged.append(text),
+            lambda path, text: self.failed.append(text),
+            nosync,
+        )
+        self.store.open()
+
+    def done(self, start: Callable[[Done], None]) -> None:
+        error = self.wait(start)
+        if error is not None:
+            raise error
+
+    def create(
+        self, oid: ObjectId, size: int, offset: int, data: Buffer, version: Version, durable: bool = False
+    ) -> None:
+        self.done(lambda done: self.store.create(oid, size, offset, data, version, durable, done))
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool = False) -> None:
+        self.done(lambda done: self.store.write(oid, offset, data, version, durable, done))
+
+    def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool = False) -> None:
+        self.done(lambda done: self.store.punch(oid, offset, length, version, durable, done))
+
+    def remove(self, oid: ObjectId) -> None:
+        self.done(lambda done: self.store.remove(oid, done))
+
+    def flush(self, vids: frozenset[Vid] | None = None) -> None:
+        self.done(lambda done: self.store.flush(vids, done))
+
+    def read(self, oid: ObjectId, offset: int, length: int) -> bytes:
+        results: list[Buffer | StoreError] = []
+        self.store.read(oid, offset, length, results.append)
+        while not results:
+            self.step()
+        if isinstance(results[0], StoreError):
+            raise results[0]
+        return bytes(results[0])
+
+    def restore_write(self, oid: ObjectId, offset: int, data: Buffer) -> None:
+        self.done(lambda done: self.store.restore_write(oid, offset, data, done))
+
+    def restore_finish(self, oid: ObjectId, version: Version) -> None:
+        self.done(lambda done: self.store.restore_finish(oid, version, done))
+
+    def close(self) -> None:
+        """Orderly end."""
+        self.wait(lambda done: self.store.close(lambda: done(None)))
+        self.workers.stop()
+
+    def crash(self) -> None:
+        """Ends without a word, as kill -9 would: threads finish their call, nothing else happens."""
+        self.workers.stop()

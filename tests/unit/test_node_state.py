@@ -1,0 +1,89 @@
+"""Configuration, epoch log and lock of a metadata directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.stores import Driver
+
+from sheepdog.cluster.core.errors import StoreError, UsageError
+from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
+from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
+from sheepdog.cluster.host.workers import ThreadWorkers
+
+
+class StateDriver(Driver):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.logged: list[str] = []
+        self.state = NodeStateFiles(
+            str(path), RealDisk(), ThreadWorkers(self.call_soon), lambda level, text: self.logged.append(text)
+        )
+        self.state.open()
+
+
+def record(number: int) -> EpochRecord:
+    members = tuple(
+        Member(NodeId(bytes(12) + bytes([127, 0, 0, i]), 7000 + i), i, 128, i << 30, 5) for i in range(1, number)
+    )
+    return EpochRecord(Epoch(number), 1_700_000_000 + number, members)
+
+
+def test_state_survives_a_restart(tmp_path: Path) -> None:
+    driver = StateDriver(tmp_path)
+    assert driver.state.load_config() is None
+    assert driver.state.load_epochs() == []
+    assert driver.state.load_settled() == 0
+    errors: list[StoreError | None] = []
+    driver.state.save_config(b"one", errors.append)
+    driver.state.save_config(b"\0two\xff", errors.append)
+    for number in (1, 2, 10):
+        driver.state.append_epoch(record(number), errors.append)
+    driver.state.save_settled(2, errors.append)
+    while len(errors) < 6:
+        driver.step()
+    assert errors == [None] * 6
+    assert sorted(path.name for path in (tmp_path / "epoch").iterdir()) == ["00000001", "00000002", "00000010"]
+    again = StateDriver(tmp_path)
+    assert again.state.load_config() == b"\0two\xff"
+    assert again.state.load_epochs() == [record(1), record(2), record(10)]
+    assert again.state.load_settled() == 2
+    assert again.wait(again.state.clear_epochs) is None
+    assert again.state.load_epochs() == []
+
+
+@pytest.mark.parametrize("name", ["config", "epoch/00000001"])
+def test_damage_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    driver = StateDriver(tmp_path)
+    driver.wait(lambda done: driver.state.save_config(b"one", done))
+    driver.wait(lambda done: driver.state.append_epoch(record(1), done))
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    data[14] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=name):
+        (driver.state.load_config if name == "config" else driver.state.load_epochs)()
+
+
+def test_a_damaged_settled_epoch_is_forgotten(tmp_path: Path) -> None:
+    driver = StateDriver(tmp_path)
+    driver.wait(lambda done: driver.state.save_settled(7, done))
+    (tmp_path / "settled").write_bytes(b"rubbish")
+    assert driver.state.load_settled() == 0
+    assert driver.logged
+
+
+def test_one_daemon_a_directory(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    lock = DirectoryLock(path)
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o750
+    with pytest.raises(UsageError) as caught:
+        DirectoryLock(path)
+    assert str(caught.value) == f"another sheep daemon is using {path}\nlocking directory: {path} failed"
+    lock.release()
+    DirectoryLock(path).release()
+    with pytest.raises(UsageError) as caught:
+        DirectoryLock(str(tmp_path / "a" / "b"))
+    assert str(caught.value) == f"cannot create the directory {tmp_path}/a/b (No such file or directory)"

@@ -1,0 +1,391 @@
+"""The object store against a model: what it holds is what was written, also after a stop and after a kill."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.stores import StoreDriver
+
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid, inode_oid
+from sheepdog.cluster.host.disk import RealDisk, Space
+
+SIZE = 64 * 4096
+OID = data_oid(Vid(0x123456), 7)
+
+
+def v(counter: int) -> Version:
+    return Version(1, 1, counter)
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "nosync"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreDriver]:
+    driver = StoreDriver(str(tmp_path / "obj"), nosync=request.param)
+    yield driver
+    driver.crash()
+
+
+def reopened(driver: StoreDriver, path: Path, crash: bool = False) -> StoreDriver:
+    if crash:
+        driver.crash()
+    else:
+        driver.close()
+    return StoreDriver(str(path / "obj"))
+
+
+def test_create_write_read(store: StoreDriver) -> None:
+    store.create(OID, SIZE, 100, b"hello", v(1))
+    assert store.store.version(OID) == v(1)
+    assert store.store.size(OID) == SIZE
+    assert store.read(OID, 98, 9) == b"\0\0hello\0\0"
+    store.write(OID, 5000, b"x" * 9000, v(2), durable=True)
+    assert store.read(OID, 4999, 9002) == b"\0" + b"x" * 9000 + b"\0"
+    assert store.store.version(OID) == v(2)
+    assert store.read(OID, 0, SIZE)[:105] == bytes(100) + b"hello"
+
+
+def test_the_file_is_what_the_format_says(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, 10_000, 4096, b"a" * 4096, Version(3, 2, 9), durable=True)
+    data = (tmp_path / "obj" / f"{OID:016x}").read_bytes()
+    assert len(data) == 12_288 + 512 + 3 * 8
+    assert data[:10_000] == bytes(4096) + b"a" * 4096 + bytes(10_000 - 8192)
+    assert data[12_288:12_296] == b"SHEEPOBJ"
+    assert [data[12_800 + 8 * i : 12_808 + 8 * i] != bytes(8) for i in range(3)] == [False, True, False]
+    assert os.stat(tmp_path / "obj").st_mode & 0o777 == 0o750
+
+
+def test_zero_blocks_of_a_creation_are_holes(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, SIZE, 0, bytes(8192) + b"z" * 4096 + bytes(SIZE - 3 * 4096), v(1))
+    table = store.store.table(OID)
+    assert len(table) == 64 * 8
+    assert [i for i in range(64) if table[8 * i : 8 * i + 8] != bytes(8)] == [2]
+    assert (tmp_path / "obj" / f"{OID:016x}").stat().st_blocks * 512 < 20_000
+    assert store.store.usage()[0] == 8192
+
+
+def test_missing_objects_and_ranges(store: StoreDriver) -> None:
+    with pytest.raises(NoObject):
+        store.read(OID, 0, 4096)
+    with pytest.raises(NoObject):
+        store.write(OID, 0, b"x", v(1))
+    assert store.store.version(OID) is None
+    store.remove(OID)
+    store.create(OID, SIZE, 0, b"", v(1))
+    for offset, length in ((SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1)):
+        with pytest.raises(StoreError) as caught:
+            store.read(OID, offset, length)
+        assert caught.value.result == Result.INVALID_PARMS
+        with pytest.raises(StoreError):
+            store.write(OID, offset, bytes(length), v(2))
+
+
+def test_remove_and_replace(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    store.create(OID, SIZE, 0, b"b" * 4096, v(2))
+    assert store.read(OID, 0, 8192) == b"b" * 4096 + bytes(4096)
+    store.remove(OID)
+    assert store.store.version(OID) is None
+    assert not (tmp_path / "obj" / f"{OID:016x}").exists()
+    assert store.store.usage()[0] == 0
+    assert os.listdir(tmp_path / "obj" / ".new") == []
+
+
+def test_calls_without_waiting_take_effect_in_order(store: StoreDriver) -> None:
+    errors: list[StoreError | None] = []
+    store.store.create(OID, SIZE, 0, b"a" * 4096, v(1), True, errors.append)
+    store.store.write(OID, 0, b"b" * 4096, v(2), True, errors.append)
+    assert store.read(OID, 0, 4096) == b"b" * 4096
+    store.store.remove(OID, errors.append)
+    assert store.store.version(OID) is None
+    store.store.create(OID, SIZE, 4096, b"c" * 4096, v(3), True, errors.append)
+    store.store.write(OID, 100, b"d", v(4), True, errors.append)
+    assert store.read(OID, 0, 8192) == bytes(100) + b"d" + bytes(3995) + b"c" * 4096
+    while len(errors) < 5:
+        store.step()
+    assert errors == [None] * 5
+    assert store.store.version(OID) == v(4)
+
+
+def test_punch(store: StoreDriver) -> None:
+    store.create(OID, SIZE - 100, 0, b"a" * (SIZE - 100), v(1))
+    used = store.store.usage()[0]
+    store.punch(OID, 4000, 4096 * 3, v(2))
+    assert store.read(OID, 0, 20_000) == b"a" * 4000 + bytes(4096 * 3) + b"a" * (20_000 - 4000 - 4096 * 3)
+    assert store.store.usage()[0] == used - 2 * 4096
+    store.punch(OID, 10, 20, v(3))
+    assert store.read(OID, 0, 40) == b"a" * 10 + bytes(20) + b"a" * 10
+    store.punch(OID, 0, SIZE - 100, v(4), durable=True)
+    assert not any(store.store.table(OID))
+    assert store.read(OID, 0, SIZE - 100) == bytes(SIZE - 100)
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["stop", "kill"])
+def test_a_restart_finds_everything(tmp_path: Path, crash: bool) -> None:
+    driver = StoreDriver(str(tmp_path / "obj"))
+    driver.create(OID, SIZE, 0, b"a" * 5000, v(1))
+    driver.write(OID, 4096, b"b" * 100, v(2))
+    driver.create(inode_oid(Vid(5)), 12_587_576, 0, b"i" * 5000, v(3))
+    used = driver.store.usage()[0]
+    driver = reopened(driver, tmp_path, crash)
+    assert list(driver.store.inventory()) == [(OID, v(2)), (inode_oid(Vid(5)), v(3))]
+    assert driver.read(OID, 0, SIZE) == b"a" * 4096 + b"b" * 100 + b"a" * 804 + bytes(SIZE - 5000)
+    assert driver.store.size(inode_oid(Vid(5))) == 12_587_576
+    assert abs(driver.store.usage()[0] - used) <= 3 * 4096
+    driver.crash()
+
+
+def test_the_index_is_believed_once_and_only_for_files_that_are_there(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path / "obj"))
+    for index in range(4):
+        driver.create(data_oid(Vid(1), index), SIZE, 0, b"a", v(index + 1))
+    driver.close()
+    assert (tmp_path / "obj" / ".index").exists()
+    names = sorted(name for name in os.listdir(tmp_path / "obj") if not name.startswith("."))
+    os.unlink(tmp_path / "obj" / names[0])
+    driver = StoreDriver(str(tmp_path / "obj"))
+    assert not (tmp_path / "obj" / ".index").exists()
+    assert [oid for oid, _ in driver.store.inventory()] == [data_oid(Vid(1), index) for index in (1, 2, 3)]
+    driver.close()
+    index_file = tmp_path / "obj" / ".index"
+    index_file.write_bytes(index_file.read_bytes()[:-20] + bytes(20))
+    driver = StoreDriver(str(tmp_path / "obj"))
+    assert len(list(driver.store.inventory())) == 3
+    assert any("reading all objects" in line for line in driver.logged)
+    driver.crash()
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_rotten_blocks_are_never_returned(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, SIZE, 0, b"a" * (8 * 4096), v(1))
+    path = tmp_path / "obj" / f"{OID:016x}"
+    with path.open("r+b") as file:
+        file.seek(2 * 4096 + 17)
+        file.write(b"?")
+        file.seek(20 * 4096)  # where a hole is
+        file.write(b"?")
+    with pytest.raises(Corrupt) as caught:
+        store.read(OID, 0, 4 * 4096)
+    assert caught.value.blocks == (2,)
+    with pytest.raises(Corrupt):
+        store.read(OID, 20 * 4096, 4096)
+    with pytest.raises(Corrupt):
+        store.write(OID, 2 * 4096 + 5, b"part", v(2))
+    assert store.store.version(OID) == v(1)
+    store.write(OID, 2 * 4096, b"b" * 4096, v(2))
+    assert store.read(OID, 0, 4 * 4096) == b"a" * 8192 + b"b" * 4096 + b"a" * 4096
+
+
+def test_a_rotten_header_leaves_a_copy_without_version(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path / "obj"))
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    driver.crash()
+    flip(tmp_path / "obj" / f"{OID:016x}", SIZE + 40)
+    driver = StoreDriver(str(tmp_path / "obj"))
+    assert driver.store.version(OID) == NO_VERSION
+    with pytest.raises(Corrupt):
+        driver.read(OID, 0, 4096)
+    driver.store.restore_begin(OID, SIZE)
+    driver.restore_write(OID, 0, b"r" * SIZE)
+    driver.restore_finish(OID, v(2))
+    driver = reopened(driver, tmp_path)
+    assert driver.store.version(OID) == v(2)
+    assert driver.read(OID, 0, SIZE) == b"r" * SIZE
+    driver.crash()
+
+
+def test_restore_of_a_new_and_of_an_old_copy(store: StoreDriver, tmp_path: Path) -> None:
+    store.store.restore_begin(OID, SIZE)
+    assert store.store.version(OID) == NO_VERSION
+    store.restore_write(OID, 4096, b"r" * 8192)
+    store.restore_finish(OID, v(7))
+    assert store.store.version(OID) == v(7)
+    assert store.read(OID, 0, 16384) == bytes(4096) + b"r" * 8192 + bytes(4096)
+    store.store.restore_begin(OID, SIZE)
+    assert store.store.version(OID) == NO_VERSION
+    with pytest.raises(NoObject):
+        store.write(OID, 0, b"x", v(8))
+    store.store.restore_punch(OID, 4096, 4096)
+    store.restore_write(OID, SIZE - 4096, b"e" * 4096)
+    store.restore_finish(OID, v(9))
+    assert store.read(OID, 0, 12288) == bytes(8192) + b"r" * 4096
+    assert store.read(OID, SIZE - 4096, 4096) == b"e" * 4096
+
+
+def test_a_crash_in_a_restore_leaves_no_version(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path / "obj"))
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    driver.store.restore_begin(OID, SIZE)
+    driver.restore_write(OID, 0, b"r" * 4096)
+    driver = reopened(driver, tmp_path, crash=True)
+    assert driver.store.version(OID) == NO_VERSION
+    assert list(driver.store.inventory()) == [(OID, NO_VERSION)]
+    driver.store.restore_begin(OID, SIZE)
+    driver.restore_finish(OID, v(2))
+    assert driver.read(OID, 0, 8192) == b"r" * 4096 + b"a" * 4096
+    driver.crash()
+
+
+class FailingDisk(RealDisk):
+    """Fails the sync, or has only so much space."""
+
+    def __init__(self) -> None:
+        self.sync_error: int = 0
+        self.free = 1 << 40
+        self.syncs = 0
+
+    def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
+        self.syncs += 1
+        if self.sync_error:
+            raise OSError(self.sync_error, os.strerror(self.sync_error))
+        os.fdatasync(fd)
+
+    def space(self, path: str) -> Space:
+        return Space(1 << 40, self.free)
+
+
+def test_a_failed_sync_takes_the_disk_out_and_is_not_retried(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
+    disk.sync_error = 5
+    with pytest.raises(DiskError):
+        driver.write(OID, 0, b"b" * 4096, v(2), durable=True)
+    disk.sync_error = 0
+    assert len(driver.failed) == 1
+    with pytest.raises(DiskError):
+        driver.write(OID, 0, b"c" * 4096, v(3))
+    with pytest.raises(DiskError):
+        driver.read(OID, 0, 4096)
+    with pytest.raises(DiskError):
+        driver.flush()
+    driver.crash()
+
+
+def test_waiting_writes_share_a_sync(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
+    before = disk.syncs
+    errors: list[StoreError | None] = []
+    for counter in range(50):
+        driver.store.write(OID, 4096, bytes([counter]) * 4096, v(counter + 2), True, errors.append)
+    while len(errors) < 50:
+        driver.step()
+    assert errors == [None] * 50
+    assert disk.syncs - before <= 2
+    driver.flush()
+    assert disk.syncs - before <= 2
+    driver.crash()
+
+
+def test_flush_syncs_the_named_volumes_only(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    oids = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
+    for oid in oids:
+        driver.create(oid, SIZE, 0, b"a" * 4096, v(1))
+    before = disk.syncs
+    driver.write(oids[0], 0, b"b", v(2))
+    driver.write(oids[1], 0, b"b", v(2))
+    driver.flush(frozenset({Vid(2), Vid(3)}))
+    assert disk.syncs - before == 1
+    driver.flush()
+    assert disk.syncs - before == 2
+    driver.crash()
+
+
+def test_a_full_disk_refuses_new_blocks_and_keeps_the_rest(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
+    disk.free = (256 << 20) + 10_000
+    driver.store._home._allowance = 0
+    with pytest.raises(NoSpace):
+        driver.create(data_oid(Vid(2), 1), SIZE, 0, b"a" * SIZE, v(1))
+    with pytest.raises(NoSpace):
+        driver.write(OID, 4096, b"b" * 100_000, v(2))
+    driver.write(OID, 0, b"c" * 4096, v(3))
+    assert driver.read(OID, 0, 8192) == b"c" * 4096 + bytes(4096)
+    driver.remove(OID)
+    disk.free = 1 << 40
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    assert driver.failed == []
+    driver.crash()
+
+
+def test_more_objects_than_open_files(store: StoreDriver) -> None:
+    store.store._files._limit = 4
+    oids = [data_oid(Vid(9), index) for index in range(40)]
+    for number, oid in enumerate(oids):
+        store.create(oid, SIZE, 0, bytes([number]) * 4096, v(1), durable=True)
+    for number, oid in enumerate(oids):
+        assert store.read(oid, 0, 4096) == bytes([number]) * 4096
+        store.write(oid, 4096, bytes([number]) * 10, v(2))
+    store.flush()
+    for number, oid in enumerate(oids):
+        assert store.read(oid, 4096, 10) == bytes([number]) * 10
+    assert len(store.store._files) <= 12
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    driver = StoreDriver(str(tmp_path / "obj"), nosync=bool(seed & 1))
+    driver.store._files._limit = 3
+    model: dict[ObjectId, tuple[bytearray, Version]] = {}
+    oids = [data_oid(Vid(vid), index) for vid in (1, 2) for index in range(4)]
+    sizes = {oid: rng.choice((4096, 10_000, SIZE, SIZE - 1)) for oid in oids}
+    pending: list[StoreError | None] = []
+    expected = 0
+    for counter in range(1, 400):
+        oid = rng.choice(oids)
+        size = sizes[oid]
+        offset = rng.randrange(size)
+        length = rng.randint(1, min(size - offset, 20_000))
+        durable = rng.random() < 0.1
+        kind = rng.random()
+        if oid not in model or kind < 0.05:
+            data = rng.choice((rng.randbytes(length), bytes(length)))
+            driver.store.create(oid, size, offset, data, v(counter), durable, pending.append)
+            model[oid] = (bytearray(size), v(counter))
+            model[oid][0][offset : offset + length] = data
+        elif kind < 0.5:
+            data = rng.randbytes(length)
+            driver.store.write(oid, offset, data, v(counter), durable, pending.append)
+            model[oid][0][offset : offset + length] = data
+            model[oid] = (model[oid][0], v(counter))
+        elif kind < 0.6:
+            driver.store.punch(oid, offset, length, v(counter), durable, pending.append)
+            model[oid][0][offset : offset + length] = bytes(length)
+            model[oid] = (model[oid][0], v(counter))
+        elif kind < 0.65:
+            driver.store.remove(oid, pending.append)
+            del model[oid]
+        elif kind < 0.95:
+            assert driver.read(oid, offset, length) == model[oid][0][offset : offset + length]
+            expected -= 1
+        else:
+            while len(pending) < expected:
+                driver.step()
+            driver = reopened(driver, tmp_path, crash=kind < 0.98)
+            driver.store._files._limit = 3
+            expected -= 1
+        expected += 1
+    while len(pending) < expected:
+        driver.step()
+    assert not any(pending)
+    driver.crash()
+    driver = StoreDriver(str(tmp_path / "obj"))
+    assert dict(driver.store.inventory()) == {oid: version for oid, (_, version) in model.items()}
+    for oid, (content, _) in model.items():
+        assert driver.read(oid, 0, len(content)) == content
+    driver.crash()
