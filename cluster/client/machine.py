@@ -104,6 +104,14 @@ class VolumeMachine:
             yield Extent(offset, stop - offset, allocated)
             offset = stop
 
+    def allocated_chunks(self, offset: int, length: int, limit: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is allocated in a range, in pieces of at most `limit` bytes."""
+        for extent in list(self.extents(offset, length)):
+            if extent.allocated:
+                end = extent.offset + extent.length
+                for start in range(extent.offset, end, limit):
+                    yield start, min(limit, end - start)
+
     # -- holds
 
     def hold_in_place(self, index: int) -> bool:

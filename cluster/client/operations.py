@@ -32,6 +32,7 @@ from sheepdog.cluster.wire.header import VDI_RESPONSE
 
 MAX_ROUNDS: Final = 64  # snapshots (or other clients' changes) that may overtake one request before it fails
 DISCARD_BATCH: Final = 4096  # objects whose entries one request clears: 16 KiB of map, held exclusively meanwhile
+ZERO_CHUNK_BYTES: Final = 1 << 20  # zeros written in one request where an object is kept
 
 _QUEUED, _ACTIVE, _RELOADING, _MAPPING, _FLUSHING, _WAITING = range(6)
 _LOOKUP, _HEADER, _MAP, _FLUSH, _RESIZE = "lookup", "header", "map", "flush", "resize"

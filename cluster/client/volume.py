@@ -18,15 +18,23 @@ from typing import Any, TypeAlias
 
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
-from sheepdog.cluster.client.operations import Discard, Flush, Open, Operation, Read, Resize, Write, os_error
+from sheepdog.cluster.client.operations import (
+    ZERO_CHUNK_BYTES,
+    Discard,
+    Flush,
+    Open,
+    Operation,
+    Read,
+    Resize,
+    Write,
+    os_error,
+)
 from sheepdog.cluster.client.requests import Request, read_header, write_header
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.messages import Buffer
-
-ZERO_CHUNK_BYTES = 1 << 20  # zeros written in one request where an object is kept
 
 ReadDone: TypeAlias = Callable[[OSError | None, Buffer], None]
 WriteDone: TypeAlias = Callable[[OSError | None], None]
@@ -100,11 +108,8 @@ class Volume:
     async def zero(self, offset: int, length: int, durable: bool = False) -> None:
         """The range reads as zeros afterwards: whole objects are given back, allocated parts of others overwritten."""
         await self.discard(offset, length)
-        for extent in list(self._machine.extents(offset, length)):
-            if extent.allocated:
-                for start in range(extent.offset, extent.offset + extent.length, ZERO_CHUNK_BYTES):
-                    size = min(ZERO_CHUNK_BYTES, extent.offset + extent.length - start)
-                    await self.write(start, bytes(size))
+        for start, size in self._machine.allocated_chunks(offset, length, ZERO_CHUNK_BYTES):
+            await self.write(start, bytes(size))
         if durable:
             await self.flush()
 

@@ -240,10 +240,8 @@ def test_random_requests_with_snapshots_breaks_and_reordering(seed: int) -> None
                     asyncio.get_running_loop().call_later(chance.random() * 0.02, freeze)
                 await asyncio.gather(*(step(volume, first, last) for first, last in parts))
                 assert await volume.read(0, size) == model
-                for (
-                    old,
-                    content,
-                ) in frozen.items():  # what was under way may be in the snapshot or not, but later nothing changes
+                # What was under way may be in the snapshot or not, but later nothing in it changes.
+                for old, content in frozen.items():
                     frozen[old] = content or sheep.content(old)
 
         def freeze() -> None:

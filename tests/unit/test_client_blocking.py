@@ -1,0 +1,131 @@
+"""The blocking volume: the same promises from many threads."""
+
+from __future__ import annotations
+
+import errno
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+from tests.support.fake_sheep import FakeSheep
+
+from sheepdog.cluster.client.blocking import BlockingVolume, Connection
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.requests import lookup
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import is_data
+from sheepdog.cluster.wire.header import VDI_RESPONSE
+from sheepdog.cluster.wire.opcodes import Opcode
+
+MIB = 1 << 20
+SHIFT = 20
+
+
+def test_reads_and_writes_at_any_alignment() -> None:
+    with FakeSheep() as sheep:
+        vid = sheep.create("v", 5 * MIB + 7, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        model = bytearray(volume.size)
+        chance = random.Random(2)
+        for _ in range(60):
+            offset = chance.randrange(volume.size)
+            data = chance.randbytes(min(chance.choice((1, 600, 5000, 3 * MIB)), volume.size - offset))
+            volume.write(offset, data, durable=chance.random() < 0.5)
+            model[offset : offset + len(data)] = data
+            start = chance.randrange(volume.size)
+            assert volume.read(start, 2 * MIB) == model[start : start + 2 * MIB]
+        volume.zero(MIB + 1, 2 * MIB, durable=True)
+        model[MIB + 1 : 3 * MIB + 1] = bytes(2 * MIB)
+        buffer = bytearray(b"?" * 6 * MIB)
+        assert volume.read_into(0, memoryview(buffer)) == volume.size
+        assert buffer == model + b"?" * (6 * MIB - volume.size)
+        with pytest.raises(OSError) as caught:
+            volume.write(volume.size - 1, b"ab")
+        assert caught.value.errno == errno.ENOSPC
+        volume.discard(0, volume.size)
+        volume.resize(6 * MIB)
+        assert volume.read(0, 6 * MIB) == bytes(6 * MIB)
+        volume.close()
+        assert sheep.inode(vid).vdi_size == 6 * MIB
+        assert not any(is_data(oid) for oid in sheep.objects)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_share_a_map(seed: int) -> None:
+    """Each thread owns every eighth 1000 bytes, so all of them create and copy the same objects."""
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v", patience_s=5)
+        model = bytearray(volume.size)
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            chance = random.Random(seed * 100 + number)
+            try:
+                for step in range(30):
+                    offset = (chance.randrange(volume.size // 8000) * 8 + number) * 1000
+                    data = chance.randbytes(1000)
+                    volume.write(offset, data, durable=chance.random() < 0.2)
+                    model[offset : offset + 1000] = data
+                    assert volume.read(offset, 1000) == data
+                    if number == 0 and step % 10 == 5:
+                        with sheep.lock:
+                            sheep.snapshot("v")
+                    if number == 1 and step % 10 == 7:
+                        sheep.cut()
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        assert volume.read(0, volume.size) == model
+        vid = volume.inode.vdi_id
+        volume.close()
+        assert sheep.content(vid) == model
+
+
+def test_no_gateway() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", MIB)
+        impatient = Connection(sheep.address, patience_s=0)
+        volume = BlockingVolume.open(sheep.address, "v", patience_s=0.2)
+        sheep.__exit__(None, None, None)
+        request = lookup(b"v")
+        for _ in range(2):  # cut, then refused
+            with pytest.raises(ConnectionError):
+                impatient.ask(request.header, request.payload)
+        with pytest.raises(OSError) as caught:
+            volume.write(0, b"x")
+        assert caught.value.errno == errno.EIO
+        with pytest.raises(OSError) as caught:
+            volume.flush()
+        assert caught.value.errno == errno.EIO
+
+
+def test_a_lookup_tells_its_result() -> None:
+    with FakeSheep() as sheep:
+        vid = sheep.create("v", MIB)
+        connection = Connection(sheep.address)
+        found, missing = lookup(b"v"), lookup(b"w")
+        assert VDI_RESPONSE.unpack(connection.call(found.header, found.payload).header).vdi_id == vid
+        assert connection.ask(missing.header, missing.payload).result == Result.NO_VDI
+        with pytest.raises(SheepError) as caught:
+            connection.call(missing.header, missing.payload)
+        assert caught.value.errno == errno.ENOENT
+        sheep.handlers[Opcode.GET_VDI_INFO] = lambda header, payload: (b"\xff" * 48, b"")
+        liar = Connection(sheep.address, patience_s=0)
+        with pytest.raises(OSError):
+            liar.ask(found.header, found.payload)
+        connection.close()
+
+
+def test_no_event_loop_is_imported() -> None:
+    code = "import sys; import sheepdog.cluster.client.blocking; print('asyncio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"
