@@ -131,6 +131,11 @@ class Session:
         self.submit(header, payload, done, limit)
         return await future
 
+    def move(self, address: Address) -> None:
+        """Goes on with another gateway of the cluster; requests in flight are sent again there."""
+        self.address = address
+        self._broken()
+
     async def close(self) -> None:
         """Ends the connection; what is still in flight fails with EIO."""
         self._closed = True

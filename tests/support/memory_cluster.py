@@ -174,9 +174,9 @@ def main() -> None:
     async def serve() -> None:
         await transport.serve(FileSystem(MemoryCluster(sizes, latency_s), Settings()))
 
-    log_to_stderr(debug=False)
+    log_to_stderr(debug="SHEEPFS_DEBUG" in os.environ)
     transport = chosen(transport_name)
-    transport.mount(MountOptions(mountpoint))
+    transport.mount(MountOptions(mountpoint, "SHEEPFS_DEBUG" in os.environ))
     try:
         asyncio.run(serve())
     finally:
