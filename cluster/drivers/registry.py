@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.drivers.base import Driver
+
+if TYPE_CHECKING:  # a command line is parsed before anything large is imported
+    from sheepdog.cluster.drivers.base import Driver
 
 _CLASSES = {
     "local": "sheepdog.cluster.drivers.local:LocalDriver",
 }
-PREFERRED = ("corosync", "local")  # the default is the first of these that this build has (cli.md 1.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,6 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_CLASSES))
 
 
-def default() -> DriverSpec:
-    return DriverSpec(next(name for name in PREFERRED if name in _CLASSES), "")
-
-
 def parse(text: str) -> DriverSpec:
     """`local`, `local:FILE` ...: the name ends at the first colon. UsageError for a driver that is not available."""
     name, _, argument = text.partition(":")
@@ -40,7 +37,8 @@ def parse(text: str) -> DriverSpec:
     return DriverSpec(name, argument)
 
 
-def create(spec: DriverSpec) -> Driver:
-    """A driver that is not opened yet. UsageError for an argument that it refuses."""
+def create(text: str) -> Driver:
+    """The driver that `-c` names, not opened yet. UsageError for a name or argument that is refused."""
+    spec = parse(text)
     module, _, attribute = _CLASSES[spec.name].partition(":")
-    return cast(Driver, getattr(import_module(module), attribute)(spec.argument))
+    return cast("Driver", getattr(import_module(module), attribute)(spec.argument))

@@ -39,6 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 # Module -> what it alone may import besides, inside a function: the parts are put together late.
 LATE: dict[str, tuple[str, ...]] = {
     "cluster.host.daemon": ("cluster.drivers", "frontends.qemu"),
+    "cluster.host.main": ("cluster.drivers",),  # which drivers there are, for the command line
     "tools.dog.store": ("cluster.host",),
     "tools.dog.simulate": ("cluster.sim",),
     "tools.dog.nbd": ("frontends.nbd",),

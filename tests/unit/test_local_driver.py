@@ -269,4 +269,4 @@ def test_registry() -> None:
     for wrong in ("", "locall", "Local", "nothing:local"):
         with pytest.raises(UsageError, match=f"Invalid cluster driver '{wrong}'"):
             registry.parse(wrong)
-    assert registry.create(registry.parse("local:/tmp/x")).name == "local"
+    assert registry.create("local:/tmp/x").name == "local"
