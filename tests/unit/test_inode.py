@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +132,24 @@ def test_any_header_is_understood_or_refused(header: InodeHeader, damage: list[t
 def test_what_is_no_inode(data: bytes) -> None:
     with pytest.raises(PeerError):
         InodeHeader.unpack(data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"nr_copies": 0},
+        {"block_size_shift": 19},
+        {"block_size_shift": 32},
+        {"vdi_id": 1 << 24},
+        {"parent_vdi_id": 1 << 24},
+    ],
+    ids=str,
+)
+def test_one_impossible_field_is_enough(wrong: dict[str, Any]) -> None:
+    good = InodeHeader(name=b"a", vdi_id=(1 << 24) - 1, parent_vdi_id=(1 << 24) - 1)
+    assert InodeHeader.unpack(good.pack()) == good
+    with pytest.raises(PeerError):
+        InodeHeader.unpack(replace(good, **wrong).pack())
 
 
 def test_names_that_do_not_fit() -> None:

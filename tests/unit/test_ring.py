@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +60,7 @@ def test_four_weighted_nodes(oid: int, last_bytes: tuple[int, ...]) -> None:
     assert ring.home(ObjectId(oid)) == replicas[0]
 
 
-def naive(members: list[Member], oid: ObjectId, copies: int) -> tuple[int, ...]:
+def on_ring(members: list[Member], here: int, copies: int) -> tuple[int, ...]:
     """The rule of 10.4 read aloud: every point at or after the object, then every point before it."""
     points = []
     for index, node in enumerate(members):
@@ -67,7 +69,6 @@ def naive(members: list[Member], oid: ObjectId, copies: int) -> tuple[int, ...]:
             point = next_hash(point)
             points.append((point, index))
     points.sort()
-    here = object_hash(oid)
     placed: list[int] = []
     for _, index in [p for p in points if p[0] >= here] + [p for p in points if p[0] < here]:
         if len(placed) < copies and members[index].zone not in [members[other].zone for other in placed]:
@@ -84,11 +85,26 @@ clusters = st.lists(
 def test_every_cluster_follows_the_rule(members: list[Member], oid: ObjectId, copies: int) -> None:
     ring = Ring(members)
     replicas = ring.replicas(oid, copies)
-    assert replicas == naive(members, oid, copies)
+    assert replicas == on_ring(members, object_hash(oid), copies)
     assert replicas == ring.replicas(oid, copies), "a cached answer differs from the first"
     assert ring.zones == len({node.zone for node in members if node.vnodes})
     assert len(replicas) == min(copies, ring.zones)
     assert ring.home(oid) == (replicas[0] if replicas else None)
+
+
+def test_an_object_on_a_point_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = next_hash(node_hash(LOOPBACK[1].id))
+    for here, owner in ((point, 1), (point - 1, 1), (point + 1, 2)):
+        monkeypatch.setattr(ring_module, "object_hash", lambda oid, here=here: here)
+        few_points = [LOOPBACK[0], replace(LOOPBACK[1], vnodes=1), LOOPBACK[2]]
+        assert Ring(few_points).replicas(ObjectId(0), 3) == on_ring(few_points, here, 3)
+        assert (Ring(few_points).home(ObjectId(0)) == 1) == (owner == 1)
+
+
+def test_answers_for_other_numbers_of_copies_are_kept_apart() -> None:
+    ring = Ring(WEIGHTED)
+    placed = [ring.replicas(ObjectId(5), copies) for copies in (2, 4, 1, 3)]
+    assert [len(replicas) for replicas in placed] == [2, 4, 1, 3]
 
 
 def test_nobody_stores() -> None:
@@ -157,6 +173,12 @@ def test_auto_vnodes_of_anything(spaces: list[int]) -> None:
         assert 0 <= count <= 65535
         if not space:
             assert count == 0
+
+
+def test_nodes_without_space_do_not_count() -> None:
+    assert auto_vnodes([0, 5, 0, 5]) == [0, 128, 0, 128]
+    assert auto_vnodes([0, 0]) == [0, 0]
+    assert auto_vnodes([]) == []
 
 
 def test_one_giant_among_many_fits_its_field() -> None:
