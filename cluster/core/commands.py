@@ -74,7 +74,6 @@ def _add(state: ClusterState, _: str, command: Command) -> Result:
                 copies=command["copies"],
                 policy=command["policy"],
                 shift=command["shift"],
-                deleted=True,
             )
         )
     if command["use"]:

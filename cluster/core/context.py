@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid_of
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
@@ -10,6 +12,30 @@ from sheepdog.cluster.core.peers import Peers
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Log, Network, Store
 from sheepdog.cluster.core.state import ClusterState
+
+
+class Counters:
+    """Requests and bytes since the start, as `dog node stat` shows them."""
+
+    __slots__ = (
+        "flushes",
+        "peer_reads",
+        "peer_removes",
+        "peer_rx",
+        "peer_tx",
+        "peer_writes",
+        "reads",
+        "removes",
+        "rx",
+        "tx",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.reads = self.writes = self.removes = self.flushes = self.rx = self.tx = 0  # of clients
+        self.peer_reads = self.peer_writes = self.peer_removes = self.peer_rx = self.peer_tx = (
+            0  # of this node's copies
+        )
 
 
 class Context:
@@ -24,6 +50,10 @@ class Context:
         self.peers = Peers(network)
         self.placement = Placement(Epoch(0), (), me, self.copies_of)
         self.epoch = 0  # 0: not in a running cluster
+        self.fence = 0  # era << 32 | epoch: what messages are checked by
+        self.counters = Counters()
+        self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
+        self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
         self.probes: dict[str, int] = {}
         self._machine: ClusterMachine | None = None
 

@@ -14,7 +14,7 @@ Local = Callable[[Callable[[int, Buffer], None]], None]
 
 
 class _Question:
-    __slots__ = ("answers", "body", "done", "epoch", "kind", "local", "oid", "result", "waiting")
+    __slots__ = ("answers", "body", "done", "fence", "kind", "local", "oid", "result", "waiting")
 
     def __init__(self, kind: Kind, oid: ObjectId, body: Buffer, local: Local, done: AllDone) -> None:
         self.kind = kind
@@ -22,7 +22,7 @@ class _Question:
         self.body = body
         self.local = local
         self.done = done
-        self.epoch = 0
+        self.fence = 0
         self.waiting: dict[NodeId, None] = {}
         self.answers: dict[NodeId, Buffer] = {}
         self.result = int(Result.SUCCESS)
@@ -48,7 +48,7 @@ class Everyone:
 
     def _send(self, question: _Question) -> None:
         context = self._context
-        question.epoch = context.epoch
+        question.fence = context.fence
         question.result = Result.SUCCESS
         question.answers = {}
         question.waiting = dict.fromkeys(context.placement.nodes)
@@ -57,14 +57,14 @@ class Everyone:
             if node == context.me:
                 question.local(answered)
             else:
-                message = Message(question.kind, context.epoch, oid=question.oid, body=question.body)
+                message = Message(question.kind, context.fence, oid=question.oid, body=question.body)
                 context.peers.request(node, message, lambda m, answered=answered: answered(m.result, m.body))  # type: ignore[misc]
 
     def _answered(self, question: _Question, node: NodeId) -> Callable[[int, Buffer], None]:
-        epoch = question.epoch
+        fence = question.fence
 
         def answered(result: int, body: Buffer) -> None:
-            if question.epoch != epoch or question not in self._open:
+            if question.fence != fence or question not in self._open:
                 return
             question.waiting.pop(node, None)
             question.answers[node] = body

@@ -85,6 +85,7 @@ class Gateway:
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
         self.pending: dict[int, _Request] = {}  # by number, in the order they came
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
+        context.active_requests = lambda: len(self.pending)
         self._next_number = 0
         self._suspended = False
         self._held: list[Callable[[], None]] = []  # while suspended
@@ -94,6 +95,9 @@ class Gateway:
 
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
         """`length` bytes from `offset`: all of them, or an error."""
+        counters = self._context.counters
+        counters.reads += 1
+        counters.tx += length
         refusal = self._context.state.result()
         if refusal:
             done(refusal, b"")
@@ -104,6 +108,9 @@ class Gateway:
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
+        counters = self._context.counters
+        counters.writes += 1
+        counters.rx += len(data)
         if self._may_change(oid, done, lambda: self.write(oid, offset, data, durable, done)):
             if is_inode(oid) and self.inode_write is not None:
                 self.inode_write(oid, offset, data, durable, done)
@@ -114,6 +121,9 @@ class Gateway:
         """A new object of its nominal size: zeros, or a copy of `cow_oid`, with the data laid over it."""
         if not self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
             return
+        counters = self._context.counters
+        counters.writes += 1
+        counters.rx += len(data)
         size = self._context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
         if not cow_oid or len(data) >= size:
@@ -135,10 +145,12 @@ class Gateway:
     def remove(self, oid: ObjectId, done: IoDone) -> None:
         """Drops one object; an object that is not there is success."""
         if self._may_change(oid, done, lambda: self.remove(oid, done)):
+            self._context.counters.removes += 1
             self.change(oid, Flag.REMOVE, 0, 0, b"", 0, done)
 
     def flush(self, vid: Vid, done: IoDone) -> None:
         """Everything acknowledged so far for this volume (and what it was branched off) becomes durable."""
+        self._context.counters.flushes += 1
         refusal = self._context.state.result()
         if refusal:
             done(refusal, b"")
@@ -178,7 +190,7 @@ class Gateway:
     def _refusal(self, state: ClusterState, oid: ObjectId) -> Result:
         if is_data(oid):
             record = state.vdis.get(vid_of(oid))
-            if record is None or (record.deleted and record.name):
+            if record is None or record.deleted:
                 return Result.NO_VDI
             if record.snap_ctime:
                 return Result.READONLY
@@ -229,7 +241,7 @@ class Gateway:
             node = context.placement.nodes[first]
             message = Message(
                 Kind.SUBMIT,
-                context.epoch,
+                context.fence,
                 0,
                 oid,
                 request.offset,
@@ -245,16 +257,16 @@ class Gateway:
         context = self._context
         home = context.placement.home(request.oid)
         assert home is not None
-        message = Message(Kind.READ, context.epoch, 0, request.oid, request.offset, request.length, flags)
+        message = Message(Kind.READ, context.fence, 0, request.oid, request.offset, request.length, flags)
         context.peers.request(context.placement.nodes[home], message, request.answered)
 
     def _read_here(self, request: _Request) -> Callable[[Buffer | StoreError], None]:
-        epoch = self._context.epoch
+        fence = self._context.fence
 
         def read(data: Buffer | StoreError) -> None:
             if not isinstance(data, StoreError):
                 request.finish(Result.SUCCESS, data)
-            elif self._context.epoch == epoch and request.number in self.pending:
+            elif self._context.fence == fence and request.number in self.pending:
                 if isinstance(data, Corrupt):
                     self._context.probe("gateway.corrupt_here")
                     self._context.log(3, f"object {request.oid:016x}: {data}; another copy answers")

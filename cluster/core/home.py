@@ -111,6 +111,7 @@ class Home:
         self.me = context.placement.me
         self._placement = context.placement
         self._epoch = context.epoch
+        self._fence = context.fence
         self._term = context.state.term
         self._former = former
         self._inventories = Inventories(len(self._placement.members))
@@ -165,7 +166,7 @@ class Home:
             if member == self.me:
                 self.hooks.settled_locally(oids)
             else:
-                message = Message(Kind.SETTLE, self._epoch, body=encode_oids(oids))
+                message = Message(Kind.SETTLE, self._fence, body=encode_oids(oids))
                 self.context.peers.request(self._placement.nodes[member], message, _ignore)
         held, self._held = self._held, []
         for call in held:
@@ -219,7 +220,7 @@ class Home:
         for replica in replicas[1:]:
             message = Message(
                 Kind.APPLY,
-                self._epoch,
+                self._fence,
                 0,
                 oid,
                 submission.offset,
@@ -256,7 +257,7 @@ class Home:
 
     def completed(self, write: _Write) -> None:
         """All replicas have answered."""
-        if self.context.epoch != self._epoch:
+        if self.context.fence != self._fence:
             return  # fenced: the gateways submit again in the new epoch
         oid = write.submission.oid
         del self._flying[write.sequence]
@@ -289,12 +290,12 @@ class Home:
     def _push_watermark(self) -> None:
         """An idle home tells its replicas that all writes are everywhere, so that they may be read there."""
         self._stable_timer = None
-        if self._flying or self.context.epoch != self._epoch or self._told == self._sequence:
+        if self._flying or self.context.fence != self._fence or self._told == self._sequence:
             return  # the next write carries it
         self._told = self._sequence
         for node in self._placement.nodes:
             if node != self.context.me:
-                self.context.network.send(node, Message(Kind.STABLE, self._epoch, watermark=self._sequence))
+                self.context.network.send(node, Message(Kind.STABLE, self._fence, watermark=self._sequence))
 
     # -- reads -------------------------------------------------------------------------------------------------
 
@@ -338,7 +339,7 @@ class Home:
             if index == len(others):
                 done(Result.EIO, b"")
                 return
-            message = Message(Kind.FETCH, self._epoch, oid=oid, offset=offset, length=length, version=version)
+            message = Message(Kind.FETCH, self._fence, oid=oid, offset=offset, length=length, version=version)
 
             def answered(answer: Message) -> None:
                 if answer.result == Result.SUCCESS:

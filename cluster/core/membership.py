@@ -391,6 +391,7 @@ class ClusterMachine:
             shift=command["shift"],
             flags=command["flags"],
             store_name=command["store_name"],
+            era=state.era + 1,
             term=1,
             loaded=True,
         )

@@ -1,7 +1,8 @@
 """What nodes say to each other. The bytes are in cluster/wire/peer.py.
 
 One shape for all: a request carries `rid` and is answered by one ANSWER with the same `rid`; kinds named
-"notice" have no answer. Every message carries the sender's epoch, and is refused in another one (fencing).
+"notice" have no answer. Every message carries the sender's fence, era << 32 | epoch, and is not
+obeyed behind another one. The era counts the formats of the cluster, after which epochs begin again at 1.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Message:
     __slots__ = (
         "body",
         "copies",
-        "epoch",
+        "fence",
         "flags",
         "kind",
         "length",
@@ -69,7 +70,7 @@ class Message:
     def __init__(
         self,
         kind: int,
-        epoch: int,
+        fence: int,
         rid: int = 0,
         oid: ObjectId = ObjectId(0),  # noqa: B008 (a constant)
         offset: int = 0,
@@ -83,7 +84,7 @@ class Message:
         body: Buffer | Sequence[Buffer] = b"",
     ) -> None:
         self.kind = kind
-        self.epoch = epoch
+        self.fence = fence
         self.rid = rid
         self.oid = oid
         self.offset = offset
@@ -98,6 +99,6 @@ class Message:
 
     def __repr__(self) -> str:
         return (
-            f"Message({Kind(self.kind).name} epoch={self.epoch} rid={self.rid} oid={self.oid:016x} "
+            f"Message({Kind(self.kind).name} fence={self.fence:x} rid={self.rid} oid={self.oid:016x} "
             f"{self.offset}+{self.length} flags={self.flags} {tuple(self.version)} result={self.result})"
         )

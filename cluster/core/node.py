@@ -173,7 +173,7 @@ class Node:
     def formatted(self) -> None:
         """The cluster was formatted: nothing of before counts."""
         store = self.context.store
-        self.context.epoch = 0
+        self.context.epoch = self.context.fence = 0
         self._recorded = 0
         self._former.clear()
         self._lacking = {}
@@ -185,6 +185,7 @@ class Node:
         self.gateway.stop(Result.NO_OBJ)
         for oid, _ in list(store.inventory()):
             store.remove(oid, self._must_work)
+        self.gateway.thaw()
 
     def epoch_changed(self) -> None:
         """The newest record of the state is the epoch from now on."""
@@ -192,6 +193,7 @@ class Node:
         record = state.epochs[-1]
         self._end_epoch()
         context.epoch = record.epoch
+        context.fence = state.era << 32 | record.epoch
         context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)
         context.peers.forget_all()
         context.network.connect([node for node in context.placement.nodes if node != context.me])
@@ -233,14 +235,14 @@ class Node:
 
     def _record(self) -> None:
         """Makes the configuration and all new epoch records durable, then goes on to peering."""
-        epoch = self.context.epoch
+        fence = self.context.fence
         records = [record for record in self.cluster.epochs if record.epoch > self._recorded]
 
         def next_record(error: StoreError | None) -> None:
             if error is not None:
                 self._must_work(error)
                 return
-            if self.context.epoch != epoch:
+            if self.context.fence != fence:
                 return
             if records:
                 record = records.pop(0)
@@ -264,7 +266,6 @@ class Node:
     def _tell_inventory(self) -> None:
         """Tells each home which of its objects are here, once the epoch is durable and the VDI table known."""
         context, placement = self.context, self.context.placement
-        epoch = context.epoch
         if not self._durable or not self.cluster.loaded or self._told:
             return
         self._told = True
@@ -284,7 +285,7 @@ class Node:
             for index, body in enumerate(bodies):
                 message = Message(
                     Kind.INVENTORY,
-                    epoch,
+                    context.fence,
                     offset=index,
                     length=self._standing.complete,
                     flags=Flag.LAST if index == len(bodies) - 1 else 0,
@@ -334,8 +335,8 @@ class Node:
         """One message of a peer. Another epoch's is not obeyed: an older one is dropped (its sender will notice
         and ask again), a newer one waits until this node gets there."""
         context = self.context
-        if message.epoch != context.epoch:
-            if message.epoch > context.epoch and len(self._early) < MAX_EARLY_MESSAGES:
+        if message.fence != context.fence:
+            if message.fence > context.fence and len(self._early) < MAX_EARLY_MESSAGES:
                 context.probe("node.early_message")
                 self._early.append((sender, message))
             else:
@@ -360,10 +361,10 @@ class Node:
     def _on_pull(self, sender: NodeId, message: Message) -> None:
         placement = self.context.placement
         sources = [placement.nodes[index] for index in decode_members(_body(message), len(placement.nodes))]
-        epoch = self.context.epoch
+        fence = self.context.fence
 
         def pulled(result: int) -> None:
-            if self.context.epoch == epoch:
+            if self.context.fence == fence:
                 if not result:
                     self.replica.missing.pop(message.oid, None)
                 self.context.peers.answer(sender, message, result)

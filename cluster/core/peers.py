@@ -43,7 +43,7 @@ class Peers:
     ) -> None:
         self._network.send(
             node,
-            Message(Kind.ANSWER, request.epoch, request.rid, version=version, length=length, result=result, body=body),
+            Message(Kind.ANSWER, request.fence, request.rid, version=version, length=length, result=result, body=body),
         )
 
     def oldest(self, node: NodeId) -> int:

@@ -71,6 +71,8 @@ class Puller:
                 context.log(4, f"object {message.oid:016x}: cannot be fetched from here: {data}")
                 context.peers.answer(sender, message, data.result)
             else:
+                context.counters.peer_reads += 1
+                context.counters.peer_tx += len(data)
                 context.peers.answer(sender, message, Result.SUCCESS, data)
 
         context.store.read(message.oid, message.offset, message.length, done)
@@ -100,7 +102,7 @@ class _Pull:
             self._end(self._failed if self._failed is not None else int(Result.NO_OBJ))
             return
         self._failed = None
-        self._ask(Message(Kind.TABLE, self._context.epoch, oid=self.oid, version=self._version), self._on_table)
+        self._ask(Message(Kind.TABLE, self._context.fence, oid=self.oid, version=self._version), self._on_table)
 
     def _ask(self, message: Message, answered: Callable[[Message], None]) -> None:
         self._context.peers.request(self._sources[0], message, answered)
@@ -141,7 +143,7 @@ class _Pull:
             offset, length = self._ranges.pop()
             self._in_flight += 1
             message = Message(
-                Kind.FETCH, self._context.epoch, oid=self.oid, offset=offset, length=length, version=self._version
+                Kind.FETCH, self._context.fence, oid=self.oid, offset=offset, length=length, version=self._version
             )
             self._ask(message, lambda answer, at=offset: self._on_data(at, answer))  # type: ignore[misc]
         if self._in_flight == 0 and not self._ranges and self._failed is None:

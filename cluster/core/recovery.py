@@ -48,12 +48,14 @@ class Recovery:
         self._home = home
         self._puller = puller
         self._placement = context.placement
-        self._epoch = context.epoch
+        self._fence = context.fence
         self._jobs: dict[ObjectId, _Job] = {}
         self._queue: deque[ObjectId] = deque()
         self._running = 0
         self._begun = False
+        self._pausing = False
         self._reported = False
+        self._starts: deque[int] = deque()  # times of the latest starts, for the throttle
         self.finished = 0
         self.total = 0
 
@@ -132,10 +134,33 @@ class Recovery:
     def run(self) -> None:
         """Starts as many objects as may be restored at a time."""
         while self._queue and self._running < RECOVERY_PULLS and not self._context.state.disable_recovery:
+            if not self._may_start():
+                break
             job = self._jobs.get(self._queue.popleft())
             if job is not None and not job.running:
                 self._start(job)
         self._report()
+
+    def _may_start(self) -> bool:
+        """Keeps to the throttle (cli.md 4): at most N objects begin in any interval; then `run` comes again."""
+        most, interval_ns = self._context.throttle
+        if not most or not interval_ns:
+            return True
+        now, starts = self._context.clock.now_ns(), self._starts
+        while starts and now - starts[0] >= interval_ns:
+            starts.popleft()
+        if len(starts) < most:
+            starts.append(now)
+            return True
+        if not self._pausing:
+            self._pausing = True
+            self._context.clock.after(starts[0] + interval_ns - now, self._resume)
+        return False
+
+    def _resume(self) -> None:
+        self._pausing = False
+        if self._context.fence == self._fence:
+            self.run()
 
     def _start(self, job: _Job) -> None:
         if job.version == NO_VERSION:
@@ -159,7 +184,7 @@ class Recovery:
                 continue
             message = Message(
                 Kind.PULL,
-                self._epoch,
+                self._fence,
                 oid=job.oid,
                 version=job.version,
                 flags=Flag.REPAIR if repair else 0,
@@ -174,7 +199,7 @@ class Recovery:
 
     def _pulled(self, job: _Job, target: int) -> Callable[[int], None]:
         def pulled(result: int) -> None:
-            if self._context.epoch != self._epoch:
+            if self._context.fence != self._fence:
                 return
             if result != Result.SUCCESS:
                 self._failed(job, target, result)
@@ -185,10 +210,10 @@ class Recovery:
             job.full = False
             job.repair.pop(target, None)
             job.sources.append(target)
-            if job.targets:
-                self._pull(job)
-            else:
+            if not job.targets:
                 self._done(job)
+            elif not any(job.targets.values()):
+                self._pull(job)  # the others, now that the home has it; or one that failed before
 
         return pulled
 
@@ -202,12 +227,18 @@ class Recovery:
             node = self._placement.nodes[target]
             self._context.log(4, f"object {job.oid:016x}: {node} could not restore it (result {result:#x}), again soon")
 
+        job.targets[target] = False
+        if any(job.targets.values()):
+            return  # another target is still being restored; its end decides
+        job.running = False
+        self._running -= 1
+
         def again() -> None:
-            if self._context.epoch == self._epoch and target in job.targets:
-                job.targets[target] = False
-                self._pull(job)
+            if self._context.fence == self._fence and job.oid in self._jobs and not job.running:
+                self._start(job)
 
         self._context.clock.after(RECOVERY_RETRY_NS, again)
+        self.run()
 
     def _done(self, job: _Job) -> None:
         del self._jobs[job.oid]
@@ -228,7 +259,7 @@ class Recovery:
             if member == self._home.me:
                 self._context.store.remove(oid, lambda _: None)
             else:
-                message = Message(Kind.DROP, self._epoch, oid=oid)
+                message = Message(Kind.DROP, self._fence, oid=oid)
                 self._context.peers.request(self._placement.nodes[member], message, lambda _: None)
 
     def _report(self) -> None:
@@ -238,5 +269,5 @@ class Recovery:
         self._reported = True
         for node in self._placement.nodes:
             if node != self._context.me:
-                self._context.peers.request(node, Message(Kind.COMPLETE, self._epoch), lambda _: None)
+                self._context.peers.request(node, Message(Kind.COMPLETE, self._fence), lambda _: None)
         self._home.hooks.completed_locally()

@@ -109,7 +109,13 @@ class Replica:
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
         self._unstable.setdefault(oid, []).append((sequence, start, end))
         self._order[home].append((sequence, oid))
-        epoch = context.epoch
+        counters = context.counters
+        if flags & Flag.REMOVE:
+            counters.peer_removes += 1
+        else:
+            counters.peer_writes += 1
+            counters.peer_rx += len(body)
+        fence = context.fence
         perform(
             context.store,
             flags,
@@ -118,15 +124,15 @@ class Replica:
             message.length,
             body,
             message.version,
-            self._answering(sender, message, key, epoch),
+            self._answering(sender, message, key, fence),
         )
 
     def _answering(
-        self, sender: NodeId, message: Message, key: tuple[int, int], epoch: int
+        self, sender: NodeId, message: Message, key: tuple[int, int], fence: int
     ) -> Callable[[StoreError | None], None]:
         def applied(error: StoreError | None) -> None:
             context = self._context
-            if context.epoch != epoch:
+            if context.fence != fence:
                 return  # fenced: that home does not count any more
             self._unanswered.pop(key, None)
             result = Result.SUCCESS

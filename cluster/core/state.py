@@ -54,6 +54,7 @@ class ClusterState:
     flags: int = ClusterFlag.AUTO_VNODES
     store_name: str = ""
     disable_recovery: bool = False
+    era: int = 0  # counts formats: epochs begin again at 1 with each
     term: int = 0  # raised at every start of the cluster
     members: tuple[Member, ...] = ()
     epochs: list[EpochRecord] = field(default_factory=list)
@@ -107,6 +108,7 @@ class ClusterState:
                 "flags": int(self.flags),
                 "store_name": self.store_name,
                 "disable_recovery": self.disable_recovery,
+                "era": self.era,
                 "term": self.term,
             }
         ).encode()

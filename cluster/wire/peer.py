@@ -4,9 +4,9 @@ A link starts with a hello (24 bytes: magic, version, port, address), then carri
 a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
 that a client could send, so peers and clients share one port.
 
-header: u8 kind, u8 flags, u8 copies, u8 0, u32 epoch, u64 rid, u64 oid, u32 offset, u32 length,
+header: u8 kind, u8 flags, u8 copies, 5 bytes 0, u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
         u32 version.epoch, u32 version.term, u64 version.counter, u64 sequence, u64 watermark,
-        u32 result, u32 body_length, 24 reserved bytes (0)
+        u32 result, u32 body_length, 16 reserved bytes (0)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sheepdog.cluster.core.messages import Buffer, Kind, Message
 PEER_MAGIC = b"\xf5SHP"
 PEER_VERSION = 1
 HELLO = Struct("<4sHH16s")
-HEADER = Struct("<BBBxIQQIIIIQQQII24x")
+HEADER = Struct("<BBB5xQQQIIIIQQQII16x")
 HEADER_SIZE = HEADER.size
 _KINDS = frozenset(int(kind) for kind in Kind)
 
@@ -55,7 +55,7 @@ def encode(message: Message) -> list[Buffer]:
         message.kind,
         message.flags,
         message.copies,
-        message.epoch,
+        message.fence,
         message.rid,
         message.oid,
         message.offset,
@@ -80,7 +80,7 @@ def body_length(buffer: Buffer, start: int = 0) -> int:
 
 
 _LENGTH = Struct("<I")
-_LENGTH_OFFSET = 68
+_LENGTH_OFFSET = 76
 
 
 def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
@@ -89,7 +89,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         kind,
         flags,
         copies,
-        epoch,
+        fence,
         rid,
         oid,
         offset,
@@ -106,7 +106,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         raise PeerError(f"unknown kind of peer message: {kind}")
     return Message(
         kind,
-        epoch,
+        fence,
         rid,
         ObjectId(oid),
         offset,
