@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:  # `sheep --help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    from sheepdog.cluster.host import daemon
+    from sheepdog.cluster.host.daemon import run
 
-    return daemon.run(options)
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -183,6 +185,56 @@ def test_a_wake_up_to_a_full_socket_does_not_wait(tmp_path: Path) -> None:
         for attached in (a, b):
             await attached.driver.close()
 
+    run(body())
+
+
+def test_messages_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = True
+    write = EventLog._write
+
+    def write_a_part(log: EventLog, blob: bytes, position: int) -> None:
+        if full:
+            write(log, blob[:-1], position)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(log, blob, position)
+
+    async def body() -> None:
+        nonlocal full
+        full = False
+        a = await Attached(tmp_path / "log", "a").open()
+        full = True
+        for i in range(3):
+            a.driver.broadcast(b"%d" % i)
+        await asyncio.sleep(0.3)
+        assert a.texts() == []
+        full = False
+        a.driver.broadcast(b"3")
+        await until(lambda: a.texts() == [b"0", b"1", b"2", b"3"])
+        await a.driver.close()
+
+    monkeypatch.setattr(EventLog, "_write", write_a_part)
+    monkeypatch.setattr("sheepdog.cluster.drivers.local.POLL_S", 0.1)
+    run(body())
+
+
+def test_a_lock_held_by_a_stopped_process_does_not_keep_anybody_from_leaving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        a = await Attached(tmp_path / "log", "a").open()
+        b = await Attached(tmp_path / "log", "b").open()
+        holder = os.open(tmp_path / "log.d" / "lock", os.O_RDWR)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        b.driver.broadcast(b"too late")
+        await b.driver.leave()
+        await b.driver.close()
+        assert a.members() == [b"a", b"b"]
+        os.close(holder)
+        await until(lambda: a.members() == [b"a"])  # its death is seen, as its lock is free
+        assert a.texts() == []
+        await a.driver.close()
+
+    monkeypatch.setattr("sheepdog.cluster.drivers.local.LEAVE_PATIENCE_S", 0.2)
     run(body())
 
 
