@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from sheepdog.cluster.host.directory import ObjectDirectory, read_header, write_
 from sheepdog.cluster.host.disk import Disk
 
 OPEN_FILES: Final = 2048  # descriptors kept open: an 8 GiB working set of 4 MiB objects without reopening
+SHRINK_LOOK: Final = 8  # how many of the oldest are looked at when one too many is open: some may be in use
 OPEN_TABLE_BYTES: Final = 32 << 20  # memory of their hash tables together: bounds objects of 2 GiB (4 MiB each)
 
 Action: TypeAlias = Callable[[StoreError | None], None]
@@ -136,9 +138,12 @@ class OpenFiles:
 
     def shrink(self) -> None:
         """Looks at the oldest ones only; a burst of dirty files may exceed the limits until they are synced."""
-        if len(self._copies) <= self._limit and self._table_bytes <= OPEN_TABLE_BYTES:
+        over = len(self._copies) - self._limit
+        if over <= 0 and self._table_bytes <= OPEN_TABLE_BYTES:
             return
-        for oid in list(self._copies)[: max(8, len(self._copies) - self._limit)]:
+        for oid in list(itertools.islice(self._copies, max(SHRINK_LOOK, over)))[: len(self._copies) - 1]:
+            if len(self._copies) <= self._limit and self._table_bytes <= OPEN_TABLE_BYTES:
+                return
             copy = self._copies[oid]
             if copy.pins or copy.busy:
                 continue

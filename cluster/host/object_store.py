@@ -505,10 +505,7 @@ class ObjectStore:
 
     def _make_holes(self, copy: Copy, first: int, count: int) -> StoreError | None:
         copy.changes += 1
-        index = FIRST_ENTRY + first
-        filled = sum(1 for entry in copy.entries[index : index + count] if entry)
-        copy.trailer[index * 8 : (index + count) * 8] = bytes(count * 8)
-        self._grow(copy, -filled)
+        self._clear_entries(copy, first, count)
         if not copy.dirty:
             self._syncs.mark_dirty(copy)
         try:
@@ -516,6 +513,12 @@ class ObjectStore:
         except OSError as error:
             return self._fail(copy.home, error)
         return None
+
+    def _clear_entries(self, copy: Copy, first: int, count: int) -> None:
+        index = FIRST_ENTRY + first
+        filled = sum(1 for entry in copy.entries[index : index + count] if entry)
+        copy.trailer[index * 8 : (index + count) * 8] = bytes(count * 8)
+        self._grow(copy, -filled)
 
     # Creating and removing
 
@@ -681,6 +684,8 @@ class ObjectStore:
             if not copy.restoring:
                 copy.restoring = True
                 copy.version = NO_VERSION
+                if copy.fd < 0 and not copy.busy:
+                    self._open_now(copy)  # what follows looks at the table at once
                 self._with(oid, self._mark_restoring, _ignore)
             return
         made = self._make_file(oid, size, NO_VERSION, trailer.RESTORING)
@@ -715,11 +720,17 @@ class ObjectStore:
         self._with(oid, action, done)
 
     def restore_punch(self, oid: ObjectId, offset: int, length: int) -> None:
+        """The table shows the holes at once; the file gets them when the mark of the restore is durable."""
+        first, count = offset >> 12, (length + _BLOCK_MASK) >> 12
+
         def action(copy: Copy) -> None:
             if self._can_restore(copy, offset, length, _ignore):
-                self._make_holes(copy, offset >> 12, (length + _BLOCK_MASK) >> 12)
+                self._make_holes(copy, first, count)
                 self._put_entries(copy, offset, length)
 
+        copy = self._copies.get(oid)
+        if copy is not None and copy.fd >= 0 and self._can_restore(copy, offset, length, _ignore):
+            self._clear_entries(copy, first, count)
         self._with(oid, action, _ignore)
 
     def _can_restore(self, copy: Copy, offset: int, length: int, failed: Done) -> bool:

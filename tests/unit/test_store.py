@@ -220,6 +220,19 @@ def test_restore_of_a_new_and_of_an_old_copy(store: StoreDriver, tmp_path: Path)
     assert store.read(OID, SIZE - 4096, 4096) == b"e" * 4096
 
 
+def test_holes_of_a_restore_show_in_the_table_at_once(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    store.store._files._limit = 1
+    store.create(data_oid(Vid(1), 1), SIZE, 0, b"a", v(1))
+    store.flush()
+    store.store.restore_begin(OID, SIZE)
+    store.store.restore_punch(OID, 8192, SIZE - 8192)
+    assert not any(store.store.table(OID)[16:])
+    store.restore_finish(OID, v(2))
+    assert store.read(OID, 0, SIZE) == b"a" * 8192 + bytes(SIZE - 8192)
+    assert (tmp_path / "obj" / f"{OID:016x}").stat().st_blocks * 512 < 20_000
+
+
 def test_a_crash_in_a_restore_leaves_no_version(tmp_path: Path) -> None:
     driver = StoreDriver(str(tmp_path / "obj"))
     driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
