@@ -133,11 +133,13 @@ class _Link:
         self._send()
 
     def _send(self) -> None:
+        before = self.outbox.size
         try:
             empty = self.outbox.send(self.socket.sendmsg)
         except OSError as error:
             self.fail(error.strerror or str(error))
             return
+        self._links.tx_bytes += before - self.outbox.size
         if empty == self._writing:
             self._writing = not empty
             if empty:
@@ -166,6 +168,9 @@ class _Link:
             self.fail("closed by the other side")
             return
         intake.fill(count)
+        links = self._links
+        links.rx_bytes += count
+        received, on_message = links.received, links.on_message
         node = self.node
         assert node is not None
         while self.state is _State.UP:
@@ -173,8 +178,9 @@ class _Link:
             if frame is None:
                 return
             message = decode(*frame)
+            received[message.kind] += 1
             try:
-                self._links.on_message(node, message)
+                on_message(node, message)
             except Exception as error:
                 # Ours, not the peer's: the bug is reported, the other messages are handled.
                 self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
@@ -250,6 +256,9 @@ class Links:
         self.log = log
         self.on_message: Callable[[NodeId, Message], None] = lambda node, message: None
         self.on_link: Callable[[NodeId, bool], None] = lambda node, up: None
+        self.received = [0] * 256  # messages, by kind
+        self.rx_bytes = 0
+        self.tx_bytes = 0
         self._peers: dict[NodeId, _Peer] = {}
         self._waiting: dict[_Link, None] = {}  # incoming, not (yet) of a peer; oldest first
         self._closed = False

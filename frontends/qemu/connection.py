@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import PeerError, Result, UsageError
-from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.messages import Buffer, Kind
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.wire.frames import RequestParser
 from sheepdog.cluster.wire.header import REQUEST, response
-from sheepdog.cluster.wire.opcodes import ADMINISTRATION, GATEWAY_VERSION
+from sheepdog.cluster.wire.opcodes import ADMINISTRATION, GATEWAY_VERSION, Opcode
 from sheepdog.cluster.wire.results import FIRST_INTERNAL
 from sheepdog.cluster.wire.streams import Arena, Outbox
+from sheepdog.cluster.wire.structures import Statistics
 
 CONNECTION_REQUESTS = 4096  # under way on one connection; guests queue some hundreds, QEMU itself knows no limit
 CONNECTION_BYTES = 64 << 20  # under way on one connection: 16 whole objects, more than a disk or network keeps busy
@@ -77,6 +78,10 @@ class Call:
         """An answer with a header of its own, whose data_length must be that of `data`."""
         self._taken().answer([header, *data], self.cost)
 
+    def statistics(self) -> Statistics:
+        """What this sheep has done for its clients and peers."""
+        return self._connection.statistics() if self._connection is not None else Statistics(*[0] * 15)
+
     @property
     def pending(self) -> bool:
         """Not answered yet."""
@@ -93,6 +98,14 @@ class Call:
             raise UsageError(f"call {self.opcode:#04x} is answered twice")
         self._connection = None
         return connection
+
+
+class PeerTraffic(Protocol):
+    """What has been received from and sent to other nodes; messages counted by kind."""
+
+    received: list[int]
+    rx_bytes: int
+    tx_bytes: int
 
 
 Dispatch: TypeAlias = Callable[[Call], None]
@@ -116,7 +129,12 @@ class Clients:
         self.dispatch = dispatch
         self.epoch = epoch
         self.log = log
-        self.busy_bytes = 0  # under way on all connections
+        self.peers: PeerTraffic | None = None
+        self.requests = [0] * 256  # received, by opcode
+        self.rx_bytes = 0
+        self.tx_bytes = 0
+        self.busy_calls = 0  # under way on all connections
+        self.busy_bytes = 0  # ... and what they cost
         self.waiting: dict[Connection, None] = {}  # paused because all together have too much under way
         self.connections: dict[Connection, None] = {}
 
@@ -132,9 +150,37 @@ class Clients:
             connection.resume()
 
     def close(self) -> None:
-        """Closes all connections; answers that have not left are lost."""
+        """Closes all connections; of the answers, those leave that their sockets take at once."""
         for connection in list(self.connections):
-            connection.close()
+            connection.close_politely()
+
+    def statistics(self) -> Statistics:
+        """STAT (protocol.md 14.6)."""
+        requests = self.requests
+        reads = requests[Opcode.READ_OBJ]
+        writes = requests[Opcode.WRITE_OBJ] + requests[Opcode.CREATE_AND_WRITE_OBJ]
+        removes = requests[Opcode.DISCARD_OBJ]
+        flushes = requests[Opcode.FLUSH_VDI]
+        received = self.peers.received if self.peers is not None else [0] * 256
+        peer_reads = received[Kind.READ] + received[Kind.FETCH] + received[Kind.TABLE]
+        peer_writes = received[Kind.SUBMIT] + received[Kind.APPLY]
+        return Statistics(
+            gateway_active=self.busy_calls,
+            peer_active=0,  # a peer's request is counted when it has been handled
+            gateway_total=reads + writes + removes + flushes,
+            peer_total=peer_reads + peer_writes + received[Kind.DROP] + received[Kind.FLUSH],
+            gateway_rx_bytes=self.rx_bytes,
+            gateway_tx_bytes=self.tx_bytes,
+            peer_rx_bytes=self.peers.rx_bytes if self.peers is not None else 0,
+            peer_tx_bytes=self.peers.tx_bytes if self.peers is not None else 0,
+            gateway_remove=removes,
+            gateway_read=reads,
+            gateway_write=writes,
+            gateway_flush=flushes,
+            peer_remove=received[Kind.DROP],
+            peer_read=peer_reads,
+            peer_write=peer_writes,
+        )
 
 
 class Connection:
@@ -179,23 +225,33 @@ class Connection:
 
     def answer(self, buffers: list[Buffer], cost: int) -> None:
         """A call's answer, to be sent at the end of the turn; dropped when the client is gone."""
+        clients = self._clients
         self._busy_calls -= 1
         self._busy_bytes -= cost
-        self._clients.busy_bytes -= cost
+        clients.busy_calls -= 1
+        clients.busy_bytes -= cost
         if self._closed:
             self._relieve_others()
             return
         before = self._outbox.size
         self._outbox.add(buffers)
-        self._clients.busy_bytes += self._outbox.size - before
+        clients.busy_bytes += self._outbox.size - before
         if not self._flush_asked:
             self._flush_asked = True
-            self._clients.turn.at_end(self._flush)
+            clients.turn.at_end(self._flush)
 
     def resume(self) -> None:
         """Goes on reading if it was paused and need not be any more."""
         if not (self._reading or self._more or self._stopped or self._closed or self._overloaded()):
             self._take_calls()
+
+    def statistics(self) -> Statistics:
+        return self._clients.statistics()
+
+    def close_politely(self) -> None:
+        """At the end of the daemon: the answers that wait leave first, as far as the socket takes them."""
+        self._flush()
+        self.close()
 
     def close(self) -> None:
         """Closes the socket. Calls under way run to their end, their answers are dropped."""
@@ -228,6 +284,7 @@ class Connection:
         if not count:
             self._end_of_requests()
             return
+        self._clients.rx_bytes += count
         intake.fill(count)
         self._take_calls()
 
@@ -247,7 +304,9 @@ class Connection:
                 cost = call.cost
                 self._busy_calls += 1
                 self._busy_bytes += cost
+                clients.busy_calls += 1
                 clients.busy_bytes += cost
+                clients.requests[call.opcode] += 1
                 try:
                     dispatch(call)
                 except Exception as error:
@@ -321,7 +380,9 @@ class Connection:
             self.close()
             return
         clients = self._clients
-        clients.busy_bytes -= before - self._outbox.size
+        sent = before - self._outbox.size
+        clients.busy_bytes -= sent
+        clients.tx_bytes += sent
         if empty == self._writing:
             self._writing = not empty
             if empty:

@@ -72,7 +72,7 @@ class Requests:
         result = admit(opcode, call.version)
         if not result:
             state = self._cluster().result()
-            if not state or (opcode in SERVED_WHILE_WAITING and state in _WAITING):
+            if not state or (opcode in SERVED_WHILE_WAITING and state in _WAITING) or opcode == Opcode.STAT_CLUSTER:
                 handler = self._handlers.get(opcode)
                 if handler is not None:
                     handler(call)

@@ -130,7 +130,7 @@ def test_messages_arrive_in_order_both_ways(world: World, pair: tuple[Node, Node
     world.until(lambda: len(large.arrived) == len(small.arrived) == 500)
     for rid, (sender, arrived) in enumerate(large.arrived):
         assert sender == small.me
-        assert (arrived.rid, arrived.kind, arrived.epoch, arrived.oid) == (rid, Kind.APPLY, 3, 0xABC)
+        assert (arrived.rid, arrived.kind, arrived.fence, arrived.oid) == (rid, Kind.APPLY, 3, 0xABC)
         assert arrived.body == bodies[rid % 5 if rid % 50 < 5 else 2]
     assert [arrived.rid for _, arrived in small.arrived] == list(range(500))
 
@@ -210,7 +210,7 @@ def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, 
     "garbage",
     [
         b"\x63" + bytes(HEADER_SIZE - 1),  # unknown kind
-        bytes(68) + b"\xff\xff\xff\xff" + bytes(24),  # a body of 4 GiB
+        b"\x05" + bytes(75) + b"\xff\xff\xff\xff" + bytes(16),  # a body of 4 GiB
         bytes(range(256)),
     ],
 )

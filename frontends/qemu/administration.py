@@ -1,0 +1,287 @@
+"""Operations on the cluster and on one node: what `dog cluster` and `dog node` ask (protocol.md 3.3.10, 12, 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Member, NodeId
+from sheepdog.cluster.core.limits import DEFAULT_SHIFT, MAX_COPIES, MAX_NODES
+from sheepdog.cluster.core.operations import Operations
+from sheepdog.cluster.core.ports import Store
+from sheepdog.cluster.core.state import PROTOCOL_VERSION, STORE_NAMES, ClusterFlag, ClusterState
+from sheepdog.cluster.core.strings import until_nul
+from sheepdog.cluster.wire.header import CLUSTER_REQUEST, NODE_RESPONSE, NodeResponse, response
+from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.structures import (
+    CLUSTER_INFO_SIZE,
+    DISK_CLUSTER_INFO_SIZE,
+    EPOCH_HEADER,
+    MD_INFO_SIZE,
+    NODE_SIZE,
+    RECOVERY_STATE,
+    RECOVERY_THROTTLE,
+    STATISTICS,
+    ClusterInfo,
+    DiskInfo,
+    EpochHeader,
+    RecoveryState,
+    RecoveryThrottle,
+    node_record_size,
+    pack_cluster_info,
+    pack_disks,
+    pack_epoch,
+    pack_nodes,
+)
+from sheepdog.frontends.qemu.connection import Call
+from sheepdog.frontends.qemu.requests import Handler
+from sheepdog.frontends.qemu.vdis import valid_shift
+
+MAX_EPOCH_LOG_BYTES = 16 << 20  # of one STAT_CLUSTER answer: 2,000 epochs of 100 nodes; the newest come first
+_LOG_LEVELS = range(8)
+_MAX_VNODES = 65_535
+
+
+class Node(Protocol):
+    """What these operations need of `core.node.Node`."""
+
+    @property
+    def cluster(self) -> ClusterState: ...
+
+    @property
+    def operations(self) -> Operations: ...
+
+    def recovery_progress(self) -> tuple[bool, int, int]: ...
+
+
+class Logs(Protocol):
+    """What they need of the daemon's log: its level, 0 (emerg) to 7 (debug)."""
+
+    level: int
+
+
+class Administration:
+    """Of one sheep."""
+
+    def __init__(self, node: Node, me: NodeId, store: Store, logs: Logs, store_path: str) -> None:
+        self._node = node
+        self._me = me
+        self._store = store
+        self._logs = logs
+        self._store_path = store_path.encode()
+
+    def handlers(self) -> dict[int, Handler]:
+        operations = self._node.operations
+        return {
+            Opcode.GET_NODE_LIST: self._node_list,
+            Opcode.STAT_CLUSTER: self._epoch_log,
+            Opcode.CLUSTER_INFO: self._cluster_info,
+            Opcode.MAKE_FS: self._format,
+            Opcode.GET_STORE_LIST: self._store_list,
+            Opcode.SHUTDOWN: lambda call: operations.shutdown(call.written),
+            Opcode.KILL_NODE: lambda call: operations.kill(call.written),
+            Opcode.FORCE_RECOVER: self._force_recover,
+            Opcode.ENABLE_RECOVER: lambda call: operations.set_recovery(True, call.written),
+            Opcode.DISABLE_RECOVER: lambda call: operations.set_recovery(False, call.written),
+            Opcode.REWEIGHT: lambda call: operations.new_epoch(call.written),
+            Opcode.STAT_SHEEP: self._usage,
+            Opcode.STAT: self._statistics,
+            Opcode.STAT_RECOVERY: self._recovery,
+            Opcode.GET_RECOVERY: self._throttle,
+            Opcode.SET_RECOVERY: _no_support,
+            Opcode.GET_LOGLEVEL: self._log_level,
+            Opcode.SET_LOGLEVEL: self._set_log_level,
+            Opcode.MD_INFO: self._disks,
+            Opcode.SET_VNODES: self._set_vnodes,
+            Opcode.ALTER_CLUSTER_COPY: self._alter_copies,
+            Opcode.MD_PLUG: _no_support,
+            Opcode.MD_UNPLUG: _no_support,
+            Opcode.TRACE_ENABLE: _no_support,
+            Opcode.TRACE_DISABLE: _no_support,
+            Opcode.TRACE_STATUS: _no_support,
+            Opcode.TRACE_READ_BUF: _no_support,
+            Opcode.NFS_CREATE: _no_support,
+            Opcode.NFS_DELETE: _no_support,
+            Opcode.FLUSH_DEL_CACHE: lambda call: call.done(Result.SUCCESS),  # there is nothing like it any more
+            Opcode.DELETE_CACHE: lambda call: call.done(Result.SUCCESS),
+        }
+
+    # -- the cluster -------------------------------------------------------------------------------------------------
+
+    def _node_list(self, call: Call) -> None:
+        """The members as they are now, this node at least: dog gives up on an empty list."""
+        size = node_record_size(call.length)
+        members = (self._node.cluster.members or (self._member(),))[: call.length // size]
+        if call.flags & Flags.WRITE or not members:
+            call.fail(Result.INVALID_PARMS)
+            return
+        self._reply_nodes(call, members, size)
+
+    def _member(self) -> Member:
+        """This node as the others know it; before they do, only its address is sure."""
+        members = self._node.cluster.members
+        return next((member for member in members if member.id == self._me), Member(self._me, 0, 0, 0))
+
+    def _reply_nodes(self, call: Call, members: Sequence[Member], size: int) -> None:
+        head = NodeResponse(
+            opcode=call.opcode,
+            epoch=call.epoch,
+            id=call.id,
+            data_length=size * len(members),
+            nr_nodes=len(members),
+        )
+        call.reply(NODE_RESPONSE.pack(head), [pack_nodes(members, size)])
+
+    def _epoch_log(self, call: Call) -> None:
+        """STAT_CLUSTER: the one answer that carries data with an error code (protocol.md 12.3)."""
+        cluster = self._node.cluster
+        slots = CLUSTER_REQUEST.unpack(call.buffer, call.start).nodes_nr
+        if call.flags & Flags.WRITE or slots > MAX_NODES:
+            call.fail(Result.INVALID_PARMS)
+            return
+        room = min(call.length, MAX_EPOCH_LOG_BYTES) // (EPOCH_HEADER.size + slots * NODE_SIZE)
+        shown = cluster.epochs[::-1][:room] if cluster.ctime else []
+        if slots and any(len(record.members) > slots for record in shown):
+            call.fail(Result.BUFFER_SMALL)
+            return
+        first: EpochHeader | None = EpochHeader(
+            cluster.ctime,
+            0,
+            0,
+            0,
+            int(cluster.disable_recovery),
+            cluster.copies,
+            cluster.policy,
+            cluster.flags,
+            cluster.store_name.encode(),
+        )
+        log = []
+        for record in shown:
+            log.append(pack_epoch(record, slots, first))
+            first = None
+        data = b"".join(log)
+        head = response(call.opcode, call.id, call.epoch, cluster.result(), len(data))
+        call.reply(head, [data] if data else [])
+
+    def _cluster_info(self, call: Call) -> None:
+        if call.flags & Flags.WRITE or call.length not in (CLUSTER_INFO_SIZE, DISK_CLUSTER_INFO_SIZE):
+            call.fail(Result.INVALID_PARMS)
+            return
+        cluster = self._node.cluster
+        info = ClusterInfo(
+            version=PROTOCOL_VERSION,
+            disable_recovery=int(cluster.disable_recovery),
+            nr_nodes=0,  # counted by the packer
+            epoch=cluster.epoch,
+            ctime=cluster.ctime,
+            cluster_flags=cluster.flags,
+            copies=cluster.copies,
+            copy_policy=cluster.policy,
+            status=cluster.status,
+            block_size_shift=cluster.shift or DEFAULT_SHIFT,
+            store=cluster.store_name.encode(),
+        )
+        members = cluster.epochs[-1].members if cluster.epochs else cluster.members
+        call.done(Result.SUCCESS, pack_cluster_info(info, members, node_record_size(call.length)))
+
+    def _format(self, call: Call) -> None:
+        fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
+        shift = fields.block_size_shift
+        if fields.copies > MAX_COPIES or not valid_shift(shift) or not fields.ctime:
+            call.fail(Result.INVALID_PARMS)
+            return
+        self._node.operations.format(
+            fields.ctime,
+            fields.copies,
+            fields.copy_policy,
+            fields.cluster_flags,
+            shift,
+            until_nul(call.payload).decode("latin-1"),
+            call.written,
+        )
+
+    def _store_list(self, call: Call) -> None:
+        text = "".join(f"{name} " for name in STORE_NAMES[:2]).encode() + b"\0"
+        call.done(Result.SUCCESS, text[: call.length])
+
+    def _force_recover(self, call: Call) -> None:
+        size = node_record_size(call.length)
+
+        def started(result: Result) -> None:
+            if result:
+                call.fail(result)
+                return
+            epochs = self._node.cluster.epochs
+            members = epochs[-1].members if epochs else ()
+            self._reply_nodes(call, members[: call.length // size], size)
+
+        if call.flags & Flags.WRITE:
+            call.fail(Result.INVALID_PARMS)
+        else:
+            self._node.operations.force_recover(started)
+
+    def _alter_copies(self, call: Call) -> None:
+        fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
+        invalid = fields.copy_policy or not 0 < fields.copies <= MAX_COPIES
+        call.fail(Result.INVALID_PARMS if invalid else Result.NO_SUPPORT)
+
+    # -- this node ---------------------------------------------------------------------------------------------------
+
+    def _usage(self, call: Call) -> None:
+        used, free = self._store.usage()
+        head = NodeResponse(opcode=call.opcode, epoch=call.epoch, id=call.id, store_size=used + free, store_free=free)
+        call.reply(NODE_RESPONSE.pack(head))
+
+    def _fixed(self, call: Call, data: bytes) -> None:
+        """An answer of fixed size; the client must have room for it."""
+        if call.flags & Flags.WRITE or call.length < len(data):
+            call.fail(Result.INVALID_PARMS)
+        else:
+            call.done(Result.SUCCESS, data)
+
+    def _statistics(self, call: Call) -> None:
+        self._fixed(call, STATISTICS.pack(call.statistics()))
+
+    def _recovery(self, call: Call) -> None:
+        recovers, finished, total = self._node.recovery_progress()
+        state = RecoveryState(int(recovers), 1 if total else 0, finished, total)
+        self._fixed(call, RECOVERY_STATE.pack(state))
+
+    def _throttle(self, call: Call) -> None:
+        self._fixed(call, RECOVERY_THROTTLE.pack(RecoveryThrottle(0, 0, 0)))  # recovery is not throttled by time
+
+    def _log_level(self, call: Call) -> None:
+        self._fixed(call, self._logs.level.to_bytes(4, "little", signed=True))
+
+    def _set_log_level(self, call: Call) -> None:
+        level = int.from_bytes(call.payload, "little", signed=True) if len(call.payload) == 4 else -1
+        if level in _LOG_LEVELS:
+            self._logs.level = level
+            call.done(Result.SUCCESS)
+        else:
+            call.fail(Result.INVALID_PARMS)
+
+    def _disks(self, call: Call) -> None:
+        if call.flags & Flags.WRITE or call.length != MD_INFO_SIZE:
+            call.fail(Result.INVALID_PARMS)
+        elif not self._member().vnodes:
+            call.fail(Result.GATEWAY_MODE)
+        else:
+            used, free = self._store.usage()
+            call.done(Result.SUCCESS, pack_disks([DiskInfo(0, free, used, self._store_path)]))
+
+    def _set_vnodes(self, call: Call) -> None:
+        vnodes = int.from_bytes(call.payload[:4], "little", signed=True) if len(call.payload) >= 4 else 0
+        if not self._member().vnodes:
+            call.fail(Result.GATEWAY_MODE)
+        elif self._node.cluster.flags & ClusterFlag.AUTO_VNODES:
+            call.fail(Result.INVALID_VNODES_STRATEGY)
+        elif not 1 <= vnodes <= _MAX_VNODES:
+            call.fail(Result.INVALID_PARMS)
+        else:
+            call.fail(Result.NO_SUPPORT)
+
+
+def _no_support(call: Call) -> None:
+    call.fail(Result.NO_SUPPORT)

@@ -1,0 +1,157 @@
+"""What `dog vdi check` and `dog vdi object location` ask about the copies on one node (protocol.md 3.3.10)."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable
+from typing import Protocol
+
+from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.ports import Store
+from sheepdog.cluster.core.state import ClusterState
+from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, HashResponse, response
+from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.frontends.qemu.connection import Call
+from sheepdog.frontends.qemu.requests import Handler
+
+HASH_CHUNK_BYTES = 512 * 1024  # hashed between two turns of the loop: 0.3 ms of SHA-1
+HASH_TRIES = 5  # an object that is written meanwhile is hashed again; one that is always written fails the check
+MAX_OIDS = 1 << 18  # of one OIDS_EXIST: a volume of 1 TiB
+
+Later = Callable[[Callable[[], None]], object]
+
+
+class Node(Protocol):
+    """What these operations need of `core.node.Node`."""
+
+    @property
+    def cluster(self) -> ClusterState: ...
+
+
+class Copies:
+    """Of one sheep. `later` calls back in the loop's next turn."""
+
+    def __init__(self, node: Node, store: Store, later: Later) -> None:
+        self._node = node
+        self._store = store
+        self._later = later
+
+    def handlers(self) -> dict[int, Handler]:
+        return {
+            Opcode.EXIST: self._exists,
+            Opcode.OIDS_EXIST: self._all_exist,
+            Opcode.GET_HASH: self._hash,
+            Opcode.READ_PEER: self._read_strip,
+            Opcode.CREATE_AND_WRITE_PEER: _no_support,
+            Opcode.REPAIR_REPLICA: _no_support,
+        }
+
+    def _has(self, oid: ObjectId) -> bool:
+        return self._store.version(oid) not in (None, NO_VERSION)
+
+    def _exists(self, call: Call) -> None:
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+        call.done(Result.SUCCESS if self._has(oid) else Result.NO_OBJ)
+
+    def _all_exist(self, call: Call) -> None:
+        if len(call.payload) % 8 or len(call.payload) > 8 * MAX_OIDS:
+            call.fail(Result.INVALID_PARMS)
+            return
+        missing = array("Q", [oid for oid in array("Q", bytes(call.payload)) if not self._has(ObjectId(oid))])
+        if not missing:
+            call.done(Result.SUCCESS)
+            return
+        data = missing.tobytes() if call.flags & Flags.PIGGYBACK else b""
+        head = response(call.opcode, call.id, call.epoch, Result.NO_OBJ, len(data))
+        call.reply(head, [data] if data else [])
+
+    def _hash(self, call: Call) -> None:
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+
+        def hashed(result: Result, digest: bytes) -> None:
+            if result:
+                call.fail(result)
+            else:
+                head = HashResponse(opcode=call.opcode, epoch=call.epoch, id=call.id, digest=digest)
+                call.reply(HASH_RESPONSE.pack(head))
+
+        _Hashing(self._store, self._later, oid, hashed).start()
+
+    def _read_strip(self, call: Call) -> None:
+        """A replicated object is its own single strip; its size is the client's room."""
+        fields = OBJECT_REQUEST.unpack(call.buffer, call.start)
+        oid = ObjectId(fields.oid)
+        if call.epoch > fields.epoch:
+            call.fail(Result.OLD_NODE_VER)
+        elif call.flags & Flags.WRITE:
+            call.fail(Result.INVALID_PARMS)
+        elif not self._has(oid):
+            call.fail(Result.NO_OBJ)
+        elif fields.offset + call.length > self._store.size(oid):
+            call.fail(Result.INVALID_PARMS)
+        else:
+
+            def read(data: Buffer | StoreError) -> None:
+                if isinstance(data, StoreError):
+                    call.fail(data.result)
+                else:
+                    call.read(Result.SUCCESS, data)
+
+            self._store.read(oid, fields.offset, call.length, read)
+
+
+class _Hashing:
+    """SHA-1 of one copy, a chunk a turn; the copy must not change meanwhile."""
+
+    def __init__(self, store: Store, later: Later, oid: ObjectId, done: Callable[[Result, bytes], None]) -> None:
+        self._store = store
+        self._later = later
+        self._oid = oid
+        self._done = done
+        self._tries = 0
+        self._size = 0
+        self._offset = 0
+        self._version: Version | None = None
+        self._digest = hashlib.sha1(usedforsecurity=False)
+
+    def start(self) -> None:
+        self._tries += 1
+        self._version = self._store.version(self._oid)
+        if self._version in (None, NO_VERSION):
+            self._done(Result.NO_OBJ, b"")
+            return
+        try:
+            self._size = self._store.size(self._oid)
+        except NoObject:
+            self._done(Result.NO_OBJ, b"")
+            return
+        self._offset = 0
+        self._digest = hashlib.sha1(usedforsecurity=False)
+        self._chunk()
+
+    def _chunk(self) -> None:
+        if self._store.version(self._oid) != self._version:
+            if self._tries < HASH_TRIES:
+                self.start()
+            else:
+                self._done(Result.AGAIN, b"")
+        elif self._offset == self._size:
+            self._done(Result.SUCCESS, self._digest.digest())
+        else:
+            length = min(HASH_CHUNK_BYTES, self._size - self._offset)
+            self._store.read(self._oid, self._offset, length, self._read)
+
+    def _read(self, data: Buffer | StoreError) -> None:
+        if isinstance(data, StoreError):
+            self._done(Result(data.result), b"")
+            return
+        self._digest.update(data)
+        self._offset += len(data)
+        self._later(self._chunk)
+
+
+def _no_support(call: Call) -> None:
+    call.fail(Result.NO_SUPPORT)

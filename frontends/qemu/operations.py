@@ -1,0 +1,29 @@
+"""The table of everything that is not object I/O: opcode -> handler.
+
+An opcode that is in no table, or that `wire.opcodes.admit` refuses, is answered INVALID_PARMS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.core.ports import Store
+from sheepdog.frontends.qemu.administration import Administration, Logs
+from sheepdog.frontends.qemu.copies import Copies
+from sheepdog.frontends.qemu.requests import Handler
+from sheepdog.frontends.qemu.vdis import VdiOperations
+
+
+def handlers(node: Node, logs: Logs, store: Store, store_path: str = "") -> dict[int, Handler]:
+    """For one sheep; `store_path` is the directory of its objects, as `dog node md info` shows it."""
+    return {
+        **VdiOperations(node).handlers(),
+        **Administration(node, node.context.me, store, logs, store_path).handlers(),
+        **Copies(node, store, _next_turn).handlers(),
+    }
+
+
+def _next_turn(call: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_soon(call)
