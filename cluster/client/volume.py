@@ -121,6 +121,11 @@ class Volume:
         """Flushes. The session stays open: it belongs to its maker."""
         await self.flush()
 
+    def allocated_bytes(self) -> int:
+        """How much of the volume is backed by objects, its own or an ancestor's."""
+        entries = self._machine.entries
+        return (len(entries) - entries.count(0)) * self._machine.object_size
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is allocated in a range, by whole objects."""
         return self._machine.extents(offset, length)

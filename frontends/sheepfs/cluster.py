@@ -45,6 +45,9 @@ class Volume(Protocol):
     async def resize(self, size: int) -> None:
         """Grow to this many bytes."""
 
+    def allocated_bytes(self) -> int:
+        """How much of the volume is backed by objects, its own or an ancestor's."""
+
     def extents(self, offset: int, length: int) -> Iterable[Extent]:
         """What is allocated in a range: ascending, without gaps."""
 

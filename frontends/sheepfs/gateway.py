@@ -50,6 +50,9 @@ class GatewayVolume:
     async def resize(self, size: int) -> None:
         await self._volume.resize(size)
 
+    def allocated_bytes(self) -> int:
+        return self._volume.allocated_bytes()
+
     def extents(self, offset: int, length: int) -> Iterable[Extent]:
         return self._volume.extents(offset, length)
 

@@ -57,11 +57,16 @@ def run(options: Options) -> int:
 
 
 async def _serve(transport: Transport, options: Options, readiness: Readiness) -> None:
+    stay_in_memory()
+    files = FileSystem(GatewayCluster(options.address), Settings(options.page_cache, options.object_cache))
+    await serve_until_unmounted(transport, files, readiness)
+
+
+async def serve_until_unmounted(transport: Transport, files: FileSystem, readiness: Readiness) -> None:
+    """Serve until the kernel has unmounted or a signal says stop; then flush what is still mounted."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, transport.stop)
-    stay_in_memory()
-    files = FileSystem(GatewayCluster(options.address), Settings(options.page_cache, options.object_cache))
     readiness.announce()
     try:
         await transport.serve(files)

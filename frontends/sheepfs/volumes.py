@@ -40,8 +40,7 @@ class MountedVolume(Node):
 
     def attributes(self) -> Attributes:
         described = self._described(self.size, mtime_ns=self.mtime_ns)
-        allocated = sum(extent.length for extent in self.volume.extents(0, self.size) if extent.allocated)
-        described.blocks = -(-allocated // 512)
+        described.blocks = self.volume.allocated_bytes() // 512
         return described
 
     async def open(self, flags: int) -> VolumeHandle:

@@ -117,6 +117,9 @@ class MemoryVolume:
         await self._arrive("resize", 0, 0)
         self.size = size
 
+    def allocated_bytes(self) -> int:
+        return len(self.objects) * OBJECT
+
     def extents(self, offset: int, length: int) -> Iterable[Extent]:
         while length:
             index, start = divmod(offset, OBJECT)
@@ -161,9 +164,9 @@ class MemoryCluster:
 
 def main() -> None:
     """Serve until unmounted; the result of every volume's calls is counted on stdout."""
-    from sheepdog.frontends.sheepfs.daemon import log_to_stderr
+    from sheepdog.frontends.sheepfs.daemon import Readiness, log_to_stderr
     from sheepdog.frontends.sheepfs.filesystem import FileSystem
-    from sheepdog.frontends.sheepfs.main import chosen
+    from sheepdog.frontends.sheepfs.main import chosen, serve_until_unmounted
     from sheepdog.frontends.sheepfs.transport import MountOptions
     from sheepdog.frontends.sheepfs.volumes import Settings
 
@@ -172,7 +175,8 @@ def main() -> None:
     latency_s = float(os.environ.get("LATENCY_MS", "0")) / 1000
 
     async def serve() -> None:
-        await transport.serve(FileSystem(MemoryCluster(sizes, latency_s), Settings()))
+        files = FileSystem(MemoryCluster(sizes, latency_s), Settings())
+        await serve_until_unmounted(transport, files, Readiness())
 
     log_to_stderr(debug="SHEEPFS_DEBUG" in os.environ)
     transport = chosen(transport_name)
