@@ -23,12 +23,11 @@ from sheepdog.cluster.host import lifecycle
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
-from sheepdog.cluster.host.loop import Collector, HostClock, Turn, new_loop, prepare_process
+from sheepdog.cluster.host.loop import Collector, HostClock, Turn, describe, new_loop, prepare_process
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
-from sheepdog.cluster.host.services import HostServices
 from sheepdog.cluster.host.workers import ThreadWorkers
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 
@@ -52,6 +51,11 @@ def run(options: Options) -> int:
         logs.write(3, str(error))
         if options.foreground:
             print(error, file=sys.stderr)
+        return 1
+    except Exception as error:
+        logs.write(2, f"internal error: {describe(error)}")
+        if options.foreground:
+            raise
         return 1
     finally:
         logs.close()
@@ -116,10 +120,13 @@ class Daemon:
         self.links.on_message = self.node.on_message
         self.links.on_link = self.node.on_link
         self.node.on_exit = self._end
-        from sheepdog.frontends.qemu.door import open_door
+        from sheepdog.frontends.qemu.connection import Clients
+        from sheepdog.frontends.qemu.operations import handlers
+        from sheepdog.frontends.qemu.requests import Requests
 
-        services = HostServices(self.node.context, logs, self.store, objects)
-        self._clients = open_door(self._loop, self._turn, arena, self.node, me, self.store, services, self._log)
+        node = self.node
+        requests = Requests(node.gateway, lambda: node.cluster, handlers(node, logs, self.store, objects))
+        self._clients = Clients(self._loop, self._turn, arena, requests.dispatch, lambda: node.cluster.epoch, self._log)
         self._server = Server(self._loop, self.links.adopt, self._clients.adopt, self._log)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
