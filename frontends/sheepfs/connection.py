@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -28,9 +29,8 @@ def is_mounted(mountpoint: str) -> bool:
 
 
 def raise_limits(mountpoint: str) -> None:
-    """Lift the kernel's 12 requests in flight, where fusectl is mounted and we may; else say so and go on."""
-    number = connection_number(mountpoint, MOUNTINFO.read_text())
-    directory = CONNECTIONS / str(number)
+    """Lift the kernel's 12 requests in flight where we may; else say so and go on."""
+    directory = _connection(mountpoint)
     try:
         (directory / "max_background").write_text(str(MAX_BACKGROUND))
         (directory / "congestion_threshold").write_text(str(CONGESTION_THRESHOLD))
@@ -39,9 +39,15 @@ def raise_limits(mountpoint: str) -> None:
 
 
 def abort(mountpoint: str) -> None:
-    """End the connection: every waiting caller gets ECONNABORTED. For tests and for a transport that cannot go on."""
-    number = connection_number(mountpoint, MOUNTINFO.read_text())
-    (CONNECTIONS / str(number) / "abort").write_text("1")
+    """End the connection: every waiting caller gets ECONNABORTED. For a mount whose server no longer answers."""
+    (_connection(mountpoint) / "abort").write_text("1")
+
+
+def _connection(mountpoint: str) -> Path:
+    """The directory of this mount in fusectl, which is mounted at its usual place if it is not yet."""
+    if os.geteuid() == 0 and not os.path.ismount(CONNECTIONS):
+        ctypes.CDLL(None).mount(b"fusectl", os.fsencode(CONNECTIONS), b"fusectl", 0, None)
+    return CONNECTIONS / str(connection_number(mountpoint, MOUNTINFO.read_text()))
 
 
 def _unescape(path: str) -> str:

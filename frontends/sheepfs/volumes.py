@@ -25,7 +25,7 @@ DURABLE_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
 class MountedVolume(Node):
-    """One file in `volume/`. Its size is the volume's at the time of mounting."""
+    """One file in `volume/`. Its size is the volume's at the time of mounting, until it is made larger here."""
 
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
@@ -45,6 +45,12 @@ class MountedVolume(Node):
 
     async def open(self, flags: int) -> VolumeHandle:
         return VolumeHandle(self, durable=bool(flags & DURABLE_FLAGS), direct=not self._settings.page_cache)
+
+    async def truncate(self, size: int) -> None:
+        """A larger size resizes the volume; a smaller one succeeds and changes nothing (`cp IMAGE volume/x` says 0)."""
+        if size > self.size:
+            await self.volume.resize(size)
+            self.size = self.volume.size
 
     async def close(self) -> None:
         """Flush and end the connection, as far as that works in `CLOSE_LIMIT_S`."""

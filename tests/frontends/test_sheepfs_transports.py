@@ -6,8 +6,10 @@ import ctypes
 import errno
 import mmap
 import os
+import pwd
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -187,6 +189,16 @@ def test_the_end_of_a_volume(mount: MemoryMount) -> None:
     assert b"1000 bytes" in copied.stderr
 
 
+def test_a_larger_size_resizes(mount: MemoryMount) -> None:
+    volume = mount.volume("small")
+    with volume.open("r+b", buffering=0) as file:
+        assert failure(lambda: os.pwrite(file.fileno(), b"x", 4096)) == "ENOSPC"
+        run(["truncate", "-s", str(OBJECT), volume])
+        assert os.fstat(file.fileno()).st_size == OBJECT
+        assert os.pwrite(file.fileno(), b"x", 4096) == 1
+    assert volume.stat().st_size == OBJECT
+
+
 def test_direct_io_by_sectors(mount: MemoryMount) -> None:
     volume = mount.volume()
     pattern = b"".join(bytes([value]) * 512 for value in range(8))
@@ -296,6 +308,59 @@ def test_a_killed_server_hangs_nobody(make_mount: Callable[..., MemoryMount]) ->
     with suppress(OSError):
         os.close(file)
     run(["umount", "-l", mount.place], seconds=START_SECONDS)
+
+
+SCENARIO = """\
+set -e
+mount --bind {device} /dev/fuse
+exec setpriv --reuid {user} --regid {group} --clear-groups sh -euc '
+    {python} -m tests.support.memory_cluster auto {place} web=100000 > {log} 2>&1 &
+    for turn in $(seq 100); do grep -q " {place} " /proc/mounts && break; sleep 0.1; done
+    echo web > {place}/vdi/mount
+    echo hello | dd of={place}/volume/web conv=notrunc,fsync status=none
+    head -c 6 {place}/volume/web
+    stat -c %U {place}/volume/web
+    fusermount3 -u {place}
+    wait $!
+'
+"""
+
+
+def test_without_privileges(directory: Path) -> None:
+    """In a mount namespace of its own, where /dev/fuse is open to all as it is on most machines."""
+    needs.root()
+    needs.fuse()
+    needs.program("unshare", "setpriv", "fusermount3")
+    pytest.importorskip("pyfuse3")
+    user = pwd.getpwnam("nobody")
+    if run(["setpriv", "--reuid", user.pw_name, sys.executable, "-c", ""], check=False).returncode:
+        pytest.skip(f"{sys.executable} is closed to other users")
+    directory.chmod(0o755)
+    device, place = directory / "fuse", directory / "dir"
+    os.mknod(device, stat.S_IFCHR | 0o666, Path("/dev/fuse").stat().st_rdev)
+    device.chmod(0o666)
+    place.mkdir()
+    os.chown(place, user.pw_uid, user.pw_gid)
+    place.with_suffix(".log").touch()
+    os.chown(place.with_suffix(".log"), user.pw_uid, user.pw_gid)
+    script = SCENARIO.format(
+        device=device,
+        place=place,
+        log=place.with_suffix(".log"),
+        python=sys.executable,
+        user=user.pw_uid,
+        group=user.pw_gid,
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        cwd=REPOSITORY,
+        env=environment() | {"PYTHONPATH": "src:.", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.decode() == f"hello\n{user.pw_name}\n", done.stderr.decode()
+    assert done.returncode == 0
 
 
 class TestDirectOnly:

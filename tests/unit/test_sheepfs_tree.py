@@ -258,6 +258,20 @@ def test_making_a_volume_smaller_changes_nothing() -> None:
     play(scenario)
 
 
+def test_making_a_volume_larger_resizes_it() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        handle = await mount.open("volume/web")
+        assert (await mount.files.truncate(mount.find("volume/web").inode, 4 * OBJECT)).size == 4 * OBJECT
+        assert mount.cluster.volumes["web"].size == 4 * OBJECT
+        assert await mount.files.file(handle).write(4 * OBJECT - 3, b"abcd") == 3
+        mount.cluster.volumes["web"].fail = errno.EFBIG
+        await refused(errno.EFBIG, mount.files.truncate(mount.find("volume/web").inode, 5 * OBJECT))
+        assert (await mount.stat("volume/web")).size == 4 * OBJECT
+
+    play(scenario)
+
+
 def test_removing_a_volumes_file_does_nothing_and_anything_else_is_refused() -> None:
     async def scenario(mount: Mount) -> None:
         await mount.write("vdi/mount", "web")
