@@ -8,8 +8,8 @@ obeyed behind another one. The era counts the formats of the cluster, after whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
-from typing import TypeAlias
+from enum import IntEnum
+from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 
@@ -36,16 +36,18 @@ class Kind(IntEnum):
     QUERY = 15  # gateway -> member: administration (body: JSON, answer's body: JSON)
 
 
-class Flag(IntFlag):
-    """Bits of `Message.flags` for SUBMIT and APPLY; none of CREATE, PUNCH, REMOVE means overwrite."""
+class Flag:
+    """Bits of `Message.flags`; for SUBMIT and APPLY none of CREATE, PUNCH, REMOVE means overwrite.
 
-    NONE = 0
-    CREATE = 1  # a new object of `length` bytes with the body at `offset`
-    REMOVE = 2
-    PUNCH = 4  # `length` bytes at `offset` become a hole
-    DURABLE = 8  # on the disk before the answer
-    LAST = 16  # INVENTORY: no further part follows
-    REPAIR = 32  # PULL: replace the copy even if its version is right (it is corrupt)
+    Plain integers: an IntFlag costs more than everything else that is done with the bits of a write.
+    """
+
+    CREATE: Final = 1  # a new object of `length` bytes with the body at `offset`
+    REMOVE: Final = 2
+    PUNCH: Final = 4  # `length` bytes at `offset` become a hole
+    DURABLE: Final = 8  # on the disk before the answer
+    LAST: Final = 16  # INVENTORY: no further part follows
+    REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
 
 
 class Message:
