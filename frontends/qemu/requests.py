@@ -86,8 +86,10 @@ class Requests:
         oid, offset = _object_of(call)
         if call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
-        else:
+        elif call.length:
             self._gateway.read(oid, offset, call.length, call.read)
+        else:
+            self._touch(oid, call)
 
     def _write(self, call: Call) -> None:
         oid, offset = _object_of(call)
@@ -102,8 +104,14 @@ class Requests:
                 return
             # `dog benchmark io` adds the object's place in the volume to the offset; refused, it would end.
             data = data[: max(len(data) - beyond, 0)]
-            offset = offset if data else 0
-        self._gateway.write(oid, offset, data, _durable(call), call.written)
+        if data:
+            self._gateway.write(oid, offset, data, _durable(call), call.written)
+        else:
+            self._touch(oid, call)
+
+    def _touch(self, oid: ObjectId, call: Call) -> None:
+        """Reading or writing nothing: the object must be there, and that is all (dog clears empty maps so)."""
+        self._gateway.read(oid, 0, 1, call.written)
 
     def _create(self, call: Call) -> None:
         values = _unpack_object(call.buffer, call.start)
