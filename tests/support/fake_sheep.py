@@ -75,6 +75,7 @@ class FakeSheep:
         self.delay_s = 0.0
         self.break_after: int | None = None  # requests until every connection is cut (once)
         self.results: dict[int, Result] = {}  # opcode -> what it is answered, instead of being done
+        self.unreadable: set[int] = set()  # objects whose reads fail
         self.before: Callable[[int, int], None] = lambda opcode, oid: None
         self.handlers: dict[int, Callable[[bytes, bytes], Answer]] = {}
         self.formatted = True
@@ -288,7 +289,7 @@ class FakeSheep:
         if offset + request.data_length > size:
             return self._answer(request, Result.INVALID_PARMS)
         if request.opcode == Opcode.READ_OBJ:
-            if oid not in self.objects:
+            if oid not in self.objects or oid in self.unreadable:
                 return self._answer(request, Result.NO_OBJ)
             return self._answer(request, 0, bytes(self.objects[oid][offset : offset + request.data_length]))
         if is_data(ObjectId(oid)) and self.inode(vid_of(ObjectId(oid))).is_snapshot:

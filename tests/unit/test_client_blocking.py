@@ -11,7 +11,8 @@ import threading
 import pytest
 from tests.support.fake_sheep import FakeSheep
 
-from sheepdog.cluster.client.blocking import BlockingVolume, Connection
+from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.requests import lookup
 from sheepdog.cluster.core.errors import Result

@@ -1,0 +1,350 @@
+"""What an administrator asks a gateway: nodes, epochs, volumes, objects. Blocking, one connection.
+
+Functions raise SheepError for a refused request and OSError when the gateway cannot be reached; PeerError for
+an answer that makes no sense.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.requests import Request, lookup
+from sheepdog.cluster.core.errors import PeerError, Result
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, Vid, inode_oid
+from sheepdog.cluster.core.inode import (
+    BTREE_HEADER_SIZE,
+    HEADER_SIZE,
+    MAP_OFFSET,
+    InodeHeader,
+    btree_children,
+    btree_leaves,
+    btree_used,
+    unpack_map,
+)
+from sheepdog.cluster.core.limits import BTREE_NODE_SIZE
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire import header as wire
+from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, Flags, Opcode, protocol_version
+from sheepdog.cluster.wire.structures import (
+    BITMAP_SIZE,
+    CLUSTER_INFO_SIZE,
+    EPOCH_HEADER,
+    NODE_LIST_SIZE,
+    NODE_SIZE,
+    ClusterInfo,
+    EpochHeader,
+    pack_names,
+    unpack_cluster_info,
+    unpack_epochs,
+    unpack_nodes,
+    vids_in,
+)
+
+LIST_WINDOW = 64  # inode headers asked for at once: hides the round trip, holds 300 KB
+
+
+class Found(NamedTuple):
+    """A volume as GET_VDI_INFO and NEW_VDI name it."""
+
+    vid: Vid
+    copies: int
+    shift: int
+
+
+class EpochLog(NamedTuple):
+    """STAT_CLUSTER: the state of the cluster, its epoch, and the epochs it knows, newest first."""
+
+    result: int
+    epoch: int
+    records: list[tuple[EpochHeader, list[Member]]]
+
+
+class Disk(NamedTuple):
+    """Capacity of a node, in bytes."""
+
+    size: int
+    free: int
+
+
+# -- requests of no fields of their own
+
+
+def plain(connection: Connection, opcode: Opcode, payload: bytes = b"", limit: int = 0, flags: int = 0) -> Buffer:
+    """Any request that is only an opcode and perhaps a payload; its answer's data."""
+    if payload:
+        flags |= Flags.WRITE
+    fields = wire.Request(protocol_version(opcode), opcode, flags, data_length=len(payload) or limit)
+    return connection.call(bytearray(wire.REQUEST.pack(fields)), payload, limit).data
+
+
+# -- cluster and nodes
+
+
+def node_list(connection: Connection) -> list[Member]:
+    """The nodes, in ascending order of address and port."""
+    return unpack_nodes(plain(connection, Opcode.GET_NODE_LIST, limit=NODE_LIST_SIZE))
+
+
+def epoch_log(connection: Connection, slots: int, epoch: int = 0) -> EpochLog:
+    """The newest `epoch` records with room for `slots` nodes each (doubled while that is too few).
+
+    Without `slots` only the header of the newest epoch. A cluster that is not running has no result of
+    SUCCESS, but it may have a log.
+    """
+    while True:
+        size = max(epoch, 1) * (EPOCH_HEADER.size + slots * NODE_SIZE)
+        fields = wire.ClusterRequest(
+            protocol_version(Opcode.STAT_CLUSTER), Opcode.STAT_CLUSTER, data_length=size, nodes_nr=slots
+        )
+        reply = connection.ask(bytearray(wire.CLUSTER_REQUEST.pack(fields)), b"", size)
+        if reply.result != Result.BUFFER_SMALL or not slots:
+            header = wire.RESPONSE.unpack(reply.header)
+            return EpochLog(reply.result, header.epoch, unpack_epochs(reply.data, slots))
+        slots *= 2
+
+
+def cluster_info(connection: Connection) -> tuple[ClusterInfo, list[Member]]:
+    return unpack_cluster_info(plain(connection, Opcode.CLUSTER_INFO, limit=CLUSTER_INFO_SIZE))
+
+
+def disk_usage(connection: Connection) -> Disk:
+    """STAT_SHEEP of the node that the connection leads to."""
+    fields = wire.Request(protocol_version(Opcode.STAT_SHEEP), Opcode.STAT_SHEEP)
+    reply = connection.call(bytearray(wire.REQUEST.pack(fields)))
+    answer = wire.NODE_RESPONSE.unpack(reply.header)
+    return Disk(answer.store_size, answer.store_free)
+
+
+def format_cluster(connection: Connection, fields: wire.ClusterRequest, store: str) -> None:
+    """MAKE_FS with the fields given; version, opcode and payload are filled in here."""
+    payload = store.encode() + b"\0"
+    fields = fields._replace(
+        version=protocol_version(Opcode.MAKE_FS), opcode=Opcode.MAKE_FS, flags=Flags.WRITE, data_length=len(payload)
+    )
+    connection.call(bytearray(wire.CLUSTER_REQUEST.pack(fields)), payload)
+
+
+def alter_cluster_copies(connection: Connection, copies: int) -> None:
+    opcode = Opcode.ALTER_CLUSTER_COPY
+    fields = wire.ClusterRequest(protocol_version(opcode), opcode, copies=copies)
+    connection.call(bytearray(wire.CLUSTER_REQUEST.pack(fields)))
+
+
+# -- volumes
+
+
+def find(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0) -> Found:
+    """The working volume, or the snapshot with this tag or id."""
+    request = lookup(name, tag, snap_id)
+    return _found(connection.call(request.header, request.payload).header)
+
+
+def new_volume(
+    connection: Connection,
+    name: bytes,
+    size: int,
+    base: Vid = Vid(0),  # noqa: B008 (a number)
+    snapshot: bool = False,
+    copies: int = 0,
+    policy: int = 0,
+    store_policy: int = 0,
+    shift: int = 0,
+) -> Found:
+    """NEW_VDI in all its meanings (protocol.md 8.3); the volume that now works under this name."""
+    fields = wire.VdiRequest(
+        version=GATEWAY_VERSION,
+        opcode=Opcode.NEW_VDI,
+        flags=Flags.WRITE,
+        data_length=256,
+        vdi_size=size,
+        base_vdi_id=base,
+        copies=copies,
+        copy_policy=policy,
+        store_policy=store_policy,
+        block_size_shift=shift,
+        snap_id=int(snapshot),
+    )
+    return _found(connection.call(bytearray(wire.VDI_REQUEST.pack(fields)), pack_names(name)).header)
+
+
+def delete_volume(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0) -> Vid:
+    payload = pack_names(name, tag)
+    fields = wire.VdiRequest(GATEWAY_VERSION, Opcode.DEL_VDI, Flags.WRITE, data_length=len(payload), snap_id=snap_id)
+    return _found(connection.call(bytearray(wire.VDI_REQUEST.pack(fields)), payload).header).vid
+
+
+def release_lock(connection: Connection, vid: Vid, shared: bool) -> None:
+    fields = wire.VdiRequest(GATEWAY_VERSION, Opcode.RELEASE_VDI, base_vdi_id=vid, lock_type=int(shared))
+    connection.call(bytearray(wire.VDI_REQUEST.pack(fields)))
+
+
+def alter_volume_copies(connection: Connection, vid: Vid, copies: int, shift: int) -> None:
+    opcode = Opcode.ALTER_VDI_COPY
+    fields = wire.VdiStateRequest(protocol_version(opcode), opcode, new_vid=vid, copies=copies, block_size_shift=shift)
+    connection.call(bytearray(wire.VDI_STATE_REQUEST.pack(fields)))
+
+
+def attribute_id(connection: Connection, payload: bytes, snap_id: int, flags: int) -> ObjectId:
+    """GET_VDI_ATTR with these flags besides WRITE; the object that holds the attribute."""
+    opcode = Opcode.GET_VDI_ATTR
+    fields = wire.VdiRequest(
+        protocol_version(opcode), opcode, Flags.WRITE | flags, data_length=len(payload), snap_id=snap_id
+    )
+    answer = wire.VDI_RESPONSE.unpack(connection.call(bytearray(wire.VDI_REQUEST.pack(fields)), payload).header)
+    return ObjectId(1 << 61 | answer.vdi_id << 32 | answer.attr_id)
+
+
+def _found(header: bytes) -> Found:
+    answer = wire.VDI_RESPONSE.unpack(header)
+    return Found(Vid(answer.vdi_id), answer.copies, answer.block_size_shift)
+
+
+# -- objects
+
+
+def object_request(
+    opcode: Opcode, oid: ObjectId, offset: int = 0, length: int = 0, flags: int = 0, cow_oid: int = 0, epoch: int = 0
+) -> bytearray:
+    """Header of an object request; `epoch` goes into both epoch fields (protocol.md 2.3)."""
+    fields = wire.ObjectRequest(
+        version=protocol_version(opcode),
+        opcode=opcode,
+        flags=flags,
+        epoch=epoch,
+        data_length=length,
+        oid=oid,
+        cow_oid=cow_oid,
+        tgt_epoch=epoch,
+        offset=offset,
+    )
+    return bytearray(wire.OBJECT_REQUEST.pack(fields))
+
+
+def read_object(connection: Connection, oid: ObjectId, offset: int, length: int) -> Buffer:
+    """Exactly `length` bytes."""
+    header = object_request(Opcode.READ_OBJ, oid, offset, length, Flags.DIRECT)
+    data = connection.call(header, b"", length).data
+    if len(data) != length:
+        raise SheepError(Result.EIO)
+    return data
+
+
+def write_object(connection: Connection, oid: ObjectId, offset: int, data: Buffer, flags: int = Flags.DIRECT) -> None:
+    connection.call(object_request(Opcode.WRITE_OBJ, oid, offset, len(data), Flags.WRITE | flags), data)
+
+
+def create_object(
+    connection: Connection, oid: ObjectId, offset: int, data: Buffer, cow_oid: int = 0, flags: int = Flags.DIRECT
+) -> None:
+    """Creates or replaces an object: a copy of `cow_oid` (0: zeros) with `data` laid over it."""
+    flags |= Flags.WRITE | (Flags.COW if cow_oid else 0)
+    connection.call(object_request(Opcode.CREATE_AND_WRITE_OBJ, oid, offset, len(data), flags, cow_oid), data)
+
+
+def object_exists(connection: Connection, oid: ObjectId, epoch: int) -> bool:
+    """Whether the node that the connection leads to holds the object."""
+    reply = connection.ask(object_request(Opcode.EXIST, oid, epoch=epoch))
+    if reply.result not in (Result.SUCCESS, Result.NO_OBJ):
+        raise SheepError(reply.result)
+    return reply.result == Result.SUCCESS
+
+
+def object_digest(connection: Connection, oid: ObjectId, epoch: int) -> bytes | None:
+    """SHA-1 of the copy on the node that the connection leads to; None without one."""
+    reply = connection.ask(object_request(Opcode.GET_HASH, oid, epoch=epoch))
+    if reply.result == Result.NO_OBJ:
+        return None
+    if reply.result:
+        raise SheepError(reply.result)
+    return wire.HASH_RESPONSE.unpack(reply.header).digest
+
+
+def repair_object(connection: Connection, oid: ObjectId, source: NodeId) -> None:
+    """The node that the connection leads to fetches a good copy from `source`."""
+    opcode = Opcode.REPAIR_REPLICA
+    fields = wire.RepairRequest(protocol_version(opcode), opcode, oid=oid, address=source.address, port=source.port)
+    connection.call(bytearray(wire.REPAIR_REQUEST.pack(fields)))
+
+
+# -- inodes
+
+
+def read_header(connection: Connection, vid: Vid) -> InodeHeader:
+    return InodeHeader.unpack(read_object(connection, inode_oid(vid), 0, HEADER_SIZE))
+
+
+def read_map(connection: Connection, inode: InodeHeader) -> dict[int, Vid] | array[int]:
+    """The object map: entry by index for a plain volume, the allocated entries of a hyper volume."""
+    oid = inode_oid(Vid(inode.vdi_id))
+    if not inode.store_policy:
+        return unpack_map(read_object(connection, oid, MAP_OFFSET, 4 * inode.object_count))
+    root = _read_node(connection, oid, MAP_OFFSET)
+    found = dict(btree_leaves(root) or ())
+    for _, child in btree_children(root) or ():
+        found.update(btree_leaves(_read_node(connection, child, 0)) or ())
+    return {index: Vid(vid) for index, vid in found.items()}
+
+
+def _read_node(connection: Connection, oid: ObjectId, offset: int) -> Buffer:
+    used = btree_used(read_object(connection, oid, offset, BTREE_HEADER_SIZE))
+    if used > BTREE_NODE_SIZE:
+        raise PeerError(f"B-tree node of {used} bytes")
+    return read_object(connection, oid, offset, used)
+
+
+def allocated(entries: dict[int, Vid] | array[int]) -> Iterator[tuple[int, Vid]]:
+    """(index, owner) of every object that exists, ascending."""
+    if isinstance(entries, dict):
+        yield from sorted(entries.items())
+    else:
+        for index, vid in enumerate(entries):
+            if vid:
+                yield index, Vid(vid)
+
+
+def volume_ids(connection: Connection, deleted: bool = False) -> list[Vid]:
+    """Every vid in use, ascending; with `deleted` also those of deleted volumes."""
+    used = vids_in(plain(connection, Opcode.READ_VDIS, limit=BITMAP_SIZE))
+    if deleted or not used:
+        return [Vid(vid) for vid in used]
+    gone = frozenset(vids_in(plain(connection, Opcode.READ_DEL_VDIS, limit=BITMAP_SIZE)))
+    return [Vid(vid) for vid in used if vid not in gone]
+
+
+class Unread(NamedTuple):
+    """An inode that could not be read."""
+
+    vid: Vid
+    result: int
+
+
+def headers(connection: Connection, vids: Iterable[Vid]) -> Iterator[InodeHeader | Unread]:
+    """The inode headers of these volumes in their order, many requests at once; deleted ones are left out."""
+    vids = list(vids)
+    for start in range(0, len(vids), LIST_WINDOW):
+        window = vids[start : start + LIST_WINDOW]
+        found: dict[Vid, InodeHeader | Unread] = {}
+
+        def answer(
+            request: Request, result: int, data: Buffer, header: bytes, found: dict[Vid, InodeHeader | Unread] = found
+        ) -> list[Request]:
+            if result == Result.SUCCESS and len(data) == HEADER_SIZE:
+                found[request.step] = InodeHeader.unpack(data)
+            else:
+                found[request.step] = Unread(request.step, result or Result.EIO)
+            return []
+
+        connection.exchange([_header_request(vid) for vid in window], answer)
+        for vid in window:
+            one = found[vid]
+            if isinstance(one, Unread) or not one.is_deleted:
+                yield one
+
+
+def _header_request(vid: Vid) -> Request:
+    header = object_request(Opcode.READ_OBJ, inode_oid(vid), 0, HEADER_SIZE, Flags.DIRECT)
+    return Request(header, b"", HEADER_SIZE, vid)

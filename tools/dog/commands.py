@@ -1,0 +1,368 @@
+"""All commands of `dog` in one table: names, options in the order of their usage lines, where the code is.
+
+Nothing here imports the code of a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from sheepdog.tools.dog.options import Option
+
+Run = Callable[[dict[str, str], list[str]], int]
+
+
+class Command(NamedTuple):
+    """A sub-command. `run` is `module:function` under tools.dog; the function takes a Context and returns the status.
+
+    A command with `nested` ones runs itself only if it is a `default`. Nested commands share the options of the
+    command that holds them.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+    help: str
+    run: str = ""
+    arguments: str = ""
+    nested: tuple[Command, ...] = ()
+    default: bool = False
+
+
+def run_of(command: Command) -> Run:
+    """The function behind a command, imported now, taking parsed options and words."""
+    from importlib import import_module
+
+    from sheepdog.tools.dog.context import Context
+
+    module, _, function = command.run.partition(":")
+    run = cast("Callable[[Context], int | None]", getattr(import_module(f"sheepdog.tools.dog.{module}"), function))
+    return lambda values, words: run(Context(values, words)) or 0
+
+
+ADDRESS = Option("a", "address", "specify the daemon address (default: 127.0.0.1)", True)
+PORT = Option("p", "port", "specify the daemon port (default: 7000)", True)
+HELP = Option("h", "help", "display this help and exit")
+RAW = Option("r", "raw", "raw output mode: omit headers, separate fields with single spaces and print sizes in bytes")
+VERBOSE = Option("v", "verbose", "print more information than default")
+TIME = Option("T", "time", "show the elapsed time of the command")
+JSON = Option("", "json", "print the result as JSON")
+
+COPIES = Option("c", "copies", "specify the level of redundancy: copies, or data:parity strips", True)
+SNAPSHOT = Option("s", "snapshot", "specify a snapshot id or tag name", True)
+INDEX = Option("i", "index", "specify the index of data objects", True)
+OBJECT = Option("o", "oid", "specify the object id of the tracking object in hex", True)
+FORCE = Option("f", "force", "do not prompt for confirmation")
+BATCH = Option("B", "batched_reclamation", "specify the number of objects reclaimed in a batch", True)
+INTERVAL = Option("I", "interval", "specify the seconds between batches of reclaimed objects", True)
+NETWORK = (ADDRESS, PORT)
+LAST = (HELP, TIME)
+
+_PREALLOC = Option("P", "prealloc", "preallocate all the data objects")
+_SHIFT = Option("z", "block_size_shift", "specify the shift of the object size: objects of 2^shift bytes", True)
+
+VDI = (
+    Command(
+        "check",
+        (SNAPSHOT, Option("e", "exist", "only check that the objects exist, repair nothing"), *NETWORK, *LAST),
+        "check and repair the copies of an image",
+        "check:volume",
+        "<vdiname>",
+    ),
+    Command(
+        "create",
+        (
+            _PREALLOC,
+            Option("y", "hyper", "create a hyper volume"),
+            COPIES,
+            *NETWORK,
+            HELP,
+            RAW,
+            VERBOSE,
+            _SHIFT,
+            TIME,
+        ),
+        "create an image",
+        "vdi:create",
+        "<vdiname> <size>",
+    ),
+    Command(
+        "snapshot",
+        (
+            SNAPSHOT,
+            *NETWORK,
+            HELP,
+            RAW,
+            VERBOSE,
+            Option("R", "reduce_identical_snapshots", "create no snapshot if the image has no objects of its own"),
+            TIME,
+        ),
+        "create a snapshot",
+        "snapshot:snapshot",
+        "<vdiname>",
+    ),
+    Command(
+        "clone",
+        (
+            SNAPSHOT,
+            _PREALLOC,
+            Option("n", "no_share", "copy the objects instead of sharing them"),
+            *NETWORK,
+            HELP,
+            RAW,
+            VERBOSE,
+            TIME,
+        ),
+        "clone an image from a snapshot",
+        "snapshot:clone",
+        "<src vdi> <dst vdi>",
+    ),
+    Command(
+        "delete",
+        (
+            SNAPSHOT,
+            *NETWORK,
+            BATCH,
+            INTERVAL,
+            Option("m", "max_reclaim", "reclaim at most so many objects and keep the image", True),
+            *LAST,
+        ),
+        "delete an image or a snapshot",
+        "vdi:delete",
+        "<vdiname>",
+    ),
+    Command(
+        "rollback",
+        (SNAPSHOT, *NETWORK, FORCE, RAW, VERBOSE, BATCH, INTERVAL, *LAST),
+        "roll back to a snapshot",
+        "snapshot:rollback",
+        "<vdiname>",
+    ),
+    Command(
+        "list",
+        (*NETWORK, RAW, OBJECT, *LAST, JSON),
+        "list images",
+        "vdi_list:run",
+        "[vdiname]",
+    ),
+    Command("tree", (*NETWORK, *LAST), "show images in tree view format", "family:tree"),
+    Command("graph", (*NETWORK, *LAST), "show images in Graphviz dot format", "family:graph"),
+    Command(
+        "object",
+        (INDEX, SNAPSHOT, *NETWORK, *LAST),
+        "show the objects of an image",
+        nested=(
+            Command("location", (), "show where an object is stored", "objects:location", "<vdiname>"),
+            Command("map", (), "show the object map of an image", "objects:object_map", "<vdiname>"),
+            Command("dump-inode", (), "decode the file of an inode object", "objects:dump_inode", "<file>"),
+        ),
+        arguments="<vdiname|file>",
+    ),
+    Command(
+        "track",
+        (INDEX, SNAPSHOT, OBJECT, *NETWORK, *LAST),
+        "show the locations of an object in each epoch",
+        "objects:track",
+        "<vdiname>",
+    ),
+    Command(
+        "setattr",
+        (
+            Option("d", "delete", "delete the attribute"),
+            Option("x", "exclusive", "fail if the attribute exists"),
+            *NETWORK,
+            *LAST,
+        ),
+        "set an attribute",
+        "attributes:set_attribute",
+        "<vdiname> <key> [value]",
+    ),
+    Command(
+        "getattr", (*NETWORK, *LAST), "get an attribute of an image", "attributes:get_attribute", "<vdiname> <key>"
+    ),
+    Command("resize", (*NETWORK, *LAST), "resize an image", "vdi:resize", "<vdiname> <new size>"),
+    Command(
+        "read",
+        (SNAPSHOT, *NETWORK, *LAST),
+        "read data from an image",
+        "data:read",
+        "<vdiname> [<offset> [<len>]]",
+    ),
+    Command(
+        "write",
+        (Option("w", "writeback", "write in write-back mode"), *NETWORK, *LAST),
+        "write data to an image",
+        "data:write",
+        "<vdiname> [<offset> [<len>]]",
+    ),
+    Command(
+        "backup",
+        (SNAPSHOT, Option("F", "from", "specify the snapshot to compare with", True), *NETWORK, *LAST),
+        "write the difference between two snapshots to stdout",
+        "backup:backup",
+        "<vdiname>",
+    ),
+    Command(
+        "restore",
+        (SNAPSHOT, *NETWORK, BATCH, INTERVAL, *LAST),
+        "restore an image from a difference on stdin",
+        "backup:restore",
+        "<vdiname>",
+    ),
+    Command(
+        "alter-copy",
+        (COPIES, FORCE, *NETWORK, *LAST),
+        "set the redundancy level of an image",
+        "redundancy:volume",
+        "<vdiname>",
+    ),
+    Command(
+        "lock",
+        (SNAPSHOT, *NETWORK, *LAST),
+        "show and break the locks of images",
+        nested=(
+            Command("list", (), "list locked images", "locks:list_locks"),
+            Command("unlock", (), "unlock an image", "locks:unlock", "<vdiname>"),
+        ),
+        arguments="[vdiname]",
+    ),
+)
+
+NODE = (
+    Command("list", (*NETWORK, RAW, *LAST, JSON), "list nodes", "node:list_nodes"),
+    Command("info", (*NETWORK, RAW, *LAST, JSON), "show the space of each node", "node:info"),
+    Command(
+        "stat",
+        (*NETWORK, RAW, Option("w", "watch", "show the counters every second"), *LAST),
+        "show the request counters of a node",
+        "node:stat",
+    ),
+    Command(
+        "kill",
+        (*NETWORK, RAW, Option("l", "local", "kill the addressed node"), *LAST),
+        "end the sheep of a node",
+        "node:kill",
+        "[node id]",
+    ),
+    Command(
+        "recovery",
+        (*NETWORK, Option("P", "progress", "follow the progress of the addressed node"), RAW, *LAST, JSON),
+        "show and throttle the recovery of nodes",
+        "recovery:info",
+        "[max] [interval]",
+        (
+            Command("info", (), "show the nodes in recovery (default)", "recovery:info"),
+            Command("set-throttle", (), "set the recovery throttling", "recovery:set_throttle", "<max> <interval>"),
+            Command("get-throttle", (), "show the recovery throttling", "recovery:get_throttle"),
+        ),
+        True,
+    ),
+    Command(
+        "md",
+        (
+            *NETWORK,
+            RAW,
+            Option("A", "all", "show the disks of all nodes"),
+            FORCE,
+            *LAST,
+        ),
+        "show and change the disks of a node",
+        nested=(
+            Command("info", (), "show multi-disk information", "disks:info"),
+            Command("plug", (), "plug more disk(s) into node", "disks:plug", "<path[,path...]>"),
+            Command("unplug", (), "unplug disk(s) from node", "disks:unplug", "<path[,path...]>"),
+        ),
+        arguments="[disks]",
+    ),
+    Command(
+        "log",
+        (*NETWORK, *LAST),
+        "show and set the log level of a node",
+        nested=(
+            Command(
+                "level",
+                (),
+                "get, set or list log levels",
+                nested=(
+                    Command("get", (), "show the log level", "loglevel:get"),
+                    Command("set", (), "set the log level", "loglevel:set_level", "<level>"),
+                    Command("list", (), "list the log levels", "loglevel:list_levels"),
+                ),
+            ),
+        ),
+    ),
+    Command(
+        "vnodes",
+        (*NETWORK, HELP),
+        "set the number of virtual nodes of a node",
+        nested=(Command("set", (), "set the number", "node:set_vnodes", "<number>"),),
+    ),
+    Command("format", (*NETWORK, *LAST), "write the store format", "node:format_directory", "<dir> <store>"),
+)
+
+CLUSTER = (
+    Command(
+        "info",
+        (
+            *NETWORK,
+            RAW,
+            VERBOSE,
+            Option("d", "diff", "show what changed from epoch to epoch"),
+            *LAST,
+            JSON,
+        ),
+        "show cluster information",
+        "cluster:info",
+    ),
+    Command(
+        "format",
+        (
+            Option("b", "store", "specify the backend store (default: plain)", True),
+            COPIES,
+            Option("l", "lock", "lock images: one client at a time may have one open"),
+            Option("t", "strict", "refuse writes when zones are fewer than copies"),
+            _SHIFT,
+            Option("V", "fixed_vnodes", "the nodes have fixed numbers of virtual nodes"),
+            Option("R", "recycle_vid", "use the ids of deleted images again"),
+            FORCE,
+            Option("F", "avoid_diskfull", "skip a recovery that could fill a disk"),
+            *NETWORK,
+            *LAST,
+        ),
+        "create a Sheepdog store",
+        "cluster:format_cluster",
+    ),
+    Command("shutdown", (*NETWORK, *LAST), "stop Sheepdog on all nodes", "cluster:shutdown"),
+    Command(
+        "snapshot",
+        (Option("m", "multithread", "save with several threads"), *NETWORK, *LAST),
+        "save and load the snapshots of the cluster",
+        nested=(
+            Command("save", (), "save the snapshots to a directory", "archive:save", "<tag> <path> [vdi...]"),
+            Command("list", (), "list what a directory holds", "archive:list_saved", "<path>"),
+            Command("show", (), "show what one save holds", "archive:show", "<tag|index> <path>"),
+            Command("load", (), "load a save into the cluster", "archive:load", "<tag|index> <path> [vdi...]"),
+        ),
+        arguments="<tag|index> <path>",
+    ),
+    Command(
+        "recover",
+        (FORCE, *NETWORK, *LAST),
+        "control the recovery of the cluster",
+        nested=(
+            Command("force", (), "start with the nodes that are there", "cluster:force_recover"),
+            Command("enable", (), "enable automatic recovery", "cluster:enable_recovery"),
+            Command("disable", (), "disable automatic recovery", "cluster:disable_recovery"),
+        ),
+    ),
+    Command("reweight", (*NETWORK, *LAST), "take the free space of the nodes into account", "cluster:reweight"),
+    Command("check", (*NETWORK, *LAST), "check and repair all images", "check:cluster"),
+    Command(
+        "alter-copy",
+        (COPIES, FORCE, *NETWORK, *LAST),
+        "set the redundancy level of new images",
+        "redundancy:cluster",
+    ),
+)
+
+COMMANDS: dict[str, tuple[Command, ...]] = {"vdi": VDI, "node": NODE, "cluster": CLUSTER}

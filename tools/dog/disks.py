@@ -1,0 +1,75 @@
+"""`dog node md info|plug|unplug` (cli.md 2.7)."""
+
+from __future__ import annotations
+
+import os
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.ids import Member
+from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.cluster.wire.structures import MD_INFO_SIZE, DiskInfo, unpack_disks
+from sheepdog.tools.dog.context import Context, Unreachable
+from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.output import caution, percent, size_text, text, warn
+
+
+def info(context: Context) -> None:
+    """The disks of the addressed node, or of all."""
+    nodes = context.nodes()
+    if not context.raw:
+        print("Id\tSize\tUsed\tAvail\tUse%\tPath")
+    if not context.flag("all"):
+        try:
+            data = admin.plain(context.gateway(), Opcode.MD_INFO, limit=MD_INFO_SIZE)
+        except SheepError as error:
+            raise Failure(f"failed to get multi-disk information: {text(error.result)}") from error
+        _print(f"{context.host}:{context.port}", unpack_disks(data), context.raw)
+        return
+    for number, node in enumerate(nodes):
+        _print_node(context, number, node)
+
+
+def _print_node(context: Context, number: int, node: Member) -> None:
+    try:
+        data = admin.plain(context.node(node.id), Opcode.MD_INFO, limit=MD_INFO_SIZE)
+    except SheepError as error:
+        warn(f"failed to get multi-disk information: {text(error.result)}")
+        return
+    except (OSError, Unreachable):
+        return
+    if not context.raw:
+        print(f"Node {number}:")
+    _print(str(node.id), unpack_disks(data), context.raw)
+
+
+def _print(node: str, disks: list[DiskInfo], raw: bool) -> None:
+    for disk in disks:
+        size = disk.used + disk.free
+        share = percent(disk.used, size)
+        sizes = [size_text(value, raw) for value in (size, disk.used, disk.free)]
+        path = os.fsdecode(disk.path)
+        if raw:
+            print(node, disk.number, *sizes, share.strip(), path)
+        else:
+            print(f"{disk.number:2d}", *sizes, share, path, sep="\t")
+
+
+def plug(context: Context) -> None:
+    """Adds directories to a node's disks; what is in them is purged."""
+    _change(context, Opcode.MD_PLUG, "Caution! The directories to be plugged will be purged.")
+
+
+def unplug(context: Context) -> None:
+    """Takes directories out of a node's disks; their objects are recovered from other nodes."""
+    _change(context, Opcode.MD_UNPLUG, "Caution! Recovery will be triggered after unplugging.")
+
+
+def _change(context: Context, opcode: Opcode, warning: str) -> None:
+    paths = os.fsencode(context.argument(0))
+    if not context.flag("force"):
+        caution(warning)
+    try:
+        admin.plain(context.gateway(), opcode, paths + b"\0")
+    except SheepError as error:
+        raise Failure("Failed to execute request, look for sheep.log for more information") from error

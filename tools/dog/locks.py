@@ -1,0 +1,73 @@
+"""`dog vdi lock list|unlock` (cli.md 2.6)."""
+
+from __future__ import annotations
+
+import os
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.cluster.wire.structures import VDI_STATE_SIZE, VDI_STATES_MAX, VdiState, unpack_vdi_states
+from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.output import long_address, text
+from sheepdog.tools.dog.values import snapshot_option
+from sheepdog.tools.dog.vdi_list import shown_id, volumes
+from sheepdog.tools.dog.volumes import name_of
+
+UNLOCKED, LOCKED, SHARED = 1, 2, 3
+_PARTICIPANT = {1: "modified", 2: "shared", 3: "invalidated"}
+
+
+def _states(connection: Connection) -> dict[int, VdiState]:
+    limit = VDI_STATES_MAX * VDI_STATE_SIZE
+    try:
+        data = admin.plain(connection, Opcode.GET_VDI_COPIES, limit=limit)
+    except SheepError as error:
+        raise Failure(text(error.result)) from error
+    return {state.vid: state for state in unpack_vdi_states(data)}
+
+
+def list_locks(context: Context) -> None:
+    """The locked volumes and who holds them."""
+    connection = context.gateway()
+    states = _states(connection)
+    print("  Name         Id  VDI id  Tag            Owner node(s)")
+    for row in volumes(connection):
+        inode = row.inode
+        state = states.get(inode.vdi_id)
+        if state is None or state.lock_state == UNLOCKED:
+            continue
+        if state.lock_state == LOCKED:
+            owners = long_address(state.owner) if state.owner else ""
+        else:
+            owners = " ".join(
+                f"{long_address(node)}({_PARTICIPANT.get(kind, kind)})" for kind, node in state.participants
+            )
+        print(
+            f"{row.flag} {os.fsdecode(inode.name):<8}  {shown_id(inode):5d}  {inode.vdi_id:6x}  "
+            f"{os.fsdecode(inode.tag):<13}  {owners}"
+        )
+
+
+def unlock(context: Context) -> None:
+    """Breaks the lock of a volume whose owner never released it."""
+    tag, snap_id = snapshot_option(context)
+    word = context.argument(0)
+    connection = context.gateway()
+    try:
+        vid = admin.find(connection, name_of(word), tag, snap_id).vid
+    except SheepError as error:
+        raise Failure(f"Failed to find VDI {word}: {text(error.result)}") from error
+    state = _states(connection).get(vid)
+    if state is None or state.lock_state == UNLOCKED:
+        raise Failure(f"VDI {word} ({_shown(vid, tag, snap_id)}) is not locked")
+    admin.release_lock(connection, vid, state.lock_state == SHARED)
+
+
+def _shown(vid: Vid, tag: bytes, snap_id: int) -> str:
+    if snap_id:
+        return f"snapid={snap_id}, vid={vid:x}"
+    return f"tag={os.fsdecode(tag)}, vid={vid:x}" if tag else f"vid={vid:x}"

@@ -1,0 +1,153 @@
+"""`dog vdi snapshot|clone|rollback` (cli.md 2.6)."""
+
+from __future__ import annotations
+
+import os
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid, inode_oid
+from sheepdog.cluster.core.inode import TAG_OFFSET, InodeHeader
+from sheepdog.cluster.core.strings import NAME_SIZE, padded
+from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.options import Failure, UsageFailure
+from sheepdog.tools.dog.output import confirm, text, warn
+from sheepdog.tools.dog.values import positive, snapshot_option
+from sheepdog.tools.dog.volumes import (
+    RECLAIM_BATCH,
+    Opened,
+    delete,
+    fill,
+    name_of,
+    open_header,
+    open_volume,
+)
+
+_ROLLBACK_QUESTION = """\
+This operation discards any changes made since the previous
+snapshot was taken.  Continue? [yes/no]: """
+
+
+def snapshot(context: Context) -> None:
+    """Freezes a volume under a tag; it goes on under a new vid."""
+    word = context.argument(0)
+    name = name_of(word)
+    label = context.value("snapshot")
+    if label.isascii() and label.isdigit():
+        raise UsageFailure("Please specify a non-integer value for a snapshot tag name")
+    tag = os.fsencode(label)
+    if len(tag) >= NAME_SIZE:
+        raise UsageFailure(f"The tag of a snapshot has at most {NAME_SIZE - 1} bytes")
+    connection = context.gateway()
+    if tag:
+        _check_free(connection, word, name, tag)
+    try:
+        inode = admin.read_header(connection, admin.find(connection, name).vid)
+    except SheepError as error:
+        raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
+    if inode.store_policy:
+        raise Failure("creating a snapshot of hypervolume is not supported")
+    vid = Vid(inode.vdi_id)
+    if context.flag("reduce_identical_snapshots"):
+        entries = admin.read_map(connection, inode)
+        if vid not in entries:
+            if context.verbose:
+                warn(f"VDI {word} doesn't have its own objects, skipping creation of snapshot")
+            return
+    try:
+        admin.write_object(connection, inode_oid(vid), TAG_OFFSET, padded(tag), 0)
+        made = _next_volume(connection, name, inode, vid, snapshot=True)
+    except SheepError as error:
+        raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
+    if context.verbose:
+        if context.raw:
+            print(f"{made:x} {vid:x}")
+        else:
+            print(f"new VID of original VDI: {made:x}, VDI ID of newly created snapshot: {vid:x}")
+
+
+def _check_free(connection: Connection, word: str, name: bytes, tag: bytes) -> None:
+    """The tag must be unknown: the gateway says NO_TAG, not NO_VDI."""
+    reason = ""
+    try:
+        admin.find(connection, name, tag)
+    except SheepError as error:
+        if error.result == Result.NO_TAG:
+            return
+        reason = text(error.result)
+    if reason:
+        raise Failure(f"Failed to create snapshot for {word}: {reason}")
+    raise Failure(f"Failed to create snapshot for {word}, maybe snapshot id (0) or tag ({os.fsdecode(tag)}) is existed")
+
+
+def clone(context: Context) -> None:
+    """A new volume on top of a snapshot, or with -n a copy of it."""
+    source_word = context.argument(0)
+    if not context.flag("snapshot"):
+        raise UsageFailure("Only snapshot VDIs can be cloned\nPlease specify the '-s' option")
+    tag, snap_id = snapshot_option(context)
+    word = context.argument(1, "Destination VDI name must be specified")
+    name = name_of(word)
+    connection = context.gateway()
+    source = open_volume(connection, name_of(source_word), tag, snap_id)
+    if source.inode.store_policy:
+        raise Failure("creating a clone of hypervolume is not supported")
+    alone = context.flag("no_share")
+    try:
+        made = _next_volume(connection, name, source.inode, Vid(0) if alone else source.vid)
+    except SheepError as error:
+        raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
+    if context.flag("prealloc"):
+        fill(connection, made, source, range(source.inode.object_count))
+    elif alone:
+        fill(connection, made, source, [index for index, _ in admin.allocated(source.entries)])
+    if context.verbose:
+        print(f"{made:x}" if context.raw else f"VDI ID of newly created clone: {made:x}")
+
+
+def rollback(context: Context) -> None:
+    """Discards the working volume and goes on from a snapshot."""
+    word = context.argument(0)
+    name = name_of(word)
+    if not context.flag("snapshot"):
+        raise UsageFailure("Please specify the '-s' option")
+    tag, snap_id = snapshot_option(context)
+    batch = positive(context, "batched_reclamation", "number of batched reclamation", RECLAIM_BATCH)
+    pause_s = positive(context, "interval", "interval of batched reclamation", 0)
+    if not context.flag("force"):
+        confirm(_ROLLBACK_QUESTION)
+    connection = context.gateway()
+    base = open_header(connection, name, tag, snap_id)
+    try:
+        working = Opened(
+            current := admin.read_header(connection, admin.find(connection, name).vid),
+            admin.read_map(connection, current),
+        )
+    except SheepError as error:
+        if error.result != Result.NO_VDI:
+            raise Failure(f"Failed to rollback VDI {word}: {text(error.result)}") from error
+    else:
+        delete(connection, working, name, batch=batch, pause_s=pause_s)
+    try:
+        made = _next_volume(connection, name, base, Vid(base.vdi_id))
+    except SheepError as error:
+        raise Failure(f"Failed to rollback VDI {word}: {text(error.result)}") from error
+    if context.verbose:
+        print(f"{made:x}" if context.raw else f"New VDI ID of rollbacked VDI: {made:x}")
+
+
+def _next_volume(connection: Connection, name: bytes, inode: InodeHeader, base: Vid, snapshot: bool = False) -> Vid:
+    """NEW_VDI with the size, redundancy and object size of `inode`."""
+    return admin.new_volume(
+        connection,
+        name,
+        inode.vdi_size,
+        base,
+        snapshot,
+        inode.nr_copies,
+        inode.copy_policy,
+        inode.store_policy,
+        inode.block_size_shift,
+    ).vid
