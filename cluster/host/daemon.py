@@ -127,6 +127,7 @@ class Daemon:
         node = self.node
         requests = Requests(node.gateway, lambda: node.cluster, handlers(node, logs, self.store, objects))
         self._clients = Clients(self._loop, self._turn, arena, requests.dispatch, lambda: node.cluster.epoch, self._log)
+        self._clients.peers = self.links
         self._server = Server(self._loop, self.links.adopt, self._clients.adopt, self._log)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
