@@ -88,7 +88,7 @@ class Gateway:
         context.active_requests = lambda: len(self.pending)
         self._next_number = 0
         self._suspended = False
-        self._held: list[Callable[[], None]] = []  # while suspended
+        self._held: list[Callable[[], None]] = []  # while suspended, or until the VDI table is there
         self._frozen: dict[Vid, list[Callable[[], None]]] = {}  # writes held while a snapshot is taken
 
     # -- what clients ask --------------------------------------------------------------------------------------
@@ -175,12 +175,13 @@ class Gateway:
     def _may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
         """False if the request was answered or is held."""
         state = self._context.state
-        refusal = state.result() or self._refusal(state, oid)
+        refusal = state.result()
+        if not refusal and (self._suspended or not state.loaded):
+            self._held.append(retry)  # after a cold start the VDI table comes a moment later
+            return False
+        refusal = refusal or self._refusal(state, oid)
         if refusal:
             done(refusal, b"")
-            return False
-        if self._suspended:
-            self._held.append(retry)
             return False
         if self._frozen and vid_of(oid) in self._frozen:
             self._frozen[vid_of(oid)].append(retry)
@@ -264,16 +265,23 @@ class Gateway:
         fence = self._context.fence
 
         def read(data: Buffer | StoreError) -> None:
+            context, oid = self._context, request.oid
+            if context.fence != fence or request.number not in self.pending:
+                return  # fenced: it was routed again
             if not isinstance(data, StoreError):
-                request.finish(Result.SUCCESS, data)
-            elif self._context.fence == fence and request.number in self.pending:
-                if isinstance(data, Corrupt):
-                    self._context.probe("gateway.corrupt_here")
-                    self._context.log(3, f"object {request.oid:016x}: {data}; another copy answers")
-                    self._replica.missing[request.oid] = None
-                    self._read_at_home(request, Flag.REPAIR)
-                else:
-                    request.finish(data.result, b"")
+                home = context.placement.home(oid)
+                if home is not None and self._replica.readable(oid, home, request.offset, request.length):
+                    request.finish(Result.SUCCESS, data)
+                else:  # a write came while the store was reading: its bytes may be among the data already
+                    context.probe("gateway.written_while_read")
+                    self._read_at_home(request, 0)
+            elif isinstance(data, Corrupt):
+                context.probe("gateway.corrupt_here")
+                context.log(3, f"object {oid:016x}: {data}; another copy answers")
+                self._replica.missing[oid] = None
+                self._read_at_home(request, Flag.REPAIR)
+            else:
+                request.finish(data.result, b"")
 
         return read
 
@@ -305,9 +313,12 @@ class Gateway:
         """The node is in doubt about its membership: nothing is begun until it is sure again."""
         self._suspended = suspended
         if not suspended:
-            held, self._held = self._held, []
-            for call in held:
-                call()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        held, self._held = self._held, []
+        for call in held:
+            call()
 
     def freeze(self, vid: Vid, drained: Callable[[], None]) -> None:
         """Holds new writes of a volume; `drained` when none is under way. Ends with `thaw`."""
@@ -331,7 +342,9 @@ class Gateway:
                 drained()
 
     def thaw(self) -> None:
-        """The operation that froze volumes has ended: held writes go on, and meet the new state."""
+        """An ordered operation has ended: held writes go on, and meet the new state."""
+        if not self._suspended:
+            self._go_on()
         frozen, self._frozen = self._frozen, {}
         for calls in frozen.values():
             for call in calls:

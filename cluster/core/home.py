@@ -156,6 +156,7 @@ class Home:
             if decision.version == NO_VERSION:
                 if decision.missing:
                     self._lost[decision.oid] = None
+                    self.context.probe("home.object_lost")
                     self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
                 self.recovery.drop(decision.oid, decision.surplus)
             else:
@@ -306,21 +307,22 @@ class Home:
             return
         if self.recovery.holds(oid, True, lambda: self.read(oid, offset, length, done)):
             return
-        writing = self._writing.get(oid)
-        if writing is not None:
-            for write in reversed(writing):
-                if write.start < offset + length and offset < write.end:
-                    if write.waiting is None:
-                        write.waiting = []
-                    write.waiting.append(lambda: self.read(oid, offset, length, done))
-                    return
+        if self._waits_for_write(oid, offset, length, self._sequence, lambda: self.read(oid, offset, length, done)):
+            return
         if oid in self._lost:
             done(Result.EIO, b"")
             return
 
-        def read(data: Buffer | StoreError) -> None:
-            if not isinstance(data, StoreError):
+        def deliver(data: Buffer, begun: int) -> None:
+            # Bytes of a write that began while the store was reading may be among the data already.
+            if not self._waits_for_write(oid, offset, length, begun, lambda: deliver(data, begun)):
                 done(Result.SUCCESS, data)
+
+        def read(data: Buffer | StoreError) -> None:
+            if self.context.fence != self._fence:
+                return  # fenced: the gateway asks again in the new epoch
+            if not isinstance(data, StoreError):
+                deliver(data, self._sequence)
             elif isinstance(data, Corrupt):
                 self.context.probe("home.corrupt")
                 self.context.log(3, f"object {oid:016x}: {data}; another copy answers")
@@ -330,6 +332,19 @@ class Home:
                 done(data.result, b"")
 
         self.context.store.read(oid, offset, length, read)
+
+    def _waits_for_write(self, oid: ObjectId, offset: int, length: int, begun: int, retry: Callable[[], None]) -> bool:
+        """True if a write of these blocks, up to number `begun`, is on its way: `retry` is called after it.
+
+        Nobody may see bytes that some replica does not have yet: they might be taken back.
+        """
+        for write in reversed(self._writing.get(oid, ())):
+            if write.sequence <= begun and write.start < offset + length and offset < write.end:
+                if write.waiting is None:
+                    write.waiting = []
+                write.waiting.append(retry)
+                return True
+        return False
 
     def _read_elsewhere(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
         others = [member for member in self._placement.replicas(oid) if member != self.me]
@@ -345,6 +360,8 @@ class Home:
                 if answer.result == Result.SUCCESS:
                     assert isinstance(answer.body, (bytes, bytearray, memoryview))
                     done(Result.SUCCESS, answer.body)
+                elif answer.result == Result.STALE_OBJ:
+                    self.read(oid, offset, length, done)  # written meanwhile
                 else:
                     ask(index + 1)
 

@@ -207,7 +207,8 @@ class ClusterMachine:
             news = [member for member in gone if _member_key(member) not in self._struck]
             if news:
                 self._struck.update(_member_key(member) for member in news)
-                self.propose({"t": "leave", "nodes": [node_key(m.id) for m in gone], "time": self._now_s()})
+                who = [[node_key(member.id), member.incarnation] for member in gone]
+                self.propose({"t": "leave", "nodes": who, "time": self._now_s()})
             for key in list(self._joins):
                 self._answer_join(key)
         self._run_head()
@@ -370,13 +371,14 @@ class ClusterMachine:
                 waiting(answer)
 
     def _leave(self, command: Command, quiet: bool) -> None:
+        """Strikes out processes; the same node may have joined again meanwhile, as another incarnation."""
         state = self.state
-        gone = [node for node in command["nodes"] if any(node_key(member.id) == node for member in state.members)]
+        gone = [member for member in state.members if [node_key(member.id), member.incarnation] in command["nodes"]]
         if not gone:
             return
-        state.members = state.weighted([member for member in state.members if node_key(member.id) not in gone])
-        for node in gone:
-            state.vdis.unlock_node(node)
+        state.members = state.weighted([member for member in state.members if member not in gone])
+        for member in gone:
+            state.vdis.unlock_node(node_key(member.id))
         if state.status == Status.RUNNING:
             self._new_epoch(command["time"], quiet)
 

@@ -8,7 +8,10 @@ should have held then and does not list was deleted.
                      otherwise: the epoch of its last settling, or of the copy's last write if that is later
                      (a write is only ever applied to a current copy)
  best copy           the highest (as_of, version): its version is what all replicas must have
- deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy
+ deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy;
+                     and the object was known all that time: of its replicas in each epoch some were in the next
+ superseded          in an epoch after the best copy's as_of none of the object's replicas was a node that is here now:
+                     they may have written it, so nothing here can be trusted until one of them is back
 """
 
 from __future__ import annotations
@@ -167,6 +170,7 @@ class Inventories:
                 and version != NO_VERSION
                 and all(entry[1] == version for entry in held)
                 and all(entry[0] in replicas for entry in held)
+                and not self._superseded(oid, max(entry[2] for entry in held), placement, former)
             ):
                 continue
             decisions.append(self._decide_one(oid, held, replicas, placement, former))
@@ -184,7 +188,7 @@ class Inventories:
         holders = {member for member, _, _ in held}
         if self._deleted(oid, best_as_of, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
-        if best == NO_VERSION:
+        if best == NO_VERSION or self._superseded(oid, best_as_of, placement, former):
             return Decision(oid, NO_VERSION, (), replicas, ())
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)
@@ -206,6 +210,33 @@ class Inventories:
             if then is None:
                 continue
             index = then.index_of.get(placement.nodes[member])
-            if index is not None and index in then.replicas(oid):
+            if index is None or index not in then.replicas(oid):
+                continue
+            if all(self._handed_on(oid, epoch, former) for epoch in range(best_as_of, complete)):
+                return True
+        return False
+
+    @staticmethod
+    def _handed_on(oid: ObjectId, epoch: int, former: Callable[[int], Placement | None]) -> bool:
+        """Some replica of the object in `epoch` was a member of the next one, which so knew of the object."""
+        then, later = former(epoch), former(epoch + 1)
+        if then is None or later is None:
+            return False
+        return any(then.nodes[index] in later.index_of for index in then.replicas(oid))
+
+    @staticmethod
+    def _superseded(
+        oid: ObjectId, best_as_of: int, placement: Placement, former: Callable[[int], Placement | None]
+    ) -> bool:
+        """The object may have been written since `best_as_of` by nodes of which none is here.
+
+        A write is acknowledged only when all replicas of its epoch have it, so one of them here is enough to know.
+        """
+        for epoch in range(best_as_of + 1, placement.epoch):
+            then = former(epoch)
+            if then is None:
+                continue
+            replicas = then.replicas(oid)
+            if replicas and not any(then.nodes[index] in placement.index_of for index in replicas):
                 return True
         return False

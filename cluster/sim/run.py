@@ -1,0 +1,120 @@
+"""One seed from beginning to end: clients, faults, calm, and then everything is checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.sim.audit import audit
+from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, NodeFactory, SimCluster
+from sheepdog.cluster.sim.history import History, Violation
+from sheepdog.cluster.sim.nemesis import Faults, Nemesis
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Stuck, World
+
+LAST_BLOCK = OBJECT_BYTES // 4096 - 1
+
+
+@dataclass(slots=True)
+class Scenario:
+    """What a seed is run with."""
+
+    name: str
+    machines: int = 3
+    copies: int = 3
+    clients: int = 3
+    objects: int = 3
+    blocks: tuple[int, ...] = (0, 1, LAST_BLOCK)
+    duration_ns: int = 2 * SECOND
+    faults: Faults = field(default_factory=Faults)
+    make_node: NodeFactory = Node
+    durable_chance: float = 0.3
+    tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
+
+
+class Failure(AssertionError):
+    """A seed that failed: the message says how to run it again."""
+
+
+class Run:
+    """See the module; `execute` raises Failure."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self.scenario = scenario
+        self.world = World(seed)
+        self.cluster = SimCluster(self.world, scenario.machines, scenario.make_node)
+        self.history = History()
+        self.errors: dict[int, int] = {}
+        self.nemesis = Nemesis(self.cluster, scenario.faults)
+        self.clients: list[BlockClient] = []
+        self.doors: list[Door] = []
+
+    def execute(self) -> None:
+        try:
+            self._execute()
+        except (AssertionError, Exception) as error:
+            raise Failure(f"scenario {self.scenario.name}, seed {self.world.seed}: {error!r}") from error
+
+    def _execute(self) -> None:
+        scenario, cluster = self.scenario, self.cluster
+        cluster.start_all()
+        cluster.format(scenario.copies)
+        volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks)
+        self._start_clients(volume)
+        self.nemesis.start()
+        self._live(scenario.duration_ns)
+        self.nemesis.stop()
+        self._live(200 * MILLISECOND)
+        self._calm_down()
+        self._read_all(volume)
+        self._judge()
+
+    def _start_clients(self, volume: Volume) -> None:
+        values = [0]
+        for number in range(self.scenario.clients):
+            door = Door(self.cluster, f"client{number}", number % self.scenario.machines)
+            client = BlockClient(door, volume, self.history, values, self.errors)
+            client.durable_chance = self.scenario.durable_chance
+            self.doors.append(door)
+            self.clients.append(client)
+            client.start()
+
+    def _live(self, duration_ns: int) -> None:
+        """Time goes on; clients notice now and then that their gateway is gone."""
+        end_ns = self.world.now_ns + duration_ns
+        while self.world.now_ns < end_ns:
+            self.world.run_for(5 * MILLISECOND)
+            for door in self.doors:
+                door.watch()
+
+    def _calm_down(self) -> None:
+        for client in self.clients:
+            client.stopped = True
+        try:
+            self.world.run_until(lambda: all(client.idle for client in self.clients), HEALTH_LIMIT_NS, "answers")
+            self.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health")
+        except Stuck as stuck:
+            raise Violation(f"{stuck}; {self.cluster.unhealthy()}") from stuck
+
+    def _read_all(self, volume: Volume) -> None:
+        """Every block through every gateway: what was acknowledged is there."""
+        for machine in self.cluster.machines:
+            door = Door(self.cluster, f"reader{machine.number}", machine.number)
+            reader = BlockClient(door, volume, self.history, [0], self.errors)
+            for index in range(volume.objects):
+                for block in volume.blocks:
+                    reader.read(index, block, 1, lambda: None)
+                    self.world.run_until(lambda: not door.busy, SECOND, "a read in peace")  # noqa: B023
+
+    def _judge(self) -> None:
+        allowed = [*NOT_NOW, *self.scenario.tolerated]
+        if "home.object_lost" in self.cluster.probes():
+            allowed.append(
+                Result.EIO
+            )  # all current copies were down: nothing is promised but that no old ones are shown
+        bad = {result: count for result, count in self.errors.items() if result not in allowed}
+        if bad:
+            raise Violation(f"clients saw results {bad}")
+        self.history.check()
+        audit(self.cluster)

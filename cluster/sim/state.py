@@ -1,0 +1,64 @@
+"""The small durable state of a simulated node (`ports.NodeState`): changes become durable in call order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sheepdog.cluster.core.ids import EpochRecord
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
+
+
+class SimStateDisk:
+    """What is on the platter; outlives the processes."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.random = world.stream(f"state {name}")
+        self.config: bytes | None = None
+        self.epochs: dict[int, EpochRecord] = {}
+        self.settled = 0
+
+
+class SimNodeState:
+    """`ports.NodeState` of one process."""
+
+    def __init__(self, disk: SimStateDisk, world: World) -> None:
+        self.alive = True
+        self._disk = disk
+        self._world = world
+        self._ready_ns = 0
+
+    def _change(self, change: Callable[[], None], done: Done) -> None:
+        random, world = self._disk.random, self._world
+        self._ready_ns = max(self._ready_ns, world.now_ns) + 50 * MICROSECOND + random.randrange(4 * MILLISECOND)
+
+        def written() -> None:
+            if self.alive:
+                change()
+                if random.random() < 0.5:
+                    done(None)
+                else:  # on the platter, but the process does not know it yet
+                    world.after(random.randrange(MILLISECOND), lambda: done(None) if self.alive else None)
+
+        world.after(self._ready_ns - world.now_ns, written)
+
+    def save_config(self, config: bytes, done: Done) -> None:
+        self._change(lambda: setattr(self._disk, "config", config), done)
+
+    def append_epoch(self, record: EpochRecord, done: Done) -> None:
+        self._change(lambda: self._disk.epochs.__setitem__(record.epoch, record), done)
+
+    def clear_epochs(self, done: Done) -> None:
+        self._change(self._disk.epochs.clear, done)
+
+    def load_config(self) -> bytes | None:
+        return self._disk.config
+
+    def load_epochs(self) -> list[EpochRecord]:
+        return [self._disk.epochs[number] for number in sorted(self._disk.epochs)]
+
+    def save_settled(self, epoch: int, done: Done) -> None:
+        self._change(lambda: setattr(self._disk, "settled", epoch), done)
+
+    def load_settled(self) -> int:
+        return self._disk.settled

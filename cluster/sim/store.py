@@ -1,0 +1,413 @@
+"""Simulated disks: `ports.Store` in memory, with what a crash would leave of it.
+
+Each object has a *base* (on the platter), a log of changes since, and the volatile copy that reads see. A change in
+the log is *acknowledged* (in the operating system's hands) or not, and may be durable. A crash keeps a prefix of the
+log: with `kill -9` all that was acknowledged, with a power loss all that was durable, and in both a random part of
+the rest. Changes take effect in call order; callbacks come at once or after a random while, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from random import Random
+from struct import pack_into
+
+from xxhash import xxh3_64_intdigest
+
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, vid_of
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
+from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
+
+_ZERO = bytes(BLOCK_SIZE)
+Change = Callable[["Copy | None"], "Copy | None"]
+"""Applies one change to a copy (None: there is none) and returns what is there afterwards."""
+
+
+class OutOfRange(StoreError):
+    result = Result.INVALID_PARMS
+
+
+class Copy:
+    """The bytes of one copy; blocks that are not in `blocks` are holes."""
+
+    __slots__ = ("blocks", "rotten", "size", "version")
+
+    def __init__(self, size: int, version: Version) -> None:
+        self.size = size
+        self.version = version
+        self.blocks: dict[int, bytes] = {}
+        self.rotten: dict[int, None] = {}  # blocks whose bytes do not match their hash any more
+
+    def clone(self) -> Copy:
+        twin = Copy(self.size, self.version)
+        twin.blocks = dict(self.blocks)
+        twin.rotten = dict(self.rotten)
+        return twin
+
+    def table(self) -> bytes:
+        table = bytearray(8 * (-(-self.size // BLOCK_SIZE)))
+        for number, block in self.blocks.items():
+            pack_into("<Q", table, 8 * number, xxh3_64_intdigest(block) or 1)
+        return bytes(table)
+
+    def read(self, offset: int, length: int) -> bytes:
+        first, last = offset // BLOCK_SIZE, (offset + length - 1) // BLOCK_SIZE
+        if first == last and length == BLOCK_SIZE:
+            return self.blocks.get(first, _ZERO)
+        whole = b"".join([self.blocks.get(number, _ZERO) for number in range(first, last + 1)])
+        start = offset - first * BLOCK_SIZE
+        return whole[start : start + length]
+
+    def bad(self, offset: int, length: int) -> tuple[int, ...]:
+        """Rotten blocks in a range."""
+        first, last = offset // BLOCK_SIZE, (offset + length - 1) // BLOCK_SIZE
+        return tuple(number for number in self.rotten if first <= number <= last)
+
+    def overwrite(self, offset: int, data: bytes, skip_zero_blocks: bool = False) -> None:
+        position = 0
+        while position < len(data):
+            number, start = divmod(offset + position, BLOCK_SIZE)
+            part = data[position : position + BLOCK_SIZE - start]
+            position += len(part)
+            if len(part) < BLOCK_SIZE:
+                block = self.blocks.get(number, _ZERO)
+                part = block[:start] + part + block[start + len(part) :]
+            if skip_zero_blocks and part == _ZERO:
+                continue
+            self.blocks[number] = part
+            self.rotten.pop(number, None)
+
+    def punch(self, offset: int, length: int) -> None:
+        end = offset + length
+        first, last = -(-offset // BLOCK_SIZE), (-(-end // BLOCK_SIZE) if end == self.size else end // BLOCK_SIZE)
+        for number in range(first, last):
+            self.blocks.pop(number, None)
+            self.rotten.pop(number, None)
+        for start, stop in ((offset, min(first * BLOCK_SIZE, end)), (max(last * BLOCK_SIZE, offset), end)):
+            if start < stop and start // BLOCK_SIZE in self.blocks:
+                self.overwrite(start, bytes(stop - start))
+
+
+class _Entry:
+    """One change that is not known to be on the platter."""
+
+    __slots__ = ("acknowledged", "change")
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self.acknowledged = False
+
+
+class _Object:
+    __slots__ = ("base", "copy", "log")
+
+    def __init__(self) -> None:
+        self.base: Copy | None = None
+        self.copy: Copy | None = None
+        self.log: list[_Entry] = []
+
+
+class SimDisk:
+    """The objects of one node; outlives its processes. `fault` says what goes wrong with changes from now on."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.random: Random = world.stream(f"disk {name}")
+        self.objects: dict[ObjectId, _Object] = {}
+        self.fault: type[StoreError] | None = None
+        self.fault_chance = 0.0
+        self.slow = 1  # factor of all delays
+
+    def crash(self, power: bool) -> None:
+        """The process was killed (or power failed): what the next process will find."""
+        for oid in list(self.objects):
+            entry = self.objects[oid]
+            log = entry.log
+            keep = 0
+            if not power:
+                keep = max((index + 1 for index, change in enumerate(log) if change.acknowledged), default=0)
+            keep = self.random.randint(keep, len(log)) if keep < len(log) else keep
+            log = entry.log = log[:keep]
+            copy = None if entry.base is None else entry.base.clone()
+            for change in log:
+                copy = change.change(copy)
+            entry.copy = copy
+            if power:
+                entry.base = None if copy is None else copy.clone()
+                log.clear()
+            if entry.copy is None and entry.base is None and not log:
+                del self.objects[oid]
+
+    def rot(self, oid: ObjectId, block: int) -> None:
+        """One block changes by itself."""
+        entry = self.objects[oid]
+        for copy in (entry.copy, entry.base):
+            if copy is not None and block in copy.blocks:
+                copy.rotten[block] = None
+
+    def copies(self) -> dict[ObjectId, Copy]:
+        """What is here, ascending by oid."""
+        return {oid: entry.copy for oid, entry in sorted(self.objects.items()) if entry.copy is not None}
+
+
+class SimStore:
+    """`ports.Store` of one process over a disk."""
+
+    def __init__(self, disk: SimDisk, world: World) -> None:
+        self.alive = True
+        self._disk = disk
+        self._world = world
+        self._random = disk.random
+
+    # -- what is here ----------------------------------------------------------------------------------------------
+
+    def _copy(self, oid: ObjectId) -> Copy | None:
+        entry = self._disk.objects.get(oid)
+        return None if entry is None else entry.copy
+
+    def version(self, oid: ObjectId) -> Version | None:
+        copy = self._copy(oid)
+        return None if copy is None else copy.version
+
+    def inventory(self) -> Iterable[tuple[ObjectId, Version]]:
+        return [(oid, copy.version) for oid, copy in self._disk.copies().items()]
+
+    def _find(self, oid: ObjectId) -> Copy:
+        copy = self._copy(oid)
+        if copy is None:
+            raise NoObject(f"no copy of {oid:016x} here")
+        return copy
+
+    def size(self, oid: ObjectId) -> int:
+        return self._find(oid).size
+
+    def table(self, oid: ObjectId) -> bytes:
+        return self._find(oid).table()
+
+    def usage(self) -> tuple[int, int]:
+        used = sum(len(copy.blocks) for copy in self._disk.copies().values()) * BLOCK_SIZE
+        return used, (1 << 40) - used
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        """The bytes are those at the call or at a moment before `done`: a real read takes a while, too."""
+        if self._random.random() < 0.6:
+            done(self._read(oid, offset, length))
+            return
+        early = self._read(oid, offset, length) if self._random.random() < 0.5 else None
+
+        def later() -> None:
+            done(early if early is not None else self._read(oid, offset, length))
+
+        self._later(later, MILLISECOND)
+
+    def _read(self, oid: ObjectId, offset: int, length: int) -> bytes | StoreError:
+        copy = self._copy(oid)
+        if copy is None:
+            return NoObject(f"no copy of {oid:016x} here")
+        if offset < 0 or length <= 0 or offset + length > copy.size:
+            return OutOfRange(f"{offset}+{length} is not inside {oid:016x}")
+        bad = copy.bad(offset, length)
+        return Corrupt(f"{oid:016x}: blocks {list(bad)} are corrupt here", bad) if bad else copy.read(offset, length)
+
+    # -- changing --------------------------------------------------------------------------------------------------
+
+    def _later(self, call: Callable[[], None], spread_ns: int) -> None:
+        chance = self._random.random()
+        delay_ns = 10 * MICROSECOND + int(chance**4 * spread_ns * 4) * self._disk.slow
+
+        def run() -> None:
+            if self.alive:
+                call()
+
+        self._world.after(delay_ns, run)
+
+    def _fault(self) -> StoreError | None:
+        disk = self._disk
+        if disk.fault is not None and self._random.random() < disk.fault_chance:
+            return disk.fault("injected")
+        return None
+
+    def _change(self, oid: ObjectId, change: Change, durable: bool, done: Done) -> None:
+        """Takes effect now; `done` when acknowledged, and durable if asked."""
+        entry = self._disk.objects.get(oid)
+        if entry is None:
+            entry = self._disk.objects[oid] = _Object()
+        entry.copy = change(entry.copy)
+        logged = _Entry(change)
+        entry.log.append(logged)
+
+        def acknowledge() -> None:
+            logged.acknowledged = True
+            if durable:
+                self._settle(oid, entry, logged)
+            done(None)
+
+        if not durable and self._random.random() < 0.5:
+            acknowledge()
+        else:
+            self._later(acknowledge, 3 * MILLISECOND if durable else MILLISECOND)
+
+    def _settle(self, oid: ObjectId, entry: _Object, last: _Entry) -> None:
+        """The changes up to `last` are on the platter."""
+        if last not in entry.log:
+            return  # a flush has done it already
+        count = entry.log.index(last) + 1
+        if count == len(entry.log):
+            entry.base = None if entry.copy is None else entry.copy.clone()
+        else:
+            for logged in entry.log[:count]:
+                entry.base = logged.change(entry.base)
+        del entry.log[:count]
+        if entry.base is None and entry.copy is None and not entry.log and self._disk.objects.get(oid) is entry:
+            del self._disk.objects[oid]
+
+    def _writable(self, oid: ObjectId, offset: int, length: int) -> StoreError | None:
+        copy = self._copy(oid)
+        if copy is None:
+            return NoObject(f"no copy of {oid:016x} here")
+        if copy.version == NO_VERSION:
+            return NoObject(f"the copy of {oid:016x} here is being restored")
+        if offset < 0 or offset + length > copy.size:
+            return OutOfRange(f"{offset}+{length} is not inside {oid:016x}")
+        edges = [offset] if offset % BLOCK_SIZE else []
+        if (offset + length) % BLOCK_SIZE and offset + length != copy.size:
+            edges.append(offset + length - 1)
+        bad = [edge // BLOCK_SIZE for edge in edges if edge // BLOCK_SIZE in copy.rotten]
+        return Corrupt(f"{oid:016x}: blocks {bad} are corrupt here", tuple(bad)) if bad else self._fault()
+
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+        error = self._writable(oid, offset, len(data))
+        if error is not None:
+            self._fail(error, done)
+            return
+        kept = bytes(data)
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.overwrite(offset, kept)
+            copy.version = version
+            return copy
+
+        self._change(oid, change, durable, done)
+
+    def _fail(self, error: StoreError, done: Done) -> None:
+        if self._random.random() < 0.5:
+            done(error)
+        else:
+            self._later(lambda: done(error), MILLISECOND)
+
+    def create(
+        self, oid: ObjectId, size: int, offset: int, data: Buffer, version: Version, durable: bool, done: Done
+    ) -> None:
+        error = self._fault()
+        if offset < 0 or size <= 0 or offset + len(data) > size:
+            error = OutOfRange(f"{offset}+{len(data)} is not inside {oid:016x} of {size} bytes")
+        if error is not None:
+            self._fail(error, done)
+            return
+        kept = bytes(data)
+
+        def change(_: Copy | None) -> Copy | None:
+            copy = Copy(size, version)
+            copy.overwrite(offset, kept, skip_zero_blocks=True)
+            return copy
+
+        self._change(oid, change, True, done)
+
+    def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
+        error = self._writable(oid, offset, length)
+        if error is not None:
+            self._fail(error, done)
+            return
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.punch(offset, length)
+            copy.version = version
+            return copy
+
+        self._change(oid, change, durable, done)
+
+    def remove(self, oid: ObjectId, done: Done) -> None:
+        if self._copy(oid) is None:
+            done(None)
+        else:
+            self._change(oid, lambda _: None, True, done)
+
+    def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
+        marks = [
+            (oid, entry, entry.log[-1])
+            for oid, entry in sorted(self._disk.objects.items())
+            if entry.log and (vids is None or vid_of(oid) in vids)
+        ]
+        if not marks:
+            done(None)
+            return
+        error = self._fault()
+
+        def flushed() -> None:
+            if error is None:
+                for oid, entry, last in marks:
+                    self._settle(oid, entry, last)
+            done(error)
+
+        self._later(flushed, 5 * MILLISECOND)
+
+    # -- restoring -------------------------------------------------------------------------------------------------
+
+    def restore_begin(self, oid: ObjectId, size: int) -> None:
+        def change(copy: Copy | None) -> Copy | None:
+            if copy is None or copy.size != size:
+                return Copy(size, NO_VERSION)
+            copy.version = NO_VERSION
+            return copy
+
+        self._change(oid, change, False, _ignore)
+
+    def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
+        error: StoreError | None = NoObject(f"no copy of {oid:016x} here") if self._copy(oid) is None else self._fault()
+        if error is not None:
+            self._fail(error, done)
+            return
+        kept = bytes(data)
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.overwrite(offset, kept)
+            return copy
+
+        self._change(oid, change, False, done)
+
+    def restore_punch(self, oid: ObjectId, offset: int, length: int) -> None:
+        if self._copy(oid) is None:
+            return
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.punch(offset, length)
+            return copy
+
+        self._change(oid, change, False, _ignore)
+
+    def restore_finish(self, oid: ObjectId, version: Version, done: Done) -> None:
+        error = NoObject(f"no copy of {oid:016x} here") if self._copy(oid) is None else self._fault()
+        if error is not None:
+            self._fail(error, done)
+            return
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.version = version
+            return copy
+
+        self._change(oid, change, True, done)
+
+
+def _ignore(_: StoreError | None) -> None:
+    """Nobody waits for it."""
+
+
+FAULTS = (NoSpace, DiskError)
