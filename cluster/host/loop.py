@@ -10,8 +10,11 @@ import asyncio
 import ctypes
 import gc
 import resource
+import selectors
 import time
 from collections.abc import Callable
+from contextvars import Context
+from typing import TypeVarTuple
 
 from sheepdog.cluster.core.ports import Log, Timer
 
@@ -25,6 +28,7 @@ MMAP_THRESHOLD_BYTES = 32 << 20  # the most glibc accepts: memory for bodies is 
 TRIM_THRESHOLD_BYTES = 256 << 20  # free memory at the heap's end that is not given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LOG_ERROR, _LOG_WARNING = 3, 4
+_Ts = TypeVarTuple("_Ts")
 
 
 class HostClock:
@@ -44,42 +48,79 @@ class HostClock:
         return self._loop.call_later(max(delay_ns, 0) / NS_PER_S, call)
 
 
-class Turn:
-    """Things to do once at the end of the current turn of the loop, in the order they were asked for.
+class _TurnSelector(selectors.EpollSelector):
+    """Ends the turn before it waits for the next one."""
 
-    The loop runs what `call_soon` adds during a turn after everything that was ready in it and before it looks at the
-    sockets again, which is exactly the end of the turn.
+    loop: TurnLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        loop = self.loop
+        if loop.end_of_turn is not None:
+            loop.scheduled = False
+            loop.end_of_turn()
+            if loop.scheduled:
+                timeout = 0  # the loop decided how long to wait before this was asked for
+        return super().select(timeout)
+
+
+class TurnLoop(asyncio.SelectorEventLoop):
+    """An asyncio loop that calls `end_of_turn` after all callbacks of a turn, right before it looks at the sockets.
+
+    `call_soon` could do the same for an empty pass of the loop more: 5-10 % of the time at queue depth 1.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self) -> None:
+        selector = _TurnSelector()
+        selector.loop = self
+        self.end_of_turn: Callable[[], None] | None = None
+        self.scheduled = False  # something was scheduled since this was last set to False
+        super().__init__(selector)
+
+    def call_soon(
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        self.scheduled = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        self.scheduled = True
+        return super().call_at(when, callback, *args, context=context)
+
+    def stop(self) -> None:
+        self.scheduled = True
+        super().stop()
+
+
+class Turn:
+    """Things to do once at the end of the current turn of the loop, in the order they were asked for."""
+
+    def __init__(self, loop: TurnLoop) -> None:
         self._loop = loop
         self._calls: list[Callable[[], None]] = []
-        self._scheduled = False
         self.count = 0  # turns that had anything to do
+        loop.end_of_turn = self._end
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Calls once, before the loop waits again. Callers remember by themselves that they have asked."""
         self._calls.append(call)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._run)
 
-    def _run(self) -> None:
+    def _end(self) -> None:
+        if not self._calls:
+            return
         self.count += 1
         for _ in range(ROUNDS_PER_TURN):
-            calls = self._calls
-            if not calls:
-                break
-            self._calls = []
+            calls, self._calls = self._calls, []
             for call in calls:
                 try:
                     call()
                 except Exception as error:
                     # One broken call must not take the other connections' output with it.
                     self._loop.call_exception_handler({"message": "at the end of a turn", "exception": error})
-        self._scheduled = bool(self._calls)
-        if self._scheduled:
-            self._loop.call_soon(self._run)
+            if not self._calls:
+                return
+        self._loop.scheduled = True
 
 
 class Collector:
@@ -127,9 +168,9 @@ class Collector:
             self._checks = 0
 
 
-def new_loop(log: Log) -> asyncio.AbstractEventLoop:
-    """An asyncio loop for own sockets (add_reader, add_writer); errors nobody caught become one log line each."""
-    loop = asyncio.SelectorEventLoop()
+def new_loop(log: Log) -> TurnLoop:
+    """A loop for own sockets (add_reader, add_writer); errors nobody caught become one log line each."""
+    loop = TurnLoop()
 
     def report(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")

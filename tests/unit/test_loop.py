@@ -1,0 +1,156 @@
+"""The end of a turn comes after everything that was ready and before the loop waits; the clock keeps its promises."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from sheepdog.cluster.host import loop as loop_module
+from sheepdog.cluster.host.loop import Collector, HostClock, Turn, TurnLoop, new_loop
+
+MS = 1_000_000
+
+
+class World:
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self.loop: TurnLoop = new_loop(lambda level, text: self.logged.append(text))
+        self.turn = Turn(self.loop)
+        self.happened: list[str] = []
+
+    def run(self, seconds: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.loop.close()
+
+
+def test_the_end_of_a_turn_follows_everything_that_was_ready(world: World) -> None:
+    pairs = [socket.socketpair() for _ in range(5)]
+
+    def readable(number: int) -> None:
+        pairs[number][0].recv(10)
+        world.happened.append(f"read {number}")
+        if number % 2 == 0:
+            world.turn.at_end(lambda: world.happened.append(f"end {number}"))
+
+    for number, (ours, theirs) in enumerate(pairs):
+        world.loop.add_reader(ours, readable, number)
+        theirs.send(b"x")
+    world.run(0.02)
+    for ours, theirs in pairs:
+        world.loop.remove_reader(ours)
+        ours.close()
+        theirs.close()
+    assert sorted(world.happened[:5]) == [f"read {number}" for number in range(5)]
+    assert sorted(world.happened[5:]) == ["end 0", "end 2", "end 4"]
+    assert world.turn.count == 1
+
+
+def test_calls_may_ask_for_more_of_them_in_the_same_turn(world: World) -> None:
+    def chain(left: int) -> None:
+        world.happened.append(str(left))
+        if left:
+            world.turn.at_end(lambda: chain(left - 1))
+
+    world.loop.call_soon(world.turn.at_end, lambda: chain(3))
+    world.loop.call_later(0.01, world.happened.append, "timer")
+    world.run(0.03)
+    assert world.happened == ["3", "2", "1", "0", "timer"]
+    assert world.turn.count == 1
+
+
+def test_calls_without_end_leave_room_for_others(world: World) -> None:
+    def for_ever() -> None:
+        world.turn.at_end(for_ever)
+
+    world.turn.at_end(for_ever)
+    world.loop.call_later(0.01, world.happened.append, "timer")
+    world.run(0.02)
+    assert world.happened == ["timer"]
+
+
+@pytest.mark.parametrize("how", ["soon", "later", "task", "future", "stop"])
+def test_what_the_end_of_a_turn_schedules_is_not_slept_over(world: World, how: str) -> None:
+    future: asyncio.Future[None] = world.loop.create_future()
+
+    async def task() -> None:
+        future.set_result(None)
+
+    def end() -> None:
+        if how == "soon":
+            world.loop.call_soon(future.set_result, None)
+        elif how == "later":
+            world.loop.call_later(0.01, future.set_result, None)
+        elif how == "task":
+            world.happened.append(repr(world.loop.create_task(task())))
+        elif how == "future":
+            future.set_result(None)
+        else:
+            world.loop.stop()
+
+    world.loop.call_soon(world.turn.at_end, end)
+    guard = world.loop.call_later(5.0, world.loop.stop)
+    before = time.monotonic()
+    if how == "stop":
+        world.loop.run_forever()
+    else:
+        world.loop.run_until_complete(future)
+    assert time.monotonic() - before < 2.0
+    guard.cancel()
+
+
+def test_one_broken_call_does_not_stop_the_others(world: World) -> None:
+    def broken() -> None:
+        raise ValueError("planted")
+
+    world.turn.at_end(broken)
+    world.turn.at_end(lambda: world.happened.append("other"))
+    world.run(0)
+    assert world.happened == ["other"]
+    assert len(world.logged) == 1
+    assert "planted" in world.logged[0]
+
+
+def test_clock(world: World) -> None:
+    clock = HostClock(world.loop)
+    assert abs(clock.wall_ns() - time.time_ns()) < 1_000 * MS
+    before = clock.now_ns()
+    timers = [clock.after(20 * MS, lambda: world.happened.append(f"{clock.now_ns() - before}"))]
+    timers.append(clock.after(10 * MS, lambda: world.happened.append("cancelled")))
+    timers[1].cancel()
+    world.run(0.05)
+    assert len(world.happened) == 1
+    assert int(world.happened[0]) >= 20 * MS
+    for timer in timers:
+        timer.cancel()  # also after it fired
+
+
+def test_collector_runs_when_idle_and_gives_the_policy_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "COLLECT_CHECK_S", 0.01)
+    monkeypatch.setattr(loop_module, "COLLECT_FULL_CHECKS", 3)
+    collected: list[int] = []
+
+    def seen(phase: str, info: dict[str, int]) -> None:
+        collected.append(info["generation"])
+
+    collector = Collector(world.loop, world.turn)
+    collector.start()
+    try:
+        assert not gc.isenabled()
+        gc.callbacks.append(seen)
+        world.run(0.1)
+        assert 2 in collected
+    finally:
+        gc.callbacks.remove(seen)
+        collector.stop()
+    assert gc.isenabled()
