@@ -5,7 +5,9 @@ Answers are matched by id and may come in any order; the requests of one turn of
 from the socket's reader. Payloads are views of the buffers they were received into (wire.streams).
 
 A broken connection is opened again and every request in flight is sent again with its old id: all
-operations of this protocol may be repeated. After `PATIENCE_S` without a gateway the requests fail with EIO.
+operations of this protocol may be repeated. After `PATIENCE_S` without a gateway the requests fail with EIO, and
+those that follow fail at once, but for one attempt a second. A session that may `roam` goes to other gateways of
+the cluster too, and also waits for a cluster that is starting.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import asyncio
 import errno
 import itertools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import NamedTuple, TypeAlias
 
@@ -30,6 +32,8 @@ CONNECT_LIMIT_S = 5.0  # one attempt
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
 RECEIVES_PER_TURN = 16  # then other sockets of the loop get their turn
+
+_NOT_NOW = frozenset({Result.STARTUP, Result.SHUTDOWN, Result.WAIT_FOR_JOIN, Result.KILLED})  # of the cluster
 
 _ANSWER = Struct("<8xI4xI28x")  # id, result
 _LENGTH = Struct("<12xI32x")
@@ -82,12 +86,17 @@ class Session:
         self._outbox = Outbox()
         self._connecting: asyncio.Task[None] | None = None
         self._closed = False
+        self._others: Sequence[Address] | None = None
+        self._turn = 0  # where among the gateways the next round of attempts starts
+        self._lost_at: float | None = None  # since when requests wait without an answer
+        self._tried_at = 0.0  # end of the last round in which no gateway was found
+        self._delay = 0.0  # before the next round
 
     @classmethod
     async def open(cls, address: Address, patience_s: float = PATIENCE_S) -> Session:
         """Connects once; OSError if nobody listens there."""
         session = cls(address, patience_s)
-        session._attach(await session._dial())
+        session._attach(await session._dial(address))
         return session
 
     # -- requests
@@ -107,7 +116,10 @@ class Session:
         _ID.pack_into(header, _ID_OFFSET, number)
         flight[number] = _Request(header, payload, done, limit)
         if self._socket is None:
-            self._reconnect()  # sends everything in flight when it succeeds
+            if self._hopeless():
+                self._loop.call_soon(self._fail, number)
+            else:
+                self._reconnect()  # sends everything in flight when it succeeds
             return
         self._queue.append(header)
         if payload:
@@ -134,7 +146,15 @@ class Session:
     def move(self, address: Address) -> None:
         """Goes on with another gateway of the cluster; requests in flight are sent again there."""
         self.address = address
+        self._turn = 0
         self._broken()
+
+    def roam(self, others: Sequence[Address]) -> None:
+        """From now on these gateways of the same cluster will do as well when the first is away.
+
+        Answers that say that the cluster is starting or stopping no longer reach the callers: the request waits.
+        """
+        self._others = [other for other in others if other != self.address]
 
     async def close(self) -> None:
         """Ends the connection; what is still in flight fails with EIO."""
@@ -198,6 +218,11 @@ class Session:
                 if request is None or len(data) > request.limit:
                     self._broken()  # not what we asked for: the stream cannot be trusted any more
                     return
+                if result and result in _NOT_NOW and self._others is not None:
+                    self._refused()
+                    return
+                self._lost_at = None
+                self._delay = 0.0
                 self._finish(number, result, data, bytes(buffer[start : start + HEADER_SIZE]))
                 if self._socket is not sock:
                     return  # the callback closed the session
@@ -213,22 +238,21 @@ class Session:
 
     # -- connection
 
-    async def _dial(self) -> socket.socket:
+    async def _dial(self, address: Address) -> socket.socket:
         """A connected, non-blocking socket; OSError."""
-        if isinstance(self.address, str):
-            found = candidates(self.address)
+        if isinstance(address, str):
+            found = candidates(address)
         else:
-            found = await self._loop.run_in_executor(None, candidates, self.address)
-        failure: OSError = OSError(errno.EIO, f"{describe(self.address)} has no address")
+            found = await self._loop.run_in_executor(None, candidates, address)
+        failure: OSError = OSError(errno.EIO, f"{describe(address)} has no address")
         for family, target in found:
             sock = prepare(family)
             sock.setblocking(False)
             try:
                 await asyncio.wait_for(self._loop.sock_connect(sock, target), CONNECT_LIMIT_S)
             except (OSError, TimeoutError) as error:
-                failure = OSError(
-                    error.errno or errno.ETIMEDOUT, f"{describe(self.address)}: {error.strerror or 'no answer'}"
-                )
+                text = error.strerror or "no answer"
+                failure = OSError(error.errno or errno.ETIMEDOUT, f"{describe(address)}: {text}")
                 sock.close()
             except BaseException:
                 sock.close()
@@ -263,33 +287,62 @@ class Session:
         if self._flight and not self._closed:
             self._reconnect()  # an idle session waits for its next request
 
+    def _refused(self) -> None:
+        """The gateway is up, its cluster is not: ask again later, and another one first."""
+        self._detach()
+        self._turn += 1
+        self._delay = min(max(2 * self._delay, RETRY_FIRST_S), RETRY_LAST_S)
+        if self._impatient():
+            self._tried_at = self._loop.time()
+            self._fail_all()
+        else:
+            self._reconnect()
+
+    def _impatient(self) -> bool:
+        """Requests have waited as long as they may."""
+        return self._lost_at is not None and self._loop.time() >= self._lost_at + self._patience_s
+
+    def _hopeless(self) -> bool:
+        """Moreover the last attempt was only just now: a stream of requests fails as one."""
+        return self._connecting is None and self._impatient() and self._loop.time() < self._tried_at + RETRY_LAST_S
+
     def _reconnect(self) -> None:
         if self._connecting is None and not self._closed:
-            self._connecting = self._loop.create_task(self._keep_dialling())
+            if self._lost_at is None:
+                self._lost_at = self._loop.time()
+            self._connecting = self._loop.create_task(self._keep_dialling(self._lost_at + self._patience_s))
 
-    async def _keep_dialling(self) -> None:
-        deadline = self._loop.time() + self._patience_s
-        delay = RETRY_FIRST_S
+    async def _keep_dialling(self, deadline: float) -> None:
+        """Rounds over the gateways until one takes the connection; requests submitted meanwhile share the deadline."""
         try:
             while True:
-                try:
-                    sock = await self._dial()
-                except OSError:
-                    # More requests may have been submitted meanwhile; they share this deadline.
-                    if self._loop.time() + delay > deadline:
-                        self._fail_all()
-                        return
-                    await asyncio.sleep(delay)
-                    delay = min(2 * delay, RETRY_LAST_S)
-                else:
+                if self._delay:
+                    await asyncio.sleep(min(self._delay, deadline - self._loop.time()))
+                gateways = [self.address, *(self._others or ())]
+                first = self._turn % len(gateways)
+                for address in gateways[first:] + gateways[:first]:
+                    try:
+                        sock = await self._dial(address)
+                    except OSError:
+                        if self._loop.time() >= deadline:
+                            break
+                        continue
                     self._connecting = None  # before attaching: the new socket may break at once
                     self._attach(sock)
                     return
+                self._tried_at = self._loop.time()
+                if self._tried_at >= deadline:
+                    self._fail_all()
+                    return
+                self._delay = min(max(2 * self._delay, RETRY_FIRST_S), RETRY_LAST_S)
         finally:
             if self._connecting is asyncio.current_task():
                 self._connecting = None
 
     def _fail_all(self) -> None:
         for number in list(self._flight):
-            if number in self._flight:
-                self._finish(number, Result.EIO, _EMPTY, _EMPTY)
+            self._fail(number)
+
+    def _fail(self, number: int) -> None:
+        if number in self._flight:
+            self._finish(number, Result.EIO, _EMPTY, _EMPTY)

@@ -10,19 +10,30 @@ from collections.abc import Iterable
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.client.volume import Volume
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import format_address
+from sheepdog.cluster.wire.header import REQUEST, Request
+from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
+from sheepdog.cluster.wire.structures import NODE_LIST_SIZE, unpack_nodes
 from sheepdog.frontends.sheepfs.cluster import Buffer, Extent
+from sheepdog.frontends.sheepfs.transport import log
 
 MOVE_LIMIT_S = 10.0  # connecting and looking the volume up at the new gateway
+MEMBERS_INTERVAL_S = 60.0  # nodes that joined since then are no refuge yet
 REPORT_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
 
 
 class GatewayVolume:
-    """An open volume and the connection that is its own: volumes do not wait for each other."""
+    """An open volume and the connection that is its own: volumes do not wait for each other.
+
+    When its gateway dies the volume goes on through another node of the cluster, as the members were last known.
+    """
 
     def __init__(self, session: Session, volume: Volume, name: str) -> None:
         self._session = session
         self._volume = volume
         self._name = name
+        self._following = asyncio.get_running_loop().create_task(self._follow_members())
         # The calls of every request go straight to the volume.
         self.submit_read = volume.submit_read
         self.submit_write = volume.submit_write
@@ -67,10 +78,28 @@ class GatewayVolume:
         self._session.move(address)
 
     async def close(self) -> None:
+        self._following.cancel()
         try:
             await self._volume.close()
         finally:
             await self._session.close()
+
+    async def _follow_members(self) -> None:
+        while True:
+            try:
+                self._session.roam(await members(self._session))
+            except (OSError, PeerError) as problem:
+                log.warning("volume %s: cannot learn the nodes of the cluster: %s", self._name, problem)
+            await asyncio.sleep(MEMBERS_INTERVAL_S)
+
+
+async def members(session: Session) -> list[Address]:
+    """Where the nodes of the cluster listen."""
+    header = REQUEST.pack(
+        Request(protocol_version(Opcode.GET_NODE_LIST), Opcode.GET_NODE_LIST, data_length=NODE_LIST_SIZE)
+    )
+    reply = await session.call(bytearray(header), limit=NODE_LIST_SIZE)
+    return [(format_address(member.id.address), member.id.port) for member in unpack_nodes(reply.data)]
 
 
 class GatewayCluster:

@@ -1,0 +1,127 @@
+"""A session without its gateway: other nodes, clusters that are starting, and patience that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+
+import pytest
+from tests.support.fake_sheep import FakeSheep
+
+from sheepdog.cluster.client.session import RETRY_LAST_S, Session
+from sheepdog.cluster.client.volume import Volume
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.wire.opcodes import Opcode
+
+MIB = 1 << 20
+PATIENCE_S = 1.5
+
+
+def twin_of(sheep: FakeSheep, twin: FakeSheep) -> None:
+    """Two nodes of one cluster."""
+    twin.objects, twin.used, twin.deleted = sheep.objects, sheep.used, sheep.deleted
+
+
+def test_another_node_takes_over_at_once() -> None:
+    async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
+        session = await Session.open(sheep.address, patience_s=30)
+        volume = await Volume.open(session, "v")
+        session.roam([sheep.address, twin.address])
+        await volume.write(5, b"before")
+        sheep.__exit__(None, None, None)
+        start = time.monotonic()
+        await volume.write(11, b" after")
+        assert await volume.read(5, 12) == b"before after"
+        assert time.monotonic() - start < 1
+        await session.close()
+
+    with FakeSheep() as sheep, FakeSheep() as twin:
+        sheep.create("v", 4 * MIB, shift=20)
+        twin_of(sheep, twin)
+        asyncio.run(body(sheep, twin))
+        assert twin.log
+
+
+@pytest.mark.parametrize("result", [Result.WAIT_FOR_JOIN, Result.SHUTDOWN, Result.STARTUP, Result.KILLED])
+def test_a_cluster_that_is_starting_is_waited_for(result: Result) -> None:
+    async def body(sheep: FakeSheep) -> None:
+        session = await Session.open(sheep.address, patience_s=30)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([])
+        sheep.results[Opcode.READ_OBJ] = result
+        reading = asyncio.create_task(volume.read(0, 10))
+        await asyncio.sleep(0.5)
+        assert not reading.done()
+        assert sum(entry[0] == Opcode.READ_OBJ for entry in sheep.log) < 12, "asks again at a bounded rate"
+        sheep.results.clear()
+        assert await reading == b"x" * 10
+        await session.close()
+
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=20)
+        asyncio.run(body(sheep))
+
+
+def test_a_session_that_does_not_roam_is_told() -> None:
+    async def body(sheep: FakeSheep) -> None:
+        session = await Session.open(sheep.address)
+        sheep.results[Opcode.GET_VDI_INFO] = Result.WAIT_FOR_JOIN
+        with pytest.raises(OSError):
+            await Volume.open(session, "v")
+        await session.close()
+
+    with FakeSheep() as sheep:
+        asyncio.run(body(sheep))
+
+
+def test_patience_ends_once_for_a_stream_of_requests() -> None:
+    """A loop device sends its writes one after the other: each waiting anew would take for ever."""
+
+    async def body(sheep: FakeSheep) -> None:
+        session = await Session.open(sheep.address, PATIENCE_S)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([])
+        sheep.__exit__(None, None, None)
+        start = time.monotonic()
+        for _ in range(200):
+            with pytest.raises(OSError) as caught:
+                await volume.read(0, 10)
+            assert caught.value.errno == errno.EIO
+        assert PATIENCE_S * 0.9 < time.monotonic() - start < PATIENCE_S + 1
+        # A new listener in its place: found again by the attempt that a later request makes.
+        listener = socket.create_server(sheep.address)
+        await asyncio.sleep(RETRY_LAST_S + 0.1)
+        reading = asyncio.create_task(volume.read(0, 10))
+        accepted, _ = await asyncio.to_thread(listener.accept)
+        assert await asyncio.to_thread(accepted.recv, 48)
+        reading.cancel()
+        await session.close()
+        accepted.close()
+        listener.close()
+
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=20)
+        asyncio.run(body(sheep))
+
+
+def test_moving_takes_requests_in_flight_along() -> None:
+    async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
+        session = await Session.open(sheep.address)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        sheep.delay_s = 20
+        reading = asyncio.create_task(volume.read(0, 10))
+        await asyncio.sleep(0.2)
+        session.move(twin.address)
+        async with asyncio.timeout(5):
+            assert await reading == b"x" * 10
+        await session.close()
+
+    with FakeSheep() as sheep, FakeSheep() as twin:
+        sheep.create("v", 4 * MIB, shift=20)
+        twin_of(sheep, twin)
+        asyncio.run(body(sheep, twin))
