@@ -6,6 +6,7 @@ an answer that makes no sense.
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -261,6 +262,19 @@ def object_digest(connection: Connection, oid: ObjectId, epoch: int) -> bytes | 
     if reply.result:
         raise SheepError(reply.result)
     return wire.HASH_RESPONSE.unpack(reply.header).digest
+
+
+def missing_objects(connection: Connection, oids: list[ObjectId]) -> list[ObjectId]:
+    """Those of the objects that the node does not hold, in one request."""
+    payload = struct.pack(f"<{len(oids)}Q", *oids)
+    opcode = Opcode.OIDS_EXIST
+    fields = wire.Request(protocol_version(opcode), opcode, Flags.WRITE | Flags.PIGGYBACK, data_length=len(payload))
+    reply = connection.ask(bytearray(wire.REQUEST.pack(fields)), payload, len(payload))
+    if reply.result == Result.NO_OBJ:
+        return [ObjectId(oid) for (oid,) in struct.iter_unpack("<Q", reply.data)]
+    if reply.result:
+        raise SheepError(reply.result)
+    return []
 
 
 def repair_object(connection: Connection, oid: ObjectId, source: NodeId) -> None:

@@ -13,8 +13,10 @@ from contextlib import suppress
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.connection import PATIENCE_S, Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.follow import Operation
+from sheepdog.cluster.client.lifecycle import Open, Resize, Settle
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
-from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Open, Operation, Read, Resize, Write
+from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write
 from sheepdog.cluster.client.requests import Request, read_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
@@ -142,8 +144,9 @@ class BlockingVolume:
             return iter(list(self._machine.extents(offset, length)))
 
     def close(self) -> None:
-        """Flushes and closes the connections of all threads; none of them may use the volume any more."""
+        """As `Volume.close`; also closes the connections of all threads: none of them may use the volume any more."""
         try:
+            self._drive(Settle(self._machine))
             self.flush()
         finally:
             with self._lock:

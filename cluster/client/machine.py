@@ -69,6 +69,7 @@ class VolumeMachine:
         self.read_only = read_only
         self.caching = True  # until a flush is answered "there is no cache": then nothing is volatile
         self.reloading = False
+        self.map_changed = False  # by us, since this inode became ours
         self.map_writes = 0  # acknowledged with CACHE ...
         self.map_flushed = 0  # ... and how many of them a flush has covered
         self._shared: dict[int, int] = {}
@@ -201,6 +202,12 @@ class VolumeMachine:
         """A map entry may be lost by a power failure: a durable write must flush."""
         return self.map_writes != self.map_flushed
 
+    def map_written(self, durable: bool) -> None:
+        """A map write was acknowledged."""
+        self.map_changed = True
+        if not durable:
+            self.map_writes += 1
+
     def install(self, header: InodeHeader) -> None:
         """The inode that has taken this one's place (protocol.md 8.4).
 
@@ -208,7 +215,25 @@ class VolumeMachine:
         """
         self.header = header
         self.vid = Vid(header.vdi_id)
+        self.map_changed = False
         self.grow(header.vdi_size)
+
+    def corrections(self, theirs: array[int]) -> Iterator[tuple[int, array[int]]]:
+        """(first, entries) of every run in which our heir's map differs from ours, but for what is being changed."""
+        count = min(len(self.entries), len(theirs))
+        ours = self.entries[:count]
+        if ours == theirs[:count]:
+            return
+        first = -1
+        for index in range(count):
+            wrong = ours[index] != theirs[index] and index not in self._exclusive
+            if wrong and first < 0:
+                first = index
+            elif not wrong and first >= 0:
+                yield first, ours[first:index]
+                first = -1
+        if first >= 0:
+            yield first, ours[first:]
 
     def end_reload(self) -> None:
         self.reloading = False

@@ -1,119 +1,26 @@
-"""Reads, writes, discards, flushes and the rest of a volume's life as exchanges of requests, without I/O.
-
-A driver calls `resume`, sends the requests it gets, hands each answer to `answer`, sends what that returns, and so on
-until `finished`. An operation that must wait returns nothing and calls `wake` later: then `resume` again (once
-too often does no harm). Answers may come in any order.
-"""
+"""Reads, writes, discards and flushes as exchanges of requests without I/O (how they are driven: `follow`)."""
 
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.follow import MAP, MAX_ROUNDS, Follower, Operation, os_error
 from sheepdog.cluster.client.machine import Claim, Piece, VolumeMachine
-from sheepdog.cluster.client.requests import (
-    Request,
-    create_header,
-    flush_header,
-    lookup,
-    read_header,
-    write_header,
-)
-from sheepdog.cluster.core.errors import PeerError, Result
+from sheepdog.cluster.client.requests import Request, create_header, flush_header, read_header, write_header
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
-from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader, map_offset, pack_map, unpack_map
-from sheepdog.cluster.core.limits import MAX_MAP_ENTRIES
+from sheepdog.cluster.core.inode import map_offset, pack_map
 from sheepdog.cluster.core.messages import Buffer
-from sheepdog.cluster.wire.header import VDI_RESPONSE
 
-MAX_ROUNDS: Final = 64  # snapshots (or other clients' changes) that may overtake one request before it fails
 DISCARD_BATCH: Final = 4096  # objects whose entries one request clears: 16 KiB of map, held exclusively meanwhile
 ZERO_CHUNK_BYTES: Final = 1 << 20  # zeros written in one request where an object is kept
 
-_QUEUED, _ACTIVE, _RELOADING, _MAPPING, _FLUSHING, _WAITING = range(6)
-_LOOKUP, _HEADER, _MAP, _FLUSH, _RESIZE = "lookup", "header", "map", "flush", "resize"
+_QUEUED, _ACTIVE, _RELOADING, _MAPPING, _REMAPPING, _FLUSHING, _WAITING = range(7)
 _SUCCESS: Final = int(Result.SUCCESS)
 _READONLY: Final = int(Result.READONLY)
 _NO_OBJ: Final = int(Result.NO_OBJ)
-
-
-def _never() -> None:
-    """The wake of an operation whose driver has not set one."""
-
-
-def os_error(number: int) -> OSError:
-    return OSError(number, os.strerror(number))
-
-
-class Operation:
-    """Base: what a driver sees."""
-
-    __slots__ = ("error", "finished", "wake")
-
-    def __init__(self) -> None:
-        self.finished = False
-        self.error: OSError | None = None  # valid once finished
-        self.wake: Callable[[], None] = _never
-
-    def resume(self) -> list[Request]:
-        """Requests to send now; none while it has to wait."""
-        raise NotImplementedError
-
-    def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
-        """Takes one answer; returns the requests that follow from it."""
-        raise NotImplementedError
-
-    def _finish(self, error: OSError | None = None) -> list[Request]:
-        self.error = self.error or error
-        self.finished = True
-        return []
-
-
-class _Follower(Operation):
-    """An operation that can follow the volume to the vid it goes on under after a snapshot (protocol.md 8.4)."""
-
-    __slots__ = ("_machine", "_vid")
-
-    def __init__(self, machine: VolumeMachine) -> None:
-        super().__init__()
-        self._machine = machine
-        self._vid = machine.vid  # the vid our last requests named
-
-    def _reload(self) -> list[Request]:
-        """Learns the current vid, unless somebody else just did or does so; then `_reloaded`."""
-        machine = self._machine
-        if machine.vid != self._vid:
-            return self._reloaded()
-        if machine.reloading:
-            machine.wait(self._wake)
-            return []
-        machine.reloading = True
-        return [lookup(machine.header.name, step=_LOOKUP)]
-
-    def _reload_answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
-        machine = self._machine
-        if result == _SUCCESS and request.step == _LOOKUP:
-            vid = Vid(VDI_RESPONSE.unpack(header).vdi_id)
-            if vid != machine.vid:
-                return [Request(read_header(inode_oid(vid), 0, HEADER_SIZE), b"", HEADER_SIZE, _HEADER)]
-            result = _READONLY  # frozen, and nothing has taken its place
-        inode = inode_of(result, data)
-        if isinstance(inode, InodeHeader):
-            machine.install(inode)
-        else:
-            self.error = inode
-        machine.end_reload()
-        return self._reloaded()
-
-    def _reloaded(self) -> list[Request]:
-        raise NotImplementedError
-
-    def _wake(self) -> None:
-        self.wake()
 
 
 class Read(Operation):
@@ -189,7 +96,7 @@ class Read(Operation):
         return self._finish()
 
 
-class Write(_Follower):
+class Write(Follower):
     """Writes `data` at `offset`; with `durable` it survives a power failure once finished, else after a `Flush`.
 
     ENOSPC beyond the end, EROFS on a read-only volume. `data` is borrowed until finished.
@@ -200,6 +107,7 @@ class Write(_Follower):
         "_created",
         "_data",
         "_durable",
+        "_map_vid",
         "_outstanding",
         "_pending",
         "_retry",
@@ -221,6 +129,7 @@ class Write(_Follower):
             self.finished = not self._pending
         self._retry: list[Piece] = []
         self._created: list[int] = []
+        self._map_vid = machine.vid
         self._claim = Claim(0, 0, False, self._wake)
         self._outstanding = 0
         self._rounds = 0
@@ -232,7 +141,9 @@ class Write(_Follower):
         if self._state == _QUEUED:
             self._claim.first, self._claim.last = self._pending[0].number, self._pending[-1].number
             return self._send() if self._machine.acquire(self._claim) else []
-        return self._reload() if self._state == _RELOADING else []
+        if self._state == _RELOADING:
+            return self._reload()
+        return self._record() if self._state == _REMAPPING else []
 
     def _send(self) -> list[Request]:
         machine, data, durable = self._machine, self._data, self._durable
@@ -286,15 +197,22 @@ class Write(_Follower):
         if not self._created:
             return self._next()
         machine = self._machine
+        if machine.reloading:
+            self._state = _REMAPPING
+            machine.wait(self._wake)
+            return []
         self._state = _MAPPING
+        self._map_vid = machine.vid
         return [map_write(machine, dict.fromkeys(self._created, int(self._vid)), self._durable)]
 
     def _map_answer(self, result: int) -> list[Request]:
         machine = self._machine
+        if result == _SUCCESS and self._unsettled(self._map_vid):
+            return self._record()
         if result == _SUCCESS:
             for index in self._created:
                 machine.entries[index] = self._vid
-            machine.map_writes += not self._durable
+            machine.map_written(self._durable)
         else:
             self.error = self.error or SheepError(result)
         self._created.clear()
@@ -339,17 +257,16 @@ class Flush(Operation):
         return self._finish(flushed(self._machine, result, request.step))
 
 
-class Discard(Operation):
+class Discard(Follower):
     """Gives back the objects that lie wholly in a range: they read as zeros afterwards (protocol.md 7.4).
 
     The parts of objects at its ends keep their bytes, as with QEMU. The volume's last object counts as whole.
     """
 
-    __slots__ = ("_claim", "_end", "_machine", "_next", "_state")
+    __slots__ = ("_claim", "_end", "_next", "_state")
 
     def __init__(self, machine: VolumeMachine, offset: int, length: int) -> None:
-        super().__init__()
-        self._machine = machine
+        super().__init__(machine)
         size = machine.object_size
         end = min(offset + length, machine.size)
         self._next = -(-offset // size)
@@ -361,29 +278,40 @@ class Discard(Operation):
         elif offset < 0 or offset + length > machine.size:
             self._finish(os_error(errno.ENOSPC))
 
-    def _wake(self) -> None:
-        self.wake()
-
     def resume(self) -> list[Request]:
         machine, claim = self._machine, self._claim
+        if self._state == _REMAPPING:
+            return self._clear()
         while not self.finished and self._state == _QUEUED:
             if self._next >= self._end:
                 return self._finish()
             claim.first, claim.last = self._next, min(self._next + DISCARD_BATCH, self._end) - 1
             if not machine.acquire(claim):
                 return []
-            used = [index for index in range(claim.first, claim.last + 1) if machine.entries[index]]
-            if used:
-                self._state = _MAPPING
-                return [map_write(machine, dict.fromkeys(used, 0), False)]
+            if any(machine.entries[claim.first : claim.last + 1]):
+                return self._clear()
             machine.release(claim)
             self._next = claim.last + 1
         return []
 
+    def _clear(self) -> list[Request]:
+        """Zeroes the entries of the claim in the inode that is current."""
+        machine, claim = self._machine, self._claim
+        if machine.reloading:
+            self._state = _REMAPPING
+            machine.wait(self._wake)
+            return []
+        self._state = _MAPPING
+        self._vid = machine.vid
+        used = [index for index in range(claim.first, claim.last + 1) if machine.entries[index]]
+        return [map_write(machine, dict.fromkeys(used, 0), False)]
+
     def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
         machine, claim = self._machine, self._claim
+        if result == _SUCCESS and self._unsettled(self._vid):
+            return self._clear()
         if result == _SUCCESS:
-            machine.map_writes += machine.caching
+            machine.map_written(not machine.caching)
             for index in range(claim.first, claim.last + 1):
                 machine.entries[index] = 0
         machine.release(claim)
@@ -392,127 +320,6 @@ class Discard(Operation):
         self._next = claim.last + 1
         self._state = _QUEUED
         return self.resume()
-
-
-class Resize(_Follower):
-    """Grows the volume to `size` bytes; EINVAL for a smaller one, EFBIG beyond what its map can name."""
-
-    __slots__ = ("_rounds", "_size", "_state")
-
-    def __init__(self, machine: VolumeMachine, size: int) -> None:
-        super().__init__(machine)
-        self._size = size
-        self._rounds = 0
-        self._state = _ACTIVE
-        if machine.read_only:
-            self._finish(os_error(errno.EROFS))
-        elif size < machine.size:
-            self._finish(os_error(errno.EINVAL))
-        elif size > MAX_MAP_ENTRIES * machine.object_size:
-            self._finish(os_error(errno.EFBIG))
-
-    def resume(self) -> list[Request]:
-        if self.finished:
-            return []
-        if self._state == _RELOADING:
-            return self._reload()
-        # The header is written back as a whole, so it must be the newest (protocol.md 7.4).
-        self._vid = self._machine.vid
-        return [Request(read_header(inode_oid(self._vid), 0, HEADER_SIZE), b"", HEADER_SIZE, _HEADER)]
-
-    def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
-        if self._state == _RELOADING:
-            return self._reload_answer(request, result, data, header)
-        if request.step == _RESIZE:
-            if result:
-                return self._finish(SheepError(result))
-            self._machine.grow(self._size)
-            return self._finish()
-        inode = inode_of(result, data)
-        if not isinstance(inode, InodeHeader):
-            return self._finish(inode)
-        if inode.is_snapshot:
-            self._rounds += 1
-            if self._rounds > MAX_ROUNDS:
-                return self._finish(os_error(errno.EIO))
-            self._state = _RELOADING
-            return self._reload()
-        payload = replace(inode, vdi_size=max(self._size, inode.vdi_size)).pack()
-        return [Request(write_header(inode_oid(self._vid), 0, HEADER_SIZE, True), payload, 0, _RESIZE)]
-
-    def _reloaded(self) -> list[Request]:
-        if self.error:
-            return self._finish()
-        self._state = _ACTIVE
-        return self.resume()
-
-
-class Open(Operation):
-    """Looks a volume up and reads its inode; `machine` is the open volume once finished without error.
-
-    `tag` or `snap_id` name a snapshot, which is read-only.
-    """
-
-    __slots__ = ("_inode", "_lookup", "_read_only", "_rounds", "machine")
-
-    def __init__(self, name: bytes, tag: bytes = b"", snap_id: int = 0, read_only: bool = False) -> None:
-        super().__init__()
-        self._lookup = (name, tag, snap_id)
-        self._read_only = read_only or bool(tag or snap_id)
-        self._inode: InodeHeader | None = None
-        self._rounds = 0
-        self.machine: VolumeMachine | None = None
-
-    def resume(self) -> list[Request]:
-        name, tag, snap_id = self._lookup
-        return [lookup(name, tag, snap_id, _LOOKUP)]
-
-    def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
-        if result or len(data) != request.limit:
-            return self._finish(SheepError(result or Result.EIO))
-        if request.step == _LOOKUP:
-            vid = Vid(VDI_RESPONSE.unpack(header).vdi_id)
-            return [Request(read_header(inode_oid(vid), 0, HEADER_SIZE), b"", HEADER_SIZE, _HEADER)]
-        if request.step == _HEADER:
-            inode = inode_of(result, data)
-            return self._read_map(inode) if isinstance(inode, InodeHeader) else self._finish(inode)
-        assert self._inode is not None
-        self.machine = VolumeMachine(self._inode, unpack_map(data), self._read_only)
-        return self._finish()
-
-    def _read_map(self, inode: InodeHeader) -> list[Request]:
-        if inode.is_snapshot and not self._read_only:
-            # A snapshot was taken between the lookup and this read.
-            self._rounds += 1
-            return self.resume() if self._rounds < MAX_ROUNDS else self._finish(os_error(errno.EIO))
-        if inode.store_policy:
-            return self._finish(OSError(errno.EOPNOTSUPP, "a hyper volume cannot be opened"))
-        self._inode = inode
-        length = 4 * inode.object_count
-        return [Request(read_header(inode_oid(Vid(inode.vdi_id)), HEADER_SIZE, length), b"", length, _MAP)]
-
-
-def map_write(machine: VolumeMachine, changes: dict[int, int], durable: bool) -> Request:
-    """One write of the map from the lowest to the highest changed entry; the others keep their value."""
-    first, last = min(changes), max(changes)
-    chunk = machine.entries[first : last + 1]
-    for index, vid in changes.items():
-        chunk[index - first] = vid
-    durable = durable or not machine.caching
-    payload = pack_map(chunk)
-    header = write_header(inode_oid(machine.vid), map_offset(first), len(payload), durable)
-    return Request(header, payload, 0, _MAP)
-
-
-def inode_of(result: int, data: Buffer) -> InodeHeader | SheepError:
-    """The header that a read of 4664 bytes has brought."""
-    if result:
-        return SheepError(result)
-    try:
-        inode = InodeHeader.unpack(data)
-    except PeerError as error:
-        return SheepError(Result.EIO, str(error))
-    return SheepError(Result.NO_VDI, "the volume was deleted") if inode.is_deleted else inode
 
 
 def flushed(machine: VolumeMachine, result: int, covered: int) -> OSError | None:
@@ -528,3 +335,15 @@ def flushed(machine: VolumeMachine, result: int, covered: int) -> OSError | None
         return SheepError(result)
     machine.map_flushed = max(machine.map_flushed, covered)
     return None
+
+
+def map_write(machine: VolumeMachine, changes: dict[int, int], durable: bool) -> Request:
+    """One write of the map from the lowest to the highest changed entry; the others keep their value."""
+    first, last = min(changes), max(changes)
+    chunk = machine.entries[first : last + 1]
+    for index, vid in changes.items():
+        chunk[index - first] = vid
+    durable = durable or not machine.caching
+    payload = pack_map(chunk)
+    header = write_header(inode_oid(machine.vid), map_offset(first), len(payload), durable)
+    return Request(header, payload, 0, MAP)

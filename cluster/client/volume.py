@@ -17,18 +17,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.follow import Operation, os_error
+from sheepdog.cluster.client.lifecycle import Open, Resize, Settle
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
-from sheepdog.cluster.client.operations import (
-    ZERO_CHUNK_BYTES,
-    Discard,
-    Flush,
-    Open,
-    Operation,
-    Read,
-    Resize,
-    Write,
-    os_error,
-)
+from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write
 from sheepdog.cluster.client.requests import Request, read_header, write_header
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.core.errors import Result
@@ -118,7 +110,8 @@ class Volume:
         await _run(self._session, Resize(self._machine, size))
 
     async def close(self) -> None:
-        """Flushes. The session stays open: it belongs to its maker."""
+        """Ends in order: what was written is durable and in the volume. The session stays open."""
+        await _run(self._session, Settle(self._machine))
         await self.flush()
 
     def allocated_bytes(self) -> int:

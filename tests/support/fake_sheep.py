@@ -36,7 +36,6 @@ from sheepdog.cluster.core.inode import (
     InodeHeader,
     entries_written,
     nominal_size,
-    pack_map,
     unpack_map,
 )
 from sheepdog.cluster.core.limits import INODE_SIZE
@@ -314,16 +313,6 @@ class FakeSheep:
         old = [(i, struct.unpack_from("<I", data, HEADER_SIZE + 4 * i)[0]) for i in touched]
         data[offset : offset + len(payload)] = payload
         self._reclaim(old)
-        if self.inode(vid).is_snapshot:  # a late map write reaches the volume that goes on (protocol.md 8.4)
-            for heir in self._headers():
-                if heir.parent_vdi_id == vid:
-                    entries = self.entries(heir.vdi_id)
-                    late = self.entries(vid)
-                    for index, before in old:
-                        if entries[index] == before:
-                            entries[index] = late[index]
-                    heir_data = self.objects[inode_oid(Vid(heir.vdi_id))]
-                    heir_data[HEADER_SIZE : HEADER_SIZE + 4 * len(entries)] = pack_map(entries)
 
     def _shift(self, oid: int) -> int:
         vid = vid_of(ObjectId(oid))
@@ -342,6 +331,10 @@ class FakeSheep:
             for vid in self.used if opcode == Opcode.READ_VDIS else self.deleted:
                 bitmap[vid >> 3] |= 1 << (vid & 7)
             return self._answer(request, 0, bytes(bitmap))
+        if opcode == Opcode.OIDS_EXIST:
+            missing = [oid for oid in struct.unpack(f"<{len(payload) // 8}Q", payload) if oid not in self.objects]
+            data = struct.pack(f"<{len(missing)}Q", *missing)
+            return self._answer(request, Result.NO_OBJ if missing else Result.SUCCESS, data)
         if opcode == Opcode.GET_NODE_LIST:
             assert request.data_length == NODE_LIST_SIZE
             data = pack_nodes(self.members)

@@ -243,6 +243,7 @@ def test_random_requests_with_snapshots_breaks_and_reordering(seed: int) -> None
                 # What was under way may be in the snapshot or not, but later nothing in it changes.
                 for old, content in frozen.items():
                     frozen[old] = content or sheep.content(old)
+            await volume.close()
 
         def freeze() -> None:
             nonlocal vid

@@ -522,6 +522,98 @@ def test_object_map_and_tree(dog: Dog, sheep: FakeSheep) -> None:
     )
 
 
+def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+    sheep.create("a", 10 * MIB)
+    dog("vdi", "write", "a", "0", "9M", stdin=b"a" * 9 * MIB)
+    dog("vdi", "snapshot", "-s", "t1", "a")
+    dog("vdi", "write", "a", "5000", "1", stdin=b"b")
+    dog("vdi", "snapshot", "-s", "t2", "a")
+    dog("vdi", "write", "a", "0", "3", stdin=b"now")
+    assert dog("vdi", "backup", "a", "-s", "t2")[::2] == (64, "Please specify snapshots with '-F' and '-s' options\n")
+    out = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
+        assert main(["vdi", "backup", "a", "-F", "t1", "-s", "t2"]) == 0
+        stream = out.getvalue()
+    assert len(stream) == 8 + 16 + 512 + 16
+    assert stream[:24] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000 00000000")
+    assert dog("vdi", "restore", "a")[::2] == (
+        64,
+        "We can restore a backup file only to snapshots\nPlease specify the '-s' option\n",
+    )
+    assert dog("vdi", "restore", "-s", "nono", "a") == (1, "", "Snapshot ID 0 or tag nono doesn't exist\n")
+    before = dog("vdi", "list", "-r")
+    assert dog("vdi", "restore", "-s", "t1", "a", stdin=b"garbage!") == (1, "", "The backup file is corrupted\n")
+    assert dog("vdi", "list", "-r") == before
+    for cut in (stream[:30], stream[:-1]):
+        assert dog("vdi", "restore", "-s", "t1", "a", stdin=cut)[::2] == (1, "The backup file is corrupted\n")
+        assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
+        assert len(dog("vdi", "list", "-r")[1].splitlines()) == 3
+    assert dog("vdi", "restore", "-s", "t1", "a", stdin=stream) == (0, "", "")
+    assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
+    rows = [row.split(" ") for row in dog("vdi", "list", "-r")[1].splitlines()]
+    restored = [row[2] for row in rows if row[0] == "s" and not row[9]]
+    assert len(restored) == 1
+    assert len(rows) == 4
+    assert dog("vdi", "read", "a", "-s", restored[0], "4999", "3")[1] == "aba"
+
+
+def test_check(dog: Dog, sheep: FakeSheep) -> None:
+    vid = sheep.create("a", 10 * MIB)
+    dog("vdi", "write", "a", "0", "8M", stdin=b"a" * 8 * MIB)
+    assert dog("vdi", "check", "-e", "a") == (0, "a is fine, no object is missing.\n", "")
+    sheep.members.append(Member(NodeId(bytes(12) + b"\x7f\0\0\1", 1), 1, 128, 1))
+    del sheep.members[0]
+    refused = "failed to connect to 127.0.0.1:1: Connection refused\n" * 2
+    lost = [f"[127.0.0.1:1] oid {oid:016x} is missing.\n" for oid in (1 << 63 | vid << 32, vid << 32, vid << 32 | 1)]
+    assert dog("vdi", "check", "-e", "a") == (1, "".join(lost) + "a lost 3 object(s).\n", refused)
+
+
+def test_repair_follows_the_majority(dog: Dog, sheep: FakeSheep) -> None:
+    vid = sheep.create("a", 4 * MIB)
+    oid = 1 << 63 | vid << 32
+    one, two = b"1" * 20, b"2" * 20
+    with FakeSheep() as second, FakeSheep() as third:
+        nodes = [sheep, second, third]
+        sheep.members = sorted(
+            (Member(node.members[0].id, zone, 128, 1) for zone, node in enumerate(nodes)), key=lambda node: node.id
+        )
+        copies: dict[int, bytes | None] = {}
+        repaired: list[int] = []
+
+        def serve(number: int) -> None:
+            def digest(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+                request = wire.OBJECT_REQUEST.unpack(header)
+                found = copies[number]
+                result = Result.SUCCESS if found else Result.NO_OBJ
+                fields = wire.HashResponse(0, request.opcode, 0, 1, request.id, 0, result, found or bytes(20))
+                return wire.HASH_RESPONSE.pack(fields), b""
+
+            def repair(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+                request = wire.REPAIR_REQUEST.unpack(header)
+                assert request.oid == oid
+                ports = [node.address[1] for node in nodes]
+                assert copies[ports.index(request.port)] == one
+                repaired.append(number)
+                return wire.response(request.opcode, request.id, 1), b""
+
+            nodes[number].handlers |= {Opcode.GET_HASH: digest, Opcode.REPAIR_REPLICA: repair}
+
+        for number in range(3):
+            serve(number)
+        for found, output, errors, bad in (
+            ((one, one, one), "", "", []),
+            ((one, two, one), f"fixed replica {oid:016x}\n", "", [1]),
+            ((None, one, one), f"fixed missing {oid:016x}\n", "", [0]),
+            ((None, None, None), "", f"no node has {oid:016x}\n", []),
+            ((one, two, None), "", f"no majority of {oid:016x}\n", []),
+        ):
+            repaired.clear()
+            copies.update(enumerate(found))
+            assert dog("vdi", "check", "a") == (0, output + "finish check&repair a\n", errors)
+            assert repaired == bad
+
+
 def test_start_is_quick_and_light(sheep: FakeSheep) -> None:
     code = (
         "import sys; from sheepdog.tools.dog.main import main\n"

@@ -13,7 +13,7 @@ from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END, InodeHeader, unpack_map
 from sheepdog.cluster.core.limits import INODE_SIZE
 from sheepdog.cluster.core.ring import Ring
-from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import text, warn
 from sheepdog.tools.dog.values import parse_index, parse_oid, snapshot_option
@@ -32,6 +32,8 @@ def _open(context: Context) -> Opened:
     word = context.argument(0)
     try:
         return open_volume(context.gateway(), name_of(word), tag, snap_id)
+    except Unreachable:
+        raise
     except Failure as failure:
         raise Failure(f"{failure.text}\nFATAL: {word} not found", failure.code) from failure
 

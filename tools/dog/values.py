@@ -16,8 +16,12 @@ def _decimal(text: str) -> int | None:
 
 
 def snapshot_option(context: Context) -> tuple[bytes, int]:
-    """(tag, snapshot id) of -s: a number is an id, anything else a tag; (b"", 0) without it."""
-    value = context.value("snapshot")
+    """(tag, snapshot id) of -s; (b"", 0) without it."""
+    return snapshot_value(context.value("snapshot"))
+
+
+def snapshot_value(value: str) -> tuple[bytes, int]:
+    """A number is an id, anything else a tag."""
     number = _decimal(value)
     if number is None:
         import os

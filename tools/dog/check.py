@@ -1,0 +1,133 @@
+"""`dog vdi check` and `dog cluster check`: every copy where it belongs and equal to the others (cli.md 2.6)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid
+from sheepdog.cluster.core.ring import Ring
+from sheepdog.tools.dog.context import Context, Unreachable
+from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.output import text, warn
+from sheepdog.tools.dog.values import snapshot_option
+from sheepdog.tools.dog.vdi_list import headers
+from sheepdog.tools.dog.volumes import Opened, name_of, open_volume
+
+EXIST_BATCH = 65_536  # objects asked for in one request: 512 KiB of ids
+
+
+def volume(context: Context) -> int:
+    """One volume or snapshot; with -e only the existence of its copies, status 1 if one is missing."""
+    tag, snap_id = snapshot_option(context)
+    word = context.argument(0)
+    nodes = context.nodes()
+    opened = open_volume(context.gateway(), name_of(word), tag, snap_id)
+    if context.flag("exist"):
+        return _check_existence(context, nodes, opened, word)
+    _repair(context, nodes, opened)
+    print(f"finish check&repair {word}", flush=True)
+    return 0
+
+
+def cluster(context: Context) -> None:
+    """All volumes and snapshots."""
+    nodes = context.nodes()
+    connection = context.gateway()
+    for inode in headers(connection):
+        name = os.fsdecode(inode.name)
+        if inode.is_snapshot:
+            print(f'fix snapshot {name} (id: {inode.snap_id}, tag: "{os.fsdecode(inode.tag)}")', flush=True)
+        else:
+            print(f"fix vdi {name}", flush=True)
+        _repair(context, nodes, Opened(inode, admin.read_map(connection, inode)))
+        print(f"finish check&repair {name}", flush=True)
+
+
+def _objects(opened: Opened) -> Iterator[ObjectId]:
+    """The inode and every data object that it names."""
+    yield inode_oid(opened.vid)
+    for index, owner in admin.allocated(opened.entries):
+        yield data_oid(owner, index)
+
+
+# -- contents
+
+
+def _repair(context: Context, nodes: Sequence[Member], opened: Opened) -> None:
+    if opened.inode.copy_policy:
+        raise Failure(
+            "checking the strips of an erasure coded VDI is not supported, the nodes check them by themselves"
+        )
+    ring = Ring(nodes)
+    for oid in _objects(opened):
+        homes = [nodes[index].id for index in ring.replicas(oid, opened.inode.nr_copies)]
+        _repair_object(context, oid, homes)
+
+
+def _repair_object(context: Context, oid: ObjectId, homes: list[NodeId]) -> None:
+    digests = {home: _digest(context, home, oid) for home in homes}
+    counts = Counter(digest for digest in digests.values() if digest)
+    if not counts:
+        warn(f"no node has {oid:016x}")
+        return
+    winner, votes = counts.most_common(1)[0]
+    if votes * 2 <= counts.total() and len(counts) > 1:
+        warn(f"no majority of {oid:016x}")
+        return
+    source = next(home for home, digest in digests.items() if digest == winner)
+    for home, digest in digests.items():
+        if digest == winner:
+            continue
+        try:
+            admin.repair_object(context.node(home), oid, source)
+        except SheepError as error:
+            warn(f"failed to repair {oid:016x} on {home}: {text(error.result)}")
+        else:
+            print(f"fixed {'replica' if digest else 'missing'} {oid:016x}", flush=True)
+
+
+def _digest(context: Context, home: NodeId, oid: ObjectId) -> bytes | None:
+    try:
+        return admin.object_digest(context.node(home), oid, context.epoch)
+    except SheepError as error:
+        if error.result in (Result.OLD_NODE_VER, Result.NEW_NODE_VER):
+            raise Failure("The node list has changed: please try again") from error
+        raise Failure(f"failed to read {oid:016x} from {home}: {text(error.result)}") from error
+
+
+# -- existence
+
+
+def _check_existence(context: Context, nodes: Sequence[Member], opened: Opened, word: str) -> int:
+    ring = Ring(nodes)
+    expected: dict[int, list[ObjectId]] = {}
+    for oid in _objects(opened):
+        for index in ring.replicas(oid, opened.inode.nr_copies):
+            expected.setdefault(index, []).append(oid)
+    lost: dict[ObjectId, None] = {}
+    for index in sorted(expected):
+        oids = expected[index]
+        for start in range(0, len(oids), EXIST_BATCH):
+            for oid in _missing(context, nodes[index].id, oids[start : start + EXIST_BATCH]):
+                print(f"[{nodes[index].id}] oid {oid:016x} is missing.")
+                lost[oid] = None
+    if lost:
+        print(f"{word} lost {len(lost)} object(s).")
+        return 1
+    print(f"{word} is fine, no object is missing.")
+    return 0
+
+
+def _missing(context: Context, node: NodeId, oids: list[ObjectId]) -> list[ObjectId]:
+    """Those that the node does not hold; all of them if it does not answer."""
+    try:
+        return admin.missing_objects(context.node(node), oids)
+    except Unreachable:
+        return oids
+    except SheepError as error:
+        raise Failure(f"{node}: {text(error.result)}") from error
