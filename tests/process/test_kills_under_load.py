@@ -66,15 +66,17 @@ class Worker:
     def content(self, block: int, number: int) -> bytes:
         return trees.pattern((self.index << 48) + (number << 16) + block, BLOCK) if number else bytes(BLOCK)
 
-    async def run(self, address: tuple[str, int], stop: asyncio.Event) -> None:
-        session = await Session.open(address, PATIENCE_SECONDS)
+    async def open(self, address: tuple[str, int]) -> None:
+        self.session = await Session.open(address, PATIENCE_SECONDS)
+        self.volume = await Volume.open(self.session, "soak")
+
+    async def run(self, stop: asyncio.Event) -> None:
         try:
-            volume = await Volume.open(session, "soak")
             while not stop.is_set():
-                await self.step(volume)
+                await self.step(self.volume)
                 self.done += 1
         finally:
-            await session.close()
+            await self.session.close()
 
     async def step(self, volume: Volume) -> None:
         first = self.random.randrange(BLOCKS_PER_WORKER)
@@ -145,9 +147,9 @@ async def killer(cluster: Cluster, chance: random.Random, until: float) -> int:
 async def play(cluster: Cluster, seconds: float, seed: int) -> list[Worker]:
     workers = [Worker(index, seed * 100 + index) for index in range(WORKERS)]
     stop = asyncio.Event()
-    tasks = [
-        asyncio.create_task(worker.run(("127.0.0.1", cluster.port(worker.index % NODES)), stop)) for worker in workers
-    ]
+    for worker in workers:
+        await worker.open(("127.0.0.1", cluster.port(worker.index % NODES)))
+    tasks = [asyncio.create_task(worker.run(stop)) for worker in workers]
     try:
         kills = await killer(cluster, random.Random(seed), time.monotonic() + seconds)
         assert kills > 0
