@@ -1,0 +1,242 @@
+"""sheepfs over a real cluster: the files that tell about it, volumes as files, and nodes that die underneath."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support import needs
+from tests.support.cluster import Cluster
+from tests.support.mounts import LoopMount, SheepFs, mounted
+from tests.support.processes import BIN, environment, having_argument, run, wait_until
+
+MIB = 1 << 20
+OBJECT = 4 * MIB
+PATIENCE_S = 60.0  # twice what a request waits for a gateway
+
+MountSheepFs = Callable[..., SheepFs]
+MountLoop = Callable[..., LoopMount]
+
+
+@pytest.fixture(params=["pyfuse3", "direct"])
+def transport(request: pytest.FixtureRequest) -> str:
+    needs.fuse()
+    needs.root()
+    if request.param == "pyfuse3":
+        pytest.importorskip("pyfuse3")
+    return f"--transport={request.param}"
+
+
+@pytest.fixture
+def sheepfs(transport: str, cluster3: Cluster, mount_sheepfs: MountSheepFs) -> SheepFs:
+    return mount_sheepfs(cluster3, 0, transport)
+
+
+def failure(call: Callable[[], object]) -> str:
+    with pytest.raises(OSError) as caught:
+        call()
+    return errno.errorcode[caught.value.errno or 0]
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def test_status_files_say_what_dog_says(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    cluster3.dog("vdi", "create", "web", "100M")
+    for file in ("cluster/info", "node/list", "vdi/list"):
+        noun, verb = file.split("/")
+        assert (sheepfs.place / file).read_text() == cluster3.dog(noun, verb), file
+    lines = (sheepfs.place / "node/info").read_text().splitlines()
+    assert lines[0].split() == ["Id", "Size", "Used", "Avail", "Use%"]
+    assert len(lines) >= 5
+    assert (sheepfs.place / "config/sheep_info").read_text() == f"127.0.0.1:{cluster3.port(0)}\n"
+
+
+def test_a_volume_holds_what_was_written_on_every_node(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    cluster3.dog("vdi", "create", "web", "50M")
+    volume = sheepfs.volume("web")
+    assert volume.stat().st_size == 50 * MIB
+    model = bytearray(50 * MIB)
+    chance = random.Random(1)
+    with volume.open("r+b", buffering=0) as file:
+        for _ in range(60):
+            size = chance.choice([1, 512, 4096, 65536, MIB, 5 * MIB + 7])
+            offset = chance.randrange(len(model) - size)
+            model[offset : offset + size] = chance.randbytes(size)
+            assert os.pwrite(file.fileno(), model[offset : offset + size], offset) == size
+        os.fsync(file.fileno())
+        assert os.pread(file.fileno(), len(model), 0) == model
+    for node in range(3):
+        assert cluster3.try_dog("vdi", "read", "web", node=node, check=True).stdout == model
+    sheepfs.release("web")
+    assert digest(sheepfs.volume("web")) == hashlib.sha256(model).hexdigest()
+
+
+def test_unknown_volumes_and_the_working_volume_of_a_name(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    assert failure(lambda: sheepfs.volume("nope")) == "EINVAL"
+    cluster3.dog("vdi", "create", "web", "8M")
+    with sheepfs.volume("web").open("r+b") as file:
+        file.write(b"old")
+    cluster3.dog("vdi", "snapshot", "-s", "first", "web")
+    with sheepfs.volume("web").open("r+b") as file:  # mounted before, and follows the snapshot
+        file.write(b"new")
+    wait_until(lambda: _released(sheepfs, "web"), 10, "unmount of a closed volume")
+    with sheepfs.volume("web").open("rb") as file:
+        assert file.read(3) == b"new"
+    assert cluster3.try_dog("vdi", "read", "-s", "first", "web", "0", "3", check=True).stdout == b"old"
+
+
+def _released(sheepfs: SheepFs, name: str) -> bool:
+    try:
+        sheepfs.release(name)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+def test_a_filesystem_survives_the_death_of_a_node(cluster3: Cluster, sheepfs: SheepFs, mount_loop: MountLoop) -> None:
+    """Of the very node that sheepfs talks to, in the middle of writing."""
+    needs.loop_devices()
+    cluster3.dog("vdi", "create", "web", "512M")
+    volume = sheepfs.volume("web")
+    run(["mkfs.ext4", "-q", volume])
+    loop = mount_loop(volume)
+    source = Path(os.__file__).parent / "asyncio"
+    copying = subprocess.Popen(
+        ["sh", "-c", f"for i in $(seq 12); do cp -r {source} {loop.place}/$i && sync -f {loop.place}; done"],
+        env=environment(),
+    )
+    time.sleep(0.7)
+    cluster3.kill(0)
+    assert copying.wait(PATIENCE_S) == 0
+    run(["sync", "-f", loop.place])
+    for turn in range(1, 13):
+        run(["diff", "-r", source, loop.place / str(turn)])
+    cluster3.start(0)
+    cluster3.wait_members(3)
+    cluster3.wait_recovered()
+    loop.unmount()
+    run(["e2fsck", "-fn", volume])
+
+
+def test_requests_wait_while_the_whole_cluster_restarts(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    cluster3.dog("vdi", "create", "web", "16M")
+    volume = sheepfs.volume("web")
+    payload = os.urandom(OBJECT)
+    with volume.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), payload, 2 * MIB)
+        os.fsync(file.fileno())
+        for node in range(3):
+            cluster3.kill(node)
+        assert (sheepfs.place / "vdi/list").read_text() == "", "no cluster: empty, no error"
+        results: list[bytes] = []
+        reader = threading.Thread(target=lambda: results.append(os.pread(file.fileno(), OBJECT, 2 * MIB)))
+        reader.start()
+        time.sleep(1)
+        assert reader.is_alive()
+        cluster3.start(2, 0, 1)
+        reader.join(PATIENCE_S)
+        assert results == [payload]
+        os.pwrite(file.fileno(), payload, 8 * MIB)
+        assert os.pread(file.fileno(), OBJECT, 8 * MIB) == payload
+
+
+def test_the_gateway_can_be_changed(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    cluster3.dog("vdi", "create", "web", "16M")
+    volume = sheepfs.volume("web")
+    setting = sheepfs.place / "config/sheep_info"
+    with volume.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"one", 0)
+        setting.write_text(f"127.0.0.1:{cluster3.port(2)}\n")
+        assert setting.read_text() == f"127.0.0.1:{cluster3.port(2)}\n"
+        assert os.pread(file.fileno(), 3, 0) == b"one"
+        assert failure(lambda: setting.write_text("nonsense")) == "EINVAL"
+        assert failure(lambda: setting.write_text("127.0.0.1:1")) == "EINVAL"
+        assert os.pread(file.fileno(), 3, 0) == b"one"
+
+
+def test_discarded_space_comes_back(cluster3: Cluster, mount_sheepfs: MountSheepFs) -> None:
+    needs.fuse()
+    needs.root()
+    cluster3.dog("vdi", "create", "web", "100M")
+    volume = mount_sheepfs(cluster3, 0, "--transport=direct").volume("web")
+    with volume.open("r+b", buffering=0) as file:
+        file.write(b"\xff" * (40 * MIB))
+        os.fsync(file.fileno())
+    before = sum(map(len, (cluster3.objects(node) for node in range(3))))
+    run(["fallocate", "-p", "-o", str(3 * MIB), "-l", str(30 * MIB), volume])
+    expected = b"\xff" * (3 * MIB) + bytes(30 * MIB) + b"\xff" * (7 * MIB) + bytes(60 * MIB)
+    assert volume.read_bytes() == expected
+    wait_until(
+        lambda: sum(map(len, (cluster3.objects(node) for node in range(3)))) <= before - 3 * 7, 30, "freed objects"
+    )
+    assert cluster3.dog("vdi", "list", "-r").split()[4] == str(3 * OBJECT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "Try 'sheepfs --help' for help.\n"),
+        (["-p", "70000", "."], "Invalid port number '70000'\n"),
+        (["/does/not/exist"], "fuse: bad mount point `/does/not/exist': No such file or directory\n"),
+    ],
+)
+def test_mistakes_of_the_command_line(arguments: list[str], complaint: str) -> None:
+    done = run([BIN / "sheepfs", *arguments], check=False)
+    assert (done.returncode, done.stderr.decode(), done.stdout) == (1, complaint, b"")
+
+
+def test_help() -> None:
+    done = run([BIN / "sheepfs", "--help"])
+    assert done.stdout.startswith(b"Usage: sheepfs [OPTION]... MOUNTPOINT\n")
+
+
+def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directory: Path) -> None:
+    """The tree is there, status files are empty; kill -9 of the daemon fails callers instead of hanging them."""
+    place = directory / "dir"
+    place.mkdir()
+    for end in ("umount", "kill"):
+        run([BIN / "sheepfs", "-p", "1", transport, place])
+        try:
+            assert (place / "cluster/info").read_text() == ""
+            assert failure(lambda: (place / "vdi/mount").write_text("web\n")) == "EIO"
+            (daemon,) = having_argument(str(place))
+            if end == "kill":
+                os.kill(daemon, signal.SIGKILL)
+                wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
+                assert failure(lambda: os.listdir(place)) in ("ENOTCONN", "ECONNABORTED")
+        finally:
+            run(["umount", place])
+        wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
+        assert not mounted(place)
+
+
+def test_several_mounts_at_once(cluster3: Cluster, directory: Path, transport: str) -> None:
+    cluster3.dog("vdi", "create", "web", "16M")
+    places = [directory / name for name in ("a", "b c")]
+    try:
+        for place in places:
+            place.mkdir()
+            run([BIN / "sheepfs", "-p", str(cluster3.port(0)), transport, place])
+            (place / "vdi/mount").write_text("web\n")
+        with (places[0] / "volume/web").open("r+b", buffering=0) as file:
+            file.write(b"seen by both")
+        with (places[1] / "volume/web").open("rb", buffering=0) as file:
+            assert file.read(12) in (b"seen by both", bytes(12)), "the map is read at the mount"
+    finally:
+        for place in places:
+            run(["umount", place], check=False)
+    wait_until(lambda: not any(having_argument(str(place)) for place in places), 10, "end of sheepfs")
