@@ -8,6 +8,7 @@ from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
 from sheepdog.cluster.core.membership import ClusterMachine
+from sheepdog.cluster.core.origins import Origins
 from sheepdog.cluster.core.peers import Peers
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Log, Network, Store
@@ -51,6 +52,7 @@ class Context:
         self.placement = Placement(Epoch(0), (), me, self.copies_of)
         self.epoch = 0  # 0: not in a running cluster
         self.fence = 0  # era << 32 | epoch: what messages are checked by
+        self.origins = Origins()
         self.counters = Counters()
         self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway

@@ -17,7 +17,7 @@ from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.home import Home, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
-from sheepdog.cluster.core.limits import RETRY_DELAY_NS
+from sheepdog.cluster.core.limits import MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import Replica
@@ -59,11 +59,13 @@ class _Request:
 
     def finish(self, result: int, data: Buffer) -> None:
         """The answer; a second one (from an earlier epoch) is ignored."""
-        if self.gateway.pending.pop(self.number, None) is None:
+        pending = self.gateway.pending
+        if self.number not in pending:
             return
         if result in _AGAIN:
-            self.gateway.later(self)
+            self.gateway.later(self)  # it keeps its place in the order
             return
+        del pending[self.number]
         self.done(result, data)
         if self.gateway.drains:
             self.gateway.request_ended()
@@ -172,6 +174,41 @@ class Gateway:
 
         self._context.store.flush(vids, flushed)
 
+    def repair(self, oid: ObjectId, done: IoDone) -> None:
+        """Makes this node's copy anew from the others'; NO_OBJ if none belongs here. Done when it is current."""
+        context, home = self._context, self.home
+        replicas = context.placement.replicas(oid)
+        me = context.placement.me
+        if home is None or me not in replicas:
+            done(Result.NO_OBJ, b"")
+            return
+        if replicas[0] == me:
+            home.recovery.suspect(oid, me)
+            self.raw_read(oid, 0, 1, lambda result, _: done(result, b""))  # waits for the home's own copy
+            return
+        self._replica.missing[oid] = None
+        fence, tries = context.fence, 0
+
+        def look() -> None:
+            nonlocal tries
+            tries += 1
+            if oid not in self._replica.missing or context.fence != fence:
+                done(Result.SUCCESS, b"")
+            elif tries > MAX_RETRIES:
+                done(Result.AGAIN, b"")
+            else:
+                context.clock.after(RETRY_DELAY_NS, look)
+
+        def answered(answer: Message) -> None:
+            if answer.result:  # the home has none either
+                self._replica.missing.pop(oid, None)
+                done(answer.result, b"")
+            else:
+                look()
+
+        message = Message(Kind.READ, context.fence, 0, oid, 0, 1, Flag.REPAIR)
+        context.peers.request(context.placement.nodes[replicas[0]], message, answered)
+
     def _may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
         """False if the request was answered or is held."""
         state = self._context.state
@@ -235,7 +272,16 @@ class Gateway:
         elif first == me:
             home.submit(
                 Submission(
-                    oid, request.flags, request.offset, request.length, request.data, request.copies, request.finish
+                    oid,
+                    request.flags,
+                    request.offset,
+                    request.length,
+                    request.data,
+                    request.copies,
+                    request.finish,
+                    me,
+                    request.number,
+                    next(iter(self.pending)),
                 )
             )
         else:
@@ -251,6 +297,8 @@ class Gateway:
                 watermark=context.peers.oldest(node),
                 copies=request.copies,
                 body=request.data,
+                origin=request.number,
+                floor=next(iter(self.pending)),
             )
             context.peers.request(node, message, request.answered)
 
@@ -287,7 +335,6 @@ class Gateway:
 
     def later(self, request: _Request) -> None:
         """A node was not ready for the request: route it again in a moment."""
-        self.pending[request.number] = request
 
         def again() -> None:
             if request.number in self.pending:

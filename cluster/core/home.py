@@ -18,15 +18,15 @@ from typing import Protocol, TypeAlias
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
-from sheepdog.cluster.core.peering import Inventories, decode_holdings, encode_oids
+from sheepdog.cluster.core.peering import Inventories, encode_oids
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Buffer, Timer
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.recovery import Recovery
-from sheepdog.cluster.core.replica import perform, touched
+from sheepdog.cluster.core.replica import note_origin, perform, touched
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 
@@ -48,10 +48,20 @@ class Submission:
     """A change that a gateway wants: fields as of a SUBMIT message. `done(result, b"")` comes once, or never
     if the epoch changes first (the gateway submits again)."""
 
-    __slots__ = ("copies", "data", "done", "flags", "length", "offset", "oid")
+    __slots__ = ("copies", "data", "done", "flags", "floor", "gateway", "length", "number", "offset", "oid")
 
     def __init__(
-        self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
+        self,
+        oid: ObjectId,
+        flags: int,
+        offset: int,
+        length: int,
+        data: Buffer,
+        copies: int,
+        done: IoDone,
+        gateway: int,
+        number: int,
+        floor: int,
     ) -> None:
         self.oid = oid
         self.flags = flags
@@ -60,6 +70,9 @@ class Submission:
         self.data = data
         self.copies = copies
         self.done = done
+        self.gateway = gateway  # whose write it is: member, its own number, and below which it has all answers
+        self.number = number
+        self.floor = floor
 
 
 class _Write:
@@ -121,6 +134,7 @@ class Home:
         self._flying: dict[int, _Write] = {}  # by sequence, ascending
         self._writing: dict[ObjectId, list[_Write]] = {}
         self._lost: dict[ObjectId, None] = {}
+        self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
         self._stable_timer: Timer | None = None
         self.recovery = Recovery(context, self, puller)
@@ -136,9 +150,9 @@ class Home:
         self._inventories.add(
             self._placement.index_of[sender],
             message.offset,
-            decode_holdings(body),
+            body,
             message.length,
-            bool(message.flags & Flag.LAST),
+            message.flags,
         )
         if self._inventories.all_here():
             self._settle()
@@ -150,7 +164,9 @@ class Home:
     def _settle(self) -> None:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
         missing: list[list[ObjectId]] = [[] for _ in self._placement.members]
-        for decision in self._inventories.decide(self._placement, self._former):
+        decisions = self._inventories.decide(self._placement, self._former)
+        self._contained = self._inventories.contained(decisions)
+        for decision in decisions:
             for member in decision.missing:
                 missing[member].append(decision.oid)
             if decision.version == NO_VERSION:
@@ -187,6 +203,9 @@ class Home:
             return
         if self.recovery.holds(oid, False, lambda: self.submit(submission)):
             return
+        if self._contained and (submission.gateway, submission.number) in self._contained:
+            self._done_before(submission)
+            return
         store = self.context.store
         if not flags & Flag.CREATE:
             if oid in self._lost:
@@ -198,6 +217,30 @@ class Home:
         elif self._lost:
             self._lost.pop(oid, None)
         self._number(submission, self._replicas(submission))
+
+    def _done_before(self, submission: Submission) -> None:
+        """A write that was executed in an earlier epoch, but its gateway did not hear of it."""
+        context, oid = self.context, submission.oid
+        context.probe("home.write_contained")
+        if not submission.flags & Flag.DURABLE:
+            submission.done(Result.SUCCESS, b"")
+            return
+        replicas = self._replicas(submission)
+        left, result = len(replicas), int(Result.SUCCESS)
+
+        def flushed(one: int) -> None:
+            nonlocal left, result
+            left, result = left - 1, result or one
+            if not left and context.fence == self._fence:
+                submission.done(result, b"")
+
+        for replica in replicas:
+            if replica == self.me:
+                vids = frozenset([vid_of(oid)])
+                context.store.flush(vids, lambda error: flushed(Result.SUCCESS if error is None else error.result))
+            else:
+                message = Message(Kind.FLUSH, self._fence, oid=inode_oid(vid_of(oid)))
+                context.peers.request(self._placement.nodes[replica], message, lambda answer: flushed(answer.result))
 
     def _replicas(self, submission: Submission) -> tuple[int, ...]:
         if submission.copies:  # a new inode: the VDI table does not know it yet
@@ -218,6 +261,7 @@ class Home:
         else:
             writing.append(write)
         watermark = next(iter(self._flying)) - 1
+        note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor)
         for replica in replicas[1:]:
             message = Message(
                 Kind.APPLY,
@@ -233,6 +277,9 @@ class Home:
                 0,
                 0,
                 submission.data,
+                submission.number,
+                submission.floor,
+                submission.gateway,
             )
             context.peers.request(placement.nodes[replica], message, write.remote(replica))
         perform(
@@ -281,7 +328,7 @@ class Home:
         """An object could not be created on every replica: remove it where it was."""
         submission, result = write.submission, write.result
         removal = Submission(
-            submission.oid, Flag.REMOVE, 0, 0, b"", submission.copies, lambda *_: submission.done(result, b"")
+            submission.oid, Flag.REMOVE, 0, 0, b"", submission.copies, lambda *_: submission.done(result, b""), 0, 0, 0
         )
         self._number(removal, self._replicas(removal))
 
@@ -391,7 +438,21 @@ class Home:
 
         body = message.body
         assert isinstance(body, (bytes, bytearray, memoryview))
-        self.submit(Submission(message.oid, message.flags, message.offset, message.length, body, message.copies, done))
+        gateway = self._placement.index_of[sender]
+        self.submit(
+            Submission(
+                message.oid,
+                message.flags,
+                message.offset,
+                message.length,
+                body,
+                message.copies,
+                done,
+                gateway,
+                message.origin,
+                message.floor,
+            )
+        )
 
     def on_read(self, sender: NodeId, message: Message) -> None:
         """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""

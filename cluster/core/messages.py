@@ -48,6 +48,7 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
+    ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 
 
 class Message:
@@ -58,10 +59,13 @@ class Message:
         "copies",
         "fence",
         "flags",
+        "floor",
+        "gateway",
         "kind",
         "length",
         "offset",
         "oid",
+        "origin",
         "result",
         "rid",
         "sequence",
@@ -84,6 +88,9 @@ class Message:
         copies: int = 0,
         result: int = 0,
         body: Buffer | Sequence[Buffer] = b"",
+        origin: int = 0,
+        floor: int = 0,
+        gateway: int = 0,
     ) -> None:
         self.kind = kind
         self.fence = fence
@@ -98,6 +105,9 @@ class Message:
         self.copies = copies
         self.result = result
         self.body = body
+        self.origin = origin
+        self.floor = floor
+        self.gateway = gateway
 
     def __repr__(self) -> str:
         return (

@@ -24,6 +24,7 @@ from sheepdog.cluster.core.limits import MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
+from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.peering import Holding, Standing, decode_members, decode_oids, parts
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Log, Network, NodeState, Store
@@ -176,6 +177,7 @@ class Node:
         self.context.epoch = self.context.fence = 0
         self._recorded = 0
         self._former.clear()
+        self.context.origins.clear()
         self._lacking = {}
         self._settled = 0
         self._standing = Standing(0)
@@ -195,6 +197,7 @@ class Node:
         context.epoch = record.epoch
         context.fence = state.era << 32 | record.epoch
         context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)
+        context.origins.begin(record.members)
         context.peers.forget_all()
         context.network.connect([node for node in context.placement.nodes if node != context.me])
         self._log(5, f"epoch {record.epoch} with {len(record.members)} nodes")
@@ -280,15 +283,21 @@ class Node:
             home = placement.home(oid)
             if oid not in listed and home is not None:
                 by_home[home].append(Holding(oid, NO_VERSION, 0))
+        origins: list[list[Origin]] = [[] for _ in placement.members]
+        for origin in context.origins:
+            home = placement.home(origin.oid)
+            if home is not None:
+                origins[home].append(origin)
         for home, holdings in enumerate(by_home):
-            bodies = parts(holdings)
+            bodies = [encode_origins(origins[home]), *parts(holdings)]
             for index, body in enumerate(bodies):
+                flags = Flag.LAST if index == len(bodies) - 1 else 0
                 message = Message(
                     Kind.INVENTORY,
                     context.fence,
                     offset=index,
                     length=self._standing.complete,
-                    flags=Flag.LAST if index == len(bodies) - 1 else 0,
+                    flags=flags if index else flags | Flag.ORIGINS,
                     body=body,
                 )
                 if home == placement.me:
@@ -373,6 +382,7 @@ class Node:
 
     def _on_drop(self, sender: NodeId, message: Message) -> None:
         self.context.peers.answer(sender, message, Result.SUCCESS)
+        self.context.origins.forget(message.oid)
         self.context.store.remove(message.oid, lambda _: None)
 
     def _on_complete(self, sender: NodeId, message: Message) -> None:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
-from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.messages import Buffer, Flag
+from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.placement import Placement
 
 _ENTRY = Struct("<QIIQI4x")
@@ -135,13 +136,18 @@ class Inventories:
         self.complete = [0] * members
         self._ended = [False] * members
         self._parts: list[int] = [0] * members
+        self._origins: list[list[Origin]] = [[] for _ in range(members)]
 
-    def add(self, member: int, index: int, holdings: list[Holding], complete: int, last: bool) -> None:
+    def add(self, member: int, index: int, body: Buffer, complete: int, flags: int) -> None:
         """One part; parts come in order, and again after a broken link."""
         if index < self._parts[member]:
             return
         self._parts[member] = index + 1
-        self._holdings[member].extend(holdings)
+        if flags & Flag.ORIGINS:
+            self._origins[member].extend(decode_origins(body))
+        else:
+            self._holdings[member].extend(decode_holdings(body))
+        last = bool(flags & Flag.LAST)
         self.complete[member] = complete
         self._ended[member] = self._ended[member] or last
 
@@ -175,6 +181,28 @@ class Inventories:
                 continue
             decisions.append(self._decide_one(oid, held, replicas, placement, former))
         return decisions
+
+    def contained(self, decisions: Sequence[Decision]) -> dict[tuple[int, int], None]:
+        """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
+
+        The origins that a member tells are those of its own copy, so they count if that is the current one.
+        """
+        asked = dict.fromkeys(origin.oid for origins in self._origins for origin in origins)
+        if not asked:
+            return {}
+        decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
+        held: list[dict[ObjectId, Version]] = [
+            {oid: version for oid, version, _ in holdings if oid in asked} for holdings in self._holdings
+        ]
+        found: dict[tuple[int, int], None] = {}
+        for member, origins in enumerate(self._origins):
+            for oid, number, gateway in origins:
+                current = decided.get(oid)
+                if current is None:  # equal wherever it is, or nowhere at all
+                    current = next((versions[oid] for versions in held if oid in versions), None)
+                if current == NO_VERSION or held[member].get(oid) == current:
+                    found[gateway, number] = None
+        return found
 
     def _decide_one(
         self,

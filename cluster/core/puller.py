@@ -9,6 +9,7 @@ from sheepdog.cluster.core.errors import NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
 
 Pulled = Callable[[int], None]
 
@@ -58,7 +59,8 @@ class Puller:
         except StoreError as error:
             context.peers.answer(sender, message, error.result)
             return
-        context.peers.answer(sender, message, Result.SUCCESS, table, message.version, size)
+        origins = encode_origins(context.origins.of(message.oid))
+        context.peers.answer(sender, message, Result.SUCCESS, table + origins, message.version, size)
 
     def on_fetch(self, sender: NodeId, message: Message) -> None:
         context = self._context
@@ -96,6 +98,7 @@ class _Pull:
         self._sources = sources
         self._repair = repair
         self._table: Buffer = b""
+        self._origins: list[Origin] = []
         self._ranges: list[tuple[int, int]] = []
         self._in_flight = 0
         self._failed: int | None = None
@@ -129,13 +132,16 @@ class _Pull:
         store = self._context.store
         assert isinstance(answer.body, (bytes, bytearray, memoryview))
         size = answer.length
-        self._table = bytes(answer.body)
+        table_size = 8 * -(-size // BLOCK_SIZE)
+        self._table = bytes(answer.body[:table_size])
+        self._origins = decode_origins(answer.body[table_size:])
         try:
             mine = store.table(self.oid) if store.size(self.oid) == size and not self._repair else b""
         except NoObject:
             mine = b""
         holes, self._ranges = difference(mine, self._table, size)
         self._repair = False  # a second source goes on where the first one ended
+        self._context.origins.forget(self.oid)
         store.restore_begin(self.oid, size)
         for offset, length in holes:
             store.restore_punch(self.oid, offset, length)
@@ -186,6 +192,7 @@ class _Pull:
         def finished(error: StoreError | None) -> None:
             self._end(Result.SUCCESS if error is None else error.result)
 
+        self._context.origins.merge(self._origins)
         store.restore_finish(self.oid, self._version, finished)
 
 

@@ -257,6 +257,7 @@ class Recovery:
         """Surplus copies go: every replica has the object, or it was deleted."""
         for member in holders:
             if member == self._home.me:
+                self._context.origins.forget(oid)
                 self._context.store.remove(oid, lambda _: None)
             else:
                 message = Message(Kind.DROP, self._fence, oid=oid)

@@ -42,6 +42,14 @@ def touched(flags: int, offset: int, length: int) -> tuple[int, int]:
     return offset - offset % BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE) * BLOCK_SIZE
 
 
+def note_origin(context: Context, flags: int, oid: ObjectId, gateway: int, number: int, floor: int) -> None:
+    """Remembers whose write a copy here contains from now on; number 0: a home takes back a creation that failed."""
+    if number:
+        context.origins.add(gateway, number, floor, oid)
+    elif flags & Flag.REMOVE:
+        context.origins.forget(oid)
+
+
 class Replica:
     """Of one node, over all epochs; `begin` starts a new one."""
 
@@ -107,6 +115,7 @@ class Replica:
         body = message.body
         assert isinstance(body, (bytes, bytearray, memoryview))
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
+        note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
         self._unstable.setdefault(oid, []).append((sequence, start, end))
         self._order[home].append((sequence, oid))
         counters = context.counters

@@ -4,9 +4,9 @@ A link starts with a hello (24 bytes: magic, version, port, address), then carri
 a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
 that a client could send, so peers and clients share one port.
 
-header: u8 kind, u8 flags, u8 copies, 5 bytes 0, u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
+header: u8 kind, u8 flags, u8 copies, u8 0, u16 gateway, u16 0, u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
         u32 version.epoch, u32 version.term, u64 version.counter, u64 sequence, u64 watermark,
-        u32 result, u32 body_length, 16 reserved bytes (0)
+        u32 result, u32 body_length, u64 origin, u64 floor
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sheepdog.cluster.core.messages import Buffer, Kind, Message
 PEER_MAGIC = b"\xf5SHP"
 PEER_VERSION = 1
 HELLO = Struct("<4sHH16s")
-HEADER = Struct("<BBB5xQQQIIIIQQQII16x")
+HEADER = Struct("<BBBxH2xQQQIIIIQQQIIQQ")
 HEADER_SIZE = HEADER.size
 _KINDS = frozenset(int(kind) for kind in Kind)
 
@@ -55,6 +55,7 @@ def encode(message: Message) -> list[Buffer]:
         message.kind,
         message.flags,
         message.copies,
+        message.gateway,
         message.fence,
         message.rid,
         message.oid,
@@ -67,6 +68,8 @@ def encode(message: Message) -> list[Buffer]:
         message.watermark,
         message.result,
         length,
+        message.origin,
+        message.floor,
     )
     return [header, *parts] if length else [header]
 
@@ -89,6 +92,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         kind,
         flags,
         copies,
+        gateway,
         fence,
         rid,
         oid,
@@ -101,6 +105,8 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         watermark,
         result,
         _,
+        origin,
+        floor,
     ) = HEADER.unpack_from(buffer, start)
     if kind not in _KINDS:
         raise PeerError(f"unknown kind of peer message: {kind}")
@@ -118,4 +124,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         copies,
         result,
         body,
+        origin,
+        floor,
+        gateway,
     )

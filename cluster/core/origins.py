@@ -1,0 +1,86 @@
+"""Which writes of living gateways the copies of this node contain.
+
+A gateway that has no answer when the epoch changes submits its write again. It may have been executed already, and
+others may have read it and written over it since: executed a second time it would undo what they wrote. So a write
+carries its *origin*, the gateway and a number of its own that never changes; replicas remember the origins that are
+not answered yet (each write tells the gateway's *floor*: below it all are), tell them with their inventory, and
+hand them on with a restored copy. A home does not execute again what the copies contain.
+
+Origins live in memory: they are lost with the process, as the gateway's own requests are with its.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from struct import Struct
+from typing import NamedTuple
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
+from sheepdog.cluster.core.messages import Buffer
+
+_ENTRY = Struct("<QQH6x")
+ENTRY_SIZE = _ENTRY.size
+
+
+class Origin(NamedTuple):
+    """One write of one object; `gateway` is the index of its member in the present epoch."""
+
+    oid: ObjectId
+    number: int
+    gateway: int
+
+
+class Origins:
+    """Of one node; `begin` tells the members of a new epoch."""
+
+    def __init__(self) -> None:
+        self._processes: list[tuple[NodeId, int]] = []  # by member: node and incarnation
+        self._numbers: list[dict[int, ObjectId]] = []  # by member, in the order of arrival
+
+    def begin(self, members: Sequence[Member]) -> None:
+        """A gateway that is gone, or came back as another process, asks for nothing any more."""
+        known = dict(zip(self._processes, self._numbers, strict=True))
+        self._processes = [(member.id, member.incarnation) for member in members]
+        self._numbers = [known.get(process, {}) for process in self._processes]
+
+    def add(self, gateway: int, number: int, floor: int, oid: ObjectId) -> None:
+        """A write was applied here; all writes of the gateway below `floor` are answered."""
+        numbers = self._numbers[gateway]
+        numbers[number] = oid
+        while (oldest := next(iter(numbers))) < floor:
+            del numbers[oldest]
+
+    def merge(self, origins: Iterable[Origin]) -> None:
+        """What the source of a restored copy knows of it."""
+        for origin in origins:
+            if origin.gateway < len(self._numbers):
+                self._numbers[origin.gateway][origin.number] = origin.oid
+
+    def forget(self, oid: ObjectId) -> None:
+        """The copy here is replaced by another one, or gone."""
+        for numbers in self._numbers:
+            for number in [number for number, of in numbers.items() if of == oid]:
+                del numbers[number]
+
+    def clear(self) -> None:
+        self._processes, self._numbers = [], []
+
+    def __iter__(self) -> Iterator[Origin]:
+        for gateway, numbers in enumerate(self._numbers):
+            for number, oid in numbers.items():
+                yield Origin(oid, number, gateway)
+
+    def of(self, oid: ObjectId) -> list[Origin]:
+        return [origin for origin in self if origin.oid == oid]
+
+
+def encode_origins(origins: Iterable[Origin]) -> bytes:
+    """24 bytes each: oid, number, gateway."""
+    return b"".join([_ENTRY.pack(*origin) for origin in origins])
+
+
+def decode_origins(body: Buffer) -> list[Origin]:
+    if len(body) % ENTRY_SIZE:
+        raise PeerError("list of origins of odd length")
+    return [Origin(ObjectId(oid), number, gateway) for oid, number, gateway in _ENTRY.iter_unpack(body)]
