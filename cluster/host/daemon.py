@@ -87,6 +87,7 @@ class Daemon:
         self._log = logs.write
         self._loop = new_loop(self._log)
         self._status = 1
+        self._serving = False  # clients are let in once this node has joined
         self._ending: asyncio.Future[None] = self._loop.create_future()
         self._pid_file: lifecycle.PidFile | None = None
         prepare_process(self._log)
@@ -198,6 +199,9 @@ class Daemon:
 
     def _on_event(self, event: Event) -> None:
         self.node.on_event(event)
+        if self.node.machine.joined and not self._serving:
+            self._serving = True
+            self._server.admit_clients()
 
     def _terminate(self, signal_name: str) -> None:
         self._log(5, f"{signal_name}: leaving the cluster")

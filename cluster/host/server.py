@@ -36,6 +36,7 @@ class Server:
         self._log = log
         self._listeners: list[socket.socket] = []
         self._silent: dict[socket.socket, None] = {}  # connections that have not said anything yet
+        self._early: list[socket.socket] | None = []  # clients before `admit_clients`
         self._unix_path: str | None = None
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -60,6 +61,13 @@ class Server:
         self._unix_path = path
         self._listen(listener)
 
+    def admit_clients(self) -> None:
+        """Clients are handed over from now on; those that came before have waited (a node that has not joined yet
+        could tell them nothing). Peers are never kept waiting."""
+        early, self._early = self._early, None
+        for sock in early or ():
+            self._new_client(sock)
+
     def stop_listening(self) -> None:
         """No new connections; those that a frontend owns go on."""
         for timer in self._pauses.values():
@@ -69,10 +77,11 @@ class Server:
             self._loop.remove_reader(listener)
             listener.close()
         self._listeners.clear()
-        for sock in self._silent:
+        for sock in (*self._silent, *(self._early or ())):
             self._loop.remove_reader(sock)
             sock.close()
         self._silent.clear()
+        self._early = None
         if self._unix_path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._unix_path)
@@ -127,6 +136,8 @@ class Server:
             sock.close()
         elif first == PEER_MAGIC[:1]:
             self._adopt_peer(sock)
+        elif self._early is not None:
+            self._early.append(sock)
         else:
             self._new_client(sock)
 

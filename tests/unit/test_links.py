@@ -73,6 +73,7 @@ class Node:
         self.links.on_message = lambda node, message: self.arrived.append((node, message))
         self.links.on_link = lambda node, up: self.events.append((node, up))
         self.server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
+        self.server.admit_clients()
         self.server.listen_tcp("127.0.0.1", me.port)
 
     def close(self) -> None:

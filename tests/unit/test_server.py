@@ -30,6 +30,7 @@ class World:
             self.loop, self.peers.append, self.clients.append, lambda level, text: self.logged.append(text)
         )
         self.mine: list[socket.socket] = []
+        self.server.admit_clients()
 
     def until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
         async def wait() -> None:
@@ -79,6 +80,21 @@ def test_the_first_byte_decides(world: World, address: str | None) -> None:
         assert not sock.getblocking()
     silent.sendall(b"\x02")  # a connection may take its time
     world.until(lambda: len(world.clients) == 3)
+
+
+def test_clients_wait_until_they_are_let_in(world: World) -> None:
+    server = Server(world.loop, world.peers.append, world.clients.append, lambda level, text: None)
+    server.listen_tcp("127.0.0.1", world.ports[0])
+    client = world.connect(world.ports[0])
+    client.sendall(b"\x02")
+    world.connect(world.ports[0]).sendall(encode_hello(NodeId(bytes(16), 7000)))
+    world.until(lambda: world.peers)
+    assert not world.clients
+    server.admit_clients()
+    assert world.clients[0].recv(10) == b"\x02"
+    world.connect(world.ports[0]).sendall(b"\x01")
+    world.until(lambda: len(world.clients) == 2)
+    server.stop_listening()
 
 
 def test_unix_socket_replaces_a_dead_one(world: World, tmp_path: Path) -> None:
