@@ -7,7 +7,6 @@ fusermount3 allows, or only `dog`. Cleans up behind itself; KEEP=1 leaves the cl
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -26,7 +25,9 @@ NODES, COPIES, VICTIM = 6, 3, 3
 FIRST_PORT = 7000  # what every client takes when it is told nothing else
 TREE_BYTES = 32 << 20
 BALLAST_BYTES = 192 << 20  # so that healing takes long enough to be watched
+CHANGED_BYTES = 8 << 20
 SHOWN_LINES = 12
+UNMOUNT = "umount" if os.geteuid() == 0 else "fusermount3 -u"
 KEEP = os.environ.get("KEEP", "") not in ("", "0")
 
 
@@ -40,19 +41,6 @@ def step(title: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     say(f"   ({time.monotonic() - start:.1f} s)")
-
-
-def show(*command: str | Path, typed: str = "") -> str:
-    """Runs a command, shows it as one would type it, and its output."""
-    words = [str(word) for word in command]
-    say(f"   $ {typed or shlex.join([Path(words[0]).name, *words[1:]])}")
-    output = run(words).stdout.decode()
-    lines = output.rstrip("\n").splitlines()
-    for line in lines[:SHOWN_LINES]:
-        say(f"     {line}")
-    if len(lines) > SHOWN_LINES:
-        say(f"     ... {len(lines) - SHOWN_LINES} more lines")
-    return output
 
 
 class Demo:
@@ -69,16 +57,31 @@ class Demo:
         self.loop = self.loop and which("mkfs.ext4") is not None
         self.tree: SheepFs | None = None
         self.files: LoopMount | None = None
+        self.change: Callable[[], None] = lambda: None
         self.check: Callable[[], None] = lambda: None
 
-    def dog(self, *words: str, node: int = 0) -> str:
-        port = [] if self.cluster.port(node) == FIRST_PORT else ["-p", str(self.cluster.port(node))]
-        return show(BIN / "dog", *words, *port)
+    def typed(self, text: str) -> None:
+        """Shows a command, with the demo's directory as $D."""
+        say(f"   $ {text.replace(str(self.directory), '$D')}")
+
+    def show(self, *command: str | Path) -> None:
+        """Runs a command, shows it as one would type it, and its output."""
+        words = [str(word) for word in command]
+        self.typed(" ".join([Path(words[0]).name, *words[1:]]))
+        lines = run(words).stdout.decode().rstrip("\n").splitlines()
+        for line in lines[:SHOWN_LINES]:
+            say(f"     {line.replace(str(self.directory), '$D')}")
+        if len(lines) > SHOWN_LINES:
+            say(f"     ... {len(lines) - SHOWN_LINES} more lines")
+
+    def dog(self, *words: str) -> None:
+        port = [] if self.cluster.port(0) == FIRST_PORT else ["-p", str(self.cluster.port(0))]
+        self.show(BIN / "dog", *words, *port)
 
     def make(self) -> None:
         with step("Six nodes on this machine, each a failure zone of its own"):
             for node in range(NODES):
-                show(*self.cluster.command(node))
+                self.show(*self.cluster.command(node))
             seconds = self.cluster.wait_members(NODES, range(NODES))
             say(f"   All six see each other {seconds:.2f} s after the last was started.")
             self.dog("node", "list")
@@ -91,7 +94,7 @@ class Demo:
             self.dog("vdi", "list")
 
     def fill(self) -> None:
-        """Puts data on the volume by the best way this machine allows, and sets `check` to prove it later."""
+        """Puts data on the volume by the best way this machine allows; sets how to `check` and how to `change` it."""
         if self.sheepfs:
             with step("The volume as a file, through sheepfs"):
                 self.tree = self.open_sheepfs(0)
@@ -103,17 +106,17 @@ class Demo:
 
     def open_sheepfs(self, node: int) -> SheepFs:
         place = self.directory / "dir"
-        say(f"   $ sheepfs -p {self.cluster.port(node)} {place}")
+        self.typed(f"sheepfs -p {self.cluster.port(node)} {place}")
         tree = SheepFs(self.cluster, place, node)
         self.stack.callback(tree.close)
-        say(f"   $ echo replica > {place}/vdi/mount")
-        show("ls", "-lh", tree.volume("replica"))
+        self.typed(f"echo replica > {place}/vdi/mount")
+        self.show("ls", "-lh", tree.volume("replica"))
         return tree
 
     def fill_filesystem(self) -> None:
         assert self.tree is not None
         volume = self.tree.place / "vdi" / "volume" / "replica"
-        show("mkfs.ext4", "-q", volume)
+        self.show("mkfs.ext4", "-q", volume)
         self.files = self.mount_files(volume)
         copied = trees.copy_of_python(self.files.place / "tree", TREE_BYTES)
         with open(self.files.place / "tree" / "ballast", "wb") as ballast:
@@ -123,7 +126,7 @@ class Demo:
         sums = trees.sums(self.files.place / "tree")
         megabytes = (copied + BALLAST_BYTES) >> 20
         say(f"   Copied {len(sums)} files, {megabytes} MB: Python's own library and one large file.")
-        show("df", "-h", self.files.place)
+        self.show("df", "-h", self.files.place)
 
         def check() -> None:
             assert self.files is not None
@@ -132,42 +135,58 @@ class Demo:
             assert trees.sums(self.files.place / "tree") == sums, "A FILE HAS CHANGED"
             say(f"   Read again, past the page cache: all {len(sums)} files have the sums they had.")
 
-        self.check = check
+        def change() -> None:
+            assert self.files is not None
+            place = self.files.place / "tree" / "later"
+            place.write_bytes(trees.pattern(1 << 32, CHANGED_BYTES))
+            run(["sync", "-f", place])
+            sums.update(trees.sums(self.files.place / "tree"))
+
+        self.check, self.change = check, change
 
     def mount_files(self, volume: Path) -> LoopMount:
         place = self.directory / "mnt"
-        say(f"   $ mount -o loop {volume} {place}")
+        self.typed(f"mount -o loop {volume} {place}")
         files = LoopMount(volume, place)
         self.stack.callback(files.close)
         return files
 
     def fill_bytes(self) -> None:
-        data = b"".join(trees.pattern(part, 1 << 20) for part in range(BALLAST_BYTES >> 20))
-        if self.tree is not None:
-            with step("Data on it. (No loop mount without root, so no filesystem: the file itself is written.)"):
-                volume = self.tree.place / "vdi" / "volume" / "replica"
-                with open(volume, "r+b") as file:
-                    file.write(data)
-                    os.fsync(file.fileno())
-                say(f"   Wrote {len(data) >> 20} MB to {volume}")
-        else:
-            with step("Data on it. (No sheepfs without /dev/fuse and fusermount3: `dog` writes the volume.)"):
-                say(f"   $ dog vdi write replica 0 {len(data)} < data")
-                self.cluster.dog("vdi", "write", "replica", "0", str(len(data)), stdin=data)
+        data = bytearray(b"".join(trees.pattern(part, 1 << 20) for part in range(BALLAST_BYTES >> 20)))
+        title = "Data on it. (No loop mount without root, so no filesystem: the file itself is written.)"
+        if self.tree is None:
+            title = "Data on it. (No sheepfs without /dev/fuse and fusermount3: `dog` writes the volume.)"
+        with step(title):
+            self.write_bytes(0, data)
+            say(f"   Wrote {len(data) >> 20} MB.")
+
+        def change() -> None:
+            data[:CHANGED_BYTES] = trees.pattern(1 << 32, CHANGED_BYTES)
+            self.write_bytes(0, data[:CHANGED_BYTES])
 
         def check() -> None:
-            read = self.cluster.try_dog(
-                "vdi", "read", "replica", "0", str(len(data)), node=self.cluster.any_node(), check=True
-            )
-            assert read.stdout == data, "A BYTE HAS CHANGED"
+            words = ("vdi", "read", "replica", "0", str(len(data)))
+            read = self.cluster.try_dog(*words, node=self.cluster.any_node(), check=True).stdout
+            assert read == data, "A BYTE HAS CHANGED"
             say(f"   Read again: all {len(data) >> 20} MB are as they were written.")
 
-        self.check = check
+        self.check, self.change = check, change
+
+    def write_bytes(self, offset: int, data: bytes | bytearray) -> None:
+        if self.tree is None:
+            self.typed(f"dog vdi write replica {offset} {len(data)} < data")
+            self.cluster.dog("vdi", "write", "replica", str(offset), str(len(data)), stdin=bytes(data))
+            return
+        with open(self.tree.place / "vdi" / "volume" / "replica", "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     def lose_a_node(self) -> None:
         with step(f"Node {VICTIM} dies (kill -9), the others heal what it held"):
             pids = self.cluster.pids(VICTIM)
-            say(f"   $ kill -9 {' '.join(map(str, pids))}")
+            self.typed(f"kill -9 {' '.join(map(str, pids))}")
             self.cluster.kill(VICTIM)
             survivors = [node for node in range(NODES) if node != VICTIM]
             seconds = self.cluster.wait_members(NODES - 1, survivors)
@@ -180,30 +199,34 @@ class Demo:
 
     def take_it_back(self) -> None:
         with step(f"Node {VICTIM} comes back, with the objects it still has on its disk"):
-            had = len(self.cluster.objects(VICTIM))
-            show(*self.cluster.command(VICTIM))
+            had = sum(path.stat().st_blocks * 512 for path in self.cluster.objects(VICTIM).values())
+            self.change()
+            say(f"   Before, while it is away, {CHANGED_BYTES >> 20} MB more are written.")
+            self.show(*self.cluster.command(VICTIM))
             self.cluster.wait_members(NODES, range(NODES))
             self.cluster.wait_recovered()
             for pid in self.cluster.pids(VICTIM):
                 counters = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-                say(f"   It had {had} objects; it wrote {int(counters['wchar']) >> 20} MB to be current again.")
+                written = int(counters["wchar"])
+                say(f"   It had {had >> 20} MB of objects, and wrote {written >> 20} MB to be current again.")
             self.dog("cluster", "info")
             self.check()
 
     def stop_and_start(self) -> None:
         with step("Everything is unmounted, the whole cluster stops and starts in another order"):
             if self.files is not None:
-                say(f"   $ umount {self.files.place}")
+                self.typed(f"umount {self.files.place}")
                 self.files.unmount()
-                show("e2fsck", "-fn", self.files.file)
+                self.show("e2fsck", "-fn", self.files.file)
             if self.tree is not None:
-                say(f"   $ echo replica > {self.tree.place}/vdi/unmount; umount {self.tree.place}")
+                self.typed(f"echo replica > {self.tree.place}/vdi/unmount")
+                self.typed(f"{UNMOUNT} {self.tree.place}")
                 self.tree.release("replica")
                 self.tree.unmount()
             self.dog("cluster", "shutdown")
             self.cluster.wait_stopped()
             for node in (5, 2, 4, 0, 3, 1):
-                show(*self.cluster.command(node))
+                self.show(*self.cluster.command(node))
             self.cluster.wait_members(NODES, range(NODES))
             self.cluster.wait_status(RUNNING)
             say("   Running again: all members of the last epoch are back.")
@@ -223,7 +246,7 @@ class Demo:
         if self.files is not None:
             say(f"   umount {self.files.place}")
         if self.tree is not None:
-            say(f"   {'umount' if os.geteuid() == 0 else 'fusermount3 -u'} {self.tree.place}")
+            say(f"   {UNMOUNT} {self.tree.place}")
         say(f"   {BIN}/dog cluster shutdown{port}")
         say(f"   rm -r {self.directory}")
 
@@ -233,7 +256,8 @@ def main() -> int:
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
         demo = Demo(directory, stack)
-        say(f"Sheepdog: {NODES} nodes on this machine, in {directory}, ports from {demo.cluster.port(0)}.")
+        say(f"Sheepdog: {NODES} nodes on this machine, ports from {demo.cluster.port(0)}.")
+        say(f"Everything lies in D={directory}")
         if not demo.loop:
             say("(Not all of it here: a filesystem on the volume takes root, /dev/fuse and loop devices.)")
         try:
