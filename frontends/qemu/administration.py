@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Member, NodeId
+from sheepdog.cluster.core.ids import Member
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT, MAX_COPIES, MAX_NODES
-from sheepdog.cluster.core.operations import Operations
+from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
-from sheepdog.cluster.core.state import PROTOCOL_VERSION, STORE_NAMES, ClusterFlag, ClusterState
+from sheepdog.cluster.core.state import PROTOCOL_VERSION, STORE_NAMES, ClusterFlag
 from sheepdog.cluster.core.strings import until_nul
 from sheepdog.cluster.wire.header import CLUSTER_REQUEST, NODE_RESPONSE, NodeResponse, response
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
@@ -41,18 +41,7 @@ from sheepdog.frontends.qemu.vdis import valid_shift
 MAX_EPOCH_LOG_BYTES = 16 << 20  # of one STAT_CLUSTER answer: 2,000 epochs of 100 nodes; the newest come first
 _LOG_LEVELS = range(8)
 _MAX_VNODES = 65_535
-
-
-class Node(Protocol):
-    """What these operations need of `core.node.Node`."""
-
-    @property
-    def cluster(self) -> ClusterState: ...
-
-    @property
-    def operations(self) -> Operations: ...
-
-    def recovery_progress(self) -> tuple[bool, int, int]: ...
+_NS_PER_MS = 1_000_000
 
 
 class Logs(Protocol):
@@ -64,9 +53,9 @@ class Logs(Protocol):
 class Administration:
     """Of one sheep."""
 
-    def __init__(self, node: Node, me: NodeId, store: Store, logs: Logs, store_path: str) -> None:
+    def __init__(self, node: Node, store: Store, logs: Logs, store_path: str) -> None:
         self._node = node
-        self._me = me
+        self._me = node.context.me
         self._store = store
         self._logs = logs
         self._store_path = store_path.encode()
@@ -89,7 +78,7 @@ class Administration:
             Opcode.STAT: self._statistics,
             Opcode.STAT_RECOVERY: self._recovery,
             Opcode.GET_RECOVERY: self._throttle,
-            Opcode.SET_RECOVERY: _no_support,
+            Opcode.SET_RECOVERY: self._set_throttle,
             Opcode.GET_LOGLEVEL: self._log_level,
             Opcode.SET_LOGLEVEL: self._set_log_level,
             Opcode.MD_INFO: self._disks,
@@ -249,7 +238,17 @@ class Administration:
         self._fixed(call, RECOVERY_STATE.pack(state))
 
     def _throttle(self, call: Call) -> None:
-        self._fixed(call, RECOVERY_THROTTLE.pack(RecoveryThrottle(0, 0, 0)))  # recovery is not throttled by time
+        most, interval_ns = self._node.context.throttle
+        throttle = RecoveryThrottle(most, interval_ns // _NS_PER_MS, int(bool(most and interval_ns)))
+        self._fixed(call, RECOVERY_THROTTLE.pack(throttle))
+
+    def _set_throttle(self, call: Call) -> None:
+        if len(call.payload) != RECOVERY_THROTTLE.size:
+            call.fail(Result.INVALID_PARMS)
+            return
+        wanted = RECOVERY_THROTTLE.unpack(call.payload)
+        self._node.context.throttle = (wanted.max_exec, wanted.interval_ms * _NS_PER_MS)
+        call.done(Result.SUCCESS)
 
     def _log_level(self, call: Call) -> None:
         self._fixed(call, self._logs.level.to_bytes(4, "little", signed=True))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable
-from typing import Protocol
 
-from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
-from sheepdog.cluster.core.state import ClusterState
-from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, HashResponse, response
+from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, REPAIR_REQUEST, HashResponse, response
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
 from sheepdog.frontends.qemu.connection import Call
 from sheepdog.frontends.qemu.requests import Handler
@@ -22,13 +21,6 @@ HASH_TRIES = 5  # an object that is written meanwhile is hashed again; one that 
 MAX_OIDS = 1 << 18  # of one OIDS_EXIST: a volume of 1 TiB
 
 Later = Callable[[Callable[[], None]], object]
-
-
-class Node(Protocol):
-    """What these operations need of `core.node.Node`."""
-
-    @property
-    def cluster(self) -> ClusterState: ...
 
 
 class Copies:
@@ -46,7 +38,7 @@ class Copies:
             Opcode.GET_HASH: self._hash,
             Opcode.READ_PEER: self._read_strip,
             Opcode.CREATE_AND_WRITE_PEER: _no_support,
-            Opcode.REPAIR_REPLICA: _no_support,
+            Opcode.REPAIR_REPLICA: self._repair,
         }
 
     def _has(self, oid: ObjectId) -> bool:
@@ -68,6 +60,10 @@ class Copies:
         head = response(call.opcode, call.id, call.epoch, Result.NO_OBJ, len(data))
         call.reply(head, [data] if data else [])
 
+    def _repair(self, call: Call) -> None:
+        """The node that dog would fetch from does not matter: core knows which copies are good."""
+        self._node.gateway.repair(ObjectId(REPAIR_REQUEST.unpack(call.buffer, call.start).oid), call.written)
+
     def _hash(self, call: Call) -> None:
         oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
 
@@ -78,7 +74,9 @@ class Copies:
                 head = HashResponse(opcode=call.opcode, epoch=call.epoch, id=call.id, digest=digest)
                 call.reply(HASH_RESPONSE.pack(head))
 
-        _Hashing(self._store, self._later, oid, hashed).start()
+        # A copy that cannot be read has a digest that no other copy has: dog will repair it.
+        rotten = hashlib.sha1(f"{self._node.context.me} {oid:x}".encode(), usedforsecurity=False).digest()
+        _Hashing(self._store, self._later, oid, rotten, hashed).start()
 
     def _read_strip(self, call: Call) -> None:
         """A replicated object is its own single strip; its size is the client's room."""
@@ -106,10 +104,13 @@ class Copies:
 class _Hashing:
     """SHA-1 of one copy, a chunk a turn; the copy must not change meanwhile."""
 
-    def __init__(self, store: Store, later: Later, oid: ObjectId, done: Callable[[Result, bytes], None]) -> None:
+    def __init__(
+        self, store: Store, later: Later, oid: ObjectId, rotten: bytes, done: Callable[[Result, bytes], None]
+    ) -> None:
         self._store = store
         self._later = later
         self._oid = oid
+        self._rotten = rotten
         self._done = done
         self._tries = 0
         self._size = 0
@@ -145,6 +146,9 @@ class _Hashing:
             self._store.read(self._oid, self._offset, length, self._read)
 
     def _read(self, data: Buffer | StoreError) -> None:
+        if isinstance(data, Corrupt):
+            self._done(Result.SUCCESS, self._rotten)
+            return
         if isinstance(data, StoreError):
             self._done(Result(data.result), b"")
             return

@@ -20,7 +20,7 @@ def handlers(node: Node, logs: Logs, store: Store, store_path: str = "") -> dict
     """For one sheep; `store_path` is the directory of its objects, as `dog node md info` shows it."""
     return {
         **VdiOperations(node).handlers(),
-        **Administration(node, node.context.me, store, logs, store_path).handlers(),
+        **Administration(node, store, logs, store_path).handlers(),
         **Copies(node, store, _next_turn).handlers(),
     }
 

@@ -22,9 +22,11 @@ from sheepdog.cluster.wire.header import (
     CLUSTER_REQUEST,
     HASH_RESPONSE,
     NODE_RESPONSE,
+    REPAIR_REQUEST,
     VDI_RESPONSE,
     VDI_STATE_REQUEST,
     ClusterRequest,
+    RepairRequest,
     VdiResponse,
     VdiStateRequest,
 )
@@ -36,8 +38,10 @@ from sheepdog.cluster.wire.structures import (
     MD_INFO_SIZE,
     NODE_LIST_SIZE,
     RECOVERY_STATE,
+    RECOVERY_THROTTLE,
     STATISTICS,
     VDI_STATE_SIZE,
+    RecoveryThrottle,
     unpack_cluster_info,
     unpack_disks,
     unpack_epochs,
@@ -306,6 +310,11 @@ def test_one_node(door: Door) -> None:
     assert door.ask(plain(Opcode.STAT, 100)).result == Result.INVALID_PARMS
     assert RECOVERY_STATE.unpack(door.ask(plain(Opcode.STAT_RECOVERY, 24)).data).in_recovery == 0
     assert door.ask(plain(Opcode.GET_RECOVERY, 24)).data == bytes(24)
+    throttle = RECOVERY_THROTTLE.pack(RecoveryThrottle(20, 500, 0))
+    assert door.ask(plain(Opcode.SET_RECOVERY, payload=throttle[:4] + b"rubb" + throttle[8:])).result == 0
+    shown = RECOVERY_THROTTLE.unpack(door.ask(plain(Opcode.GET_RECOVERY, 24)).data)
+    assert shown == RecoveryThrottle(20, 500, 1)
+    assert door.ask(plain(Opcode.SET_RECOVERY, payload=bytes(23))).result == Result.INVALID_PARMS
     for level in (7, 0, 6):
         assert door.ask(plain(Opcode.SET_LOGLEVEL, payload=struct.pack("<i", level))).result == 0
         assert struct.unpack("<i", door.ask(plain(Opcode.GET_LOGLEVEL, 4)).data) == (level,)
@@ -352,3 +361,35 @@ def test_killing_one_node_leaves_the_other(new_cluster: Callable[..., Cluster]) 
         assert records[1][0].ctime == 0  # only the first record carries the cluster's fields
         small = door.ask(stat_cluster(2, 1))
         assert (small.result, small.data) == (Result.BUFFER_SMALL, b"")
+
+
+def test_a_rotten_copy_is_repaired_on_request(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = started(new_cluster(3))
+    with Door(cluster.port(0)) as door:
+        assert door.ask(make_fs(copies=3)).result == 0
+        cluster.wait_status(0, [0, 1, 2])
+        vid = new_vdi(door, b"rots")
+        oid = data_oid(vid, 0)
+        body = b"sound" * 2000
+        assert door.ask(plain(Opcode.CREATE_AND_WRITE_OBJ, payload=body, oid=oid)).result == 0
+
+    def digest(node: int) -> bytes:
+        with Door(cluster.port(node)) as door:
+            answer = door.ask(plain(Opcode.GET_HASH, oid=oid))
+            assert answer.result == 0
+            return HASH_RESPONSE.unpack(answer.head).digest
+
+    good = hashlib.sha1(body.ljust(OBJECT, b"\0")).digest()
+    assert [digest(node) for node in range(3)] == [good] * 3
+    for node in range(3):  # one of them is the object's home
+        with open(cluster.objects(node)[f"{oid:016x}"], "r+b") as file:
+            file.seek(5000)
+            file.write(b"rot")
+        assert digest(node) != good
+        with Door(cluster.port(node)) as door:
+            assert door.ask(REPAIR_REQUEST.pack(RepairRequest(0x0A, Opcode.REPAIR_REPLICA, oid=oid))).result == 0
+        assert digest(node) == good
+        assert cluster.objects(node)[f"{oid:016x}"].read_bytes()[: len(body)] == body
+    with Door(cluster.port(0)) as door:
+        missing = REPAIR_REQUEST.pack(RepairRequest(0x0A, Opcode.REPAIR_REPLICA, oid=data_oid(vid, 7)))
+        assert door.ask(missing).result == Result.NO_OBJ
