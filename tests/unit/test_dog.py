@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import subprocess
@@ -16,6 +17,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.tools.dog.commands import COMMANDS, Command
 from sheepdog.tools.dog.main import main
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import human_size, parse_size
@@ -156,6 +158,24 @@ def test_redundancy_read() -> None:
     for text in ("0", "32", "3:1", "4:0", "4:16", "", ":", "a", "4:2:1"):
         with pytest.raises(Failure):
             parse_redundancy(text)
+
+
+def test_every_command_has_its_code_and_a_usage(dog: Dog) -> None:
+    def walk(path: tuple[str, ...], command: Command) -> None:
+        path = (*path, command.name)
+        assert command.run or command.nested, path
+        if command.run:
+            module, _, function = command.run.partition(":")
+            assert callable(getattr(importlib.import_module(f"sheepdog.tools.dog.{module}"), function))
+        status, out, err = dog(*path, "-h")
+        assert (status, err) == (0, "")
+        assert out.startswith(f"Usage: dog {' '.join(path)} ")
+        for nested in command.nested:
+            walk(path, nested)
+
+    for noun, commands in COMMANDS.items():
+        for command in commands:
+            walk((noun,), command)
 
 
 # -- node and cluster

@@ -334,18 +334,6 @@ CLUSTER = (
     ),
     Command("shutdown", (*NETWORK, *LAST), "stop Sheepdog on all nodes", "cluster:shutdown"),
     Command(
-        "snapshot",
-        (Option("m", "multithread", "save with several threads"), *NETWORK, *LAST),
-        "save and load the snapshots of the cluster",
-        nested=(
-            Command("save", (), "save the snapshots to a directory", "archive:save", "<tag> <path> [vdi...]"),
-            Command("list", (), "list what a directory holds", "archive:list_saved", "<path>"),
-            Command("show", (), "show what one save holds", "archive:show", "<tag|index> <path>"),
-            Command("load", (), "load a save into the cluster", "archive:load", "<tag|index> <path> [vdi...]"),
-        ),
-        arguments="<tag|index> <path>",
-    ),
-    Command(
         "recover",
         (FORCE, *NETWORK, *LAST),
         "control the recovery of the cluster",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, format_address
 from sheepdog.cluster.wire.results import text_of
 from sheepdog.tools.dog.options import Failure
@@ -14,7 +13,6 @@ _UNITS = ("MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _SUFFIXES = "BKMGTP"
 _MIB = 1 << 20
 
-# Four words of a sheep; two-line cautions begin a line higher.
 _DRAWING = ("    __", "   ()'`;", "   /\\|`", "  /  |   ", "(/_)_|_  ")
 
 
@@ -112,8 +110,3 @@ def caution(*lines: str) -> None:
     rows[3] += lines[-1]
     rows[4] += question
     confirm("\n".join(rows))
-
-
-def is_missing(result: int) -> bool:
-    """No such volume or snapshot."""
-    return result in (Result.NO_VDI, Result.NO_TAG)
