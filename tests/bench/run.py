@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
+from tests.bench import load
 from tests.support.cluster import Cluster, started
 from tests.support.processes import run
 
@@ -154,6 +155,11 @@ def main() -> int:
             if arguments.only in work.name:
                 rate, cpu_ms = bench.measure(work, arguments.runs, arguments.seconds)
                 print(row(work, rate, cpu_ms, work.durable if arguments.durable else work.nosync), flush=True)
+        if not arguments.no_load:
+            print("\nThe same nodes under a client that costs less than QEMU's:\n", flush=True)
+            pids = [word for node in range(NODES) for pid in cluster.pids(node) for word in ("--pid", str(pid))]
+            address = f"127.0.0.1:{cluster.port(0)}"
+            load.main(["--address", address, "--seconds", str(arguments.seconds), *pids])
     return 0
 
 
