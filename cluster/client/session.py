@@ -108,7 +108,8 @@ class Session:
         more than `limit` bytes breaks the protocol. The answer's data is a view that its receiver may keep.
         """
         if self._closed:
-            raise OSError(errno.EBADF, "the session is closed")
+            self._loop.call_soon(done, Result.EIO, _EMPTY, _EMPTY)
+            return
         flight = self._flight
         number = next(self._ids) & 0xFFFFFFFF
         while number in flight:

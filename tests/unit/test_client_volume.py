@@ -200,7 +200,7 @@ def test_map_entry_is_written_before_the_write_ends() -> None:
         assert sum(entry[0] == Opcode.CREATE_AND_WRITE_OBJ for entry in sheep.log) == 1
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_requests_with_snapshots_breaks_and_reordering(seed: int) -> None:
     """Concurrent requests, snapshots in their middle, a gateway that reorders and breaks: no byte is wrong."""
     chance = random.Random(seed)
@@ -289,6 +289,27 @@ def test_no_gateway_is_an_io_error_after_a_while() -> None:
             with pytest.raises(OSError):
                 await volume.write(0, b"y")
             await session.close()
+
+        asyncio.run(body())
+
+
+def test_closing_a_session_ends_what_is_under_way() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 8 * MIB, shift=SHIFT)
+        sheep.delay_s = 0.05
+
+        async def body() -> None:
+            session = await Session.open(sheep.address)
+            volume = await Volume.open(session, "v")
+            writes = [asyncio.create_task(volume.write(i * MIB // 2, b"x" * MIB)) for i in range(10)]
+            await asyncio.sleep(0.12)
+            await session.close()
+            ends = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 5)
+            failed = [end for end in ends if isinstance(end, OSError)]
+            assert failed
+            assert {error.errno for error in failed} == {errno.EIO}
+            with pytest.raises(OSError):
+                await asyncio.wait_for(volume.flush(), 5)
 
         asyncio.run(body())
 
