@@ -372,7 +372,7 @@ class ObjectStore:
             return NoSpace(f"{copy.home.path} is full")
         copy.changes += 1
         try:
-            if self._disk.pwrite(copy.fd, data, offset) != len(data):
+            if len(data) > BLOCK_SIZE or self._disk.pwrite(copy.fd, data, offset) != len(data):
                 write_all(self._disk, copy.fd, data, offset)
         except OSError as error:
             return self._write_failed(copy, first, count, error)
