@@ -7,9 +7,10 @@ from functools import partial
 
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.frontends.sheepfs.cluster import Cluster
+from sheepdog.frontends.sheepfs.files import Settings
 from sheepdog.frontends.sheepfs.transport import error
 from sheepdog.frontends.sheepfs.tree import ControlFile, Directory, Link
-from sheepdog.frontends.sheepfs.volumes import Settings, Volumes
+from sheepdog.frontends.sheepfs.volumes import Volumes
 
 SWITCH_SIZE = 5  # what `stat` has always shown for page_cache and object_cache
 

@@ -20,6 +20,7 @@ from functools import partial
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.frontends.sheepfs import fuse_wire as wire
 from sheepdog.frontends.sheepfs.connection import is_mounted
+from sheepdog.frontends.sheepfs.files import DURABLE_FLAGS, VolumeHandle
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.fuse_wire import IN_HEADER, IN_SIZE, OUT_HEADER, OUT_SIZE, Opcode
 from sheepdog.frontends.sheepfs.transport import (
@@ -33,7 +34,6 @@ from sheepdog.frontends.sheepfs.transport import (
     error,
     log,
 )
-from sheepdog.frontends.sheepfs.volumes import DURABLE_FLAGS, VolumeHandle
 
 DEVICE = "/dev/fuse"
 MS_NOSUID, MS_NODEV = 2, 4

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from sheepdog.frontends.sheepfs.cluster import Cluster
 from sheepdog.frontends.sheepfs.control import root_directory
+from sheepdog.frontends.sheepfs.files import Settings
 from sheepdog.frontends.sheepfs.transport import Attributes, Opened, error
 from sheepdog.frontends.sheepfs.tree import ControlFile, Handle, Link, Tree
-from sheepdog.frontends.sheepfs.volumes import Settings, Volumes
+from sheepdog.frontends.sheepfs.volumes import Volumes
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import sys
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.frontends.sheepfs.daemon import Readiness, go_into_background, log_to_stderr, log_to_syslog
+from sheepdog.frontends.sheepfs.files import Settings
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.gateway import GatewayCluster
 from sheepdog.frontends.sheepfs.memory import stay_in_memory
 from sheepdog.frontends.sheepfs.options import USAGE, Options, parse
 from sheepdog.frontends.sheepfs.transport import MountError, MountOptions, Transport, log
-from sheepdog.frontends.sheepfs.volumes import Settings
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The volumes that are mounted, and what reading and writing their files means (cli.md 3.2).
+"""The volumes that are mounted: the files of `volume/`.
 
 A mounted volume outlives its connection: the client waits for a gateway that went away, bounded, and an order to use
 another gateway carries the requests in flight over to it.
@@ -9,33 +9,30 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import stat
-import time
 
 from sheepdog.cluster.client.address import Address
-from sheepdog.frontends.sheepfs.cluster import Buffer, Cluster, Volume, WriteDone
+from sheepdog.frontends.sheepfs.cluster import Cluster, Volume
+from sheepdog.frontends.sheepfs.files import DURABLE_FLAGS, Settings, VolumeHandle, VolumeNode
 from sheepdog.frontends.sheepfs.transport import NAME_MAX, Attributes, error
 from sheepdog.frontends.sheepfs.tree import Node, Tree
 
 log = logging.getLogger("sheepfs")
 
 CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent cluster must not hold up the unmount
-DURABLE_FLAGS = os.O_SYNC | os.O_DSYNC
 
 
-class MountedVolume(Node):
+class MountedVolume(VolumeNode):
     """One file in `volume/`. Its size is the volume's at the time of mounting, until it is made larger here."""
 
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
 
     def __init__(self, settings: Settings, name: str, volume: Volume) -> None:
+        super().__init__()
         self.name = name
         self.size = volume.size
         self.volume = volume
-        self.opened = 0
-        self.mtime_ns = time.time_ns()
         self._settings = settings
 
     def attributes(self) -> Attributes:
@@ -59,77 +56,6 @@ class MountedVolume(Node):
                 await self.volume.close()
         except (OSError, TimeoutError) as problem:
             log.warning("volume %s: not flushed when it was unmounted: %s", self.name, problem)
-
-
-class VolumeHandle:
-    """One open file of a volume.
-
-    `clip`, `submit_read` and `submit_write` are for transports without a coroutine for each request; `read` and `write`
-    do the same. At the end reads give less, and so do writes; from there on reads give nothing, writes ENOSPC.
-    """
-
-    quick = True
-
-    def __init__(self, node: MountedVolume, durable: bool, direct: bool) -> None:
-        self._node = node
-        self._durable = durable
-        self.direct = direct
-        self.submit_read = node.volume.submit_read
-        node.opened += 1
-
-    def clip(self, offset: int, length: int) -> int:
-        """How much of the range lies inside the volume; may be negative beyond its end."""
-        size = self._node.size
-        return length if offset + length <= size else size - offset
-
-    def submit_write(self, offset: int, data: Buffer, durable: bool, done: WriteDone) -> None:
-        node = self._node
-        node.mtime_ns = time.time_ns()
-        node.volume.submit_write(offset, data, durable or self._durable, done)
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        length = self.clip(offset, length)
-        return await self._node.volume.read(offset, length) if length > 0 else b""
-
-    async def write(self, offset: int, data: Buffer) -> int:
-        length = self.clip(offset, len(data))
-        if length <= 0 < len(data):
-            raise error(errno.ENOSPC)
-        await self._node.volume.write(offset, data[:length], self._durable)
-        self._node.mtime_ns = time.time_ns()
-        return length
-
-    async def fsync(self) -> None:
-        await self._node.volume.flush()
-
-    async def zero(self, offset: int, length: int) -> None:
-        length = self.clip(offset, length)
-        if length > 0:
-            await self._node.volume.zero(offset, length)
-            self._node.mtime_ns = time.time_ns()
-
-    def seek(self, offset: int, data: bool) -> int:
-        """Start of the next data, or of the next hole (the end of the file counts as one), from `offset` on."""
-        node = self._node
-        if not 0 <= offset < node.size:
-            raise error(errno.ENXIO)
-        for extent in node.volume.extents(offset, node.size - offset):
-            if extent.allocated == data:
-                return extent.offset
-        if data:
-            raise error(errno.ENXIO)
-        return node.size
-
-    def release(self) -> None:
-        self._node.opened -= 1
-
-
-class Settings:
-    """What `config/` shows and changes; read whenever a file or a volume is opened."""
-
-    def __init__(self, page_cache: bool = False, object_cache: bool = False) -> None:
-        self.page_cache = page_cache
-        self.object_cache = object_cache
 
 
 class Volumes:

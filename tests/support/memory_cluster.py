@@ -165,10 +165,10 @@ class MemoryCluster:
 def main() -> None:
     """Serve until unmounted; the result of every volume's calls is counted on stdout."""
     from sheepdog.frontends.sheepfs.daemon import Readiness, log_to_stderr
+    from sheepdog.frontends.sheepfs.files import Settings
     from sheepdog.frontends.sheepfs.filesystem import FileSystem
     from sheepdog.frontends.sheepfs.main import chosen, serve_until_unmounted
     from sheepdog.frontends.sheepfs.transport import MountOptions
-    from sheepdog.frontends.sheepfs.volumes import Settings
 
     transport_name, mountpoint, *volumes = sys.argv[1:]
     sizes = {name: int(size) for name, _, size in (text.partition("=") for text in volumes)}

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from tests.support.memory_cluster import OBJECT, MemoryCluster
 
+from sheepdog.frontends.sheepfs.files import Settings
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.transport import Attributes
 from sheepdog.frontends.sheepfs.tree import ROOT_INODE
-from sheepdog.frontends.sheepfs.volumes import Settings
 
 SIZE = 3 * OBJECT + 1000
 
