@@ -1,7 +1,7 @@
 """An open volume for threads: blocking calls, no event loop and no import of one.
 
-A `BlockingVolume` may be used by many threads: each gets a connection of its own, all share the volume's map.
-What a request means is decided by the same machine as in `volume`.
+A `BlockingVolume` may be used by many threads: each request has a connection of its own from a pool, all share the
+volume's map. What a request means is decided by the same machine as in `volume`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from sheepdog.cluster.client.address import Address
-from sheepdog.cluster.client.connection import PATIENCE_S, Connection
+from sheepdog.cluster.client.connection import PATIENCE_S, Connection, Reply
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation
-from sheepdog.cluster.client.lifecycle import Open, Resize, Settle
+from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
 from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write
-from sheepdog.cluster.client.requests import Request, read_header
+from sheepdog.cluster.client.requests import Request, read_header, write_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
@@ -32,9 +32,8 @@ class BlockingVolume:
         self._machine = machine
         self._patience_s = patience_s
         self._lock = threading.Lock()  # around every call into the machine; never held during I/O
-        self._local = threading.local()
-        self._connections = [connection]
-        self._local.connection = connection
+        # The last used on top. Not a thread's own: threads that Python has not made lose theirs with every call.
+        self._idle = [connection]
 
     @classmethod
     def open(
@@ -99,7 +98,7 @@ class BlockingVolume:
                 buffer[:length] = bytes(length)
                 return length
             header = read_header(data_oid(Vid(owner), number), start, length)
-            reply = self._connection().ask(header, b"", 0, buffer[:length])
+            reply = self._ask(header, b"", buffer[:length])
             if reply.result == Result.SUCCESS and len(reply.data) == length:
                 return length
             if reply.result != Result.NO_OBJ:
@@ -114,7 +113,34 @@ class BlockingVolume:
 
         With `durable` it survives the loss of power once this returns, otherwise once a later `flush` has returned.
         """
-        self._drive(Write(self._machine, offset, data, durable))
+        machine = self._machine
+        number, start = divmod(offset, machine.object_size)
+        length = data.nbytes if isinstance(data, memoryview) else len(data)
+        if (
+            0 < length <= machine.object_size - start
+            and 0 <= offset <= machine.size - length
+            and not machine.read_only
+            and not (durable and machine.map_unflushed)
+            and self._write_in_place(number, start, data, length, durable)
+        ):
+            return
+        self._drive(Write(machine, offset, data, durable))
+
+    def _write_in_place(self, number: int, start: int, data: Buffer, length: int, durable: bool) -> bool:
+        """The short way of `Write` into one object of our own; False if it must go the long way."""
+        machine = self._machine
+        with self._lock:
+            if not machine.hold_in_place(number):
+                return False
+            header = write_header(data_oid(machine.vid, number), start, length, durable or not machine.caching)
+        try:
+            result = self._ask(header, data).result
+        finally:
+            with self._lock:
+                machine.drop_in_place(number)
+        if result not in (Result.SUCCESS, Result.READONLY):
+            raise SheepError(result)
+        return result == Result.SUCCESS
 
     def flush(self) -> None:
         """Everything written and returned before, by any thread, is durable when this returns."""
@@ -138,34 +164,41 @@ class BlockingVolume:
         """Grows the volume; EINVAL for less than its size, EFBIG for more than its map can hold."""
         self._drive(Resize(self._machine, size))
 
+    def refresh(self) -> None:
+        """Learns what others have done since the volume was opened: its size, and if it is read-only all of its map."""
+        self._drive(Refresh(self._machine))
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is allocated in a range, by whole objects."""
         with self._lock:
             return iter(list(self._machine.extents(offset, length)))
 
     def close(self) -> None:
-        """As `Volume.close`; also closes the connections of all threads: none of them may use the volume any more."""
+        """As `Volume.close`; no thread may use the volume any more."""
         try:
             self._drive(Settle(self._machine))
             self.flush()
         finally:
-            with self._lock:
-                connections, self._connections = self._connections, []
-            for connection in connections:
+            idle, self._idle = self._idle, []
+            for connection in idle:
                 with suppress(OSError):
                     connection.close()
 
-    def _connection(self) -> Connection:
-        connection: Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = Connection(self._address, self._patience_s)
-            with self._lock:
-                self._connections.append(connection)
-            self._local.connection = connection
-        return connection
+    def _borrow(self) -> Connection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return Connection(self._address, self._patience_s)
+
+    def _ask(self, header: bytearray, payload: Buffer = b"", into: memoryview | None = None) -> Reply:
+        connection = self._borrow()
+        try:
+            return connection.ask(header, payload, 0, into)
+        finally:
+            self._idle.append(connection)
 
     def _drive(self, operation: Operation) -> None:
-        """Carries an operation to its end on this thread's connection; raises its error."""
+        """Carries an operation to its end; raises its error."""
         event = threading.Event()
         operation.wake = event.set
 
@@ -178,7 +211,11 @@ class BlockingVolume:
             with self._lock:
                 requests = operation.resume()
             if requests:
-                self._connection().exchange(requests, answer)
+                connection = self._borrow()
+                try:
+                    connection.exchange(requests, answer)
+                finally:
+                    self._idle.append(connection)
             elif not operation.finished:
                 event.wait()
         if operation.error:

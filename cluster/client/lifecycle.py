@@ -152,3 +152,32 @@ class Open(Operation):
         self._inode = inode
         length = 4 * inode.object_count
         return [Request(read_header(inode_oid(Vid(inode.vdi_id)), HEADER_SIZE, length), b"", length, MAP)]
+
+
+class Refresh(Open):
+    """Opens a volume anew and takes over what others may have changed: its size, and the map of a read-only one.
+
+    The map of a volume open for writing is its own authority, and a frozen one is followed by the next write.
+    """
+
+    __slots__ = ("_target",)
+
+    def __init__(self, machine: VolumeMachine) -> None:
+        super().__init__(machine.header.name, read_only=machine.read_only)
+        self._target = machine
+        self.finished = machine.header.is_snapshot  # nobody changes it
+
+    def resume(self) -> list[Request]:
+        return [] if self.finished else super().resume()
+
+    def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
+        requests = super().answer(request, result, data, header)
+        target, fresh = self._target, self.machine
+        if fresh is not None:
+            if target.read_only:
+                target.entries = fresh.entries
+                target.install(fresh.header)
+            elif fresh.vid == target.vid:
+                target.header = fresh.header
+            target.grow(fresh.size)
+        return requests

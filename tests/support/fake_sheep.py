@@ -69,6 +69,7 @@ class FakeSheep:
         self.log: list[tuple[int, int, int, int, int]] = []  # opcode, flags, oid, offset, length
         self.payloads: list[bytes] = []  # of the same requests
         self.flushes = 0
+        self.accepted = 0  # connections, ever
         self.flush_result = Result.SUCCESS
         self.batch = 1  # answers held back until there are so many, then sent in reverse order
         self.delay_s = 0.0
@@ -222,6 +223,7 @@ class FakeSheep:
                 return
             with self.lock:
                 self._connections.append(connection)
+                self.accepted += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

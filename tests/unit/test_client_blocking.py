@@ -130,3 +130,45 @@ def test_a_lookup_tells_its_result() -> None:
 def test_no_event_loop_is_imported() -> None:
     code = "import sys; import sheepdog.cluster.client.blocking; print('asyncio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"
+
+
+def test_refresh_learns_what_others_did() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 2 * MIB, shift=SHIFT)
+        writer = BlockingVolume.open(sheep.address, "v")
+        reader = BlockingVolume.open(sheep.address, "v", read_only=True)
+        writer.write(5, b"first")
+        assert reader.read(5, 5) == bytes(5)
+        other = BlockingVolume.open(sheep.address, "v")
+        other.resize(5 * MIB)
+        sheep.snapshot("v", b"t")
+        frozen = BlockingVolume.open(sheep.address, "v", b"t")
+        writer.refresh()
+        assert writer.size == 5 * MIB
+        writer.write(5 * MIB - 4, b"last")
+        writer.write(5, b"again")
+        for volume in (reader, frozen):
+            volume.refresh()
+            assert volume.size == 5 * MIB
+        assert reader.read(5, 5) == b"again"
+        assert reader.read(5 * MIB - 4, 4) == b"last"
+        assert frozen.read(5, 5) == b"first"
+        sheep.snapshot("v")
+        writer.write(5, b"third")
+        reader.refresh()
+        assert reader.read(5, 5) == b"third"
+
+
+def test_connections_are_shared_by_all_threads() -> None:
+    """Threads that come and go do not each leave a connection behind."""
+    with FakeSheep() as sheep:
+        sheep.create("v", MIB, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        volume.write(0, b"x")
+        before = sheep.accepted
+        for _ in range(5):
+            thread = threading.Thread(target=volume.read, args=(0, 1))
+            thread.start()
+            thread.join()
+        assert sheep.accepted == before
+        volume.close()
