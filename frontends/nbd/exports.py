@@ -1,0 +1,259 @@
+"""Volumes as NBD exports: what may be asked for by which name, and who has it open.
+
+An export is `NAME` (the volume) or `NAME@TAG` (a snapshot: its id if TAG is a number, else its tag; read-only).
+All connections to one export share one open volume, because an open volume's map in memory is the authority.
+
+Knows nothing of nbdkit. Any number of threads may call in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import NamedTuple
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.core.inode import InodeHeader
+from sheepdog.cluster.core.strings import NAME_SIZE
+from sheepdog.cluster.wire.header import VDI_REQUEST, VDI_RESPONSE, VdiRequest
+from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, Flags, Opcode
+from sheepdog.cluster.wire.structures import pack_names
+from sheepdog.frontends.nbd.parameters import Parameters
+
+
+class Export(NamedTuple):
+    """What an export name stands for; `tag` and `snap_id` empty for the volume itself."""
+
+    name: bytes
+    tag: bytes = b""
+    snap_id: int = 0
+
+    @property
+    def is_snapshot(self) -> bool:
+        return bool(self.tag or self.snap_id)
+
+    def __str__(self) -> str:
+        suffix = self.tag or (str(self.snap_id).encode() if self.snap_id else b"")
+        return os.fsdecode(self.name + b"@" + suffix if suffix else self.name)
+
+
+def readings(text: str) -> list[Export]:
+    """What an export name may mean, to be tried in turn: volumes' names may contain an @ too."""
+    whole = os.fsencode(text)
+    found = [Export(whole)] if 0 < len(whole) < NAME_SIZE else []
+    name, at, tag = whole.rpartition(b"@")
+    if at and 0 < len(name) < NAME_SIZE and 0 < len(tag) < NAME_SIZE:
+        snap_id = int(tag) if tag.isdigit() else 0
+        found.append(Export(name, b"" if snap_id else tag, snap_id))
+    return found
+
+
+class Refused(OSError):
+    """An export that cannot be had; the text is for the server's log."""
+
+
+class _Shared:
+    """An export that somebody has open, or opens or closes right now."""
+
+    __slots__ = ("lock", "locked", "users", "volume")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while the volume is opened, closed or looked at anew
+        self.volume: BlockingVolume | None = None
+        self.locked = False
+        self.users = 0
+
+
+class Handle(NamedTuple):
+    """One client connection's hold on an export."""
+
+    export: Export
+    volume: BlockingVolume
+    writable: bool
+
+    def zero_is_fast(self, offset: int, length: int) -> bool:
+        """Zeroing the range writes no data: what is allocated in it are whole objects."""
+        size = self.volume.object_size
+        end = offset + length
+        for extent in self.volume.extents(offset, length):
+            if extent.allocated:
+                stop = extent.offset + extent.length
+                if extent.offset % size or (stop == end and end % size and end != self.volume.size):
+                    return False
+        return True
+
+    def fill(self, offset: int, length: int, durable: bool) -> None:
+        """Writes zeros as data: the range keeps, or gets, its space."""
+        zeros = bytes(min(length, ZERO_CHUNK_BYTES))
+        end = offset + length
+        while offset < end:
+            part = min(end - offset, len(zeros))
+            self.volume.write(offset, memoryview(zeros)[:part], durable)
+            offset += part
+
+
+class Exports:
+    """The door's volumes, as far as `parameters` let them be opened."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._address = parameters.address
+        self._names = tuple(parameters.volumes)
+        self._default = parameters.default
+        self.exclusive = parameters.exclusive
+        self._patience_s = parameters.patience_s
+        self._table = threading.Lock()
+        self._shared: dict[Export, _Shared] = {}
+
+    # -- looking
+
+    def listing(self) -> list[tuple[str, str]]:
+        """(export name, description) of everything that may be opened."""
+        with_snapshots = []
+        connection = Connection(self._address, 0)
+        try:
+            for inode in admin.headers(connection, admin.volume_ids(connection)):
+                if isinstance(inode, InodeHeader):
+                    with_snapshots.append((_name_of(inode), describe(inode)))
+        finally:
+            connection.close()
+        if self._names:
+            known = dict(with_snapshots)
+            return [(name, known.get(name, "")) for name in self._names]
+        return sorted(with_snapshots)
+
+    def default(self) -> str:
+        """The export that a client gets which names none; empty if there is none."""
+        return self._default or (self._names[0] if len(self._names) == 1 else "")
+
+    # -- opening
+
+    def open(self, name: str, read_only: bool) -> Handle:
+        """Opens an export, or joins those who have it open. Refused, or OSError when the cluster cannot be reached."""
+        name = name or self.default()
+        if not name:
+            raise Refused(errno.ENOENT, "no export name was given, and there is no default export")
+        if self._names and name not in self._names:
+            raise Refused(errno.ENOENT, f"{name} is not served here")
+        for export in readings(name):
+            try:
+                return self._join(export, read_only)
+            except SheepError as error:
+                if error.result not in (Result.NO_VDI, Result.NO_TAG):
+                    raise _refusal(export, error) from error
+        raise Refused(errno.ENOENT, f"there is no volume or snapshot {name}")
+
+    def close(self, handle: Handle) -> None:
+        """Ends a hold; with the last one the volume is flushed, closed and unlocked."""
+        with self._table:
+            shared = self._shared[handle.export]
+        with shared.lock:
+            try:
+                with self._table:
+                    last = shared.users == 1
+                if last:
+                    self._leave(shared)
+            finally:
+                self._drop(handle.export, shared)
+
+    def _join(self, export: Export, read_only: bool) -> Handle:
+        with self._table:
+            shared = self._shared.setdefault(export, _Shared())
+            shared.users += 1
+        with shared.lock:
+            try:
+                if shared.volume is None:
+                    self._enter(export, shared, read_only)
+                elif self.exclusive and not shared.volume.read_only and shared.users > 1:
+                    raise Refused(errno.EBUSY, f"{export} is in use by another connection")
+                else:
+                    shared.volume.refresh()
+                assert shared.volume is not None
+                return Handle(export, shared.volume, not shared.volume.read_only)
+            except BaseException:
+                self._drop(export, shared)
+                raise
+
+    def _drop(self, export: Export, shared: _Shared) -> None:
+        """Counts one user less. The caller holds `shared.lock`, so a new user waits until the old one has left."""
+        with self._table:
+            shared.users -= 1
+            if not shared.users:
+                del self._shared[export]
+
+    def _enter(self, export: Export, shared: _Shared, read_only: bool) -> None:
+        read_only = read_only or export.is_snapshot
+        vid = None if read_only else self._lock(export)
+        try:
+            shared.volume = BlockingVolume.open(
+                self._address, export.name, export.tag, export.snap_id, read_only, self._patience_s
+            )
+        except BaseException:
+            if vid is not None:
+                self._unlock(vid)
+            raise
+        shared.locked = vid is not None
+
+    def _leave(self, shared: _Shared) -> None:
+        volume, shared.volume = shared.volume, None
+        if volume is None:
+            return
+        try:
+            volume.close()
+        finally:
+            if shared.locked:
+                # Snapshots taken meanwhile have moved the lock along with the name.
+                self._unlock(Vid(volume.inode.vdi_id))
+
+    def _lock(self, export: Export) -> Vid:
+        """LOCK_VDI: the volume is ours alone, if the cluster was formatted to enforce that (protocol.md 8.5)."""
+        payload = pack_names(export.name, b"")
+        fields = VdiRequest(GATEWAY_VERSION, Opcode.LOCK_VDI, Flags.WRITE, data_length=len(payload))
+        connection = Connection(self._address, self._patience_s)
+        try:
+            reply = connection.call(bytearray(VDI_REQUEST.pack(fields)), payload)
+        finally:
+            connection.close()
+        return Vid(VDI_RESPONSE.unpack(reply.header).vdi_id)
+
+    def _unlock(self, vid: Vid) -> None:
+        connection = Connection(self._address, self._patience_s)
+        try:
+            admin.release_lock(connection, vid, shared=False)
+        finally:
+            connection.close()
+
+
+def describe(inode: InodeHeader) -> str:
+    """One line on a volume for `nbdinfo --list`."""
+    size = inode.vdi_size
+    unit = 0
+    while size >= 1024 and size % 1024 == 0 and unit < 5:
+        size //= 1024
+        unit += 1
+    redundancy = f"{inode.nr_copies} copies"
+    if inode.copy_policy:
+        redundancy = f"{(inode.copy_policy >> 4) * 2}:{inode.copy_policy & 15} strips"
+    kind = "snapshot" if inode.is_snapshot else "volume"
+    return f"Sheepdog {kind}, {size}{'BKMGTP'[unit]}, {redundancy}, vid {inode.vdi_id:x}"
+
+
+def _name_of(inode: InodeHeader) -> str:
+    if not inode.is_snapshot:
+        return str(Export(inode.name))
+    # A tag of digits would be read as an id.
+    by_tag = inode.tag and not inode.tag.isdigit()
+    return str(Export(inode.name, inode.tag if by_tag else b"", 0 if by_tag else inode.snap_id))
+
+
+def _refusal(export: Export, error: SheepError) -> OSError:
+    if error.result == Result.VDI_LOCKED:
+        text = f"{export} is locked by another client (dog vdi lock list; dog vdi lock unlock frees it)"
+        return Refused(errno.EBUSY, text)
+    return error
