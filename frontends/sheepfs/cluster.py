@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from sheepdog.cluster.client.address import Address
@@ -10,7 +11,49 @@ from sheepdog.cluster.client.machine import Extent
 from sheepdog.cluster.client.volume import ReadDone, WriteDone
 from sheepdog.cluster.core.messages import Buffer
 
-__all__ = ["Buffer", "Cluster", "Extent", "ReadDone", "Volume", "WriteDone"]
+__all__ = [
+    "Buffer",
+    "Cluster",
+    "Extent",
+    "NodeSpace",
+    "Outcome",
+    "ReadDone",
+    "Volume",
+    "VolumeInfo",
+    "WriteDone",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """One row of `dog vdi list`."""
+
+    vid: int
+    name: str
+    snap_id: int
+    tag: str  # empty: none
+    is_snapshot: bool
+    size: int  # bytes
+    changed_ns: int  # when it was created, or frozen
+    redundancy: str  # `3` copies, or `4:2`
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a `dog` command ended with."""
+
+    status: int
+    text: str
+    complaint: str  # on stderr
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpace:
+    """Capacity of one node, in bytes."""
+
+    node: str
+    size: int
+    free: int
 
 
 class Volume(Protocol):
@@ -63,11 +106,17 @@ class Cluster(Protocol):
 
     address: Address
 
-    async def open(self, name: str, tag: str, object_cache: bool) -> Volume:
-        """The working volume of this name, or (`tag` not empty) its snapshot of this tag or id, read-only.
+    async def open(self, name: str, snap_id: int, object_cache: bool) -> Volume:
+        """The working volume of this name, or with a `snap_id` that snapshot of it, read-only.
 
         OSError: ENOENT if there is none, any other if the cluster cannot be asked.
         """
 
-    async def report(self, noun: str, verb: str) -> str:
-        """What `dog NOUN VERB` prints; empty if the cluster cannot be reached."""
+    async def dog(self, *words: str) -> Outcome:
+        """Run a `dog` command against the cluster. OSError if nobody is there."""
+
+    async def catalog(self) -> list[VolumeInfo]:
+        """Every volume and snapshot, by ascending vid. OSError if nobody is there."""
+
+    async def space(self) -> list[NodeSpace]:
+        """Every node that stores objects and answers. OSError if nobody is there."""

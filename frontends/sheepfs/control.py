@@ -1,4 +1,4 @@
-"""The tree of cli.md 3.1: which control files there are, what they say and what they do."""
+"""The tree of cli.md 3.1, with `snapshot/` and `stat/`: what files there are, what they say and what they do."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from functools import partial
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.frontends.sheepfs.cluster import Cluster
 from sheepdog.frontends.sheepfs.files import Settings
+from sheepdog.frontends.sheepfs.snapshots import Snapshots
 from sheepdog.frontends.sheepfs.transport import error
 from sheepdog.frontends.sheepfs.tree import ControlFile, Directory, Link
-from sheepdog.frontends.sheepfs.volumes import Volumes
+from sheepdog.frontends.sheepfs.volumes import VolumeDirectory, Volumes
 
 SWITCH_SIZE = 5  # what `stat` has always shown for page_cache and object_cache
 
 
-def root_directory(cluster: Cluster, settings: Settings, volumes: Volumes) -> Directory:
+def root_directory(
+    cluster: Cluster, settings: Settings, volumes: Volumes, snapshots: Snapshots, statistics: Directory
+) -> Directory:
     """The root with everything below."""
 
     def status(noun: str, verb: str) -> ControlFile:
-        return ControlFile(partial(cluster.report, noun, verb))
+        return ControlFile(partial(report, cluster, noun, verb))
 
     vdi = {
         "list": status("vdi", "list"),
@@ -37,10 +40,20 @@ def root_directory(cluster: Cluster, settings: Settings, volumes: Volumes) -> Di
             "cluster": Directory({"info": status("cluster", "info")}),
             "node": Directory({"info": status("node", "info"), "list": status("node", "list")}),
             "vdi": Directory(vdi),
-            "volume": Directory({}, live=volumes.by_name),
+            "volume": VolumeDirectory(volumes),
             "config": Directory(config),
+            "snapshot": snapshots,
+            "stat": statistics,
         }
     )
+
+
+async def report(cluster: Cluster, noun: str, verb: str) -> str:
+    """What `dog NOUN VERB` prints; empty if the cluster cannot be reached."""
+    try:
+        return (await cluster.dog(noun, verb)).text
+    except OSError:
+        return ""
 
 
 def parse_gateway(text: str) -> Address:

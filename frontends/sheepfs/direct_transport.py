@@ -15,6 +15,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from functools import partial
 
 from sheepdog.cluster.core.messages import Buffer
@@ -45,7 +46,15 @@ MAX_LENT = MAX_BACKGROUND  # buffers under large writes at a time; beyond it the
 KEPT_BUFFERS = 16  # of those given back: enough for a steady stream, 16 MiB at most
 DRAIN_LIMIT_S = 5.0  # requests in flight when sheepfs is told to stop
 
-Answer = bytes | None  # None: answered later, or not at all
+
+class Verdict(Enum):
+    """What an inline handler says when it has no answer."""
+
+    LATER = 1  # its callback or task will answer
+    ASK = 2  # the cluster has to be asked: the slow handler's turn
+
+
+Answer = bytes | Verdict
 Inline = Callable[[int, int, memoryview], Answer]  # (unique, node, body)
 Slow = Callable[[int, memoryview], Awaitable[bytes]]  # (node, body)
 
@@ -73,10 +82,9 @@ class DirectTransport:
         self._inline: dict[int, Inline] = {
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
-            Opcode.LOOKUP: self._lookup,
+            Opcode.LOOKUP: self._lookup_now,
+            Opcode.GETATTR: self._get_attributes_now,
             Opcode.READLINK: self._readlink,
-            Opcode.UNLINK: self._unlink,
-            Opcode.OPENDIR: self._open_directory,
             Opcode.READDIR: self._read_directory,
             Opcode.RELEASEDIR: self._release_directory,
             Opcode.RELEASE: self._release,
@@ -87,10 +95,15 @@ class DirectTransport:
             Opcode.ACCESS: self._nothing,
             Opcode.FSYNCDIR: self._nothing,
             Opcode.DESTROY: self._nothing,
-            Opcode.GETXATTR: self._get_attribute,
             Opcode.LISTXATTR: self._list_attributes,
         }
         self._slow: dict[int, Slow] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.UNLINK: self._unlink,
+            Opcode.MKDIR: self._make_directory,
+            Opcode.OPENDIR: self._open_directory,
+            Opcode.GETXATTR: self._get_attribute,
+            Opcode.SETXATTR: self._set_attribute,
             Opcode.GETATTR: self._get_attributes,
             Opcode.SETATTR: self._set_attributes,
             Opcode.OPEN: self._open,
@@ -191,13 +204,10 @@ class DirectTransport:
             inline = self._inline.get(opcode)
             if inline is not None:
                 answer = inline(unique, node, body)
-                if answer is not None:
+                if isinstance(answer, bytes):
                     self._answer(unique, answer)
-                return
-            if opcode == Opcode.GETATTR:
-                found = self._files.attributes_now(node)
-                if found is not None:
-                    self._answer(unique, wire.attributes_answer(found, self._owner))
+                    return
+                if answer is Verdict.LATER:
                     return
             slow = self._slow.get(opcode)
             if slow is None:
@@ -251,12 +261,12 @@ class DirectTransport:
         file = self._files.file(handle)
         if not isinstance(file, VolumeHandle):
             self._later(unique, file.read(offset, size))
-            return None
+            return Verdict.LATER
         size = file.clip(offset, size)
         if size <= 0:
             return b""
         file.submit_read(offset, size, partial(self._have_read, unique))
-        return None
+        return Verdict.LATER
 
     def _have_read(self, unique: int, problem: OSError | None, data: Buffer) -> None:
         if problem is None:
@@ -270,7 +280,7 @@ class DirectTransport:
         data = body[wire.WRITE_IN.size : wire.WRITE_IN.size + size]
         if not isinstance(file, VolumeHandle):
             self._later(unique, self._write_control(handle, offset, bytes(data)))
-            return None
+            return Verdict.LATER
         size = file.clip(offset, size)
         if size <= 0:
             raise error(errno.ENOSPC)
@@ -280,7 +290,7 @@ class DirectTransport:
         else:
             lent = self._lend()
             file.submit_write(offset, data[:size], durable, partial(self._have_written, unique, size, lent))
-        return None
+        return Verdict.LATER
 
     def _have_written(self, unique: int, size: int, lent: bytearray | None, problem: OSError | None) -> None:
         if problem is None:
@@ -340,8 +350,16 @@ class DirectTransport:
 
     # -- names and attributes
 
-    def _lookup(self, unique: int, node: int, body: memoryview) -> Answer:
-        return wire.entry(self._files.lookup(node, wire.name_of(body)), self._owner)
+    def _lookup_now(self, unique: int, node: int, body: memoryview) -> Answer:
+        found = self._files.lookup_now(node, wire.name_of(body))
+        return Verdict.ASK if found is None else wire.entry(found, self._owner)
+
+    async def _lookup(self, node: int, body: memoryview) -> bytes:
+        return wire.entry(await self._files.lookup(node, wire.name_of(body)), self._owner)
+
+    def _get_attributes_now(self, unique: int, node: int, body: memoryview) -> Answer:
+        found = self._files.attributes_now(node)
+        return Verdict.ASK if found is None else wire.attributes_answer(found, self._owner)
 
     async def _get_attributes(self, node: int, body: memoryview) -> bytes:
         return wire.attributes_answer(await self._files.attributes(node), self._owner)
@@ -358,16 +376,29 @@ class DirectTransport:
     def _readlink(self, unique: int, node: int, body: memoryview) -> Answer:
         return self._files.readlink(node)
 
-    def _unlink(self, unique: int, node: int, body: memoryview) -> Answer:
-        self._files.unlink(node, wire.name_of(body))
+    async def _unlink(self, node: int, body: memoryview) -> bytes:
+        await self._files.unlink(node, wire.name_of(body))
         return b""
 
-    def _get_attribute(self, unique: int, node: int, body: memoryview) -> Answer:
-        raise error(errno.ENODATA)
+    async def _make_directory(self, node: int, body: memoryview) -> bytes:
+        name = wire.name_of(body[wire.MKDIR_IN.size :])
+        return wire.entry(await self._files.make_directory(node, name), self._owner)
+
+    async def _get_attribute(self, node: int, body: memoryview) -> bytes:
+        room, _ = wire.GETXATTR_IN.unpack_from(body)
+        value = await self._files.get_attribute(node, wire.name_of(body[wire.GETXATTR_IN.size :]))
+        return wire.sized_answer(value, room)
+
+    async def _set_attribute(self, node: int, body: memoryview) -> bytes:
+        length, _ = wire.SETXATTR_IN.unpack_from(body)
+        name = wire.name_of(body[wire.SETXATTR_IN.size :])
+        start = wire.SETXATTR_IN.size + len(name) + 1
+        await self._files.set_attribute(node, name, bytes(body[start : start + length]))
+        return b""
 
     def _list_attributes(self, unique: int, node: int, body: memoryview) -> Answer:
         room, _ = wire.GETXATTR_IN.unpack_from(body)
-        return b"" if room else wire.GETXATTR_OUT.pack(0, 0)
+        return wire.sized_answer(b"".join(name + b"\0" for name in self._files.attribute_names(node)), room)
 
     def _statfs(self, unique: int, node: int, body: memoryview) -> Answer:
         return wire.statfs_answer()
@@ -387,8 +418,8 @@ class DirectTransport:
         self._files.release(_handle(body))
         return b""
 
-    def _open_directory(self, unique: int, node: int, body: memoryview) -> Answer:
-        return wire.OPEN_OUT.pack(self._files.open_directory(node), 0, 0)
+    async def _open_directory(self, node: int, body: memoryview) -> bytes:
+        return wire.OPEN_OUT.pack(await self._files.open_directory(node), 0, 0)
 
     def _read_directory(self, unique: int, node: int, body: memoryview) -> Answer:
         handle, cookie, room, *_ = wire.READ_IN.unpack_from(body)

@@ -5,6 +5,8 @@ Every request is a header and a body, every answer a header and a body; integers
 
 from __future__ import annotations
 
+import errno
+import os
 from enum import IntEnum, IntFlag
 from struct import Struct
 
@@ -33,6 +35,7 @@ LSEEK_OUT = Struct("=Q")
 GETXATTR_IN = Struct("=II")  # room for the value, padding; the name follows
 GETXATTR_OUT = Struct("=II")
 SETXATTR_IN = Struct("=II")  # length of the value, flags; name and value follow
+MKDIR_IN = Struct("=II")  # mode, umask; the name follows
 STATFS_OUT = Struct("=QQQQQIIII24x")
 ATTRIBUTES = Struct("=QQQQQQIIIIIIIIII")
 ENTRY = Struct("=QQQQII")  # node, generation, entry and attribute seconds, their nanoseconds; attributes follow
@@ -164,6 +167,15 @@ def init_answer(
         1, max_write // 4096, 0, agreed >> 32, 0,
     )  # fmt: skip
     return answer, agreed
+
+
+def sized_answer(value: bytes, room: int) -> bytes:
+    """Answer of GETXATTR and LISTXATTR: the length when asked with no room, ERANGE when the room is too small."""
+    if not room:
+        return GETXATTR_OUT.pack(len(value), 0)
+    if len(value) > room:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
 
 
 def name_of(body: memoryview) -> bytes:

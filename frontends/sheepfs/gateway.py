@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.address import Address
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.client.volume import Volume
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import format_address
+from sheepdog.cluster.core.ids import Vid, format_address
+from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.wire.header import REQUEST, Request
 from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
 from sheepdog.cluster.wire.structures import NODE_LIST_SIZE, unpack_nodes
-from sheepdog.frontends.sheepfs.cluster import Buffer, Extent
+from sheepdog.frontends.sheepfs.cluster import Buffer, Extent, NodeSpace, Outcome, VolumeInfo
 from sheepdog.frontends.sheepfs.transport import log
 
 MOVE_LIMIT_S = 10.0  # connecting and looking the volume up at the new gateway
 MEMBERS_INTERVAL_S = 60.0  # nodes that joined since then are no refuge yet
-REPORT_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
+DOG_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
+
+T = TypeVar("T")
 
 
 class GatewayVolume:
@@ -75,7 +83,10 @@ class GatewayVolume:
                 await Volume.open(session, self._name, read_only=True)
             finally:
                 await session.close()
+        self._following.cancel()
+        self._session.roam([])  # it may be another cluster
         self._session.move(address)
+        self._following = asyncio.get_running_loop().create_task(self._follow_members())
 
     async def close(self) -> None:
         self._following.cancel()
@@ -103,33 +114,131 @@ async def members(session: Session) -> list[Address]:
 
 
 class GatewayCluster:
-    """`Cluster` over the native protocol."""
+    """`Cluster` over the native protocol.
+
+    The sheep at `address` is asked first; when it does not answer, the nodes that the cluster was last seen with.
+    """
 
     def __init__(self, address: Address) -> None:
-        self.address = address
+        self._address = address
+        self._others: list[Address] = []
+        self._snapshots: dict[Vid, InodeHeader] = {}  # frozen inodes never change
 
-    async def open(self, name: str, tag: str, object_cache: bool) -> GatewayVolume:
-        session = await Session.open(self.address)
+    @property
+    def address(self) -> Address:
+        return self._address
+
+    @address.setter
+    def address(self, address: Address) -> None:
+        self._address = address
+        self._others = []  # it may be another cluster
+
+    async def open(self, name: str, snap_id: int, object_cache: bool) -> GatewayVolume:
+        session = await self._session()
         try:
-            snap_id = int(tag) if tag.isdigit() else 0
-            volume = await Volume.open(session, name, b"" if snap_id else tag.encode(), snap_id)
+            volume = await Volume.open(session, name, b"", snap_id)
         except BaseException:
             await session.close()
             raise
         return GatewayVolume(session, volume, name)
 
-    async def report(self, noun: str, verb: str) -> str:
-        assert not isinstance(self.address, str)  # `dog` knows no sockets but TCP, and neither do our options
-        host, port = self.address
-        command = [sys.executable, "-m", "sheepdog.tools.dog.main", noun, verb, "-a", host, "-p", str(port)]
+    async def dog(self, *words: str) -> Outcome:
+        session = await self._session()
+        gateway = session.address
+        await session.close()
+        assert not isinstance(gateway, str)  # `dog` knows no sockets but TCP, and neither do our options
+        noun, verb, *rest = words
+        where = ("-a", gateway[0], "-p", str(gateway[1]))
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+            sys.executable, "-m", "sheepdog.tools.dog.main", noun, verb, *where, *rest,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         try:
-            async with asyncio.timeout(REPORT_LIMIT_S):
-                text, _ = await process.communicate()
+            async with asyncio.timeout(DOG_LIMIT_S):
+                text, complaint = await process.communicate()
         except TimeoutError:
             process.kill()
             await process.wait()
-            return ""
-        return text.decode(errors="replace")
+            raise
+        assert process.returncode is not None
+        return Outcome(process.returncode, text.decode(errors="replace"), complaint.decode(errors="replace"))
+
+    async def catalog(self) -> list[VolumeInfo]:
+        return await self._in_thread(self._read_catalog)
+
+    async def space(self) -> list[NodeSpace]:
+        return await self._in_thread(_read_space)
+
+    def _read_catalog(self, connection: Connection) -> list[VolumeInfo]:
+        vids = admin.volume_ids(connection)
+        headers: dict[Vid, InodeHeader] = {vid: self._snapshots[vid] for vid in vids if vid in self._snapshots}
+        for header in admin.headers(connection, [vid for vid in vids if vid not in headers]):
+            if isinstance(header, InodeHeader):
+                headers[Vid(header.vdi_id)] = header
+        self._snapshots = {vid: header for vid, header in headers.items() if header.snap_ctime}
+        return [_info(headers[vid]) for vid in vids if vid in headers]
+
+    async def _in_thread(self, work: Callable[[Connection], T]) -> T:
+        """Administration is blocking code; its failures are OSErrors."""
+        session = await self._session()
+        gateway = session.address
+        await session.close()
+
+        def run() -> T:
+            connection = Connection(gateway, patience_s=0)
+            try:
+                return work(connection)
+            except PeerError as problem:
+                raise OSError(errno.EIO, str(problem)) from problem
+            finally:
+                connection.close()
+
+        return await asyncio.to_thread(run)
+
+    async def _session(self) -> Session:
+        """A connection to the first node that takes one; OSError with what the preferred one said."""
+        failure: OSError | None = None
+        for address in [self._address, *self._others]:
+            try:
+                session = await Session.open(address)
+                self._others = await members(session)
+                return session
+            except (OSError, PeerError) as problem:
+                failure = failure or OSError(errno.EIO, str(problem))
+        assert failure is not None
+        raise failure
+
+
+def _info(header: InodeHeader) -> VolumeInfo:
+    data, parity = divmod(header.copy_policy, 16)
+    return VolumeInfo(
+        vid=header.vdi_id,
+        name=os.fsdecode(header.name),
+        snap_id=header.snap_id,
+        tag=os.fsdecode(header.tag),
+        is_snapshot=bool(header.snap_ctime),
+        size=header.vdi_size,
+        changed_ns=_nanoseconds(header.snap_ctime or header.create_time),
+        redundancy=f"{2 * data}:{parity}" if header.copy_policy else str(header.nr_copies),
+    )
+
+
+def _nanoseconds(time: int) -> int:
+    """Inode times are seconds << 32 | nanoseconds."""
+    return (time >> 32) * 1_000_000_000 + (time & 0xFFFFFFFF)
+
+
+def _read_space(connection: Connection) -> list[NodeSpace]:
+    found = []
+    for member in admin.node_list(connection):
+        host = format_address(member.id.address)
+        try:
+            node = Connection((host, member.id.port), patience_s=0)
+            try:
+                disk = admin.disk_usage(node)
+            finally:
+                node.close()
+        except (OSError, PeerError):
+            continue  # gateways, and nodes that are just leaving
+        found.append(NodeSpace(f"{host}:{member.id.port}", disk.size, disk.free))
+    return found

@@ -58,7 +58,8 @@ def run(options: Options) -> int:
 
 async def _serve(transport: Transport, options: Options, readiness: Readiness) -> None:
     stay_in_memory()
-    files = FileSystem(GatewayCluster(options.address), Settings(options.page_cache, options.object_cache))
+    settings = Settings(options.page_cache, options.object_cache)
+    files = FileSystem(GatewayCluster(options.address), settings, options.may_remove)
     await serve_until_unmounted(transport, files, readiness)
 
 

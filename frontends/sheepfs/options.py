@@ -29,6 +29,7 @@ Options:
   -h, --help              show this help
       --transport=NAME    how to talk to the kernel: direct (root only; carries
                           discards), pyfuse3, or auto (default: direct for root)
+      --allow-remove      rm MOUNTPOINT/snapshot/NAME/TAG deletes the snapshot
 
 A volume is shown and taken away again by writing its name:
   echo web > MOUNTPOINT/vdi/mount
@@ -36,10 +37,14 @@ A volume is shown and taken away again by writing its name:
   umount /mnt
   echo web > MOUNTPOINT/vdi/unmount
   umount MOUNTPOINT
+
+Snapshots are files in MOUNTPOINT/snapshot/NAME; mkdir there takes one:
+  mkdir MOUNTPOINT/snapshot/web/monday
+  mount -o loop,ro MOUNTPOINT/snapshot/web/monday /mnt
 """
 
 _SHORT = "a:p:dfkonh"
-_LONG = ["address=", "port=", "debug", "foreground", "pagecache", "objectcache", "help", "transport="]
+_LONG = ["address=", "port=", "debug", "foreground", "pagecache", "objectcache", "help", "transport=", "allow-remove"]
 
 
 @dataclass(slots=True)
@@ -51,6 +56,7 @@ class Options:
     page_cache: bool = False
     object_cache: bool = False
     transport: str = "auto"
+    may_remove: bool = False
     help: bool = False
 
 
@@ -79,6 +85,8 @@ def parse(arguments: list[str]) -> Options:
             case "-h" | "--help":
                 options.help = True
                 return options
+            case "--allow-remove":
+                options.may_remove = True
             case "--transport":
                 if value not in TRANSPORTS:
                     raise UsageError(f"Invalid transport '{value}': must be one of {', '.join(TRANSPORTS)}")

@@ -7,7 +7,6 @@ The binding keeps its session in module globals: one mount for each process.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -137,7 +136,7 @@ class _Operations(pyfuse3.Operations):
 
     @_answered
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(self.files.lookup(parent_inode, name))
+        return self._entry(await self.files.lookup(parent_inode, name))
 
     @_answered
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -158,7 +157,11 @@ class _Operations(pyfuse3.Operations):
 
     @_answered
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self.files.unlink(parent_inode, name)
+        await self.files.unlink(parent_inode, name)
+
+    @_answered
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self.files.make_directory(parent_inode, name))
 
     @_answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
@@ -186,7 +189,7 @@ class _Operations(pyfuse3.Operations):
 
     @_answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(self.files.open_directory(inode))
+        return FileHandleT(await self.files.open_directory(inode))
 
     @_answered
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
@@ -211,8 +214,14 @@ class _Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Nodes live as long as their volume is mounted, whatever the kernel remembers."""
 
+    @_answered
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        raise pyfuse3.FUSEError(errno.ENODATA)
+        return await self.files.get_attribute(inode, name)
 
+    @_answered
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        await self.files.set_attribute(inode, name, value)
+
+    @_answered
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return []
+        return [XAttrNameT(name) for name in self.files.attribute_names(inode)]

@@ -59,6 +59,16 @@ class Node:
     async def open(self, flags: int) -> Handle:
         raise error(errno.EISDIR if stat.S_ISDIR(self.mode) else errno.EINVAL)
 
+    async def get_attribute(self, name: str) -> bytes:
+        """An extended attribute."""
+        raise error(errno.ENODATA)
+
+    async def set_attribute(self, name: str, value: bytes) -> None:
+        raise error(errno.EOPNOTSUPP)
+
+    def attribute_names(self) -> list[str]:
+        return []
+
     async def truncate(self, size: int) -> None:
         """Succeeds and changes nothing: shells truncate what they write to, and a volume keeps its size."""
 
@@ -76,7 +86,10 @@ class Node:
 
 
 class Directory(Node):
-    """Fixed children, given at the start, and live ones, asked for at every look-up."""
+    """Fixed children, given at the start, and live ones, asked for at every look-up.
+
+    One whose children the cluster knows overrides `refresh`, which is awaited before they are looked at.
+    """
 
     mode = stat.S_IFDIR | 0o755
     entry_seconds = 60
@@ -86,6 +99,20 @@ class Directory(Node):
         self.children = dict(children)
         self._live = live
         self._mtime_ns = time.time_ns()
+
+    async def refresh(self) -> None:
+        """Learn what children there are."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether `refresh` does anything."""
+        return type(self).refresh is not Directory.refresh
+
+    async def make_directory(self, name: str) -> Node:
+        raise error(errno.ENOSYS)
+
+    async def unlink(self, name: str) -> None:
+        raise error(errno.EPERM)
 
     def child(self, name: str) -> Node | None:
         return self.children.get(name) or self._live().get(name)
@@ -200,29 +227,37 @@ class ControlHandle:
         """Nothing is held."""
 
 
-class Tree:
-    """Every node by its inode number."""
+class Numbers:
+    """Inode numbers: every node that can be reached, by its number. None is used twice."""
 
-    def __init__(self, root: Directory) -> None:
+    def __init__(self) -> None:
         self._nodes: dict[int, Node] = {}
         self._next_live = FIRST_LIVE_INODE
-        self._number(root, ROOT_INODE)
 
-    def _number(self, node: Node, inode: int) -> int:
-        """Numbers the fixed nodes depth first; returns the next free number."""
+    def plant(self, root: Directory) -> None:
+        """Number the root and its fixed children."""
+        self._plant(root, ROOT_INODE)
+
+    def _plant(self, node: Node, inode: int) -> int:
+        """Depth first; returns the next free number."""
         node.inode = inode
         self._nodes[inode] = node
         inode += 1
         if isinstance(node, Directory):
             for child in node.children.values():
-                inode = self._number(child, inode)
+                inode = self._plant(child, inode)
         return inode
 
     def add(self, node: Node) -> None:
         """Number a live node."""
+        self.passing(node)
+        self._nodes[node.inode] = node
+
+    def passing(self, node: Node) -> Node:
+        """Number a node that is only mentioned once: asking for it again gives ENOENT."""
         node.inode = self._next_live
         self._next_live += 1
-        self._nodes[node.inode] = node
+        return node
 
     def remove(self, node: Node) -> None:
         """Forget a live node: what the kernel still knows of it fails with ENOENT."""
@@ -238,10 +273,4 @@ class Tree:
         node = self.node(inode)
         if not isinstance(node, Directory):
             raise error(errno.ENOTDIR)
-        return node
-
-    def lookup(self, parent: int, name: str) -> Node:
-        node = self.directory(parent).child(name)
-        if node is None:
-            raise error(errno.ENOENT)
         return node

@@ -15,10 +15,11 @@ from sheepdog.cluster.client.address import Address
 from sheepdog.frontends.sheepfs.cluster import Cluster, Volume
 from sheepdog.frontends.sheepfs.files import DURABLE_FLAGS, Settings, VolumeHandle, VolumeNode
 from sheepdog.frontends.sheepfs.transport import NAME_MAX, Attributes, error
-from sheepdog.frontends.sheepfs.tree import Node, Tree
+from sheepdog.frontends.sheepfs.tree import Directory, Node, Numbers
 
 log = logging.getLogger("sheepfs")
 
+COPIES_ATTRIBUTE = "user.sheepdog.copies"
 CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent cluster must not hold up the unmount
 
 
@@ -28,8 +29,9 @@ class MountedVolume(VolumeNode):
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
 
-    def __init__(self, settings: Settings, name: str, volume: Volume) -> None:
+    def __init__(self, cluster: Cluster, settings: Settings, name: str, volume: Volume) -> None:
         super().__init__()
+        self._cluster = cluster
         self.name = name
         self.size = volume.size
         self.volume = volume
@@ -49,6 +51,30 @@ class MountedVolume(VolumeNode):
             await self.volume.resize(size)
             self.size = self.volume.size
 
+    def attribute_names(self) -> list[str]:
+        return [COPIES_ATTRIBUTE]
+
+    async def get_attribute(self, name: str) -> bytes:
+        """The redundancy as `dog vdi list` shows it: `3`, or `4:2`."""
+        if name != COPIES_ATTRIBUTE:
+            raise error(errno.ENODATA)
+        for info in await self._cluster.catalog():
+            if info.name == self.name and not info.is_snapshot:
+                return info.redundancy.encode()
+        raise error(errno.ENODATA)
+
+    async def set_attribute(self, name: str, value: bytes) -> None:
+        """Another number of copies, as `dog vdi alter-copy` sets it. EINVAL for what is refused."""
+        copies = value.decode(errors="replace").strip()
+        if name != COPIES_ATTRIBUTE:
+            raise error(errno.EOPNOTSUPP)
+        if not (copies.isascii() and copies.isdigit()):
+            raise error(errno.EINVAL)
+        outcome = await self._cluster.dog("vdi", "alter-copy", "-f", "-c", copies, "--", self.name)
+        if outcome.status:
+            log.error("volume %s: %s", self.name, outcome.complaint.strip())
+            raise error(errno.EINVAL)
+
     async def close(self) -> None:
         """Flush and end the connection, as far as that works in `CLOSE_LIMIT_S`."""
         try:
@@ -58,25 +84,33 @@ class MountedVolume(VolumeNode):
             log.warning("volume %s: not flushed when it was unmounted: %s", self.name, problem)
 
 
+class VolumeDirectory(Directory):
+    """`volume/`."""
+
+    def __init__(self, volumes: Volumes) -> None:
+        super().__init__({}, live=volumes.by_name)
+
+    async def unlink(self, name: str) -> None:
+        """Succeeds and does nothing: `vdi/unmount` takes a volume's file away."""
+        if self.child(name) is None:
+            raise error(errno.ENOENT)
+
+
 class Volumes:
     """The mounted volumes by name."""
 
-    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+    def __init__(self, cluster: Cluster, settings: Settings, numbers: Numbers) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._numbers = numbers
         self._mounted: dict[str, MountedVolume] = {}
         self._changing = asyncio.Lock()
-        self._tree: Tree | None = None
-
-    def attach(self, tree: Tree) -> None:
-        """The tree that numbers the volumes (it is built after the files that call this object)."""
-        self._tree = tree
-
-    def __contains__(self, node: Node) -> bool:
-        return isinstance(node, MountedVolume)
 
     def by_name(self) -> dict[str, Node]:
         return dict(self._mounted)
+
+    def mounted(self) -> list[MountedVolume]:
+        return list(self._mounted.values())
 
     async def mount(self, name: str) -> None:
         """Show the working volume of this name. Already there: no-op. EINVAL if there is none, EIO if none answers."""
@@ -86,13 +120,12 @@ class Volumes:
             if name in self._mounted:
                 return
             try:
-                volume = await self._cluster.open(name, "", self._settings.object_cache)
+                volume = await self._cluster.open(name, 0, self._settings.object_cache)
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)
                 raise error(errno.EINVAL if problem.errno == errno.ENOENT else errno.EIO) from None
-            node = MountedVolume(self._settings, name, volume)
-            if self._tree:
-                self._tree.add(node)
+            node = MountedVolume(self._cluster, self._settings, name, volume)
+            self._numbers.add(node)
             self._mounted[name] = node
 
     async def unmount(self, name: str) -> None:
@@ -104,8 +137,7 @@ class Volumes:
             if node.opened:
                 raise error(errno.EBUSY)
             del self._mounted[name]
-            if self._tree:
-                self._tree.remove(node)
+            self._numbers.remove(node)
             await node.close()
 
     async def move(self, address: Address) -> None:

@@ -108,7 +108,10 @@ def test_the_tree_and_what_may_be_done_to_it(mount: MemoryMount) -> None:
     found = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
     assert found == [
         "cluster", "cluster/info", "config", "config/object_cache", "config/page_cache", "config/sheep_info",
-        "node", "node/info", "node/list", "vdi", "vdi/list", "vdi/mount", "vdi/unmount", "vdi/volume", "volume",
+        "node", "node/info", "node/list",
+        "snapshot", "snapshot/disk", "snapshot/huge", "snapshot/small", "snapshot/web",
+        "stat", "stat/cluster", "stat/volume",
+        "vdi", "vdi/list", "vdi/mount", "vdi/unmount", "vdi/volume", "volume",
     ]  # fmt: skip
     assert (place / "vdi/list").read_text().startswith("vdi list ")
     assert (place / "cluster/info").stat().st_size == len((place / "cluster/info").read_text())
@@ -308,6 +311,44 @@ def test_a_killed_server_hangs_nobody(make_mount: Callable[..., MemoryMount]) ->
     with suppress(OSError):
         os.close(file)
     run(["umount", "-l", mount.place], seconds=START_SECONDS)
+
+
+def test_snapshots(mount: MemoryMount) -> None:
+    volume = mount.volume()
+    with volume.open("r+b", buffering=0) as file:
+        file.write(b"first")
+        (mount.place / "snapshot/web/monday").mkdir()
+        os.pwrite(file.fileno(), b"later", 0)
+    snapshot = mount.place / "snapshot/web/monday"
+    assert snapshot.is_file()
+    assert snapshot.stat().st_size == SIZE
+    with snapshot.open("rb") as frozen:
+        assert frozen.read(5) == b"first"
+        assert failure(lambda: snapshot.open("r+b")) == "EROFS"
+    assert [path.name for path in (mount.place / "snapshot/web").iterdir()] == ["monday"]
+    assert failure((mount.place / "snapshot/web/monday").mkdir) == "EEXIST"
+    assert failure(snapshot.unlink) == "EPERM"
+    assert failure((mount.place / "snapshot/nope/x").mkdir) == "ENOENT"
+    assert failure(lambda: (mount.place / "snapshot/web/new").write_bytes(b"")) == "ENOSYS"
+
+
+def test_attributes(mount: MemoryMount) -> None:
+    volume = mount.volume()
+    assert os.listxattr(volume) == ["user.sheepdog.copies"]
+    assert os.getxattr(volume, "user.sheepdog.copies") == b"3"
+    os.setxattr(volume, "user.sheepdog.copies", b"2")
+    assert os.getxattr(volume, "user.sheepdog.copies") == b"2"
+    assert failure(lambda: os.setxattr(volume, "user.sheepdog.copies", b"99")) == "EINVAL"
+    assert failure(lambda: os.getxattr(volume, "user.other")) == "ENODATA"
+    assert os.listxattr(mount.place / "vdi/list") == []
+
+
+def test_statistics(mount: MemoryMount) -> None:
+    volume = mount.volume()
+    volume.read_bytes()
+    text = (mount.place / "stat/volume/web").read_text()
+    assert f'sheepdog_volume_read_bytes_total{{volume="web"}} {SIZE}\n' in text
+    assert "sheepdog_nodes 1\n" in (mount.place / "stat/cluster").read_text()
 
 
 SCENARIO = """\

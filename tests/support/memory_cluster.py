@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.client.address import Address
-from sheepdog.frontends.sheepfs.cluster import Buffer, Extent, ReadDone, WriteDone
+from sheepdog.frontends.sheepfs.cluster import Buffer, Extent, NodeSpace, Outcome, ReadDone, VolumeInfo, WriteDone
 
 OBJECT = 4 << 20
 
@@ -139,27 +139,70 @@ class MemoryVolume:
 
 
 class MemoryCluster:
-    """Volumes by name. `down` makes it unreachable."""
+    """Volumes by name, snapshots by (name, id). `down` makes it unreachable."""
 
     def __init__(self, sizes: dict[str, int], latency_s: float = 0.0) -> None:
         self.address: Address = ("127.0.0.1", 7000)
         self.volumes = {name: MemoryVolume(size, latency_s) for name, size in sizes.items()}
-        self.opened: list[tuple[str, str, bool, Address]] = []
+        self.snapshots: dict[tuple[str, int], tuple[str, MemoryVolume]] = {}
+        self.copies = dict.fromkeys(sizes, "3")
+        self.opened: list[tuple[str, int, bool, Address]] = []
+        self.orders: list[tuple[str, ...]] = []
+        self.catalogs = 0
         self.down = False
-        self.reports = 0
 
-    async def open(self, name: str, tag: str, object_cache: bool) -> MemoryVolume:
-        self.opened.append((name, tag, object_cache, self.address))
+    def _arrive(self) -> None:
         if self.down:
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+    async def open(self, name: str, snap_id: int, object_cache: bool) -> MemoryVolume:
+        self.opened.append((name, snap_id, object_cache, self.address))
+        self._arrive()
         try:
-            return self.volumes[name]
+            return self.snapshots[name, snap_id][1] if snap_id else self.volumes[name]
         except KeyError:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
-    async def report(self, noun: str, verb: str) -> str:
-        self.reports += 1
-        return "" if self.down else f"{noun} {verb} {self.reports}\n"
+    async def dog(self, *words: str) -> Outcome:
+        self._arrive()
+        self.orders.append(words)
+        match words:
+            case ("vdi", "snapshot", "-s", tag, "--", name):
+                return self.snapshot(name, tag)
+            case ("vdi", "delete", "-s", number, "--", name):
+                del self.snapshots[name, int(number)]
+            case ("vdi", "alter-copy", "-f", "-c", copies, "--", name):
+                if int(copies) > 31:
+                    return Outcome(1, "", "Invalid number of copies\n")
+                self.copies[name] = copies
+        return Outcome(0, f"{' '.join(words[:2])} {len(self.orders)}\n", "")
+
+    def snapshot(self, name: str, tag: str) -> Outcome:
+        taken = [snap_id for family, snap_id in self.snapshots if family == name]
+        if tag and any(self.snapshots[name, snap_id][0] == tag for snap_id in taken):
+            return Outcome(3, "", "exists already\n")
+        source = self.volumes[name]
+        frozen = MemoryVolume(source.size)
+        frozen.objects = {index: bytearray(content) for index, content in source.objects.items()}
+        self.snapshots[name, len(taken) + 1] = tag, frozen
+        return Outcome(0, "", "")
+
+    async def catalog(self) -> list[VolumeInfo]:
+        self._arrive()
+        self.catalogs += 1
+        frozen = [
+            VolumeInfo(1000 + number, name, snap_id, tag, True, volume.size, number, "3")
+            for number, ((name, snap_id), (tag, volume)) in enumerate(self.snapshots.items())
+        ]
+        working = [
+            VolumeInfo(number, name, 100, "", False, volume.size, number, self.copies[name])
+            for number, (name, volume) in enumerate(self.volumes.items())
+        ]
+        return working + frozen
+
+    async def space(self) -> list[NodeSpace]:
+        self._arrive()
+        return [NodeSpace("127.0.0.1:7000", 1 << 40, 1 << 39)]
 
 
 def main() -> None:

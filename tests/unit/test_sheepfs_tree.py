@@ -28,22 +28,31 @@ class Mount:
         self.files = FileSystem(self.cluster, self.settings)
 
     def find(self, path: str) -> Attributes:
-        found = self.files.lookup(ROOT_INODE, b".")
+        """Of what needs no asking."""
+        found = self.files.lookup_now(ROOT_INODE, b".")
         for part in path.split("/"):
-            found = self.files.lookup(found.inode, part.encode())
+            assert found is not None
+            found = self.files.lookup_now(found.inode, part.encode())
+        assert found is not None
+        return found
+
+    async def walk(self, path: str) -> Attributes:
+        found = await self.files.lookup(ROOT_INODE, b".")
+        for part in path.split("/"):
+            found = await self.files.lookup(found.inode, part.encode())
         return found
 
     async def stat(self, path: str) -> Attributes:
-        return await self.files.attributes(self.find(path).inode)
+        return await self.files.attributes((await self.walk(path)).inode)
 
-    def names(self, path: str) -> list[str]:
-        handle = self.files.open_directory(self.find(path).inode if path else ROOT_INODE)
+    async def names(self, path: str) -> list[str]:
+        handle = await self.files.open_directory((await self.walk(path)).inode if path else ROOT_INODE)
         listed = [entry.name.decode() for entry in self.files.listing(handle, 0)]
         self.files.close_directory(handle)
         return listed
 
     async def open(self, path: str, flags: int = os.O_RDWR) -> int:
-        return (await self.files.open(self.find(path).inode, flags)).handle
+        return (await self.files.open((await self.walk(path)).inode, flags)).handle
 
     async def read(self, path: str, offset: int = 0, length: int = 1 << 20) -> bytes:
         handle = await self.open(path)
@@ -85,12 +94,12 @@ async def refused(code: int, request: Awaitable[object]) -> None:
 
 def test_the_tree_has_the_names_kinds_and_modes_of_old() -> None:
     async def scenario(mount: Mount) -> None:
-        assert mount.names("") == ["cluster", "node", "vdi", "volume", "config"]
-        assert mount.names("cluster") == ["info"]
-        assert mount.names("node") == ["info", "list"]
-        assert mount.names("vdi") == ["list", "mount", "unmount", "volume"]
-        assert mount.names("config") == ["page_cache", "object_cache", "sheep_info"]
-        assert mount.names("volume") == []
+        assert await mount.names("") == ["cluster", "node", "vdi", "volume", "config", "snapshot", "stat"]
+        assert await mount.names("cluster") == ["info"]
+        assert await mount.names("node") == ["info", "list"]
+        assert await mount.names("vdi") == ["list", "mount", "unmount", "volume"]
+        assert await mount.names("config") == ["page_cache", "object_cache", "sheep_info"]
+        assert await mount.names("volume") == []
         for directory in ("cluster", "node", "vdi", "volume", "config"):
             assert mount.find(directory).mode == stat.S_IFDIR | 0o755
         for file in ("cluster/info", "vdi/mount", "config/sheep_info"):
@@ -142,13 +151,13 @@ def test_status_files_refuse_writers() -> None:
 def test_mounting_shows_the_volume_and_unmounting_takes_it_away() -> None:
     async def scenario(mount: Mount) -> None:
         assert await mount.write("vdi/mount", "web\n") == 4
-        assert mount.names("volume") == ["web"]
+        assert await mount.names("volume") == ["web"]
         assert (await mount.stat("volume/web")).size == SIZE
         await mount.write("vdi/mount", "web")
         assert len(mount.cluster.opened) == 1, "mounting twice must not open twice"
         await refused(errno.EINVAL, mount.write("vdi/unmount", "db"))
         await mount.write("vdi/unmount", "web\n")
-        assert mount.names("volume") == []
+        assert await mount.names("volume") == []
         volume = mount.cluster.volumes["web"]
         assert volume.closed == 1
         assert volume.calls[-1][0] == "flush", "what was written must be flushed before the connection goes"
@@ -160,7 +169,7 @@ def test_mounting_shows_the_volume_and_unmounting_takes_it_away() -> None:
 def test_mounting_what_cannot_be_a_volume_is_invalid(name: str) -> None:
     async def scenario(mount: Mount) -> None:
         await refused(errno.EINVAL, mount.write("vdi/mount", os.fsencode(name)))
-        assert mount.names("volume") == []
+        assert await mount.names("volume") == []
 
     play(scenario)
 
@@ -275,10 +284,10 @@ def test_making_a_volume_larger_resizes_it() -> None:
 def test_removing_a_volumes_file_does_nothing_and_anything_else_is_refused() -> None:
     async def scenario(mount: Mount) -> None:
         await mount.write("vdi/mount", "web")
-        mount.files.unlink(mount.find("volume").inode, b"web")
-        assert mount.names("volume") == ["web"]
-        with pytest.raises(PermissionError):
-            mount.files.unlink(mount.find("vdi").inode, b"list")
+        await mount.files.unlink(mount.find("volume").inode, b"web")
+        assert await mount.names("volume") == ["web"]
+        await refused(errno.EPERM, mount.files.unlink(mount.find("vdi").inode, b"list"))
+        await refused(errno.ENOENT, mount.files.unlink(mount.find("volume").inode, b"db"))
 
     play(scenario)
 
@@ -361,11 +370,177 @@ def test_a_listing_read_in_parts_is_the_listing_of_the_time_of_opening() -> None
     async def scenario(mount: Mount) -> None:
         await mount.write("vdi/mount", "web")
         await mount.write("vdi/mount", "db")
-        handle = mount.files.open_directory(mount.find("volume").inode)
+        handle = await mount.files.open_directory(mount.find("volume").inode)
         first = mount.files.listing(handle, 0)[0]
         assert first.name == b"web"
         await mount.write("vdi/unmount", "web")
         assert [entry.name for entry in mount.files.listing(handle, first.cookie)] == [b"db"]
+
+    play(scenario)
+
+
+def test_snapshots_are_read_only_files_that_need_no_mounting() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("volume/web", b"first")
+        mount.cluster.snapshot("web", "monday")
+        await mount.write("volume/web", b"later")
+        mount.cluster.snapshot("web", "")
+        assert await mount.names("snapshot") == ["web", "db"]
+        assert await mount.names("snapshot/web") == ["monday", "2"]
+        assert await mount.names("snapshot/db") == []
+        found = await mount.stat("snapshot/web/monday")
+        assert (found.mode, found.size) == (stat.S_IFREG | 0o444, SIZE)
+        assert found.inode == (await mount.stat("snapshot/web/1")).inode
+        await refused(errno.EROFS, mount.open("snapshot/web/monday", os.O_RDWR))
+        await refused(errno.EROFS, mount.files.truncate(found.inode, 2 * SIZE))
+        for name, content in (("monday", b"first"), ("2", b"later")):
+            handle = await mount.open(f"snapshot/web/{name}", os.O_RDONLY)
+            assert await mount.files.file(handle).read(0, 5) == content
+            mount.files.release(handle)
+        await refused(errno.ENOENT, mount.stat("snapshot/web/tuesday"))
+        await refused(errno.ENOENT, mount.stat("snapshot/nope"))
+        assert mount.cluster.catalogs == 1, "one look at the cluster serves all of this"
+
+    play(scenario)
+
+
+def test_a_snapshot_is_opened_once_for_all_and_closed_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.frontends.sheepfs.snapshots.IDLE_S", 0.01)
+
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.snapshot("web", "monday")
+        handles = [await mount.open("snapshot/web/monday", os.O_RDONLY) for _ in range(3)]
+        assert len(mount.cluster.opened) == 1
+        for handle in handles:
+            mount.files.release(handle)
+        volume = mount.cluster.snapshots["web", 1][1]
+        await asyncio.sleep(0.1)
+        assert volume.closed == 1
+        mount.files.release(await mount.open("snapshot/web/monday", os.O_RDONLY))
+        assert len(mount.cluster.opened) == 2
+
+    play(scenario)
+
+
+def test_mkdir_takes_a_snapshot() -> None:
+    async def scenario(mount: Mount) -> None:
+        parent = (await mount.walk("snapshot/web")).inode
+        made = await mount.files.make_directory(parent, b"monday")
+        assert stat.S_ISDIR(made.mode)
+        assert mount.cluster.orders == [("vdi", "snapshot", "-s", "monday", "--", "web")]
+        assert await mount.names("snapshot/web") == ["monday"]
+        assert stat.S_ISREG((await mount.stat("snapshot/web/monday")).mode)
+        await refused(errno.EEXIST, mount.files.make_directory(parent, b"monday"))
+        await refused(errno.EINVAL, mount.files.make_directory(parent, b"17"))
+        await refused(errno.ENOSYS, mount.files.make_directory((await mount.walk("snapshot")).inode, b"new"))
+        await refused(errno.ENOSYS, mount.files.make_directory(ROOT_INODE, b"new"))
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_rm_of_a_snapshot_must_be_allowed(allowed: bool) -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.files = FileSystem(mount.cluster, mount.settings, may_remove=allowed)
+        mount.cluster.snapshot("web", "monday")
+        parent = (await mount.walk("snapshot/web")).inode
+        if not allowed:
+            await refused(errno.EPERM, mount.files.unlink(parent, b"monday"))
+            assert list(mount.cluster.snapshots) == [("web", 1)]
+            return
+        handle = await mount.open("snapshot/web/monday", os.O_RDONLY)
+        await refused(errno.EBUSY, mount.files.unlink(parent, b"monday"))
+        mount.files.release(handle)
+        await mount.files.unlink(parent, b"monday")
+        assert await mount.names("snapshot/web") == []
+
+    play(scenario)
+
+
+def test_snapshots_without_a_cluster_are_an_io_error() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.down = True
+        await refused(errno.EIO, mount.names("snapshot"))
+
+    play(scenario)
+
+
+def test_redundancy_is_an_attribute_of_the_file() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        inode = mount.find("volume/web").inode
+        assert mount.files.attribute_names(inode) == [b"user.sheepdog.copies"]
+        assert await mount.files.get_attribute(inode, b"user.sheepdog.copies") == b"3"
+        await mount.files.set_attribute(inode, b"user.sheepdog.copies", b"2")
+        assert await mount.files.get_attribute(inode, b"user.sheepdog.copies") == b"2"
+        for value in (b"", b"two", b"-1", b"99"):
+            await refused(errno.EINVAL, mount.files.set_attribute(inode, b"user.sheepdog.copies", value))
+        await refused(errno.EOPNOTSUPP, mount.files.set_attribute(inode, b"user.other", b"1"))
+        await refused(errno.ENODATA, mount.files.get_attribute(inode, b"security.capability"))
+        await refused(errno.ENODATA, mount.files.get_attribute(ROOT_INODE, b"user.sheepdog.copies"))
+
+    play(scenario)
+
+
+def metrics(text: bytes) -> dict[str, int]:
+    """Samples of an exposition, each after its HELP and TYPE."""
+    found: dict[str, int] = {}
+    described: set[str] = set()
+    for line in text.decode().splitlines():
+        if line.startswith("#"):
+            described.add(line.split()[2])
+            continue
+        name, value = line.rsplit(" ", 1)
+        assert name.partition("{")[0] in described
+        found[name] = int(value)
+    return found
+
+
+def test_statistics_count_what_went_through_the_file() -> None:
+    async def scenario(mount: Mount) -> None:
+        assert await mount.names("stat/volume") == []
+        await mount.write("vdi/mount", "web")
+        handle = await mount.open("volume/web")
+        file = mount.files.file(handle)
+        await file.write(0, b"x" * 5000)
+        await file.read(0, 1000)
+        await file.read(SIZE - 10, 1000)
+        await file.fsync()
+        await file.zero(0, OBJECT)
+        assert await mount.names("stat/volume") == ["web"]
+        found = metrics(await mount.read("stat/volume/web"))
+        assert {
+            name.removesuffix('{volume="web"}').removeprefix("sheepdog_volume_"): found[name] for name in found
+        } == {
+            "size_bytes": SIZE,
+            "allocated_bytes": 0,
+            "open_files": 1,
+            "reads_total": 2,
+            "read_bytes_total": 1010,
+            "writes_total": 1,
+            "written_bytes_total": 5000,
+            "flushes_total": 1,
+            "discards_total": 1,
+            "discarded_bytes_total": OBJECT,
+        }
+        mount.files.release(handle)
+        await mount.write("vdi/unmount", "web")
+        assert await mount.names("stat/volume") == []
+
+    play(scenario)
+
+
+def test_statistics_of_the_cluster() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.snapshot("web", "monday")
+        found = metrics(await mount.read("stat/cluster"))
+        assert found["sheepdog_nodes"] == 1
+        assert found['sheepdog_node_free_bytes{node="127.0.0.1:7000"}'] == 1 << 39
+        assert (found["sheepdog_volumes"], found["sheepdog_snapshots"]) == (2, 1)
+        assert found["sheepdog_provisioned_bytes"] == SIZE + OBJECT
+        mount.cluster.down = True
+        assert await mount.read("stat/cluster") == b""
 
     play(scenario)
 
