@@ -5,6 +5,7 @@ Operations on VDIs and administration are in `operations`; they are handed in as
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
@@ -24,12 +25,25 @@ from sheepdog.cluster.core.limits import ATTRIBUTE_SIZE, BTREE_NODE_SIZE, DEFAUL
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.state import ClusterState
 from sheepdog.cluster.wire.header import OBJECT_REQUEST
-from sheepdog.cluster.wire.opcodes import SERVED_WHILE_WAITING, Flags, Opcode, admit
+from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, SERVED_WHILE_WAITING, Flags, Opcode, admit
 from sheepdog.frontends.qemu.connection import Call
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 Handler: TypeAlias = Callable[[Call], None]
 _unpack_object = OBJECT_REQUEST.struct.unpack_from
+
+HOLD_CHECK_S = 0.1  # how often held requests look whether the members are there: a guest does not notice
+_UNUSED_BITS = 0x7 << 56  # protocol.md 6.1
+_DATA = frozenset(
+    (
+        Opcode.CREATE_AND_WRITE_OBJ,
+        Opcode.READ_OBJ,
+        Opcode.WRITE_OBJ,
+        Opcode.DISCARD_OBJ,
+        Opcode.FLUSH_VDI,
+    )
+)
+_WAITING = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
 
 
 class Gateway(Protocol):
@@ -65,6 +79,7 @@ class Requests:
             Opcode.FLUSH_VDI: self._flush,
             **operations,
         }
+        self._held: list[Call] = []  # bounded by what connections may have under way
 
     def dispatch(self, call: Call) -> None:
         """Answers the call, now or later (protocol.md 2.8, 12.2)."""
@@ -78,9 +93,24 @@ class Requests:
                     handler(call)
                     return
                 result = Result.INVALID_PARMS
+            elif state == Result.WAIT_FOR_JOIN and opcode in _DATA and call.version < GATEWAY_VERSION:
+                self._hold(call)
+                return
             else:
                 result = state
         call.fail(result)
+
+    def _hold(self, call: Call) -> None:
+        """Members are missing: an image that is open already (its lookup was answered before) waits for them, since an
+        error would break the guest. dog, which says version 2, is told at once."""
+        self._held.append(call)
+        if len(self._held) == 1:
+            asyncio.get_running_loop().call_later(HOLD_CHECK_S, self._look_again)
+
+    def _look_again(self) -> None:
+        held, self._held = self._held, []
+        for call in held:
+            self.dispatch(call)
 
     def _read(self, call: Call) -> None:
         oid, offset = _object_of(call)
@@ -148,10 +178,6 @@ class Requests:
         if is_btree(oid):
             return BTREE_NODE_SIZE
         return LEDGER_SIZE if is_ledger(oid) else 0
-
-
-_UNUSED_BITS = 0x7 << 56  # protocol.md 6.1
-_WAITING = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
 
 
 def _object_of(call: Call) -> tuple[ObjectId, int]:

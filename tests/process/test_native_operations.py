@@ -393,3 +393,27 @@ def test_a_rotten_copy_is_repaired_on_request(new_cluster: Callable[..., Cluster
     with Door(cluster.port(0)) as door:
         missing = REPAIR_REQUEST.pack(RepairRequest(0x0A, Opcode.REPAIR_REPLICA, oid=data_oid(vid, 7)))
         assert door.ask(missing).result == Result.NO_OBJ
+
+
+def test_an_open_image_survives_a_restart_of_the_whole_cluster(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = started(new_cluster(2))
+    with Door(cluster.port(0)) as door:
+        assert door.ask(make_fs(copies=2)).result == 0
+        cluster.wait_status(0, [0, 1])
+        vid = new_vdi(door, b"open")
+        assert door.ask(plain(Opcode.CREATE_AND_WRITE_OBJ, payload=b"x" * 4096, oid=data_oid(vid, 0))).result == 0
+        assert door.ask(plain(Opcode.SHUTDOWN)).result == 0
+    cluster.wait_stopped()
+    cluster.start(0)
+    cluster.wait_status(Result.WAIT_FOR_JOIN, [0])
+    read = plain(Opcode.READ_OBJ, 4096, oid=data_oid(vid, 0), version=0, id=9)
+    with Door(cluster.port(0)) as image, Door(cluster.port(0)) as dog:
+        image.send(read)
+        answer = dog.ask(stat_cluster(1, 2))
+        assert (answer.result, len(answer.data)) == (Result.WAIT_FOR_JOIN, 48 + 2 * 80)  # the log comes all the same
+        assert dog.ask(plain(Opcode.READ_OBJ, 4096, oid=data_oid(vid, 0))).result == Result.WAIT_FOR_JOIN
+        assert dog.ask(vdi(Opcode.LOCK_VDI, [b"open", b""], version=1)).result == Result.WAIT_FOR_JOIN
+        assert image.silent(0.5)
+        cluster.start(1)
+        answer = image.answer()
+        assert (answer.id, answer.result, answer.data) == (9, 0, b"x" * 4096)

@@ -372,9 +372,32 @@ def test_states(world: World, status: Status, ctime: int, other: Result, served:
     world.cluster.status = status
     world.cluster.ctime = ctime
     assert client.ask(Opcode.NEW_VDI, payload=bytes(256)).header.result == other
-    assert client.ask(Opcode.READ_OBJ, DATA, length=5).header.result == other
+    told = other if status != Status.KILLED else Result.KILLED
+    assert client.ask(Opcode.READ_OBJ, DATA, length=5, version=2).header.result == told
     assert client.ask(Opcode.READ_VDIS, length=2 * MIB).header.result == served
     assert (Opcode.READ_VDIS in world.asked) == (served == 0)
+
+
+def test_open_images_wait_for_missing_members(world: World) -> None:
+    client = Client(world)
+    world.gateway.objects[DATA] = bytearray(SIZE)
+    world.cluster.status = Status.WAITING
+    requests = [
+        request(Opcode.READ_OBJ, DATA, length=100, version=1, id=1),
+        request(Opcode.WRITE_OBJ, DATA, 0, b"waited", version=0, id=2),
+        request(Opcode.FLUSH_VDI, inode_oid(VID), version=0, id=3),
+    ]
+    client.send(b"".join(requests))
+    assert client.ask(Opcode.NEW_VDI, payload=bytes(256), id=4).header.result == Result.WAIT_FOR_JOIN
+    assert world.gateway.calls == 0
+    world.cluster.status = Status.RUNNING
+    assert [(answer.header.id, answer.header.result) for answer in client.answers(3)] == [(1, 0), (2, 0), (3, 0)]
+    assert world.gateway.objects[DATA][:6] == b"waited"
+    world.cluster.status = Status.WAITING
+    client.send(requests[0])
+    world.turn_once()
+    world.cluster.status = Status.SHUTDOWN
+    assert client.answers(1)[0].header.result == Result.SHUTDOWN
 
 
 # Streams
