@@ -100,7 +100,8 @@ class _Link:
             return
         self.state = _State.GREETING
         self.send_hello()
-        self.listen(GREETING_TIMEOUT_S)
+        if self.state is _State.GREETING:  # the hello could be sent
+            self.listen(GREETING_TIMEOUT_S)
 
     def listen(self, greeting_timeout_s: float) -> None:
         """Waits for the other side's hello."""
