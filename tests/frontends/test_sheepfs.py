@@ -186,6 +186,40 @@ def test_discarded_space_comes_back(cluster3: Cluster, mount_sheepfs: MountSheep
     assert cluster3.dog("vdi", "list", "-r").split()[4] == str(3 * OBJECT)
 
 
+def test_snapshots_are_files(cluster3: Cluster, sheepfs: SheepFs, mount_loop: MountLoop) -> None:
+    """Taken by mkdir, listed, read, and mounted read-only, while the volume goes on."""
+    needs.loop_devices()
+    cluster3.dog("vdi", "create", "web", "64M")
+    volume = sheepfs.volume("web")
+    run(["mkfs.ext4", "-q", volume])
+    with volume.open("rb") as file:
+        os.fsync(file.fileno())
+    before = digest(volume)
+    (sheepfs.place / "snapshot/web/empty").mkdir()
+    loop = mount_loop(volume)
+    (loop.place / "file").write_text("written after the snapshot")
+    loop.unmount()
+    snapshot = sheepfs.place / "snapshot/web/empty"
+    assert digest(snapshot) == before
+    assert digest(sheepfs.place / "snapshot/web/1") == before
+    assert digest(volume) != before
+    frozen = mount_loop(snapshot, "ro")
+    assert not (frozen.place / "file").exists()
+    frozen.unmount()
+    assert failure((sheepfs.place / "snapshot/web/empty").mkdir) == "EEXIST"
+    assert "empty" in cluster3.dog("vdi", "list")
+
+
+def test_copies_and_statistics(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    cluster3.dog("vdi", "create", "-c", "2", "web", "64M")
+    volume = sheepfs.volume("web")
+    assert os.getxattr(volume, "user.sheepdog.copies") == b"2"
+    with volume.open("r+b", buffering=0) as file:
+        file.write(b"x" * 5000)
+    assert 'sheepdog_volume_written_bytes_total{volume="web"} 5000\n' in (sheepfs.place / "stat/volume/web").read_text()
+    assert "sheepdog_nodes 3\n" in (sheepfs.place / "stat/cluster").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
