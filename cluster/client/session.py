@@ -31,6 +31,8 @@ PATIENCE_S = 30.0  # longer than a node's expulsion and a daemon's restart; shor
 CONNECT_LIMIT_S = 5.0  # one attempt
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
+STALL_LIMIT_S = 20.0  # without any answer to requests in flight: longer than a cluster takes to expel a hung node
+STALL_CHECK_S = 2.0
 RECEIVES_PER_TURN = 16  # then other sockets of the loop get their turn
 
 _NOT_NOW = frozenset({Result.STARTUP, Result.SHUTDOWN, Result.WAIT_FOR_JOIN, Result.KILLED})  # of the cluster
@@ -91,6 +93,9 @@ class Session:
         self._lost_at: float | None = None  # since when requests wait without an answer
         self._tried_at = 0.0  # end of the last round in which no gateway was found
         self._delay = 0.0  # before the next round
+        self._answered = False  # since the watch looked last
+        self._stalled_since: float | None = None
+        self._watching: asyncio.TimerHandle | None = None
 
     @classmethod
     async def open(cls, address: Address, patience_s: float = PATIENCE_S) -> Session:
@@ -151,15 +156,19 @@ class Session:
         self._broken()
 
     def roam(self, others: Sequence[Address]) -> None:
-        """From now on these gateways of the same cluster will do as well when the first is away.
+        """From now on these gateways of the same cluster will do as well when the first is away or hangs.
 
         Answers that say that the cluster is starting or stopping no longer reach the callers: the request waits.
         """
         self._others = [other for other in others if other != self.address]
+        if self._watching is None:
+            self._watching = self._loop.call_later(STALL_CHECK_S, self._watch)
 
     async def close(self) -> None:
         """Ends the connection; what is still in flight fails with EIO."""
         self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.gather(self._connecting, return_exceptions=True)
@@ -224,6 +233,7 @@ class Session:
                     return
                 self._lost_at = None
                 self._delay = 0.0
+                self._answered = True
                 self._finish(number, result, data, bytes(buffer[start : start + HEADER_SIZE]))
                 if self._socket is not sock:
                     return  # the callback closed the session
@@ -298,6 +308,20 @@ class Session:
             self._fail_all()
         else:
             self._reconnect()
+
+    def _watch(self) -> None:
+        """Leaves a gateway that holds its connection but answers nothing: a stopped process, a hung disk."""
+        now = self._loop.time()
+        if self._answered or not self._flight or self._socket is None:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = now
+        elif now >= self._stalled_since + STALL_LIMIT_S:
+            self._stalled_since = None
+            self._turn += 1
+            self._broken()
+        self._answered = False
+        self._watching = self._loop.call_later(STALL_CHECK_S, self._watch)
 
     def _impatient(self) -> bool:
         """Requests have waited as long as they may."""

@@ -26,7 +26,9 @@ from sheepdog.frontends.sheepfs.transport import log
 
 MOVE_LIMIT_S = 10.0  # connecting and looking the volume up at the new gateway
 MEMBERS_INTERVAL_S = 60.0  # nodes that joined since then are no refuge yet
-DOG_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
+REPORT_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
+ORDER_LIMIT_S = 60.0  # an order, such as a snapshot, that has to wait for a node that is being expelled
+READING = ("info", "list")  # verbs of `dog` that only look
 
 T = TypeVar("T")
 
@@ -154,7 +156,7 @@ class GatewayCluster:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            async with asyncio.timeout(DOG_LIMIT_S):
+            async with asyncio.timeout(REPORT_LIMIT_S if verb in READING else ORDER_LIMIT_S):
                 text, complaint = await process.communicate()
         except TimeoutError:
             process.kill()

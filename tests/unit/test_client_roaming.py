@@ -108,6 +108,29 @@ def test_patience_ends_once_for_a_stream_of_requests() -> None:
         asyncio.run(body(sheep))
 
 
+def test_a_gateway_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.cluster.client.session.STALL_LIMIT_S", 0.5)
+    monkeypatch.setattr("sheepdog.cluster.client.session.STALL_CHECK_S", 0.1)
+
+    async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
+        session = await Session.open(sheep.address)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([twin.address])
+        await asyncio.sleep(1)  # idle is not hanging
+        assert not twin.log
+        sheep.delay_s = 20
+        async with asyncio.timeout(5):
+            assert await volume.read(0, 10) == b"x" * 10
+        assert twin.log
+        await session.close()
+
+    with FakeSheep() as sheep, FakeSheep() as twin:
+        sheep.create("v", 4 * MIB, shift=20)
+        twin_of(sheep, twin)
+        asyncio.run(body(sheep, twin))
+
+
 def test_moving_takes_requests_in_flight_along() -> None:
     async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
         session = await Session.open(sheep.address)
