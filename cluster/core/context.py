@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid_of
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
 from sheepdog.cluster.core.membership import ClusterMachine
+from sheepdog.cluster.core.messages import Message
 from sheepdog.cluster.core.origins import Origins
 from sheepdog.cluster.core.peers import Peers
 from sheepdog.cluster.core.placement import Placement
@@ -42,12 +43,15 @@ class Counters:
 class Context:
     """Shared by the machines of a node; `placement` and `epoch` change together, in `Node` only."""
 
-    def __init__(self, me: NodeId, clock: Clock, network: Network, store: Store, log: Log) -> None:
+    def __init__(
+        self, me: NodeId, clock: Clock, network: Network, store: Store, log: Log, renew: Callable[[], None]
+    ) -> None:
         self.me = me
         self.clock = clock
         self.network = network
         self.store = store
         self.log = log
+        self.renew = renew  # asks the membership engine for a lease (core.gate)
         self.peers = Peers(network)
         self.placement = Placement(Epoch(0), (), me, self.copies_of)
         self.epoch = 0  # 0: not in a running cluster
@@ -61,6 +65,11 @@ class Context:
 
     def bind(self, machine: ClusterMachine) -> None:
         self._machine = machine
+
+    def retire(self) -> None:
+        """This incarnation of the node is over: what its machines still do reaches nobody, no late answer counts."""
+        self.fence = -1
+        self.network = self.peers.network = _Nowhere()
 
     @property
     def state(self) -> ClusterState:
@@ -88,3 +97,13 @@ class Context:
     def probe(self, name: str) -> None:
         """Counts that a rare path was taken; the simulator reports paths never reached."""
         self.probes[name] = self.probes.get(name, 0) + 1
+
+
+class _Nowhere:
+    """The network of a node whose incarnation is over."""
+
+    def send(self, node: NodeId, message: Message) -> None:
+        pass
+
+    def connect(self, nodes: Iterable[NodeId]) -> None:
+        pass

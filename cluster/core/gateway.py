@@ -15,6 +15,7 @@ from typing import TypeAlias
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
+from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
 from sheepdog.cluster.core.limits import MAX_RETRIES, RETRY_DELAY_NS
@@ -66,7 +67,11 @@ class _Request:
             self.gateway.later(self)  # it keeps its place in the order
             return
         del pending[self.number]
-        self.done(result, data)
+        gate = self.gateway.gate
+        if gate.guarded:
+            gate.answer(self.done, result, data)
+        else:
+            self.done(result, data)
         if self.gateway.drains:
             self.gateway.request_ended()
 
@@ -89,7 +94,7 @@ class Gateway:
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
         context.active_requests = lambda: len(self.pending)
         self._next_number = 0
-        self._suspended = False
+        self.gate = Gate(context.clock, context.renew)
         self._held: list[Callable[[], None]] = []  # while suspended, or until the VDI table is there
         self._frozen: dict[Vid, list[Callable[[], None]]] = {}  # writes held while a snapshot is taken
 
@@ -103,7 +108,7 @@ class Gateway:
         refusal = self._context.state.result()
         if refusal:
             done(refusal, b"")
-        elif self._suspended:
+        elif self.gate.suspended:
             self._held.append(lambda: self.read(oid, offset, length, done))
         else:
             self.raw_read(oid, offset, length, done)
@@ -162,7 +167,7 @@ class Gateway:
             inode_oid(vid),
             b"",
             lambda answered: self.flush_here(vid, answered),
-            lambda result, _: done(result, b""),
+            lambda result, _: self.gate.answer(done, result, b""),
         )
 
     def flush_here(self, vid: Vid, answered: IoDone) -> None:
@@ -213,7 +218,7 @@ class Gateway:
         """False if the request was answered or is held."""
         state = self._context.state
         refusal = state.result()
-        if not refusal and (self._suspended or not state.loaded):
+        if not refusal and (self.gate.suspended or not state.loaded):
             self._held.append(retry)  # after a cold start the VDI table comes a moment later
             return False
         refusal = refusal or self._refusal(state, oid)
@@ -353,12 +358,13 @@ class Gateway:
     def stop(self, result: int) -> None:
         """This node is no member any more: everything under way ends."""
         self.home = None
+        self.gate.fail(result)
         for request in list(self.pending.values()):
             request.finish(result, b"")
 
     def suspend(self, suspended: bool) -> None:
         """The node is in doubt about its membership: nothing is begun until it is sure again."""
-        self._suspended = suspended
+        self.gate.suspend(suspended)
         if not suspended:
             self._go_on()
 
@@ -380,17 +386,25 @@ class Gateway:
         else:
             drained()
 
+    def is_frozen(self, vid: Vid) -> bool:
+        return vid in self._frozen
+
+    def when_thawed(self, vid: Vid, call: Callable[[], None]) -> None:
+        """`call` comes when the freeze of the volume ends."""
+        self._frozen[vid].append(call)
+
     def request_ended(self) -> None:
         """Some freeze is waiting: see whether all it waits for has ended."""
         for entry in list(self.drains):
             _, left, drained = entry
-            if not any(number in self.pending for number in left):
+            # `drained` may end further requests, and so come here again
+            if entry in self.drains and not any(number in self.pending for number in left):
                 self.drains.remove(entry)
                 drained()
 
     def thaw(self) -> None:
         """An ordered operation has ended: held writes go on, and meet the new state."""
-        if not self._suspended:
+        if not self.gate.suspended:
             self._go_on()
         frozen, self._frozen = self._frozen, {}
         for calls in frozen.values():

@@ -27,7 +27,7 @@ from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.peering import Holding, Standing, decode_members, decode_oids, parts
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.ports import Clock, Engine, Event, Log, Network, NodeState, Store
+from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
@@ -50,7 +50,8 @@ class Node:
         fixed_vnodes: bool = False,
     ) -> None:
         self.on_exit: Callable[[int, str], None] = lambda status, reason: None
-        self.context = Context(me.id, clock, network, store, log)
+        self.on_lost: Callable[[str], None] = lambda reason: self.on_exit(1, reason)
+        self.context = Context(me.id, clock, network, store, log, engine.renew)
         self._disk = state
         self._engine = engine
         self._log = log
@@ -68,9 +69,9 @@ class Node:
         self.puller = Puller(self.context)
         self.everyone = Everyone(self.context)
         self.gateway = Gateway(self.context, self.replica, self.everyone)
-        inodes = InodeWrites(self.context, self.gateway)
-        self.gateway.inode_write = inodes.write
         self.operations = Operations(self.context)
+        inodes = InodeWrites(self.context, self.gateway, self.operations)
+        self.gateway.inode_write = inodes.write
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
         self.home: Home | None = None
         self._standing = Standing(0)
@@ -82,6 +83,7 @@ class Node:
         self._told = False  # the homes of the current epoch know what is here
         self._recorded = 0  # newest epoch that is durable in the log
         self._former: dict[int, Placement | None] = {}
+        self._grace_until_ns = 0  # until then, members that were declared dead may answer from what they knew
         self._handlers: dict[int, Callable[[NodeId, Message], None]] = {
             Kind.ANSWER: self.context.peers.on_answer,
             Kind.APPLY: self.replica.on_apply,
@@ -119,6 +121,11 @@ class Node:
     # -- from the engine -------------------------------------------------------------------------------------------
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, Leased):
+            self.gateway.gate.leased(event.until_ns)
+            return
+        if isinstance(event, View) and event.grace_ns:
+            self._grace_until_ns = max(self._grace_until_ns, self.context.clock.now_ns() + event.grace_ns)
         self.machine.on_event(event)
 
     def refused(self, reason: str) -> None:
@@ -126,13 +133,22 @@ class Node:
         self.on_exit(1, reason)
 
     def lost(self, reason: str) -> None:
+        """This incarnation is over. Another one (a new Node on the same store) may join, as after a crash.
+
+        `on_lost` comes first: clients with requests under way must learn that nobody knows what became of them, so
+        their connections have to be closed before the requests end.
+        """
         self._log(3, f"lost the cluster: {reason}")
+        self.on_lost(reason)
+        self.context.network.connect(())
+        self.context.retire()
         self._retire(Result.CLUSTER_ERROR)
-        self.on_exit(1, reason)
 
     def suspended(self, suspended: bool, reason: str) -> None:
         if suspended:
             self._log(4, f"the membership engine is out of reach: {reason}; requests wait")
+        else:
+            self._log(5, "the membership engine answers again; requests go on")
         self.gateway.suspend(suspended)
 
     def operation_due(self, operation: Command) -> None:
@@ -270,6 +286,11 @@ class Node:
         """Tells each home which of its objects are here, once the epoch is durable and the VDI table known."""
         context, placement = self.context, self.context.placement
         if not self._durable or not self.cluster.loaded or self._told:
+            return
+        grace_ns = self._grace_until_ns - context.clock.now_ns()
+        if grace_ns > 0:  # nobody serves in this epoch before all have told
+            fence = context.fence
+            context.clock.after(grace_ns, lambda: self._tell_inventory() if context.fence == fence else None)
             return
         self._told = True
         by_home: list[list[Holding]] = [[] for _ in placement.members]

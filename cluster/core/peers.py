@@ -18,7 +18,7 @@ class Peers:
     """Outstanding requests by peer, in the order they were made."""
 
     def __init__(self, network: Network) -> None:
-        self._network = network
+        self.network = network
         self._next_rid = 0
         self._outstanding: dict[NodeId, dict[int, tuple[Message, Answered]]] = {}
 
@@ -30,7 +30,7 @@ class Peers:
         if outstanding is None:
             outstanding = self._outstanding[node] = {}
         outstanding[message.rid] = (message, answered)
-        self._network.send(node, message)
+        self.network.send(node, message)
 
     def answer(
         self,
@@ -41,7 +41,7 @@ class Peers:
         version: Version = NO_VERSION,
         length: int = 0,
     ) -> None:
-        self._network.send(
+        self.network.send(
             node,
             Message(Kind.ANSWER, request.fence, request.rid, version=version, length=length, result=result, body=body),
         )
@@ -61,7 +61,7 @@ class Peers:
         """A new link: whatever was not answered may be lost, and is sent again in order."""
         if up:
             for message, _ in list(self._outstanding.get(node, {}).values()):
-                self._network.send(node, message)
+                self.network.send(node, message)
 
     def forget_all(self) -> None:
         """A new epoch: no answer of the old one counts."""

@@ -141,6 +141,9 @@ class Engine(Protocol):
     def broadcast(self, data: bytes) -> None:
         """Sends to all members, itself included; delivered as `Delivery` in one order everywhere, exactly once."""
 
+    def renew(self) -> None:
+        """A `Leased` event is wanted. An engine that never sends one needs not do anything."""
+
     def leave(self) -> None:
         """Leaves orderly; the others see it at once."""
 
@@ -161,6 +164,8 @@ class View(NamedTuple):
     members: tuple[Peer, ...]
     joined: tuple[Peer, ...]
     left: tuple[Peer, ...]
+    grace_ns: int = 0
+    """What left may not know it, and answer its clients for so long after this event. 0: its end is proven."""
 
 
 class Delivery(NamedTuple):
@@ -181,12 +186,21 @@ class Resumed(NamedTuple):
     """The engine is back, the session survived."""
 
 
+class Leased(NamedTuple):
+    """This process may answer its clients before `until_ns` (Clock.now_ns): it was attached a lease before that.
+
+    After the first of these, each answer needs a lease. Engines where death is always proven send none.
+    """
+
+    until_ns: int
+
+
 class Lost(NamedTuple):
     """Expelled, in a minority or session gone: this incarnation is over."""
 
     reason: str
 
 
-Event: TypeAlias = View | Delivery | Suspended | Resumed | Lost
+Event: TypeAlias = View | Delivery | Suspended | Resumed | Leased | Lost
 Log: TypeAlias = Callable[[int, str], None]
 """log(level, text); levels as in syslog: 3 error, 4 warning, 5 notice, 6 info, 7 debug."""

@@ -7,7 +7,8 @@ Guarantees of every driver:
 * G3 a sender that is not in the current View is never delivered;
 * G4 no View is delivered in a minority: it becomes Suspended, then Lost;
 * G5 a pair (id, incarnation) never returns after its leave;
-* G6 the leave of a dead member is delivered within `detection_ns`.
+* G6 the leave of a dead member is delivered within `detection_ns`;
+* G7 a process that left without proof of its end has no lease once `View.grace_ns` has passed since its leave.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Driver(Protocol):
         The first event is a View that joins this process, oldest member first; it may come before `open` returns.
         UsageError: the engine cannot be reached as configured, or the id is attached already.
         """
+
+    def local_address(self) -> str | None:
+        """The address under which the other members reach this host; None: the loopback will do. Before `open`."""
+
+    def renew(self) -> None:
+        """Asks for a `Leased` event, if this engine gives leases."""
 
     def broadcast(self, data: bytes) -> None:
         """Queues a message to all members, this one included; retried inside until it is ordered."""

@@ -156,6 +156,12 @@ class LocalDriver:
             self._deaths.add(self._directory.card(peer.incarnation))
         return bound
 
+    def local_address(self) -> str | None:
+        return None
+
+    def renew(self) -> None:
+        """Without effect: a member leaves this engine's order only when its process is gone."""
+
     # --- sending ---------------------------------------------------------------------------------------------------
 
     def broadcast(self, data: bytes) -> None:

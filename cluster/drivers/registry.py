@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # a command line is parsed before anything large is imported
 
 _CLASSES = {
     "local": "sheepdog.cluster.drivers.local:LocalDriver",
+    "zookeeper": "sheepdog.cluster.drivers.zookeeper:ZooKeeperDriver",
 }
 
 

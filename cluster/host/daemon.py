@@ -10,15 +10,16 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import Member, NodeId
 from sheepdog.cluster.core.limits import DEFAULT_VNODES
 from sheepdog.cluster.core.node import Node
-from sheepdog.cluster.core.ports import Event, Peer
+from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended
 from sheepdog.cluster.core.state import node_key
+from sheepdog.cluster.drivers import registry
+from sheepdog.cluster.drivers.base import Driver
 from sheepdog.cluster.host import lifecycle
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.links import Links
@@ -30,13 +31,23 @@ from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.workers import ThreadWorkers
 from sheepdog.cluster.wire.streams import Arena, BufferPool
+from sheepdog.frontends.qemu.connection import Clients
+from sheepdog.frontends.qemu.operations import handlers
+from sheepdog.frontends.qemu.requests import Requests
 
+CLIENT_PATIENCE_S = 60.0  # out of reach of the membership engine: clients wait so long, then they may look elsewhere
+REJOIN_FIRST_S, REJOIN_MAX_S = 0.2, 5.0  # between attempts to attach again; each takes a while of its own
 END_TIMEOUT_S = 30.0  # for making everything durable at the end; a hung disk must not keep a host from rebooting
 VERSION = "1.0"  # of the command lines and the protocol that this daemon stands in for
 
 
 def run(options: Options) -> int:
     """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked."""
+    try:
+        registry.create(options.driver)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 1
     startup = lifecycle.Startup() if options.foreground else lifecycle.detach()
     try:
         lock = DirectoryLock(options.metadata)
@@ -62,20 +73,22 @@ def run(options: Options) -> int:
         lock.release()
 
 
-class _Broadcasts:
-    """`ports.Engine` over a driver."""
+class _Attachment:
+    """`ports.Engine` of one incarnation of the node, over a driver."""
 
-    def __init__(self, broadcast: Callable[[bytes], None], leave: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._broadcast = broadcast
-        self._leave = leave
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
         self.leaving: asyncio.Task[None] | None = None
 
     def broadcast(self, data: bytes) -> None:
-        self._broadcast(data)
+        self.driver.broadcast(data)
+
+    def renew(self) -> None:
+        self.driver.renew()
 
     def leave(self) -> None:
         if self.leaving is None:
-            self.leaving = asyncio.get_running_loop().create_task(self._leave())
+            self.leaving = asyncio.get_running_loop().create_task(self.driver.leave())
 
 
 class Daemon:
@@ -90,46 +103,52 @@ class Daemon:
         self._serving = False  # clients are let in once this node has joined
         self._ending: asyncio.Future[None] = self._loop.create_future()
         self._pid_file: lifecycle.PidFile | None = None
+        self._lost = asyncio.Event()
+        self._patience: asyncio.TimerHandle | None = None
         prepare_process(self._log)
         self._turn = Turn(self._loop)
-        arena = Arena(BufferPool())
-        self.address = resolve(options.my_address) if options.my_address else resolve("127.0.0.1")
-        from sheepdog.cluster.drivers import registry
-
-        self._driver = registry.create(options.driver)
-        self._broadcasts = _Broadcasts(self._driver.broadcast, self._driver.leave)
+        self._arena = Arena(BufferPool())
+        self._clock = HostClock(self._loop)
+        driver = registry.create(options.driver)
+        self.address = resolve(options.my_address or driver.local_address() or "127.0.0.1")
         self._workers = ThreadWorkers(self._call_soon)
         disk = RealDisk()
         self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
         self._state.open()
-        objects = options.disks[0] if options.disks else f"{options.metadata}/obj"
-        self.store = ObjectStore(objects, disk, self._workers, self._log, self._disk_failed, options.nosync)
+        self._objects = options.disks[0] if options.disks else f"{options.metadata}/obj"
+        self.store = ObjectStore(self._objects, disk, self._workers, self._log, self._disk_failed, options.nosync)
         self.store.open()
-        node_id = NodeId(self.address, options.port)
-        self.links = Links(node_id, self._loop, self._turn, arena, self._log)
-        me = self._member(node_id)
-        self.node = Node(
-            me,
-            HostClock(self._loop),
+        self._id = NodeId(self.address, options.port)
+        self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
+        self._server = Server(self._loop, self.links.adopt, self._adopt_client, self._log)
+        self._begin_incarnation(driver)
+
+    def _adopt_client(self, sock: socket.socket) -> None:
+        self._clients.adopt(sock)
+
+    def _begin_incarnation(self, driver: Driver) -> None:
+        """A node that knows what the disks know, as after a crash, and doors that lead to it."""
+        self._attachment = _Attachment(driver)
+        self.node = node = Node(
+            self._member(self._id),
+            self._clock,
             self.links,
             self.store,
             self._state,
-            self._broadcasts,
+            self._attachment,
             self._log,
-            options.vnodes is not None,
+            self.options.vnodes is not None,
         )
-        self.links.on_message = self.node.on_message
-        self.links.on_link = self.node.on_link
-        self.node.on_exit = self._end
-        from sheepdog.frontends.qemu.connection import Clients
-        from sheepdog.frontends.qemu.operations import handlers
-        from sheepdog.frontends.qemu.requests import Requests
-
-        node = self.node
-        requests = Requests(node.gateway, lambda: node.cluster, handlers(node, logs, self.store, objects))
-        self._clients = Clients(self._loop, self._turn, arena, requests.dispatch, lambda: node.cluster.epoch, self._log)
+        self.links.on_message = node.on_message
+        self.links.on_link = node.on_link
+        node.on_exit = self._end
+        node.on_lost = self._on_lost
+        requests = Requests(node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._objects))
+        self._clients = Clients(
+            self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log
+        )
         self._clients.peers = self.links
-        self._server = Server(self._loop, self.links.adopt, self._clients.adopt, self._log)
+        node.start()
 
     def _call_soon(self, call: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(call)
@@ -153,7 +172,6 @@ class Daemon:
         self._server.listen_tcp(options.bind_address, options.port)
         self._server.listen_unix(f"{options.metadata}/sock")
         lifecycle.handle_signals(self._loop, self._terminate, self.logs.reopen)
-        self.node.start()
         collector = Collector(self._loop, self._turn)
         collector.start()
         try:
@@ -165,11 +183,14 @@ class Daemon:
         return self._status
 
     async def _live(self) -> None:
-        me = Peer(bytes.fromhex(node_key(self.node.context.me)), 0, self.node.payload)
+        staying = self._loop.create_task(self._stay_joined())
         try:
-            await self._driver.open(me, self._on_event)
-            await self._ending
+            await asyncio.wait((staying, self._ending), return_when=asyncio.FIRST_COMPLETED)
+            if staying.done():
+                staying.result()
         finally:
+            staying.cancel()
+            await asyncio.gather(staying, return_exceptions=True)
             self._server.stop_listening()
             self._clients.close()
             self.links.close()
@@ -187,21 +208,76 @@ class Daemon:
                 self._pid_file.remove()
             self._log(6, "shutdown")
 
+    async def _stay_joined(self) -> None:
+        """Attaches to the membership engine; UsageError. Does so again, for as long as it takes, when it is lost."""
+        await self._attachment.driver.open(self._peer(), self._on_event)
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            await self._attachment.driver.close()
+            self._begin_incarnation(registry.create(self.options.driver))
+            await self._attach_again()
+
+    async def _attach_again(self) -> None:
+        delay_s, complaint = REJOIN_FIRST_S, ""
+        while True:
+            try:
+                await self._attachment.driver.open(self._peer(), self._on_event)
+                return
+            except UsageError as error:
+                if str(error) != complaint:
+                    complaint = str(error)
+                    self._log(4, f"cannot join again yet: {error}")
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, REJOIN_MAX_S)
+            self._attachment.driver = registry.create(self.options.driver)
+
+    def _peer(self) -> Peer:
+        return Peer(bytes.fromhex(node_key(self._id)), 0, self.node.payload)
+
     async def _leave(self) -> None:
-        if self._broadcasts.leaving is None:
-            self._broadcasts.leave()
-        assert self._broadcasts.leaving is not None
+        if self._attachment.leaving is None:
+            self._attachment.leave()
+        assert self._attachment.leaving is not None
         try:
-            await asyncio.wait_for(self._broadcasts.leaving, END_TIMEOUT_S)
+            await asyncio.wait_for(self._attachment.leaving, END_TIMEOUT_S)
         except (TimeoutError, OSError, UsageError) as error:
             self._log(4, f"could not leave the membership engine orderly: {error}")
-        await self._driver.close()
+        await self._attachment.driver.close()
 
     def _on_event(self, event: Event) -> None:
         self.node.on_event(event)
-        if self.node.machine.joined and not self._serving:
+        if isinstance(event, Suspended):
+            self._lose_patience_later()
+        elif self._lost.is_set():
+            return
+        elif self.node.machine.joined and (not self._serving or isinstance(event, Resumed)):
             self._serving = True
+            self._stop_patience()
             self._server.admit_clients()
+
+    def _on_lost(self, reason: str) -> None:
+        """What became of the requests under way is not known here any more: clients have to ask again."""
+        self._serving = False
+        self._server.hold_clients()
+        self._clients.hang_up()
+        self._lose_patience_later()
+        self._lost.set()
+
+    def _lose_patience_later(self) -> None:
+        if self._patience is None:
+            self._patience = self._loop.call_later(CLIENT_PATIENCE_S, self._lose_patience)
+
+    def _stop_patience(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        self._log(4, f"out of the cluster for {CLIENT_PATIENCE_S:.0f} s: clients are turned away until it is back")
+        self._server.turn_clients_away()
+        self._clients.hang_up()
 
     def _terminate(self, signal_name: str) -> None:
         self._log(5, f"{signal_name}: leaving the cluster")

@@ -37,6 +37,7 @@ class Server:
         self._listeners: list[socket.socket] = []
         self._silent: dict[socket.socket, None] = {}  # connections that have not said anything yet
         self._early: list[socket.socket] | None = []  # clients before `admit_clients`
+        self._turning_away = False
         self._unix_path: str | None = None
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -65,8 +66,21 @@ class Server:
         """Clients are handed over from now on; those that came before have waited (a node that has not joined yet
         could tell them nothing). Peers are never kept waiting."""
         early, self._early = self._early, None
+        self._turning_away = False
         for sock in early or ():
             self._new_client(sock)
+
+    def hold_clients(self) -> None:
+        """Clients that come from now on wait for `admit_clients` again."""
+        self._early = self._early or []
+        self._turning_away = False
+
+    def turn_clients_away(self) -> None:
+        """Hangs up on clients that have waited for too long, and on those that come, until they are admitted."""
+        early, self._early = self._early, []
+        self._turning_away = True
+        for sock in early or ():
+            sock.close()
 
     def stop_listening(self) -> None:
         """No new connections; those that a frontend owns go on."""
@@ -136,6 +150,8 @@ class Server:
             sock.close()
         elif first == PEER_MAGIC[:1]:
             self._adopt_peer(sock)
+        elif self._turning_away:
+            sock.close()
         elif self._early is not None:
             self._early.append(sock)
         else:

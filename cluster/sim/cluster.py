@@ -84,6 +84,9 @@ class Process:
     def broadcast(self, data: bytes) -> None:
         self._attachment.broadcast(data)
 
+    def renew(self) -> None:
+        """Nobody is declared dead who is not: no leases."""
+
     def leave(self) -> None:
         self._attachment.leave()
 

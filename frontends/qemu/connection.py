@@ -154,6 +154,11 @@ class Clients:
         for connection in list(self.connections):
             connection.close_politely()
 
+    def hang_up(self) -> None:
+        """Closes all connections without the answers that wait: nobody knows whether they are still true."""
+        for connection in list(self.connections):
+            connection.close()
+
     def statistics(self) -> Statistics:
         """STAT (protocol.md 14.6)."""
         requests = self.requests

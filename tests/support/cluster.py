@@ -33,8 +33,11 @@ class Cluster:
         options: Sequence[str] = ("-n",),
         prefix: Sequence[str] = (),
         ports: PortBlock | None = None,
+        driver: str | None = None,
     ) -> None:
         """`options` go to every sheep; `prefix` stands before every command (nsenter ...).
+
+        `driver` is the membership engine as -c wants it; by default one of this cluster's own.
 
         `ports` become the cluster's: it closes them.
         """
@@ -44,6 +47,7 @@ class Cluster:
         self.options = list(options)
         self.prefix = list(prefix)
         self.ports = ports or PortBlock()
+        self.driver = driver or f"local:{directory}/membership"
 
     # places
 
@@ -74,7 +78,7 @@ class Cluster:
     def command(self, node: int, extra: Sequence[str] = ()) -> list[str]:
         return [
             *self.prefix, str(BIN / "sheep"), str(self.store(node)), *self.options, *extra,
-            "-c", f"local:{self.directory}/membership", "-z", str(self.zones[node]), "-p", str(self.port(node)),
+            "-c", self.driver, "-z", str(self.zones[node]), "-p", str(self.port(node)),
         ]  # fmt: skip
 
     def pids(self, node: int) -> list[int]:

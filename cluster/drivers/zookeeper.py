@@ -1,0 +1,495 @@
+"""Membership by a ZooKeeper ensemble: `zookeeper:HOST:PORT[,HOST:PORT...][/CLUSTER][,timeout=MS]`.
+
+ BASE/queue/e-NNNNNNNNNN   the log (zookeeper_log): sequential znodes, read by all in order
+ BASE/members/ID           ephemeral, one for each attached process: incarnation, and how far it has read
+ BASE/checkpoint           the roster at a position of the log; entries below it that all have read are deleted
+
+BASE is /CLUSTER, or /sheepdog: several clusters share an ensemble. An incarnation is the number of a session.
+
+A member that is gone without a word is declared DEAD in the log by the oldest living one, so leaves have a place in
+the one order too. The lease is renewed by a write to the own znode: a quorum has seen it, and only a valid session
+may write, whereas reads and pings are answered by servers that are cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from sheepdog.cluster.core.errors import PeerError, UsageError
+from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
+from sheepdog.cluster.drivers.zookeeper_argument import parse
+from sheepdog.cluster.drivers.zookeeper_client import (
+    BadVersionError,
+    Client,
+    Connection,
+    KazooException,
+    NodeExistsError,
+    NoNodeError,
+    SessionLost,
+    Unreachable,
+    ZnodeStat,
+)
+from sheepdog.cluster.drivers.zookeeper_log import (
+    MAX_ENTRY_MESSAGES,
+    MESSAGE_OVERHEAD_BYTES,
+    Entry,
+    EntryKind,
+    Roster,
+    dead_entry,
+    join_entry,
+    messages_entry,
+    position_path,
+)
+
+LEASE_PART = 3  # a lease is this part of the timeout: others wait for it after a death, on top of the timeout
+MIN_LEASE_NS = 500_000_000  # an ensemble under load answers a write within a few hundred milliseconds
+GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
+CONNECT_PATIENCE_S = 10.0  # at the start: longer than an election, short enough for a person with a wrong address
+JOIN_PATIENCE_S = 15.0  # beyond the timeout, in which the session of a dead predecessor ends
+TWIN_RETRY_S = 0.2
+LEAVE_PATIENCE_S = 5.0  # then the others see a death instead
+RETRY_S = 0.1  # after a refusal by a server; a lost connection has its own event
+BATCH_BYTES = MAX_MESSAGE_BYTES  # of one entry; a single message of the largest size fits (a znode holds 1 MiB)
+READ_WINDOW = 32  # entries asked for at a time while there are more: a round trip takes milliseconds
+CHECKPOINT_ENTRIES = 1000  # between two checkpoints: a late joiner reads that many in a second
+PUBLISH_ENTRIES = 250  # how far the published read position may lag behind
+
+_logger = logging.getLogger(__name__)
+
+
+class ZooKeeperDriver:
+    """The `zookeeper` driver; see cluster/drivers/base.py for the promises."""
+
+    name: ClassVar[str] = "zookeeper"
+
+    def __init__(self, argument: str = "") -> None:
+        self._servers, self._base, self._timeout_ms = parse(argument)
+        self._lease_ns = max(self._timeout_ms * 1_000_000 // LEASE_PART, MIN_LEASE_NS)
+        self.max_message = MAX_MESSAGE_BYTES
+        self.detection_ns = 2 * self._timeout_ms * 1_000_000  # a session ends up to one tick after its timeout
+        self._me = Peer(b"", 0, b"")
+        self._roster = Roster()
+        self._position = 0  # of the next entry to read
+        self._counter = 0  # of own entries
+        self._published = self._checkpoint = 0  # positions
+        self._joined = False  # the own join was read
+        self._over = False  # lost, left or closed: no more events
+        self._leaving = False
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._struck: dict[int, None] = {}  # whose death this member has declared
+        self._suspended_for: str | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._client: Client | None = None
+
+    def local_address(self) -> str | None:
+        """The address by which this host talks to the servers: the other members reach it there, too."""
+        for server in self._servers.split(","):
+            host, _, port = server.rpartition(":")
+            with contextlib.suppress(OSError):
+                found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+                family, _, _, _, target = found[0]
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.connect(target)
+                    address: str = probe.getsockname()[0]
+                if not (address == "::1" or address.startswith("127.")):
+                    return address
+        return None
+
+    # --- attaching -------------------------------------------------------------------------------------------------
+
+    async def open(self, me: Peer, on_event: OnEvent) -> None:
+        if len(me.id) + len(me.payload) > self.max_message // 2:
+            raise UsageError(f"zookeeper driver: a payload of {len(me.payload)} bytes is too large")
+        self._loop = asyncio.get_running_loop()
+        self._on_event = on_event
+        self._up = asyncio.Event()
+        self._woken = asyncio.Event()  # something new may be in the log
+        self._to_send = asyncio.Event()
+        self._sent = asyncio.Event()
+        self._look = asyncio.Event()  # somebody may have gone
+        self._client = Client(self._servers, self._timeout_ms / 1000, self._changed)
+        problem = "no server of the ensemble can be reached"
+        try:
+            self._client.start()
+            await asyncio.wait_for(self._up.wait(), CONNECT_PATIENCE_S)
+            problem = "the ensemble does not answer, or a member with the same identity is still running"
+            await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
+        except (SessionLost, KazooException, PeerError, TimeoutError) as error:
+            await self.close()
+            raise UsageError(f"zookeeper driver: {self._servers}: {error or problem}") from error
+        except BaseException:
+            await self.close()
+            raise
+        for body in (self._read_all(), self._send_all(), self._watch_all(), self._collect_all()):
+            self._tasks.append(self._loop.create_task(self._guarded(body)))
+
+    async def _join(self, me: Peer) -> None:
+        client = self._there
+        while True:
+            try:
+                for name in ("queue", "members"):
+                    await client.ensure(f"{self._base}/{name}")
+                self._me = replace(me, incarnation=client.session)
+                await self._claim_id()
+                await self._begin_at_checkpoint()
+                names = dict.fromkeys(await client.children(f"{self._base}/members"))
+                break
+            except Unreachable:
+                await self._up.wait()
+        # Nobody else is attached with this id now, so whoever the roster has under it is dead.
+        dead = [n for n, peer in self._roster.members.items() if peer.id == me.id or peer.id.hex() not in names]
+        if dead:
+            await self._append(dead_entry(self._me.incarnation, 0, dead))
+        await self._append(join_entry(self._me, self._lease_ns))
+
+    async def _claim_id(self) -> None:
+        """Makes the own ephemeral znode; waits for the end of a predecessor that has just died."""
+        client, path = self._there, self._member_path(self._me)
+        while True:
+            try:
+                await client.create(path, self._member_data(), ephemeral=True)
+                return
+            except NodeExistsError:
+                stat = await client.exists(path)
+                if stat is not None and self._is_owner(stat, self._me):
+                    return  # the answer to an earlier attempt was lost
+                await asyncio.sleep(TWIN_RETRY_S)
+
+    async def _begin_at_checkpoint(self) -> None:
+        """The roster as of the log's end. The own znode is there already, so nothing is deleted meanwhile."""
+        try:
+            data, _ = await self._there.get(f"{self._base}/checkpoint")
+            self._roster, self._position = Roster.decode(data)
+        except NoNodeError:
+            self._roster, self._position = Roster(), 0
+        self._checkpoint = self._position
+        while await self._read_window(READ_WINDOW):
+            pass
+
+    @property
+    def _there(self) -> Client:
+        if self._client is None:
+            raise UsageError("zookeeper driver: not opened")
+        return self._client
+
+    def _member_path(self, peer: Peer) -> str:
+        return f"{self._base}/members/{peer.id.hex()}"
+
+    def _member_data(self) -> bytes:
+        position = self._position if self._joined else None  # while joining, nothing may be deleted
+        return json.dumps({"incarnation": self._me.incarnation, "position": position}).encode()
+
+    @staticmethod
+    def _is_owner(stat: ZnodeStat, peer: Peer) -> bool:
+        owner: int = stat.ephemeralOwner
+        return (owner - peer.incarnation) % (1 << 64) == 0
+
+    # --- the connection --------------------------------------------------------------------------------------------
+
+    def _changed(self, state: Connection) -> None:
+        if state is Connection.LOST:
+            self._lose("the session has expired")
+        elif state is Connection.DOWN:
+            self._up.clear()
+            self._suspend("the connection to the servers is lost")
+        else:
+            self._up.set()
+            self._woken.set()
+            self._look.set()
+            if self._joined:
+                self.renew()
+
+    def _suspend(self, reason: str) -> None:
+        if self._suspended_for is None and self._joined:
+            self._suspended_for = reason
+            self._emit(Suspended(f"zookeeper driver: {reason}"))
+
+    def _lose(self, reason: str) -> None:
+        """The end of this incarnation."""
+        if not self._over:
+            self._end()
+            if self._joined:
+                self._deliver(Lost(f"zookeeper driver: {reason}"))
+
+    def _emit(self, event: Event) -> None:
+        if not self._over:
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception as error:  # the handler's bug must not stop the order of events
+            self._loop.call_exception_handler({"message": "a membership event was not handled", "exception": error})
+
+    def renew(self) -> None:
+        """Asks for a new lease; comes back by itself until there is one."""
+        if self._joined and not self._over and (self._renewal is None or self._renewal.done()):
+            self._renewal = self._loop.create_task(self._guarded(self._renew()))
+
+    async def _renew(self) -> None:
+        lease_s = self._lease_ns / 1e9
+        late = self._loop.call_later(lease_s, self._suspend, f"no answer of the servers for {lease_s:.1f} s")
+        try:
+            while True:
+                began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+                try:
+                    await self._publish()
+                    break
+                except Unreachable:
+                    await self._up.wait()
+        finally:
+            late.cancel()
+        self._emit(Leased(began_ns + self._lease_ns))
+        if self._suspended_for is not None and self._up.is_set():
+            self._suspended_for = None
+            self._emit(Resumed())
+
+    async def _publish(self) -> None:
+        self._published = self._position
+        await self._there.set(self._member_path(self._me), self._member_data())
+
+    async def _guarded(self, body: Coroutine[Any, Any, None]) -> None:
+        """Runs a task of the driver; what it cannot go on without ends this incarnation."""
+        try:
+            await body
+        except SessionLost as error:
+            self._lose(str(error))
+        except NoNodeError:
+            self._lose("what belongs to this member was deleted from ZooKeeper")
+        except PeerError as error:
+            self._lose(str(error))
+        except KazooException as error:
+            self._lose(f"ZooKeeper refused a request: {error or type(error).__name__}")
+
+    # --- sending ---------------------------------------------------------------------------------------------------
+
+    def broadcast(self, data: bytes) -> None:
+        if len(data) > self.max_message:
+            raise UsageError(f"zookeeper driver: a message of {len(data)} bytes is too large")
+        if not self._me.incarnation:
+            raise UsageError("zookeeper driver: not opened")
+        if self._over or self._leaving:  # nobody would hear it
+            return
+        if self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
+            raise UsageError("zookeeper driver: too many messages wait to be ordered")
+        self._queue.append(bytes(data))
+        self._queued_bytes += len(data)
+        self._to_send.set()
+
+    async def _append(self, entry: Entry) -> None:
+        """Repeats until the entry is in the log; it may be there twice then."""
+        data = entry.encode()
+        while True:
+            try:
+                await self._there.create(f"{self._base}/queue/e-", data, sequence=True)
+                return
+            except Unreachable:
+                await self._up.wait()
+
+    async def _send_all(self) -> None:
+        """One entry at a time; what was queued meanwhile goes into the next one together."""
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            while self._queue:
+                count = size = 0
+                for data in self._queue:
+                    size += len(data) + MESSAGE_OVERHEAD_BYTES
+                    if count and (size > BATCH_BYTES or count == MAX_ENTRY_MESSAGES):
+                        break
+                    count += 1
+                self._counter += 1
+                messages = [self._queue[index] for index in range(count)]
+                await self._append(messages_entry(self._me.incarnation, self._counter, messages))
+                for _ in range(count):
+                    self._queued_bytes -= len(self._queue.popleft())
+            if self._leaving:
+                self._counter += 1
+                await self._append(Entry(EntryKind.LEAVE, self._me.incarnation, self._counter, b""))
+                self._sent.set()
+                return
+
+    # --- receiving -------------------------------------------------------------------------------------------------
+
+    async def _read_all(self) -> None:
+        window = 1
+        while True:
+            self._woken.clear()
+            try:
+                if await self._read_window(window):
+                    window = min(2 * window, READ_WINDOW)
+                    continue
+                window = 1
+                if await self._there.exists(self._entry_path(self._position), self._woken.set) is None:
+                    await self._woken.wait()
+            except Unreachable:
+                await self._up.wait()
+
+    def _entry_path(self, position: int) -> str:
+        return f"{self._base}/queue/{position_path(position)}"
+
+    async def _read_window(self, window: int) -> bool:
+        """Folds what is there of the next entries; whether all of them were."""
+        paths = [self._entry_path(self._position + index) for index in range(window)]
+        for found in await self._there.get_many(paths):
+            if isinstance(found, NoNodeError):
+                return False
+            if isinstance(found, BaseException):
+                raise found
+            data, stat = found
+            self._position += 1
+            self._fold(stat.czxid, Entry.decode(data))
+            if self._over:
+                return False
+        if self._joined and self._position - self._published >= PUBLISH_ENTRIES:
+            await self._publish()
+        return True
+
+    def _fold(self, transaction: int, entry: Entry) -> None:
+        for event in self._roster.fold(transaction, entry):
+            if isinstance(event, View):
+                self._look.set()
+                for peer in event.left:
+                    self._struck.pop(peer.incarnation, None)
+                if self._me in event.left:
+                    if not self._leaving:
+                        self._lose("this member was declared dead")
+                    return
+                if self._me in event.joined:
+                    self._joined = True
+                if event.grace_ns:
+                    event = event._replace(grace_ns=event.grace_ns * GRACE_PERCENT // 100)
+            if self._joined:
+                self._emit(event)
+        if self._joined and entry.author == self._me.incarnation and entry.kind == EntryKind.JOIN:
+            self.renew()
+
+    # --- watching the others ---------------------------------------------------------------------------------------
+
+    async def _watch_all(self) -> None:
+        """Each watches the next older living member; the oldest one watches all, and declares who is dead."""
+        while True:
+            self._look.clear()
+            try:
+                if self._joined and not await self._older_lives():
+                    await self._declare_dead()
+                await self._look.wait()
+            except Unreachable:
+                await self._up.wait()
+
+    async def _older_lives(self) -> bool:
+        members = list(self._roster.members.values())
+        if self._me not in members:
+            return True  # leaving
+        for peer in reversed(members[: members.index(self._me)]):
+            stat = await self._there.exists(self._member_path(peer), self._look.set)
+            if stat is not None and self._is_owner(stat, peer):
+                return True
+        return False
+
+    async def _declare_dead(self) -> None:
+        names = dict.fromkeys(await self._there.children(f"{self._base}/members", self._look.set))
+        members = self._roster.members.items()
+        dead = [n for n, peer in members if peer.id.hex() not in names and n not in self._struck]
+        if dead:
+            await self._append(dead_entry(self._me.incarnation, 0, dead))
+            self._struck.update(dict.fromkeys(dead))
+
+    # --- keeping the log short -------------------------------------------------------------------------------------
+
+    async def _collect_all(self) -> None:
+        """The oldest member moves the checkpoint, and deletes what everybody has read."""
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5))
+            if self._position - self._checkpoint < CHECKPOINT_ENTRIES:
+                continue
+            if next(iter(self._roster.members), 0) != self._me.incarnation:
+                self._checkpoint = self._position - CHECKPOINT_ENTRIES // 2  # look again a little later
+                continue
+            try:
+                await self._collect()
+            except Unreachable:
+                await self._up.wait()
+
+    async def _collect(self) -> None:
+        client, path = self._there, f"{self._base}/checkpoint"
+        position, data = self._position, self._roster.encode(self._position)
+        try:
+            old, stat = await client.get(path)
+            if Roster.decode(old)[1] < position:
+                await client.set(path, data, stat.version)
+        except NoNodeError:
+            with contextlib.suppress(NodeExistsError):
+                await client.create(path, data)
+            return  # the next round finds it
+        except BadVersionError:
+            return  # somebody else is at it
+        self._checkpoint = position
+        keep = position
+        for name in await client.children(f"{self._base}/members"):
+            with contextlib.suppress(NoNodeError):
+                data, _ = await client.get(f"{self._base}/members/{name}")
+                read_up_to = json.loads(data)["position"]
+                if read_up_to is None:
+                    return
+                keep = min(keep, read_up_to)
+        for name in await client.children(f"{self._base}/queue"):
+            if (int(name.removeprefix("e-")) - keep) % (1 << 32) >= 1 << 31:  # the counter has 32 bits
+                await client.delete(f"{self._base}/queue/{name}")
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        if self._over or self._leaving or not self._joined:
+            return
+        self._leaving = True
+        self._to_send.set()
+        try:
+            await asyncio.wait_for(self._sent.wait(), LEAVE_PATIENCE_S)
+        except TimeoutError:
+            _logger.warning("zookeeper driver: left without telling: %s cannot be reached", self._servers)
+        self._end()
+
+    async def close(self) -> None:
+        self._end()
+        tasks, self._tasks = self._tasks, []
+        if self._renewal is not None:
+            tasks.append(self._renewal)
+            self._renewal = None
+        current = asyncio.current_task()
+        for task in tasks:
+            if task is not current:
+                task.cancel()
+        await asyncio.gather(*(task for task in tasks if task is not current), return_exceptions=True)
+        client, self._client = self._client, None
+        if client is not None:
+            await client.stop()
+
+    def _end(self) -> None:
+        """No more events, and nothing more is sent."""
+        self._over = True
+        self._queue.clear()
+        self._queued_bytes = 0
+        for task in (*self._tasks, *([self._renewal] if self._renewal is not None else [])):
+            if task is not _current_task():
+                task.cancel()
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # called from outside any task
+        return None

@@ -1,0 +1,43 @@
+"""What `-c zookeeper:...` says: the servers, the cluster's place in the ensemble, the session timeout (cli.md 1.4)."""
+
+from __future__ import annotations
+
+from sheepdog.cluster.core.errors import UsageError
+
+DEFAULT_BASE = "/sheepdog"
+DEFAULT_PORT = 2181
+DEFAULT_TIMEOUT_MS = 3000  # cli.md 1.4
+MIN_TIMEOUT_MS, MAX_TIMEOUT_MS = 100, 600_000  # the ensemble has limits of its own, in between
+
+
+def parse(argument: str) -> tuple[str, str, int]:
+    """(servers as HOST:PORT separated by commas, base path, session timeout in ms). UsageError."""
+    servers, found, timeout = argument.partition(",timeout=")
+    timeout_ms = DEFAULT_TIMEOUT_MS
+    if found:
+        if not timeout.isascii() or not timeout.isdigit() or not MIN_TIMEOUT_MS <= int(timeout) <= MAX_TIMEOUT_MS:
+            raise UsageError(
+                f"zookeeper driver: Invalid timeout '{timeout}': "
+                f"must be an integer between {MIN_TIMEOUT_MS} and {MAX_TIMEOUT_MS} (ms)"
+            )
+        timeout_ms = int(timeout)
+    servers, _, path = servers.partition("/")
+    base = "/" + path.strip("/") if path.strip("/") else DEFAULT_BASE
+    if any(part in ("", ".", "..") for part in base[1:].split("/")):
+        raise UsageError(f"zookeeper driver: Invalid cluster id '{path}'")
+    listed = []
+    for server in servers.split(","):
+        host, colon, port = server.strip().rpartition(":")
+        if not server.strip():
+            continue
+        if not colon or server.endswith("]"):
+            host, port = server.strip(), str(DEFAULT_PORT)
+        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise UsageError(f"zookeeper driver: Invalid server '{server}': HOST:PORT is wanted")
+        listed.append(f"{host}:{port}")
+    if not listed:
+        raise UsageError(
+            "zookeeper driver: the list of servers is missing: "
+            "-c zookeeper:HOST:PORT[,HOST:PORT...][/CLUSTER_ID][,timeout=MS]"
+        )
+    return ",".join(listed), base, timeout_ms
