@@ -4,6 +4,7 @@ Each script may be run again from its start by another node after a crash at any
 
  create  the new inode is written, then the base is frozen: that write is what a cold start goes by
  delete  the inode loses its name first, then what it named is freed, then its map is emptied
+ late    entries written into a frozen map reach the map of the VDI that goes on; nobody writes that meanwhile
  load    after a cold start: the VDI table is collected from the inode objects of all members
 """
 
@@ -36,6 +37,7 @@ from sheepdog.cluster.core.inode import (
     empty_btree,
     map_offset,
     objects_of,
+    pack_map,
     unpack_map,
 )
 from sheepdog.cluster.core.inode_writes import InodeWrites
@@ -74,6 +76,7 @@ class Executor:
             "create": self._create,
             "delete": self._delete,
             "attribute": self._attribute,
+            "late": self._late,
             "load": self._load,
         }
 
@@ -212,6 +215,36 @@ class Executor:
         yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
         tombstone = {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
         return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": {"put": [tombstone]}}
+
+    # -- late map writes -------------------------------------------------------------------------------------------
+
+    def _late(self, operation: Values) -> Script[Values]:
+        """protocol.md 8.4: an entry reaches the heir only where that still has what the frozen map had."""
+        heir = self._context.state.vdis.heir(Vid(operation["vid"]))
+        if heir is None:
+            return {"result": int(Result.SUCCESS)}
+        yield self._freeze(heir.vid)
+        made: list[tuple[int, int]] = operation["made"]
+        oid = inode_oid(heir.vid)
+        while made:
+            low = made[0][0]
+            count = 1 + max(index - low for index, _ in made if index - low < _MAP_CHUNK_ENTRIES)
+            part, made = (
+                [pair for pair in made if pair[0] < low + count],
+                [pair for pair in made if pair[0] >= low + count],
+            )
+            result, data = yield self._read(oid, map_offset(low), 4 * count)
+            if result:
+                return {"result": int(Result.EIO)}
+            entries = unpack_map(data)
+            same = [index for index, old in part if entries[index - low] == old]
+            for index in same:
+                entries[index - low] = operation["vid"]
+            if same:
+                result, _ = yield self._change(oid, 0, map_offset(low), pack_map(entries))
+                if result:
+                    return {"result": int(result)}
+        return {"result": int(Result.SUCCESS)}
 
     # -- attributes ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 header  the client may change tag, vm_clock, vm_state_size, size (growing), copies; all nodes learn it
 map     entries that change drop their reference to the data object they named; an object that nobody
-        names any more is freed before the client is answered, so that it may create it again at once
+        names any more is freed before the client is answered, so that it may create it again at once.
+        A client that has not noticed a snapshot yet still writes the frozen map: its new objects must
+        reach the volume that goes on (8.4), or an acknowledged write is gone when it is opened again
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sheepdog.cluster.core.inode import (
 )
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Flag
+from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.script import Script, Step, gather, run
 
@@ -30,9 +33,10 @@ from sheepdog.cluster.core.script import Script, Step, gather, run
 class InodeWrites:
     """Takes client writes to inode objects from the gateway."""
 
-    def __init__(self, context: Context, gateway: Gateway) -> None:
+    def __init__(self, context: Context, gateway: Gateway, operations: Operations) -> None:
         self._context = context
         self._gateway = gateway
+        self._operations = operations
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         record = self._context.state.vdis.get(vid_of(oid))
@@ -53,8 +57,19 @@ class InodeWrites:
     def _change(self, oid: ObjectId, flags: int, offset: int, data: Buffer) -> Step:
         return lambda done: self._gateway.change(oid, flags, offset, 0, data, 0, done)
 
+    def _read_to_change(self, oid: ObjectId, offset: int, length: int) -> Script[tuple[int, Buffer]]:
+        """Reads what the caller changes at once. The read is no write, so a snapshot may have begun meanwhile: it
+        would copy the inode without the change, and be undone by it. Then the read comes again after it."""
+        vid = vid_of(oid)
+        while True:
+            result, data = yield self._read(oid, offset, length)
+            if not self._gateway.is_frozen(vid):
+                return int(result), data
+            self._context.probe("inode.frozen_while_read")
+            yield lambda done: self._gateway.when_thawed(vid, done)
+
     def _write_header(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
-        result, old = yield self._read(oid, 0, HEADER_SIZE)
+        result, old = yield from self._read_to_change(oid, 0, HEADER_SIZE)
         if result:
             return int(result)
         wanted = bytearray(old)
@@ -88,15 +103,24 @@ class InodeWrites:
     def _write_map(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         entries = entries_written(offset, len(data))
         start, length = map_offset(entries.start), 4 * len(entries)
-        result, before = yield self._read(oid, start, length)
+        result, before = yield from self._read_to_change(oid, start, length)
         if result:
             return int(result)
         after = bytearray(before)
         after[offset - start : offset - start + len(data)] = data
+        old, new = unpack_map(before), unpack_map(after)
+        record = self._context.state.vdis.get(vid_of(oid))
+        if record is not None and record.is_snapshot:
+            # The heir first: a client that asks again, because this node died in between, finds the old entries here.
+            made = [(entries.start + i, old[i]) for i in range(len(old)) if old[i] != new[i] == record.vid]
+            if made:
+                self._context.probe("inode.late_map_write")
+                result = yield lambda done: self._operations.late_map_write(record.vid, made, done)
+                if result:
+                    return int(result)
         result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, offset, data)
         if result or before == after:
             return int(result)
-        old, new = unpack_map(before), unpack_map(after)
         dropped = [(Vid(old[i]), entries.start + i) for i in range(len(old)) if old[i] and old[i] != new[i]]
         if dropped:
             yield from self.reclaim(vid_of(oid), dropped)

@@ -115,6 +115,12 @@ class Operations:
 
         self._queue(operation, ended)
 
+    def late_map_write(self, vid: Vid, made: list[tuple[int, int]], done: ResultDone) -> None:
+        """A client wrote its own objects into the map of the frozen `vid`: the volume that goes on gets those entries
+        too, where it still has the old ones. `made`: (index, old entry)."""
+        operation = {"op": "late", "vid": vid, "made": made}
+        self._queue(operation, lambda values: done(Result(values["result"])))
+
     # -- one-step changes --------------------------------------------------------------------------------------------
 
     def find_vdi(self, name: bytes, tag: bytes, snap_id: int, done: VdiDone) -> None:

@@ -198,6 +198,18 @@ class VdiTable:
             record = self._records.get(record.parent)
         return found
 
+    def heir(self, vid: Vid) -> VdiRecord | None:
+        """The working VDI that goes on where `vid` was frozen, over any number of snapshots; None if it is gone.
+
+        A snapshot gives the frozen VDI's snap_ctime to the VDI that it makes as create_time; no clone has it.
+        """
+        record = self._records.get(vid)
+        while record is not None and record.is_snapshot:
+            time = record.snap_ctime
+            children = (self._records[child] for child in self._children.get(record.vid, ()))
+            record = next((child for child in children if child.create_time == time), None)
+        return None if record is None or record.deleted else record
+
     def unlock_node(self, owner: str) -> None:
         """Locks vanish when their owning gateway node leaves (cli.md 4, "Lock")."""
         for record in self._records.values():
