@@ -100,11 +100,14 @@ class Cluster:
         """Until each of `nodes` (those that run) sees `members` nodes; how long that took, in seconds."""
         watched = list(nodes) if nodes is not None else self.running_nodes()
         assert watched, "no node runs\n" + self.logs()
-        return wait_until(
-            lambda: all(native.member_count(self.socket(node)) == members for node in watched),
-            seconds,
-            f"nodes {watched} see {members} members",
-        )
+
+        def joined() -> bool:
+            behind = [node for node in watched if native.member_count(self.socket(node)) != members]
+            ended = [node for node in behind if not self.pids(node)]
+            assert not ended, f"nodes {ended} have ended"
+            return not behind
+
+        return wait_until(joined, seconds, f"nodes {watched} see {members} members")
 
     def wait_status(self, result: int, nodes: Iterable[int] | None = None, seconds: float = JOIN_SECONDS) -> None:
         """Until each of `nodes` (those that run) answers STAT_CLUSTER with `result`."""
