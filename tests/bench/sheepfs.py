@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 
-from tests.support import needs
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
 from tests.support.processes import having_argument, run, wait_until
@@ -106,12 +105,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2, help="length of one run")
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     arguments = parser.parse_args()
-    if os.geteuid() or needs.which("fio") is None:
+    if os.geteuid() or shutil.which("fio") is None:
         print("needs root and fio", file=sys.stderr)
         return 1
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
-        stack.callback(rmtree, directory, ignore_errors=True)
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         cluster = Cluster(NODES, directory)
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
