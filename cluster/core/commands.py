@@ -1,15 +1,16 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
-vdis      records added or changed by an operation          changes: {"put": [record...], "table": [...]}
-header    a client wrote the header of an inode             vid, tag, size, vm_state_size, copies
-add       register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
-lock      lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
-release   unlock (RELEASE_VDI)                              vid, shared
-find      lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
-recovery  automatic recovery on or off                      enabled
-shutdown  all nodes stop
-kill      one node stops                                    node
-epoch     a new epoch without a change of members           time
+vdis       records added or changed by an operation          changes: {"put": [record...], "table": [...]}
+header     a client wrote the header of an inode             vid, tag, size, vm_state_size, copies
+add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
+lock       lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
+release    unlock (RELEASE_VDI)                              vid, shared
+coherence  a sharer's client writes the map, or reads it     vid, write
+find       lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
+recovery   automatic recovery on or off                      enabled
+shutdown   all nodes stop
+kill       one node stops                                    node
+epoch      a new epoch without a change of members           time
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status
-from sheepdog.cluster.core.vdi import LockState, VdiRecord, VdiTable
+from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord, VdiTable
 
 Command = dict[str, Any]
 MAX_PARTICIPANTS = 31  # protocol.md 8.5
@@ -39,7 +40,9 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
         record = VdiRecord.from_json(values)
         old = state.vdis.get(record.vid)
         if old is not None:
-            record.lock, record.owners = old.lock, old.owners
+            record.take_lock(old)
+            if record.deleted:
+                record.take_lock(VdiRecord(record.vid, b""))
         state.vdis.put(record)
     if "move_lock" in command:
         _move_lock(state, *command["move_lock"])
@@ -50,8 +53,8 @@ def _move_lock(state: ClusterState, source: int, target: int) -> None:
     """After a snapshot the client goes on with the new working vid without locking it (protocol.md 8.5)."""
     old, new = state.vdis.get(Vid(source)), state.vdis.get(Vid(target))
     if old is not None and new is not None:
-        new.lock, new.owners = old.lock, old.owners
-        old.lock, old.owners = LockState.UNLOCKED, []
+        new.take_lock(old)
+        old.take_lock(VdiRecord(old.vid, b""))
 
 
 def _header(state: ClusterState, _: str, command: Command) -> Result:
@@ -95,11 +98,9 @@ def _lock(state: ClusterState, sender: str, command: Command) -> tuple[Result, V
     if command["shared"]:
         if record.lock == LockState.LOCKED:
             return Result.VDI_LOCKED, record
-        if sender not in record.owners:
-            if len(record.owners) >= MAX_PARTICIPANTS:
-                return Result.VDI_LOCKED, record
-            record.owners.append(sender)
-        record.lock = LockState.SHARED
+        if sender not in record.owners and len(record.owners) >= MAX_PARTICIPANTS:
+            return Result.VDI_LOCKED, record
+        record.share(sender)
         return Result.SUCCESS, record
     if record.lock != LockState.UNLOCKED:
         return Result.VDI_LOCKED, record
@@ -109,16 +110,30 @@ def _lock(state: ClusterState, sender: str, command: Command) -> tuple[Result, V
 
 def _release(state: ClusterState, sender: str, command: Command) -> Result:
     record = state.vdis.get(Vid(command["vid"]))
+    if record is not None and record.is_snapshot:
+        record = state.vdis.heir(record.vid)  # the client has not noticed that a snapshot has moved its lock
     if record is None:
         return Result.SUCCESS
     if command["shared"]:
         if record.lock == LockState.SHARED and sender in record.owners:
-            record.owners.remove(sender)
-            if not record.owners:
-                record.lock = LockState.UNLOCKED
+            record.unshare(sender)
     elif record.lock == LockState.LOCKED:
         record.lock, record.owners = LockState.UNLOCKED, []
     return Result.SUCCESS
+
+
+def _coherence(state: ClusterState, sender: str, command: Command) -> tuple[Result, int]:
+    """protocol.md 8.6: the sender's client changes the map, or reads it as a whole."""
+    record = state.vdis.get(Vid(command["vid"]))
+    if record is None or record.lock != LockState.SHARED:
+        return Result.SUCCESS, 0
+    for position, (owner, sharing) in enumerate(zip(record.owners, record.sharing, strict=True)):
+        if command["write"]:
+            record.sharing[position] = Sharing.MODIFIED if owner == sender else Sharing.INVALIDATED
+        elif owner == sender or sharing == Sharing.MODIFIED:
+            record.sharing[position] = Sharing.SHARED
+    record.rounds += bool(command["write"])
+    return Result.SUCCESS, record.rounds
 
 
 def _recovery(state: ClusterState, _: str, command: Command) -> Result:
@@ -142,6 +157,7 @@ _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "find": _find,
     "lock": _lock,
     "release": _release,
+    "coherence": _coherence,
     "recovery": _recovery,
     "shutdown": _shutdown,
     "kill": _nothing,

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
+from sheepdog.cluster.core.inode import MAP_END
 from sheepdog.cluster.core.limits import MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
@@ -90,6 +92,7 @@ class Gateway:
         self._everyone = everyone
         self.home: Home | None = None
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
+        self.coherence: Coherence | None = None  # set by the node
         self.pending: dict[int, _Request] = {}  # by number, in the order they came
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
         context.active_requests = lambda: len(self.pending)
@@ -154,6 +157,21 @@ class Gateway:
         if self._may_change(oid, done, lambda: self.remove(oid, done)):
             self._context.counters.removes += 1
             self.change(oid, Flag.REMOVE, 0, 0, b"", 0, done)
+
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+        """Before a request of a client that understands INODE_INVALIDATED: True if it was answered here.
+
+        `length` is 0 for a change. Another gateway has changed the volume's map, and the client has not read the whole
+        inode since.
+        """
+        coherence, vid = self.coherence, vid_of(oid)
+        if coherence is None or not coherence.is_invalidated(vid):
+            return False
+        if is_inode(oid) and not offset and length == MAP_END:
+            coherence.refresh(vid, lambda result: self.read(oid, 0, length, done) if not result else done(result, b""))
+        else:
+            done(Result.INODE_INVALIDATED, b"")
+        return True
 
     def flush(self, vid: Vid, done: IoDone) -> None:
         """Everything acknowledged so far for this volume (and what it was branched off) becomes durable."""

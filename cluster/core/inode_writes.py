@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 
+from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.gateway import Gateway, IoDone
@@ -33,8 +34,9 @@ from sheepdog.cluster.core.script import Script, Step, gather, run
 class InodeWrites:
     """Takes client writes to inode objects from the gateway."""
 
-    def __init__(self, context: Context, gateway: Gateway, operations: Operations) -> None:
+    def __init__(self, context: Context, gateway: Gateway, operations: Operations, coherence: Coherence) -> None:
         self._context = context
+        self._coherence = coherence
         self._gateway = gateway
         self._operations = operations
 
@@ -47,7 +49,7 @@ class InodeWrites:
         if data and offset < HEADER_SIZE:
             run(self._write_header(oid, offset, data, durable), lambda result: done(result, b""))
         elif data and end <= MAP_END and not record.store_policy:
-            run(self._write_map(oid, offset, data, durable), lambda result: done(result, b""))
+            run(self._write_coherently(oid, offset, data, durable), lambda result: done(result, b""))
         else:
             self._gateway.change(oid, Flag.DURABLE if durable else 0, offset, 0, data, 0, done)
 
@@ -99,6 +101,17 @@ class InodeWrites:
         }
         answer = yield lambda done: self._context.machine.propose(command, done)
         return int(answer)
+
+    def _write_coherently(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
+        """A map write through one of several gateways. The others learn that their maps are old before it, and once
+        more after it if one of them has read the map meanwhile (protocol.md 8.6)."""
+        vid = vid_of(oid)
+        result = yield from self._coherence.claim(vid)
+        if not result:
+            result = yield from self._write_map(oid, offset, data, durable)
+        if not result:
+            result = yield from self._coherence.claim(vid)
+        return result
 
     def _write_map(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         entries = entries_written(offset, len(data))

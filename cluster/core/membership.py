@@ -307,6 +307,8 @@ class ClusterMachine:
         state = self.state
         member = member_from_json(join["member"])
         others = [other for other in state.members if other.id != member.id]
+        if len(others) < len(state.members):  # back before it was struck out
+            state.vdis.unlock_node(node_key(member.id))
         state.members = state.weighted([*others, member])
         if state.status == Status.RUNNING:
             self._new_epoch(time_s, quiet)

@@ -12,8 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import PeerError, Result, StoreError
+from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
@@ -70,7 +71,8 @@ class Node:
         self.everyone = Everyone(self.context)
         self.gateway = Gateway(self.context, self.replica, self.everyone)
         self.operations = Operations(self.context)
-        inodes = InodeWrites(self.context, self.gateway, self.operations)
+        self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone)
+        inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
         self.gateway.inode_write = inodes.write
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
         self.home: Home | None = None
@@ -159,6 +161,7 @@ class Node:
         self.context.placement.forget()
         if operation["op"] == "load":
             self._tell_inventory()
+        self.coherence.changed()
         self.gateway.thaw()
         self.operations.ended(operation)
 
@@ -166,6 +169,8 @@ class Node:
         kind = command["t"]
         if kind in ("header", "add"):
             self.context.placement.forget()
+        elif kind in ("coherence", "release"):
+            self.coherence.changed()
         elif kind == "recovery":
             self._save_config()
             if self.home is not None and self.home.active:
@@ -418,9 +423,11 @@ class Node:
         self.gateway.freeze(vid_of(message.oid), lambda: answer(Result.SUCCESS, b""))
 
     def _on_query(self, sender: NodeId, message: Message) -> None:
-        if json.loads(bytes(_body(message))) != "inodes":
-            raise PeerError("unknown query")
-        self._executor.inodes_here(self._answering(sender, message))
+        question = json.loads(bytes(_body(message)))
+        if question == "inodes":
+            self._executor.inodes_here(self._answering(sender, message))
+        else:
+            self.coherence.asked(question, self._answering(sender, message))
 
     def _answering(self, sender: NodeId, message: Message) -> Callable[[int, Buffer], None]:
         def answer(result: int, body: Buffer) -> None:

@@ -26,6 +26,14 @@ class LockState(enum.IntEnum):
     SHARED = 3
 
 
+class Sharing(enum.IntEnum):
+    """State of a participant of a shared lock (protocol.md 8.6)."""
+
+    MODIFIED = 1
+    SHARED = 2
+    INVALIDATED = 3
+
+
 @dataclass(slots=True)
 class VdiRecord:
     """What every node knows of one VDI. Times are (seconds << 32) | nanoseconds; `size` in bytes.
@@ -49,10 +57,44 @@ class VdiRecord:
     deleted: bool = False
     lock: int = LockState.UNLOCKED
     owners: list[str] = field(default_factory=list)  # nodes that hold the lock, as hex of address and port
+    sharing: list[int] = field(default_factory=list)  # of each owner of a shared lock
+    rounds: int = 0  # changes of `sharing` by map writes
 
     @property
     def is_snapshot(self) -> bool:
         return self.snap_ctime != 0
+
+    def take_lock(self, other: VdiRecord) -> None:
+        """The lock of another record, with its owners."""
+        self.lock, self.owners, self.sharing, self.rounds = other.lock, other.owners, other.sharing, other.rounds
+
+    def sharing_of(self, owner: str) -> int:
+        """What an owner of the shared lock knows of the map; 0 for a node that does not take part."""
+        return self.sharing[self.owners.index(owner)] if owner in self.owners else 0
+
+    def is_modified_by(self, owner: str) -> bool:
+        """No node but `owner` has a client whose map is thought to be up to date."""
+        others = (sharing for node, sharing in zip(self.owners, self.sharing, strict=True) if node != owner)
+        return all(sharing == Sharing.INVALIDATED for sharing in others) and (
+            self.sharing_of(owner) in (0, Sharing.MODIFIED)
+        )
+
+    def share(self, owner: str) -> None:
+        """One more participant of the shared lock."""
+        self.lock = LockState.SHARED
+        if owner not in self.owners:
+            newest = Sharing.INVALIDATED if Sharing.MODIFIED in self.sharing else Sharing.SHARED
+            self.sharing.append(newest if self.owners else Sharing.MODIFIED)
+            self.owners.append(owner)
+
+    def unshare(self, owner: str) -> None:
+        """A participant, or the only owner, is gone."""
+        position = self.owners.index(owner)
+        del self.owners[position]
+        if self.lock == LockState.SHARED:
+            del self.sharing[position]
+        if not self.owners:
+            self.lock = LockState.UNLOCKED
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -214,9 +256,7 @@ class VdiTable:
         """Locks vanish when their owning gateway node leaves (cli.md 4, "Lock")."""
         for record in self._records.values():
             if owner in record.owners:
-                record.owners.remove(owner)
-                if not record.owners:
-                    record.lock = LockState.UNLOCKED
+                record.unshare(owner)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [record.to_json() for record in self.records()]

@@ -61,6 +61,8 @@ class Gateway(Protocol):
 
     def flush(self, vid: Vid, done: IoDone) -> None: ...
 
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool: ...
+
 
 class Requests:
     """Gives every request to its handler; a refused one is answered, its connection stays."""
@@ -116,6 +118,8 @@ class Requests:
         oid, offset = _object_of(call)
         if call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
+        elif call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, call.length, call.read):
+            return
         elif call.length:
             self._gateway.read(oid, offset, call.length, call.read)
         else:
@@ -134,6 +138,8 @@ class Requests:
                 return
             # `dog benchmark io` adds the object's place in the volume to the offset; refused, it would end.
             data = data[: max(len(data) - beyond, 0)]
+        if call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written):
+            return
         if data:
             self._gateway.write(oid, offset, data, _durable(call), call.written)
         else:
@@ -149,6 +155,8 @@ class Requests:
         data = call.payload
         if len(data) != call.length or offset + len(data) > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
+            return
+        if call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written):
             return
         source = cow_oid if call.flags & Flags.COW else ObjectId(0)
         self._gateway.create(oid, source, offset, data, _durable(call), call.written)

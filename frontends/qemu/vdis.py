@@ -30,7 +30,6 @@ from sheepdog.frontends.qemu.connection import Call
 from sheepdog.frontends.qemu.requests import Handler
 
 _SHARED = 1  # lock type (protocol.md 2.5)
-_UP_TO_DATE = 2  # state of a participant of a shared lock (protocol.md 8.6)
 
 
 class Cluster(Protocol):
@@ -193,12 +192,10 @@ class VdiOperations:
         if call.flags & Flags.WRITE or not room:
             call.fail(Result.INVALID_PARMS if call.flags & Flags.WRITE else Result.BUFFER_SMALL)
             return
-        states: list[bytes] = []
-        for record in self._node.cluster.vdis.records():
-            if len(states) == room:
-                break
-            states.append(pack_vdi_state(_state_of(record)))
-        call.done(Result.SUCCESS, b"".join(states))
+        records = list(self._node.cluster.vdis.records())
+        if len(records) > room:  # whoever asks wants to know of locks
+            records.sort(key=lambda record: (record.deleted, record.lock == LockState.UNLOCKED, record.vid))
+        call.done(Result.SUCCESS, b"".join(pack_vdi_state(_state_of(record)) for record in records[:room]))
 
     def _add(self, call: Call) -> None:
         fields = VDI_STATE_REQUEST.unpack(call.buffer, call.start)
@@ -256,5 +253,5 @@ def _state_of(record: VdiRecord) -> VdiState:
         parent=record.parent or NO_VID,
         lock_state=record.lock,
         owner=owners[0] if record.lock == LockState.LOCKED and owners else None,
-        participants=tuple((_UP_TO_DATE, owner) for owner in owners) if shared else (),
+        participants=tuple(zip(record.sharing, owners, strict=True)) if shared else (),
     )

@@ -91,6 +91,9 @@ class MemoryGateway:
         self.flushed.append(vid)
         self.answer(done, 0)
 
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+        return False
+
 
 class Answer(NamedTuple):
     header: Response

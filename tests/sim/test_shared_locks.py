@@ -1,0 +1,220 @@
+"""Several gateways with one volume open: no client goes on with an old map (protocol.md 8.5, 8.6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, wait_for, write_map
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
+from sheepdog.cluster.core.inode import MAP_END, map_offset, unpack_map
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.script import Script, run
+from sheepdog.cluster.core.state import ClusterFlag, node_key
+from sheepdog.cluster.core.vdi import LockState, Sharing
+from sheepdog.cluster.sim.clients import block_of
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
+from sheepdog.cluster.sim.world import MILLISECOND, World
+
+NAME = b"guest"
+LOCKS = ClusterFlag.AUTO_VNODES | ClusterFlag.LOCKS
+ROUNDS, SEEDS = 12, 40
+
+
+def enforcing(seed: int) -> SimCluster:
+    cluster = SimCluster(World(seed), 3)
+    cluster.start_all()
+    cluster.format(3, flags=LOCKS)
+    return cluster
+
+
+def lock(cluster: SimCluster, node: int, shared: bool, expected: Result = Result.SUCCESS) -> None:
+    operations = cluster.machines[node].node.operations
+    result, _ = wait_for(cluster.world, lambda done: operations.lock_vdi(NAME, b"", 0, shared, done))
+    assert result == expected, Result(result)
+
+
+def release(cluster: SimCluster, node: int, vid: Vid, shared: bool) -> None:
+    operations = cluster.machines[node].node.operations
+    wait_for(cluster.world, lambda done: operations.release_vdi(vid, shared, done))
+
+
+def sharing(cluster: SimCluster, vid: Vid) -> dict[int, int]:
+    """State of each participant, as the last node sees it."""
+    cluster.world.run_for(100 * MILLISECOND)
+    machine = next(machine for machine in reversed(cluster.machines) if machine.up)
+    record = machine.node.cluster.vdis.get(vid)
+    assert record is not None
+    assert len(record.owners) == len(record.sharing) or record.lock == LockState.LOCKED
+    keys = [node_key(machine.id) for machine in cluster.machines]
+    return {keys.index(owner): state for owner, state in zip(record.owners, record.sharing, strict=False)}
+
+
+def tgt_read(cluster: SimCluster, node: int, oid: ObjectId, length: int) -> tuple[int, Any]:
+    """A read with the flag TGT."""
+    gateway = cluster.machines[node].node.gateway
+
+    def ask(done: Any) -> None:
+        if not gateway.read_invalidated(oid, 0, length, done):
+            gateway.read(oid, 0, length, done)
+
+    answer: tuple[int, Any] = wait_for(cluster.world, ask)
+    return answer
+
+
+def test_states_of_the_participants() -> None:
+    cluster = enforcing(1)
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0, 1)
+    lock(cluster, 0, shared=True)
+    assert sharing(cluster, vid) == {0: Sharing.MODIFIED}
+    lock(cluster, 1, shared=True)
+    lock(cluster, 1, shared=True)  # tgt does so when it reloads
+    assert sharing(cluster, vid) == {0: Sharing.MODIFIED, 1: Sharing.INVALIDATED}
+    lock(cluster, 2, shared=False, expected=Result.VDI_LOCKED)
+    assert tgt_read(cluster, 0, data_oid(vid, 0), 1)[0] == Result.SUCCESS
+    assert tgt_read(cluster, 1, data_oid(vid, 0), 1)[0] == Result.INODE_INVALIDATED
+    assert tgt_read(cluster, 1, inode_oid(vid), 1)[0] == Result.INODE_INVALIDATED
+    result, data = tgt_read(cluster, 1, inode_oid(vid), MAP_END)
+    assert (result, len(data)) == (0, MAP_END)
+    assert sharing(cluster, vid) == {0: Sharing.SHARED, 1: Sharing.SHARED}
+    write_map(cluster, vid, 0, vid, by=1)
+    assert sharing(cluster, vid) == {0: Sharing.INVALIDATED, 1: Sharing.MODIFIED}
+    assert tgt_read(cluster, 0, data_oid(vid, 0), 1)[0] == Result.INODE_INVALIDATED
+    write_map(cluster, vid, 1, vid, by=2)  # dog, through a node that does not take part
+    assert sharing(cluster, vid) == {0: Sharing.INVALIDATED, 1: Sharing.INVALIDATED}
+    release(cluster, 0, vid, shared=True)
+    assert sharing(cluster, vid) == {1: Sharing.INVALIDATED}
+    cluster.machines[1].kill()
+    cluster.world.run_until(lambda: not sharing(cluster, vid), HEALTH_LIMIT_NS, "the lock of the dead node ends")
+    lock(cluster, 2, shared=False)
+
+
+def test_nothing_is_invalidated_unless_locks_are_enforced() -> None:
+    cluster = running(2)
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0)
+    for node in range(3):
+        lock(cluster, node, shared=True)
+        lock(cluster, node, shared=False)
+    write_map(cluster, vid, 0, vid, by=0)
+    for node in range(3):
+        assert tgt_read(cluster, node, data_oid(vid, 0), 1)[0] == Result.SUCCESS
+    assert sharing(cluster, vid) == {}
+
+
+def test_the_lock_goes_with_the_volume() -> None:
+    """A snapshot moves the lock; a client that has not noticed it releases the vid that it locked."""
+    cluster = enforcing(3)
+    vid = new_vdi(cluster)
+    lock(cluster, 0, shared=False)
+    heir = new_vdi(cluster, vid, snapshot=True, by=1)
+    lock(cluster, 1, shared=False, expected=Result.VDI_LOCKED)
+    operations = cluster.machines[1].node.operations
+    for shared in (False, True):  # the snapshot is nobody's
+        result, record = wait_for(
+            cluster.world,
+            lambda done, shared=shared: operations.lock_vdi(NAME, b"", 1, shared, done),  # type: ignore[misc]
+        )
+        assert (result, record.vid) == (0, vid)
+    release(cluster, 0, vid, shared=False)
+    lock(cluster, 1, shared=False)
+    release(cluster, 1, heir, shared=False)
+    lock(cluster, 2, shared=False)
+
+
+def test_a_lock_ends_with_the_incarnation_that_took_it() -> None:
+    """Also when its node is back before anybody has noticed that it was gone."""
+    cluster = enforcing(4)
+    new_vdi(cluster)
+    lock(cluster, 0, shared=False)
+    cluster.machines[0].kill()
+    cluster.machines[0].start()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    lock(cluster, 1, shared=False)
+
+
+class Path:
+    """A tgtd of its own on each gateway, all with the same volume open: it believes its map until it is told not to."""
+
+    def __init__(self, cluster: SimCluster, vid: Vid, node: int) -> None:
+        self.cluster = cluster
+        self.vid = vid
+        self.node = node
+        self.entries: list[int] = []
+
+    def _ask(self, what: str, oid: ObjectId, *arguments: Any, length: int = 0) -> Script[tuple[int, Any]]:
+        gateway = self.cluster.machines[self.node].node.gateway
+        while True:
+
+            def ask(done: Any) -> None:
+                if not gateway.read_invalidated(oid, 0, length, done):
+                    getattr(gateway, what)(oid, *arguments, done)
+
+            result, data = yield ask
+            if result != Result.INODE_INVALIDATED:
+                return result, data
+            result, data = yield lambda done: self._reload(gateway, done)
+            assert not result
+            self.entries = list(unpack_map(bytes(data)[map_offset(0) :]))[:5]
+            return Result.INODE_INVALIDATED, b""
+
+    def _reload(self, gateway: Gateway, done: Any) -> None:
+        if not gateway.read_invalidated(inode_oid(self.vid), 0, MAP_END, done):
+            gateway.read(inode_oid(self.vid), 0, MAP_END, done)
+
+    def write(self, index: int, value: int) -> Script[None]:
+        oid, data = data_oid(self.vid, index), block_of(value)
+        while True:
+            known = self.entries[index] == self.vid
+            if known:
+                result, _ = yield from self._ask("write", oid, 0, data, True)
+            else:
+                result, _ = yield from self._ask("create", oid, ObjectId(0), 0, data, True)
+            if result == Result.INODE_INVALIDATED:
+                continue
+            assert not result, Result(result)
+            if not known:
+                entry = self.vid.to_bytes(4, "little")
+                self.entries[index] = self.vid
+                result, _ = yield from self._ask("write", inode_oid(self.vid), map_offset(index), entry, True)
+                if result == Result.INODE_INVALIDATED:
+                    continue
+            return
+
+    def read(self, index: int) -> Script[bytes]:
+        while True:
+            if self.entries[index]:
+                result, data = yield from self._ask("read", data_oid(self.vid, index), 0, BLOCK_SIZE, length=BLOCK_SIZE)
+            else:  # tgt asks for one byte of the inode before it says that there is a hole
+                result, data = yield from self._ask("read", inode_oid(self.vid), 0, 1, length=1)
+                data = bytes(BLOCK_SIZE)
+            if result != Result.INODE_INVALIDATED:
+                assert not result, Result(result)
+                return bytes(data)
+
+
+def test_what_one_path_has_written_the_others_read() -> None:
+    """An initiator that uses its paths in turn sees what it wrote, whichever way it went."""
+    invalidated = 0
+    for seed in range(SEEDS):
+        cluster = enforcing(seed)
+        vid = new_vdi(cluster)
+        paths = [Path(cluster, vid, node) for node in range(3)]
+        for path in paths:
+            lock(cluster, path.node, shared=True)
+            path.entries = read_map(cluster, vid)
+        chance = cluster.world.stream("initiator")
+        for value in range(1, ROUNDS):
+            index = chance.randrange(5)
+            ended: list[None] = []
+            run(chance.choice(paths).write(index, value), ended.append)
+            cluster.world.run_until(lambda: bool(ended), HEALTH_LIMIT_NS, "a write")  # noqa: B023
+            found: list[bytes] = []
+            run(chance.choice(paths).read(index), found.append)
+            cluster.world.run_until(lambda: bool(found), HEALTH_LIMIT_NS, "a read")  # noqa: B023
+            assert found[0] == block_of(value), f"seed {seed}, value {value}"
+        invalidated += cluster.machines[0].node.coherence.is_invalidated(vid)
+    assert invalidated, "nobody was ever invalidated in the end"
