@@ -24,6 +24,8 @@ QEMU52 ?= $(HOME)/.cache/qemu-5.2-sheepdog
 export QEMU52
 
 PYTEST = $(BIN)/python -m pytest $(ARGS)
+# the lowest first: that is where to look when several fail
+TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 
 .PHONY: help setup lint unit test qemu52 demo bench soak clean
 
@@ -62,10 +64,10 @@ qemu52: $(MARK)-setup
 	tests/support/build-qemu52 $(QEMU52) || [ -z "$$CI" ]
 
 test: lint $(MARK)-test-packages qemu52
-	$(PYTEST) -m 'not soak' tests
+	$(PYTEST) -m 'not soak' $(TESTS)
 
 soak: setup $(MARK)-test-packages qemu52
-	$(PYTEST) -m soak --timeout 7200 tests
+	$(PYTEST) -m soak --timeout 7200 $(TESTS)
 
 demo: setup $(MARK)-demo-packages
 	@$(BIN)/python -m tests.support.demo
