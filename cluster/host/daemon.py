@@ -26,7 +26,7 @@ from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
 from sheepdog.cluster.host.loop import Collector, HostClock, Turn, describe, new_loop, prepare_process
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
-from sheepdog.cluster.host.object_store import ObjectStore
+from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
 from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.workers import ThreadWorkers
@@ -115,8 +115,19 @@ class Daemon:
         disk = RealDisk()
         self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
         self._state.open()
-        self._objects = options.disks[0] if options.disks else f"{options.metadata}/obj"
-        self.store = ObjectStore(self._objects, disk, self._workers, self._log, self._disk_failed, options.nosync)
+        disks = options.disks or (f"{options.metadata}/obj",)
+        self._objects = disks[0]
+        self.store = ObjectStore(
+            options.metadata,
+            disks,
+            disk,
+            self._workers,
+            self._clock,
+            self._turn.at_end,
+            self._log,
+            self._disk_failed,
+            store_options(options),
+        )
         self.store.open()
         self._id = NodeId(self.address, options.port)
         self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
@@ -283,15 +294,27 @@ class Daemon:
         self._log(5, f"{signal_name}: leaving the cluster")
         self.node.stop(lambda: self._end(0, signal_name))
 
-    def _disk_failed(self, directory: str, reason: str) -> None:
-        self._log(2, f"disk {directory} failed and is out of service: {reason}; no disk is left, leaving the cluster")
-        self._end(1, "the disk failed")
+    def _disk_failed(self, directory: str, reason: str, last: bool) -> None:
+        if last:
+            self._log(2, f"{directory} failed and is out of service: {reason}; leaving the cluster")
+            self._end(1, "the disk failed")
 
     def _end(self, status: int, reason: str) -> None:
         if not self._ending.done():
             self._status = status
             self._log(5, f"ending: {reason}")
             self._ending.set_result(None)
+
+
+def store_options(options: Options) -> StoreOptions:
+    """What the command line says about the store."""
+    journal = options.journal
+    return StoreOptions(
+        nosync=options.nosync,
+        journal_bytes=journal.size_bytes if journal else 0,
+        journal_directory=journal.directory if journal else None,
+        journal_skip=journal.skip if journal else False,
+    )
 
 
 def capacity(paths: tuple[str, ...]) -> int:

@@ -53,6 +53,10 @@ class ObjectDirectory:
     def __init__(self, disk: Disk, path: str, log: Log) -> None:
         self.path = path
         self.failed = False
+        self.used = 0  # bytes allocated by objects
+        self.weight = 1  # size in bytes when first used
+        self.identity = b""
+        self.names_changed = False  # since the last sync of the directory began
         self._disk = disk
         self._log = log
         self._sequence = 0

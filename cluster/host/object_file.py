@@ -6,15 +6,17 @@ import itertools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from sheepdog.cluster.core.errors import Corrupt, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
-from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.directory import ObjectDirectory, read_header, write_all
 from sheepdog.cluster.host.disk import Disk
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.host.records import Record
 
 OPEN_FILES: Final = 2048  # descriptors kept open: an 8 GiB working set of 4 MiB objects without reopening
 SHRINK_LOOK: Final = 8  # how many of the oldest are looked at when one too many is open: some may be in use
@@ -31,11 +33,14 @@ class Copy:
     """One object here. `fd` is -1 while its file is not open; trailer and entries are valid only while it is.
 
     `busy`: operations must queue in `waiting` (it is being opened, or one before them waits for the disk).
-    `entries` is the trailer seen as 64-bit words: block i's hash is entries[trailer.FIRST_ENTRY + i].
+    `entries` is the trailer seen as 64-bit words: block i's hash is entries[trailer.FIRST_ENTRY + i]. It says what is
+    in the file; `pending` has the newer blocks whose records wait for the journal. `version` is of all of it, `applied`
+    of what is in the file.
     """
 
     __slots__ = (
         "allocated",
+        "applied",
         "busy",
         "changes",
         "dirty",
@@ -44,14 +49,20 @@ class Copy:
         "gated",
         "gone",
         "home",
+        "intents",
+        "later",
         "oid",
         "path",
+        "pending",
         "pins",
         "restoring",
         "running",
         "size",
         "table",
+        "touched",
         "trailer",
+        "trailer_writes",
+        "trusted",
         "version",
         "waiters",
         "waiting",
@@ -74,10 +85,31 @@ class Copy:
         self.busy = False
         self.gated = False
         self.waiting: deque[Action] = deque()
-        self.changes = 0  # writes so far; tells a slow reader that its bytes may be old
-        self.dirty = False  # written since the last sync began
+        self.changes = 0  # changes of the file so far; tells a slow reader that its bytes may be old
+        self.pending: dict[int, Record] = {}  # by block
+        self.applied = version
+        self.later: deque[Record] | None = None  # durable records that wait for a write in another thread
+        self.intents: list[int] = []  # lsn of large writes in the file that no sync has covered yet
+        self.trailer_writes = 0
+        self.trusted = version != NO_VERSION  # False: a crash met a restore, the table may not tell what is there
+        self.touched = False  # the trailer on the disk is older than the one here
+        self.dirty = False  # the file has bytes that neither the journal nor a sync has made durable
         self.running: list[Done] | None = None  # who waits for the sync in flight
         self.waiters: list[Done] = []  # who waits for the one after it
+
+    def current_table(self) -> bytes:
+        """Hashes of all blocks, those of pending ones included; the file must be open."""
+        if not self.pending:
+            return bytes(self.trailer[trailer.HEADER_SIZE :])
+        table = bytearray(self.trailer[trailer.HEADER_SIZE :])
+        entries = memoryview(table).cast("Q")
+        for block, record in self.pending.items():
+            entries[block] = record.hash(block)
+        return bytes(table)
+
+    def is_hole(self, block: int) -> bool:
+        record = self.pending.get(block)
+        return not (self.entries[trailer.FIRST_ENTRY + block] if record is None else record.hash(block))
 
     def attach(self, fd: int, header_and_table: bytearray) -> None:
         self.fd = fd
@@ -95,10 +127,10 @@ class OpenFiles:
     """The copies with an open file, least recently used first; closes what exceeds the limits.
 
     Copies that are pinned or dirty stay open: the descriptor that wrote is the one that learns of a failed write-back.
-    `settle` is asked to make a dirty one clean; None: dirty ones may be closed (nobody relies on their syncs).
+    `settle` is asked to make a dirty one clean.
     """
 
-    def __init__(self, disk: Disk, settle: Callable[[Copy], None] | None, limit: int = OPEN_FILES) -> None:
+    def __init__(self, disk: Disk, settle: Callable[[Copy], None], limit: int = OPEN_FILES) -> None:
         self._disk = disk
         self._settle = settle
         self._limit = limit
@@ -124,15 +156,27 @@ class OpenFiles:
         self.close_if_unused(copy)
 
     def close_if_unused(self, copy: Copy) -> None:
-        if copy.gone and not copy.pins and not copy.waiters and not copy.waiting and copy.fd >= 0:
+        if (
+            copy.gone
+            and not copy.pins
+            and not copy.waiters
+            and copy.later is None
+            and not copy.waiting
+            and copy.fd >= 0
+        ):
             self._disk.close(copy.detach())
 
-    def close_all(self) -> None:
-        """For the end or a failed disk; files in use by other threads are left to the process's end."""
-        for copy in self._copies.values():
+    def forget(self, copy: Copy) -> None:
+        """The copy's disk has failed; a file in use by another thread is left to the process's end."""
+        if self._copies.pop(copy.oid, None) is not None:
+            self._table_bytes -= len(copy.trailer)
             fd = copy.detach()
             if not copy.pins:
                 self._disk.close(fd)
+
+    def close_all(self) -> None:
+        for copy in self._copies.values():
+            self._disk.close(copy.detach())
         self._copies.clear()
         self._table_bytes = 0
 
@@ -147,7 +191,7 @@ class OpenFiles:
             copy = self._copies[oid]
             if copy.pins or copy.busy:
                 continue
-            if self._settle is not None and (copy.dirty or copy.running is not None):
+            if copy.touched or copy.dirty or copy.running is not None:
                 self._settle(copy)
                 continue
             del self._copies[oid]
@@ -172,13 +216,17 @@ def open_copy(disk: Disk, copy: Copy) -> tuple[int, bytearray]:
     return fd, data
 
 
-def write_trailer(disk: Disk, copy: Copy, first: int, count: int) -> None:
-    """Writes the header and the hashes of `count` blocks from `first`."""
-    end = trailer.HEADER_SIZE + (first + count) * trailer.ENTRY_SIZE
-    view = memoryview(copy.trailer)
-    if end <= BLOCK_SIZE:  # one page: one call
-        write_all(disk, copy.fd, view[:end], copy.table)
-        return
-    start = trailer.HEADER_SIZE + first * trailer.ENTRY_SIZE
-    write_all(disk, copy.fd, view[start:end], copy.table + start)
-    write_all(disk, copy.fd, view[: trailer.HEADER_SIZE], copy.table)
+def write_trailer(disk: Disk, copy: Copy, flags: int = 0) -> None:
+    """Writes the header and the table of what is in the file."""
+    write_sealed(disk, copy, seal_trailer(copy, flags))
+
+
+def seal_trailer(copy: Copy, flags: int = 0) -> bytearray:
+    """The trailer of what is in the file now, ready to be written."""
+    trailer.Header(copy.oid, copy.size, copy.applied, flags=flags).pack_into(copy.trailer)
+    return copy.trailer
+
+
+def write_sealed(disk: Disk, copy: Copy, sealed: Buffer) -> None:
+    copy.trailer_writes += 1
+    write_all(disk, copy.fd, sealed, copy.table)

@@ -1,36 +1,54 @@
-"""The objects of a node on its disks: `ports.Store` over files (docs/format.md).
+"""The objects of a node on its disks: `ports.Store` over a journal and files (docs/format.md).
 
-Called on the loop's thread. Reads and writes that the page cache can take run there at once; what may block (misses,
-syncs) runs in `Workers` and ends in a callback on the loop's thread. Overlapping writes take effect in call order.
-Every block read is verified. An I/O error takes the disk out of service: it is reported once, never retried.
+Called on the loop's thread. Every change goes through the journal (pipeline.py); reads take what is not in the file yet
+from memory. Reads and writes that the page cache can take run on the loop's thread, what may block runs in `Workers`.
+Changes of one object take effect in call order. Every block read is verified. An I/O error takes the disk out of
+service: it is reported once, never retried.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid
+from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.core.ports import Buffer, Done, Log, ReadDone
-from sheepdog.cluster.host import trailer
-from sheepdog.cluster.host.directory import Listed, ObjectDirectory, write_all
+from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
+from sheepdog.cluster.host import replay, trailer
+from sheepdog.cluster.host.applier import Applier
+from sheepdog.cluster.host.checkpoint import Checkpoints
+from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
+from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.object_file import Copy, OpenFiles, open_copy, write_trailer
-from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
+from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.object_file import Copy, write_trailer
+from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
+from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks, hashes_of
+from sheepdog.cluster.host.restore import Restores
+from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
+from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
 from sheepdog.cluster.host.workers import Workers
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
 READ_RETRIES: Final = 8  # of a slow read that met a write of the same blocks; then it reads on the loop's thread
+JOURNALED_BYTES: Final = 64 << 10  # larger writes go to the file at once and leave only their hashes in the journal
+JOURNAL_PART: Final = 16  # without -j the journal takes 1/16 of the free space ...
+JOURNAL_MIN_BYTES: Final = 8 << 20  # ... but at least this: two segments that hold some hundred writes each
+JOURNAL_MAX_BYTES: Final = 512 << 20  # ... and no more than this: replay stays below a second or two
 
-DiskFailed: TypeAlias = Callable[[str, str], None]
-"""on_disk_failure(path, text): this disk is out of service from now on."""
-Step: TypeAlias = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """How the store is run (cli.md 1.1, 1.3). `journal_bytes` 0: chosen by the free space."""
+
+    nosync: bool = False
+    journal_bytes: int = 0
+    journal_directory: str | None = None  # None: META
+    journal_skip: bool = False
 
 
 class OutOfRange(StoreError):
@@ -39,212 +57,160 @@ class OutOfRange(StoreError):
     result = Result.INVALID_PARMS
 
 
-class Superseded(NoObject):
-    """The copy was removed or replaced while the operation waited for its file."""
-
-
-class ExhaustedResources(StoreError):
-    """The system has no descriptors or memory left; nothing is wrong with the disk."""
-
-    result = Result.NO_MEM
-
-
 class ObjectStore:
-    """`ports.Store` on one directory. With `nosync` nothing waits for a sync (P2 is void)."""
+    """`ports.Store`. With `nosync` nothing waits for a sync (P2 is void on this node)."""
 
     def __init__(
         self,
-        directory: str,
+        metadata: str,
+        directories: Sequence[str],
         disk: Disk,
         workers: Workers,
+        clock: Clock,
+        at_end: AtEnd,
         log: Log,
         on_disk_failure: DiskFailed,
-        nosync: bool = False,
+        options: StoreOptions = StoreOptions(),
+        random_bytes: RandomBytes = os.urandom,
     ) -> None:
+        self._metadata = metadata
+        self._directories = tuple(directories)
         self._disk = disk
         self._workers = workers
+        self._clock = clock
+        self._at_end = at_end
         self._log = log
         self._on_disk_failure = on_disk_failure
-        self._nosync = nosync
-        self._home = ObjectDirectory(disk, directory, log)
-        self._copies: dict[ObjectId, Copy] = {}
-        self._syncs = FileSyncs(disk, workers, self._fail, self._synced)
-        self._directory = DirectorySyncs(self._home, workers, self._fail)
-        self._files = OpenFiles(disk, None if nosync else lambda copy: self._syncs.sync(copy, _ignore))
-        self._used = 0  # bytes allocated by objects
-        self._steps: dict[ObjectId, deque[Step]] = {}  # creations and removals under way, in order, per object
-        self._when_settled: list[Callable[[], None]] = []
+        self._options = options
+        self._nosync = options.nosync
+        self._random_bytes = random_bytes
+        self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
+        self._syncs = FileSyncs(disk, workers, self.copies.fail, self._synced, self._large_writes_done)
+        self._directory_syncs = DirectorySyncs(workers, self.copies.fail)
+        self._applier = Applier(self.copies, self._syncs, self._directory_syncs, options.nosync)
+        self._journal_directory = options.journal_directory or metadata
+        self._by_oid = self.copies.by_oid
 
     # Life
 
     def open(self) -> None:
-        """Makes the directories and learns what is there; UsageError, OSError."""
-        self._home.prepare()
-        for listed in self._home.load():
-            copy = Copy(listed.oid, listed.size, listed.version, self._home)
-            copy.allocated = listed.allocated
-            self._used += listed.allocated
-            self._copies[listed.oid] = copy
+        """Makes the directories, learns what is there and replays the journal; blocks. UsageError, OSError."""
+        make_directory(self._disk, self._metadata)
+        make_directory(self._disk, f"{self._metadata}/obj")  # empty when other directories are named (cli.md 1.2)
+        if self._journal_directory != self._metadata:
+            make_directory(self._disk, self._journal_directory)
+        self.node = node_identity(self._disk, self._metadata, self._random_bytes)
+        for directory in self._directories:
+            self._open_disk(directory)
+        found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
+        if not self._options.journal_skip:
+            replay.replay(self.copies, found, self._log)
+        elif found.records:
+            self._log(4, f"{len(found.records)} records of the journal are skipped, as -j skip asks")
+        size = self._options.journal_bytes or self._default_journal_bytes(found)
+        self._journal = Journal(
+            self._journal_directory,
+            size // 2 & ~_BLOCK_MASK,
+            self.node,
+            self._disk,
+            self._workers,
+            self._journal_failed,
+        )
+        self._journal.start(found.next_number)
+        self._pipeline = Pipeline(
+            self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
+        )
+        self._checkpoints = Checkpoints(self.copies, self._journal, self._applier, self._syncs, self._directory_syncs)
+        self._restores = Restores(
+            self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
+        )
+
+    def _open_disk(self, directory: str) -> ObjectDirectory:
+        home = ObjectDirectory(self._disk, directory, self._log)
+        home.prepare()
+        identity = disk_identity(self._disk, directory, self.node, self._random_bytes)
+        home.identity, home.weight = identity.disk, max(1, identity.size)
+        self.copies.add_home(home)
+        return home
+
+    def _default_journal_bytes(self, found: replay.Found) -> int:
+        """What is there already, else by the free space."""
+        if found.journal_bytes:
+            return found.journal_bytes
+        free = self._disk.space(self._journal_directory).free
+        return max(JOURNAL_MIN_BYTES, min(JOURNAL_MAX_BYTES, free // JOURNAL_PART))
 
     def close(self, done: Callable[[], None]) -> None:
-        """Makes everything durable and writes the index that speeds up the next start.
+        """Brings everything into the files, durably, and leaves the journal empty; writes the index for the next start.
 
         Nothing may be called after this.
         """
 
-        def flushed(error: StoreError | None) -> None:
-            if error is None and not self._home.failed:
-                listed = (Listed(c.oid, c.size, c.allocated, c.version) for c in self._copies.values())
+        def checkpointed() -> None:
+            for home in self.copies.homes:
+                listed = [
+                    Listed(copy.oid, copy.size, copy.allocated, copy.version)
+                    for copy in self._by_oid.values()
+                    if copy.home is home
+                ]
                 try:
-                    self._disk.sync_filesystem(self._home.path)
-                    self._home.save_index(listed)
+                    if not home.failed:
+                        home.save_index(listed)
                 except OSError as failure:
-                    self._log(4, f"{self._home.path}: no index written: {failure}")
-            self._files.close_all()
+                    self._log(4, f"{home.path}: no index written: {failure}")
+            self.copies.files.close_all()
+            self._journal.close()
             done()
 
-        def settled() -> None:
-            self.flush(None, flushed)
+        def switch() -> None:
+            if self._pipeline.error is not None or not self._journal.can_switch():
+                self._journal.close()
+                done()
+                return
+            self._journal.switch()
+            self._checkpoints.begin(self._pipeline)
+            self._checkpoints.when_done(checkpointed)
 
-        if self._steps:
-            self._when_settled.append(settled)
-        else:
-            settled()
+        self.flush(None, lambda error: self._checkpoints.when_done(switch))
 
     # What is here
 
     def version(self, oid: ObjectId) -> Version | None:
-        copy = self._copies.get(oid)
+        copy = self._by_oid.get(oid)
         return None if copy is None else copy.version
 
     def inventory(self) -> Iterable[tuple[ObjectId, Version]]:
-        return [(oid, self._copies[oid].version) for oid in sorted(self._copies)]
+        return self.copies.inventory()
 
     def size(self, oid: ObjectId) -> int:
-        return self._find(oid).size
+        return self.copies.find(oid).size
 
     def table(self, oid: ObjectId) -> bytes:
-        copy = self._find(oid)
-        if copy.fd < 0:
-            error = self._open_now(copy)
-            if error is not None:
-                raise error
-        return bytes(copy.trailer[trailer.HEADER_SIZE :])
+        copy = self.copies.find(oid)
+        error = self.copies.open_now(copy)
+        if error is not None:
+            raise error
+        self._restores.trust(copy)
+        return copy.current_table()
 
     def usage(self) -> tuple[int, int]:
-        return self._used, 0 if self._home.failed else self._home.free()
-
-    def _find(self, oid: ObjectId) -> Copy:
-        copy = self._copies.get(oid)
-        if copy is None:
-            raise NoObject(f"no copy of {oid:016x} here")
-        return copy
-
-    # Opening and queueing
-
-    def _with(self, oid: ObjectId, action: Callable[[Copy], None], failed: Callable[[StoreError], object]) -> None:
-        """Runs the action on the open copy, behind those that wait already."""
-        copy = self._copies.get(oid)
-        if copy is None:
-            failed(NoObject(f"no copy of {oid:016x} here"))
-        elif copy.fd >= 0 and not copy.busy:
-            self._files.used(oid)
-            action(copy)
-        else:
-
-            def turn(error: StoreError | None) -> None:
-                if error is None:
-                    action(copy)
-                else:
-                    failed(error)
-
-            copy.waiting.append(turn)
-            if not copy.busy:
-                copy.busy = True
-                self._drain(copy)
-
-    def _drain(self, copy: Copy) -> None:
-        """Runs what waits, until something has to wait for the disk again."""
-        waiting = copy.waiting
-        while waiting and not copy.gated:
-            if copy.fd < 0:
-                self._open_slowly(copy)
-                return
-            waiting.popleft()(None)
-        copy.busy = copy.gated
-        if copy.gone:
-            self._files.close_if_unused(copy)
-
-    def _open_slowly(self, copy: Copy) -> None:
-        copy.gated = True
-
-        def opened(result: tuple[int, bytearray] | StoreError | OSError) -> None:
-            copy.gated = False
-            if isinstance(result, tuple):
-                self._attach(copy, *result)
-                self._drain(copy)
-                return
-            error = self._opening_failed(copy, result)
-            waiting = list(copy.waiting)
-            copy.waiting.clear()
-            copy.busy = False
-            for action in waiting:
-                action(error)
-
-        def job() -> tuple[int, bytearray] | StoreError:
-            try:
-                return open_copy(self._disk, copy)
-            except StoreError as error:
-                return error
-
-        if copy.home.failed:
-            opened(OSError(errno.EIO, "out of service"))
-        else:
-            self._workers.run(job, opened)
-
-    def _open_now(self, copy: Copy) -> StoreError | None:
-        """Opens on this thread."""
-        if copy.home.failed:
-            return DiskError(f"{copy.home.path} is out of service")
-        try:
-            self._attach(copy, *open_copy(self._disk, copy))
-        except (StoreError, OSError) as error:
-            return self._opening_failed(copy, error)
-        return None
-
-    def _attach(self, copy: Copy, fd: int, data: bytearray) -> None:
-        if copy.fd >= 0:  # somebody opened it on the loop's thread meanwhile
-            self._disk.close(fd)
-            return
-        copy.attach(fd, data)
-        if copy.gone:
-            return  # closed when its queue is empty
-        self._files.add(copy)
-
-    def _opening_failed(self, copy: Copy, error: StoreError | OSError) -> StoreError:
-        if isinstance(error, FileNotFoundError):
-            if copy.gone:
-                return Superseded(f"no copy of {copy.oid:016x} here")
-            self._log(3, f"{copy.path} has vanished")
-            return self._give_up(copy)
-        if isinstance(error, OSError):
-            return self._fail(copy.home, error)
-        self._log(3, f"{copy.path}: {error}; the copy needs a restore")
-        return self._give_up(copy)
-
-    def _give_up(self, copy: Copy) -> StoreError:
-        """The copy's file cannot be used: another copy has to restore it."""
-        copy.version = NO_VERSION
-        copy.restoring = True
-        copy.size = -1
-        return Corrupt(f"the copy of {copy.oid:016x} here is unreadable")
+        homes = [home for home in self.copies.homes if not home.failed]
+        return sum(home.used for home in homes), sum(home.free() for home in homes)
 
     # Reading
 
     def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
-        copy = self._copies.get(oid)
-        if copy is not None and length == BLOCK_SIZE and copy.fd >= 0 and not copy.busy and not offset & _BLOCK_MASK:
-            entry = copy.entries[FIRST_ENTRY + (offset >> 12)] if offset + length <= copy.size else 0
+        copy = self._by_oid.get(oid)
+        if (
+            copy is not None
+            and length == BLOCK_SIZE
+            and copy.fd >= 0
+            and not copy.busy
+            and not offset & _BLOCK_MASK
+            and offset + length <= copy.size
+            and (offset >> 12) not in copy.pending
+        ):
+            entry = copy.entries[FIRST_ENTRY + (offset >> 12)]
             if entry:
                 block = bytearray(BLOCK_SIZE)
                 try:
@@ -252,10 +218,10 @@ class ObjectStore:
                 except OSError:
                     count = 0  # not cached, or an error that the slow way meets again
                 if count == BLOCK_SIZE and block_hash(block) == entry:
-                    self._files.used(oid)
+                    self.copies.files.used(oid)
                     done(block)
                     return
-        self._with(oid, lambda copy: self._read(copy, offset, length, done, 0), done)
+        self.copies.with_open(oid, lambda copy: self._read(copy, offset, length, done, 0), done)
 
     def _read(self, copy: Copy, offset: int, length: int, done: ReadDone, tries: int) -> None:
         if not self._in_range(copy, offset, length, done):
@@ -265,10 +231,17 @@ class ObjectStore:
         start = first << 12
         span = (last - first + 1) << 12
         entries = copy.entries
-        if not any(entries[FIRST_ENTRY + first : FIRST_ENTRY + last + 1]) and self._disk.is_hole(copy.fd, start, span):
+        if (
+            not copy.pending
+            and not any(entries[FIRST_ENTRY + first : FIRST_ENTRY + last + 1])
+            and self._disk.is_hole(copy.fd, start, span)
+        ):
             done(bytes(length))
             return
         data = bytearray(span)
+        if copy.pending and all(block in copy.pending for block in range(first, last + 1)):
+            self._deliver(copy, data, offset, length, done)
+            return
         try:
             count = (
                 self._disk.preadv_cached(copy.fd, (data,), start)
@@ -278,7 +251,7 @@ class ObjectStore:
         except BlockingIOError:
             count = 0
         except OSError as error:
-            done(self._fail(copy.home, error))
+            done(self.copies.fail(copy.home, error))
             return
         if count == span or tries >= READ_RETRIES:
             self._deliver(copy, data, offset, length, done)
@@ -288,24 +261,36 @@ class ObjectStore:
     def _read_slowly(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone, tries: int) -> None:
         changes = copy.changes
         copy.pins += 1
+        fd = copy.fd
 
         def finished(result: int | OSError) -> None:
             copy.pins -= 1
             if isinstance(result, OSError):
-                done(self._fail(copy.home, result))
+                done(self.copies.fail(copy.home, result))
+            elif copy.fd < 0:
+                done(DiskError(f"{copy.home.path} is out of service"))
             elif copy.changes != changes:
                 self._read(copy, offset, length, done, tries + 1)
             else:
                 self._deliver(copy, data, offset, length, done)
             if copy.gone:
-                self._files.close_if_unused(copy)
+                self.copies.files.close_if_unused(copy)
 
-        self._workers.run(lambda: self._disk.preadv(copy.fd, (data,), offset & ~_BLOCK_MASK), finished)
+        self._workers.run(lambda: self._disk.preadv(fd, (data,), offset & ~_BLOCK_MASK), finished)
 
     def _deliver(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone) -> None:
-        """Verifies whole blocks and hands out the wanted part."""
+        """Verifies the blocks of the file, lays pending ones over them and hands out the wanted part."""
         first = offset >> 12
         bad = trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + first)
+        pending = copy.pending
+        if pending:
+            bad = [position for position in bad if first + position not in pending]
+            for position in range(len(data) >> 12):
+                record = pending.get(first + position)
+                if record is not None:
+                    start = position << 12
+                    block = record.block(first + position) if record.hash(first + position) else trailer.ZERO_BLOCK
+                    data[start : start + len(block)] = block
         if bad:
             done(self._corrupt(copy, [first + position for position in bad]))
         elif len(data) == length:
@@ -325,24 +310,27 @@ class ObjectStore:
             return False
         return True
 
+    def _may_write(self, copy: Copy, offset: int, length: int, failed: Done) -> bool:
+        if copy.restoring:
+            failed(NoObject(f"the copy of {copy.oid:016x} here is being restored"))
+            return False
+        return self._in_range(copy, offset, length, failed)
+
     # Writing
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
-        copy = self._copies.get(oid)
+        copy = self._by_oid.get(oid)
         if copy is not None and copy.fd >= 0 and not copy.busy:
-            self._files.used(oid)
+            self.copies.files.used(oid)
             self._write(copy, offset, data, version, durable, done)
         else:
-            self._with(
+            self.copies.with_open(
                 oid, lambda copy: self._write(copy, offset, data, version, durable, done), _unless_superseded(done)
             )
 
     def _write(self, copy: Copy, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
         length = len(data)
-        if copy.restoring:
-            done(NoObject(f"the copy of {copy.oid:016x} here is being restored"))
-            return
-        if not self._in_range(copy, offset, length, done):
+        if not self._may_write(copy, offset, length, done):
             return
         end = offset + length
         if offset & _BLOCK_MASK or (end & _BLOCK_MASK and end != copy.size):
@@ -352,60 +340,25 @@ class ObjectStore:
             if merged is None:
                 return
             offset, data = merged
-        error = self._put(copy, offset, data)
-        if error is None:
-            error = self._set_version(copy, version, offset >> 12, (len(data) + _BLOCK_MASK) >> 12)
-        if error is not None:
-            done(error)
-        elif durable:
-            self._sync_unless_nosync(copy, done)
-        else:
-            done(None)
-
-    def _put(self, copy: Copy, offset: int, data: Buffer) -> StoreError | None:
-        """Writes whole blocks (the object's last may be short) and their hashes in memory."""
+            length = len(data)
         first = offset >> 12
-        count = (len(data) + _BLOCK_MASK) >> 12
-        index = FIRST_ENTRY + first
-        entries = copy.entries
-        if not all(entries[index : index + count]) and not self._home.has_room(count * BLOCK_SIZE):
-            return NoSpace(f"{copy.home.path} is full")
-        copy.changes += 1
-        try:
-            if len(data) > BLOCK_SIZE or self._disk.pwrite(copy.fd, data, offset) != len(data):
-                write_all(self._disk, copy.fd, data, offset)
-        except OSError as error:
-            return self._write_failed(copy, first, count, error)
-        if count == 1 and entries[index] and len(data) == BLOCK_SIZE:
-            entries[index] = block_hash(data) or 1
-        else:
-            self._grow(copy, trailer.hash_blocks(data, entries, index))
-        if not copy.dirty:
-            self._syncs.mark_dirty(copy)
-        return None
-
-    def _grow(self, copy: Copy, blocks: int) -> None:
-        copy.allocated += blocks * BLOCK_SIZE
-        if not copy.gone:
-            self._used += blocks * BLOCK_SIZE
-
-    def _set_version(self, copy: Copy, version: Version, first: int, count: int) -> StoreError | None:
+        count = (length + _BLOCK_MASK) >> 12
+        if (
+            not all(copy.entries[FIRST_ENTRY + first : FIRST_ENTRY + first + count])
+            and not copy.gone
+            and not copy.home.has_room(length)
+        ):
+            done(NoSpace(f"{copy.home.path} is full"))
+            return
         copy.version = version
-        trailer.set_version(copy.trailer, version)
-        try:
-            write_trailer(self._disk, copy, first, count)
-        except OSError as error:
-            return self._write_failed(copy, 0, 0, error)
-        return None
-
-    def _write_failed(self, copy: Copy, first: int, count: int, error: OSError) -> StoreError:
-        """A write ended in the middle: what was a hole is one again, the rest shows as corrupt and is healed."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return self._fail(copy.home, error)
-        for block in range(first, first + count):
-            if not copy.entries[FIRST_ENTRY + block]:
-                self._disk.punch(copy.fd, block * BLOCK_SIZE, BLOCK_SIZE)
-        return NoSpace(f"{copy.home.path} is full")
+        if length > JOURNALED_BYTES:
+            kind = RecordKind.INTENT
+        else:
+            kind = RecordKind.WRITE
+            if type(data) is not bytes:
+                data = bytes(data)  # it stays in memory after `done`
+        hashes = (block_hash(data) or 1,) if length == BLOCK_SIZE else hashes_of(data)
+        self._pipeline.submit(Record(kind, copy, first, count, length, hashes, data, version, durable, done))
 
     def _merge(
         self, copy: Copy, offset: int, data: Buffer, failed: Done, again: Callable[[], None]
@@ -418,107 +371,86 @@ class ObjectStore:
         start = offset & ~_BLOCK_MASK
         stop = min((end + _BLOCK_MASK) & ~_BLOCK_MASK, copy.size)
         merged = bytearray(stop - start)
-        edges = {start} if offset & _BLOCK_MASK else set()
-        if end != stop:
-            edges.add(stop - 1 & ~_BLOCK_MASK)
-        for edge in sorted(edges):
-            block = bytearray(BLOCK_SIZE)
-            index = FIRST_ENTRY + (edge >> 12)
-            try:
-                count = self._disk.preadv_cached(copy.fd, (block,), edge)
-            except BlockingIOError:
-                count = 0
-            except OSError as error:
-                failed(self._fail(copy.home, error))
-                return None
-            if count < BLOCK_SIZE:
-                self._fetch(copy, edge, failed, again)
-                return None
-            if trailer.bad_blocks(block, copy.entries, index):
-                failed(self._corrupt(copy, [edge >> 12]))
+        edges = [start] if offset & _BLOCK_MASK else []
+        last = stop - 1 & ~_BLOCK_MASK
+        if end != stop and last not in edges:
+            edges.append(last)
+        for edge in edges:
+            block = self._edge(copy, edge, failed, again)
+            if block is None:
                 return None
             keep = min(BLOCK_SIZE, stop - edge)
             merged[edge - start : edge - start + keep] = memoryview(block)[:keep]
         merged[offset - start : end - start] = data
         return start, merged
 
+    def _edge(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
+        """Present bytes of the block at `offset`; None as `_merge` says."""
+        number = offset >> 12
+        record = copy.pending.get(number)
+        if record is not None:
+            return record.block(number) if record.hash(number) else trailer.ZERO_BLOCK
+        block = bytearray(BLOCK_SIZE)
+        try:
+            count = self._disk.preadv_cached(copy.fd, (block,), offset)
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            failed(self.copies.fail(copy.home, error))
+            return None
+        if count < BLOCK_SIZE:
+            self._fetch(copy, offset, failed, again)
+            return None
+        if trailer.bad_blocks(block, copy.entries, FIRST_ENTRY + number):
+            failed(self._corrupt(copy, [number]))
+            return None
+        return block
+
     def _fetch(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> None:
         """Brings a block into the page cache; operations on the copy wait meanwhile."""
-        copy.gated = copy.busy = True
+        self.copies.close_gate(copy)
         copy.pins += 1
+        fd = copy.fd
 
         def fetched(result: int | OSError) -> None:
             copy.pins -= 1
             copy.gated = False
             if isinstance(result, OSError):
-                failed(self._fail(copy.home, result))
+                failed(self.copies.fail(copy.home, result))
+            elif copy.fd < 0:
+                failed(DiskError(f"{copy.home.path} is out of service"))
             else:
                 again()
-            self._drain(copy)
+            if not copy.gated:
+                self.copies.open_gate(copy)
 
-        self._workers.run(lambda: self._disk.preadv(copy.fd, (bytearray(BLOCK_SIZE),), offset), fetched)
+        self._workers.run(lambda: self._disk.preadv(fd, (bytearray(BLOCK_SIZE),), offset), fetched)
 
     def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
-        self._with(
+        self.copies.with_open(
             oid, lambda copy: self._punch(copy, offset, length, version, durable, done), _unless_superseded(done)
         )
 
     def _punch(self, copy: Copy, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
-        if copy.restoring:
-            done(NoObject(f"the copy of {copy.oid:016x} here is being restored"))
+        if not self._may_write(copy, offset, length, done):
             return
-        if not self._in_range(copy, offset, length, done):
-            return
-        end = offset + length
-        first = (offset + _BLOCK_MASK) >> 12
-        last = (end + _BLOCK_MASK if end == copy.size else end) >> 12
-        # Parts of blocks at the edges are overwritten with zeros.
-        edges = []
-        if first > last:
-            edges.append((offset, end))
-        else:
-            if offset < first << 12:
-                edges.append((offset, first << 12))
-            if end > last << 12:
-                edges.append((last << 12, end))
-        again = lambda: self._punch(copy, offset, length, version, durable, done)  # noqa: E731
-        parts = []
-        for start, stop in edges:
-            if copy.entries[FIRST_ENTRY + (start >> 12)]:  # zeros in a hole change nothing
-                merged = self._merge(copy, start, bytes(stop - start), done, again)
-                if merged is None:
-                    return
-                parts.append(merged)
-        error: StoreError | None = None
-        for part in parts:
-            error = error or self._put(copy, *part)
-        if error is None and first < last:
-            error = self._make_holes(copy, first, last - first)
-        if error is None:
-            error = self._set_version(copy, version, offset >> 12, ((end + _BLOCK_MASK) >> 12) - (offset >> 12))
-        if error is not None:
-            done(error)
-        elif durable:
-            self._sync_unless_nosync(copy, done)
-        else:
-            done(None)
-
-    def _make_holes(self, copy: Copy, first: int, count: int) -> StoreError | None:
-        copy.changes += 1
-        self._clear_entries(copy, first, count)
-        if not copy.dirty:
-            self._syncs.mark_dirty(copy)
-        try:
-            self._disk.punch(copy.fd, first * BLOCK_SIZE, count * BLOCK_SIZE)
-        except OSError as error:
-            return self._fail(copy.home, error)
-        return None
-
-    def _clear_entries(self, copy: Copy, first: int, count: int) -> None:
-        index = FIRST_ENTRY + first
-        filled = sum(1 for entry in copy.entries[index : index + count] if entry)
-        copy.trailer[index * 8 : (index + count) * 8] = bytes(count * 8)
-        self._grow(copy, -filled)
+        edges: dict[int, Buffer | None] = {}
+        for block in cut_blocks(offset, length, copy.size):
+            if copy.is_hole(block):  # zeros in a hole change nothing
+                edges[block] = None
+                continue
+            data = self._edge(
+                copy, block << 12, done, lambda: self._punch(copy, offset, length, version, durable, done)
+            )
+            if data is None:
+                return
+            start = block << 12
+            kept = bytearray(data[: copy.size - start])
+            low, high = max(offset - start, 0), min(offset + length - start, len(kept))
+            kept[low:high] = bytes(high - low)
+            edges[block] = bytes(kept)
+        copy.version = version
+        self._pipeline.submit(PunchRecord(copy, offset, length, edges, version, durable, done))
 
     # Creating and removing
 
@@ -528,296 +460,155 @@ class ObjectStore:
         if offset < 0 or size <= 0 or offset + len(data) > size:
             done(OutOfRange(f"{offset}+{len(data)} is not inside {oid:016x} of {size} bytes"))
             return
-        made = self._make_file(oid, size, version)
+        made = self.make_file(oid, size, version)
         if isinstance(made, StoreError):
             done(made)
             return
         copy, path = made
-        error = self._fill(copy, offset, data)
-        if error is not None:
-            self._discard_file(copy, path)
-            done(error)
+        head = offset & _BLOCK_MASK
+        if head or (offset + len(data)) & _BLOCK_MASK:
+            tail = min(-(offset + len(data)) & _BLOCK_MASK, size - offset - len(data))
+            data = bytes(head) + bytes(data) + bytes(tail)
+            offset -= head
+        hashes = self._fill(copy, offset, data)
+        if isinstance(hashes, StoreError):
+            self.discard_file(copy, path)
+            done(hashes)
             return
-        self._install(copy, path, done)
+        large = len(data) > JOURNALED_BYTES
+        kind = RecordKind.CREATE_LARGE if large else RecordKind.CREATE
+        self.install(copy)
+        record = Record(
+            kind, copy, offset >> 12, 0, len(data), hashes, b"" if large else bytes(data), version, durable, done
+        )
+        record.path = path
+        record.durable = True  # its existence is; `wants_data` tells about its bytes
+        record.wants_data = durable
+        self._pipeline.submit(record)
 
-    def _make_file(self, oid: ObjectId, size: int, version: Version, flags: int = 0) -> tuple[Copy, str] | StoreError:
-        """A new file of holes with its trailer, not in place yet: the copy and the file's present path."""
-        if self._home.failed:
-            return DiskError(f"{self._home.path} is out of service")
-        if not self._home.has_room(trailer.trailer_size(size)):
-            return NoSpace(f"{self._home.path} is full")
-        copy = Copy(oid, size, version, self._home)
-        copy.gone = copy.dirty = True  # not the object's file yet, and not synced
-        data = bytearray(trailer.trailer_size(size))
-        trailer.Header(oid, size, version, flags=flags).pack_into(data)
-        path = self._home.new_path(oid)
+    def make_file(self, oid: ObjectId, size: int, version: Version) -> tuple[Copy, str] | StoreError:
+        """A new file of holes, not in place yet: the copy and the file's present path."""
+        old = self._by_oid.get(oid)
+        home = old.home if old is not None and not old.home.failed else self.copies.home_for(oid)
+        if home is None:
+            return DiskError("no disk is in service")
+        if not home.has_room(trailer.trailer_size(size)):
+            return NoSpace(f"{home.path} is full")
+        copy = Copy(oid, size, version, home)
+        copy.gone = True  # not the object's file yet
+        path = home.new_path(oid)
         try:
-            copy.attach(self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), data)
+            copy.attach(
+                self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), bytearray(trailer.trailer_size(size))
+            )
         except OSError as error:
-            return self._write_failed(copy, 0, 0, error)
-        try:
-            write_all(self._disk, copy.fd, data, copy.table)
-        except OSError as error:
-            failure = self._write_failed(copy, 0, 0, error)
-            self._discard_file(copy, path)
-            return failure
-        copy.allocated = (len(data) + _BLOCK_MASK) & ~_BLOCK_MASK
+            return self.copies.write_failed(home, error)
+        copy.allocated = (len(copy.trailer) + _BLOCK_MASK) & ~_BLOCK_MASK
         return copy, path
 
-    def _fill(self, copy: Copy, offset: int, data: Buffer) -> StoreError | None:
-        """First contents of a new file; blocks that are all zero stay holes."""
-        head = offset & _BLOCK_MASK
-        tail = -(offset + len(data)) & _BLOCK_MASK
-        if head or tail:
-            data = bytes(head) + bytes(data) + bytes(min(tail, copy.size - offset - len(data)))
-        offset -= head
+    def _fill(self, copy: Copy, offset: int, data: Buffer) -> list[int] | StoreError:
+        """First contents and trailer of a new file; blocks that are all zero stay holes. The hashes of `data`."""
         view = memoryview(data)
-        for start, stop in trailer.filled_runs(view):
-            error = self._put(copy, offset + start, view[start:stop])
-            if error is not None:
-                return error
-        first, count = offset >> 12, (len(view) + _BLOCK_MASK) >> 12
+        if not copy.home.has_room(len(view)):
+            return NoSpace(f"{copy.home.path} is full")
+        first = offset >> 12
+        hashes = [0] * ((len(view) + _BLOCK_MASK) >> 12)
         try:
-            write_trailer(self._disk, copy, first, count)
+            for start, stop in trailer.filled_runs(view):
+                write_all(self._disk, copy.fd, view[start:stop], offset + start)
+                for index, value in enumerate(hashes_of(view[start:stop]), start >> 12):
+                    hashes[index] = value
+                    copy.entries[FIRST_ENTRY + first + index] = value
+                    copy.allocated += BLOCK_SIZE
+            write_trailer(self._disk, copy)
         except OSError as error:
-            return self._write_failed(copy, 0, 0, error)
-        return None
+            return self.copies.write_failed(copy.home, error)
+        return hashes
 
-    def _discard_file(self, copy: Copy, path: str) -> None:
-        """Undoes `_make_file`."""
+    def discard_file(self, copy: Copy, path: str) -> None:
+        """Undoes `make_file`."""
         self._disk.close(copy.detach())
         try:
             self._disk.unlink(path)
         except OSError as error:
-            self._fail(copy.home, error)
+            self.copies.fail(copy.home, error)
 
-    def _install(self, copy: Copy, path: str, done: Done) -> None:
-        """Makes the new file the object's: at once for every call, durably at `done`."""
-        oid = copy.oid
-        self._replace(oid, copy)
-        copy.pins += 1  # its path changes yet
-
-        def finish(error: StoreError | None) -> None:
-            copy.pins -= 1
-            self._files.close_if_unused(copy)
-            done(error)
-            self._next_step(oid)
-
-        def rename(error: StoreError | None) -> None:
-            if error is None:
-                try:
-                    self._disk.rename(path, copy.path)
-                except OSError as failure:
-                    error = self._fail(copy.home, failure)
-            if error is not None or self._nosync:
-                finish(error)
-            else:
-                self._directory.sync(finish)
-
-        self._step(oid, (lambda: rename(None)) if self._nosync else (lambda: self._syncs.sync(copy, rename)))
+    def install(self, copy: Copy | None, oid: ObjectId | None = None) -> Copy | None:
+        """From now on this is the object; returns the copy before it."""
+        if oid is None:
+            assert copy is not None
+            oid = copy.oid
+        old = self.copies.replace(oid, copy)
+        if old is not None:
+            self._syncs.forget(old)
+            self._applier.unnamed.pop(old, None)
+        return old
 
     def remove(self, oid: ObjectId, done: Done) -> None:
-        copy = self._copies.get(oid)
+        copy = self.install(None, oid)
         if copy is None:
             done(None)
             return
-        self._replace(oid, None)
+        self._pipeline.submit(Record(RecordKind.REMOVE, copy, 0, 0, 0, (), b"", copy.version, True, done))
 
-        def finish(error: StoreError | None) -> None:
-            done(error)
-            self._next_step(oid)
-
-        def unlink() -> None:
-            try:
-                self._disk.unlink(copy.path)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                finish(self._fail(copy.home, error))
-                return
-            if self._nosync:
-                finish(None)
-            else:
-                self._directory.sync(finish)
-
-        self._step(oid, unlink)
-
-    def _replace(self, oid: ObjectId, copy: Copy | None) -> None:
-        """From now on `copy` is the object (None: there is none)."""
-        old = self._copies.pop(oid, None)
-        if old is not None:
-            self._used -= old.allocated
-            self._syncs.forget(old)
-            self._files.retire(old)
-        if copy is not None:
-            copy.gone = False
-            self._used += copy.allocated
-            self._copies[oid] = copy
-            self._files.add(copy)
-            self._syncs.mark_dirty(copy)
-
-    def _step(self, oid: ObjectId, step: Step) -> None:
-        """Runs a step that changes names, after the object's earlier ones."""
-        steps = self._steps.get(oid)
-        if steps is not None:
-            steps.append(step)
-            return
-        self._steps[oid] = deque()
-        step()
-
-    def _next_step(self, oid: ObjectId) -> None:
-        steps = self._steps[oid]
-        if steps:
-            steps.popleft()()
-            return
-        del self._steps[oid]
-        if not self._steps:
-            calls, self._when_settled = self._when_settled, []
-            for call in calls:
-                call()
-
-    # Restoring
+    # Restoring (restore.py)
 
     def restore_begin(self, oid: ObjectId, size: int) -> None:
-        copy = self._copies.get(oid)
-        if copy is not None and copy.size == size:
-            if not copy.restoring:
-                copy.restoring = True
-                copy.version = NO_VERSION
-                if copy.fd < 0 and not copy.busy:
-                    self._open_now(copy)  # what follows looks at the table at once
-                self._with(oid, self._mark_restoring, _ignore)
-            return
-        made = self._make_file(oid, size, NO_VERSION, trailer.RESTORING)
-        if isinstance(made, StoreError):
-            self._log(4, f"{oid:016x} cannot be restored here: {made}")
-        else:
-            self._install(*made, _ignore)
-
-    def _mark_restoring(self, copy: Copy) -> None:
-        """The mark is durable before any byte of the copy changes."""
-        trailer.set_flags(copy.trailer, trailer.RESTORING)
-        try:
-            write_trailer(self._disk, copy, 0, 0)
-        except OSError as error:
-            self._write_failed(copy, 0, 0, error)
-        if not copy.dirty:
-            self._syncs.mark_dirty(copy)
-        if not self._nosync:
-            copy.gated = copy.busy = True
-            self._syncs.sync(copy, lambda error: self._open_gate(copy))
-
-    def _open_gate(self, copy: Copy) -> None:
-        copy.gated = False
-        self._drain(copy)
+        self._restores.begin(oid, size)
 
     def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
-        def action(copy: Copy) -> None:
-            if self._can_restore(copy, offset, len(data), done):
-                error = self._put(copy, offset, data)
-                done(error or self._put_entries(copy, offset, len(data)))
-
-        self._with(oid, action, done)
+        self._restores.write(oid, offset, data, done)
 
     def restore_punch(self, oid: ObjectId, offset: int, length: int) -> None:
-        """The table shows the holes at once; the file gets them when the mark of the restore is durable."""
-        first, count = offset >> 12, (length + _BLOCK_MASK) >> 12
-
-        def action(copy: Copy) -> None:
-            if self._can_restore(copy, offset, length, _ignore):
-                self._make_holes(copy, first, count)
-                self._put_entries(copy, offset, length)
-
-        copy = self._copies.get(oid)
-        if copy is not None and copy.fd >= 0 and self._can_restore(copy, offset, length, _ignore):
-            self._clear_entries(copy, first, count)
-        self._with(oid, action, _ignore)
-
-    def _can_restore(self, copy: Copy, offset: int, length: int, failed: Done) -> bool:
-        if not copy.restoring:
-            failed(StoreError(f"no restore of {copy.oid:016x} has begun"))
-            return False
-        end = offset + length
-        if offset & _BLOCK_MASK or (end & _BLOCK_MASK and end != copy.size):
-            failed(OutOfRange("a restore takes whole blocks"))
-            return False
-        return self._in_range(copy, offset, length, failed)
-
-    def _put_entries(self, copy: Copy, offset: int, length: int) -> StoreError | None:
-        try:
-            write_trailer(self._disk, copy, offset >> 12, (length + _BLOCK_MASK) >> 12)
-        except OSError as error:
-            return self._write_failed(copy, 0, 0, error)
-        return None
+        self._restores.punch(oid, offset, length)
 
     def restore_finish(self, oid: ObjectId, version: Version, done: Done) -> None:
-        def action(copy: Copy) -> None:
-            if not copy.restoring:
-                done(StoreError(f"no restore of {oid:016x} has begun"))
-                return
+        self._restores.finish(oid, version, done)
 
-            def finish(error: StoreError | None) -> None:
-                self._finish(copy, version, error, done)
-
-            copy.gated = copy.busy = True
-            # Behind the rename of a new file, which is durable then.
-            self._step(
-                oid, lambda: self._sync_unless_nosync(copy, lambda error: self._finish(copy, version, error, done))
-            )
-
-        self._with(oid, action, done)
-
-    def _finish(self, copy: Copy, version: Version, error: StoreError | None, done: Done) -> None:
-        """Everything but the version is durable."""
-
-        def finished(error: StoreError | None) -> None:
-            if error is None:
-                copy.restoring = False
-                copy.version = version
-            done(error)
-            self._next_step(copy.oid)
-            self._open_gate(copy)
-
-        if error is None:
-            trailer.Header(copy.oid, copy.size, version).pack_into(copy.trailer)
-            error = self._put_entries(copy, 0, 0)
-        if error is not None:
-            finished(error)
-            return
-        if not copy.dirty and not copy.gone:
-            self._syncs.mark_dirty(copy)
-        self._sync_unless_nosync(copy, finished)
-
-    def _sync_unless_nosync(self, copy: Copy, done: Done) -> None:
-        if self._nosync:
-            done(None)
-        else:
-            self._syncs.sync(copy, done)
-
-    # Durability and failure
+    # Durability
 
     def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
         if self._nosync:
             done(None)
-        else:
-            self._syncs.flush(vids, done)
+            return
+        unnamed = [
+            copy
+            for copy, large in self._applier.unnamed.items()
+            if large and (vids is None or vid_of(copy.oid) in vids)
+        ]
+        gather(
+            [
+                lambda each: self._pipeline.flush(vids, each),
+                lambda each: self._syncs.flush(vids, each),
+                *((lambda each, copy=copy: self._applier.sync_with_name(copy, each)) for copy in unnamed),
+            ],
+            done,
+        )
+
+    def _settle(self, copy: Copy) -> None:
+        """The copy's file should be closed: make it clean first."""
+        self._checkpoints.settle(copy, ignore)
 
     def _synced(self, copy: Copy) -> None:
-        self._files.close_if_unused(copy)
-        self._files.shrink()
+        self.copies.files.close_if_unused(copy)
+        self.copies.files.shrink()
 
-    def _fail(self, home: ObjectDirectory, error: OSError) -> StoreError:
-        """The disk is out of service from here on; what it holds may be wrong."""
-        text = f"{home.path}: {error.strerror or error}"
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and not home.failed:
-            self._log(3, text)
-            return ExhaustedResources(text)
-        if not home.failed:
-            home.failed = True
-            self._log(2, f"{text}: the disk is out of service")
-            self._files.close_all()  # so that every later operation meets the failure
-            self._on_disk_failure(home.path, text)
-        return DiskError(text)
+    def _large_writes_done(self, copy: Copy, intents: list[int]) -> None:
+        """Notes in the journal that these need not be doubted after a crash; only as long as there is room."""
+        if copy.gone or self._pipeline.error is not None or copy in self._applier.unnamed:
+            return
+        for lsn in intents:
+            if self._journal.has_room(4096, 4096):
+                self._journal.append(RecordKind.DONE, copy.oid, offset=lsn)
+
+    def _journal_switched(self) -> None:
+        self._checkpoints.begin(self._pipeline)
+
+    def _journal_failed(self, error: OSError) -> None:
+        text = f"journal in {self._journal_directory}: {error.strerror or error}"
+        self._log(2, f"{text}: this node cannot store any more")
+        self._pipeline.fail(DiskError(text))
+        self._on_disk_failure(self._journal_directory, text, True)
 
 
 def _unless_superseded(done: Done) -> Done:
@@ -825,5 +616,5 @@ def _unless_superseded(done: Done) -> Done:
     return lambda error: done(None if isinstance(error, Superseded) else error)
 
 
-def _ignore(error: StoreError | None) -> None:
+def ignore(error: StoreError | None) -> None:
     """A sync that nobody waits for; its failure takes the disk out of service all the same."""

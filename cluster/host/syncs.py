@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
@@ -23,11 +24,19 @@ Fail = Callable[[ObjectDirectory, OSError], StoreError]
 class FileSyncs:
     """Syncs of object files, and the register of those that need one."""
 
-    def __init__(self, disk: Disk, workers: Workers, fail: Fail, idle: Callable[[Copy], None]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        workers: Workers,
+        fail: Fail,
+        idle: Callable[[Copy], None],
+        covered: Callable[[Copy, list[int]], None],
+    ) -> None:
         self._disk = disk
         self._workers = workers
         self._fail = fail
         self._idle = idle  # a sync of this copy has ended
+        self._covered = covered  # these large writes are on the disk
         self._dirty: dict[Vid, dict[ObjectId, Copy]] = {}  # written or being synced
 
     def mark_dirty(self, copy: Copy) -> None:
@@ -50,19 +59,19 @@ class FileSyncs:
         if copy.running is None:
             self._start(copy)
 
-    def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
-        """Everything written so far to copies of these vids (None: of all) is on the disk at `done`."""
+    def flush(self, vids: frozenset[Vid] | None, done: Done, cover: Callable[[Copy, Done], None] | None = None) -> None:
+        """Everything written so far to copies of these vids (None: of all) is on the disk at `done`.
+
+        `cover` does it for one copy, if a sync of its file is not enough.
+        """
         wanted = self._dirty.values() if vids is None else [self._dirty[v] for v in sorted(vids) if v in self._dirty]
         gather(
-            [
-                (lambda each, copy=copy: self._cover(copy, each))  # type: ignore[misc]
-                for of_vid in list(wanted)
-                for copy in list(of_vid.values())
-            ],
+            [partial(cover or self.cover, copy) for of_vid in list(wanted) for copy in list(of_vid.values())],
             done,
         )
 
-    def _cover(self, copy: Copy, done: Done) -> None:
+    def cover(self, copy: Copy, done: Done) -> None:
+        """Everything written to the copy so far is on the disk at `done`; joins a sync that covers it."""
         if copy.dirty or copy.running is None:
             self.sync(copy, done)
         else:  # nothing was written since the sync in flight began
@@ -73,6 +82,7 @@ class FileSyncs:
         copy.dirty = False
         copy.pins += 1
         fd = copy.fd
+        intents, copy.intents = copy.intents, []
 
         def finished(result: OSError | None) -> None:
             copy.pins -= 1
@@ -85,6 +95,8 @@ class FileSyncs:
                 self._start(copy)
             elif not copy.dirty:
                 self.forget(copy)
+            if intents and error is None:
+                self._covered(copy, intents)
             for done in waiters:
                 done(error)
             self._idle(copy)
@@ -100,34 +112,34 @@ class FileSyncs:
 
 
 class DirectorySyncs:
-    """Syncs of one object directory."""
+    """Syncs of object directories."""
 
-    def __init__(self, home: ObjectDirectory, workers: Workers, fail: Fail) -> None:
-        self._home = home
+    def __init__(self, workers: Workers, fail: Fail) -> None:
         self._workers = workers
         self._fail = fail
-        self._running = False
-        self._waiters: list[Done] = []
+        self._running: dict[ObjectDirectory, None] = {}
+        self._waiters: dict[ObjectDirectory, list[Done]] = {}
 
-    def sync(self, done: Done) -> None:
-        """Names made and removed so far are on the disk at `done`."""
-        self._waiters.append(done)
-        if not self._running:
-            self._start()
+    def sync(self, home: ObjectDirectory, done: Done) -> None:
+        """Names made and removed in the directory so far are on the disk at `done`."""
+        self._waiters.setdefault(home, []).append(done)
+        if home not in self._running:
+            self._start(home)
 
-    def _start(self) -> None:
-        batch, self._waiters = self._waiters, []
-        self._running = True
+    def _start(self, home: ObjectDirectory) -> None:
+        batch = self._waiters.pop(home)
+        self._running[home] = None
+        home.names_changed = False
 
         def finished(result: OSError | None) -> None:
-            self._running = False
-            error: StoreError | None = None if result is None else self._fail(self._home, result)
-            if self._waiters:
-                self._start()
+            del self._running[home]
+            error: StoreError | None = None if result is None else self._fail(home, result)
+            if home in self._waiters:
+                self._start(home)
             for done in batch:
                 done(error)
 
-        self._workers.run(self._home.sync, finished)
+        self._workers.run(home.sync, finished)
 
 
 def gather(calls: Iterable[Callable[[Done], None]], done: Done) -> None:

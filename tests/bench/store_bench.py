@@ -16,9 +16,11 @@ from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import Version, Vid, data_oid
+from sheepdog.cluster.host.object_store import StoreOptions
 
 OBJECTS = 16
 SIZE = 4 << 20
+JOURNAL = 512 << 20  # what a node with some free space takes
 
 
 def measure(name: str, count: int, run: Callable[[int], None]) -> None:
@@ -29,7 +31,7 @@ def measure(name: str, count: int, run: Callable[[int], None]) -> None:
 
 
 def bench(directory: str, nosync: bool) -> None:
-    driver = StoreDriver(directory, nosync=nosync)
+    driver = StoreDriver(directory, options=StoreOptions(nosync=nosync, journal_bytes=JOURNAL))
     rng = random.Random(1)
     oids = [data_oid(Vid(1), index) for index in range(OBJECTS)]
     data, large = rng.randbytes(4096), rng.randbytes(1 << 20)
@@ -45,41 +47,47 @@ def bench(directory: str, nosync: bool) -> None:
     store = driver.store
     places = [(rng.choice(oids), rng.randrange(SIZE >> 12) << 12) for _ in range(4096)]
 
-    def ignore(result: object) -> None:
+    waiting = 0
+
+    def done(result: object) -> None:
+        nonlocal waiting
         assert not isinstance(result, StoreError)
+        waiting -= 1
 
-    def overwrite(count: int, block: bytes = data, shift: int = 0) -> None:
+    def many(count: int, depth: int, submit: Callable[[int], None]) -> None:
+        """Keeps `depth` operations in flight."""
+        nonlocal waiting
         for number in range(count):
-            oid, offset = places[number & 4095]
-            store.write(oid, min(offset + shift, SIZE - len(block)), block, version(), False, ignore)
-        driver.settle()
-
-    def durable(count: int, depth: int) -> None:
-        waiting = 0
-
-        def done(error: StoreError | None) -> None:
-            nonlocal waiting
-            assert error is None
-            waiting -= 1
-
-        for number in range(count):
-            oid, offset = places[number & 4095]
             waiting += 1
-            store.write(oid, offset, data, version(), True, done)
+            submit(number)
             while waiting >= depth:
                 driver.step()
         while waiting:
             driver.step()
 
-    def read(count: int, length: int = 4096) -> None:
-        for number in range(count):
+    def overwrite(count: int, block: bytes = data, shift: int = 0) -> None:
+        def submit(number: int) -> None:
             oid, offset = places[number & 4095]
-            store.read(oid, min(offset, SIZE - length), length, ignore)
-        driver.settle()
+            store.write(oid, min(offset + shift, SIZE - len(block)), block, version(), False, done)
+
+        many(count, 16, submit)
+
+    def durable(count: int, depth: int) -> None:
+        def submit(number: int) -> None:
+            oid, offset = places[number & 4095]
+            store.write(oid, offset, data, version(), True, done)
+
+        many(count, depth, submit)
+
+    def read(count: int, length: int = 4096) -> None:
+        def submit(number: int) -> None:
+            oid, offset = places[number & 4095]
+            store.read(oid, min(offset, SIZE - length), length, done)
+
+        many(count, 16, submit)
 
     def create(count: int) -> None:
-        for number in range(count):
-            driver.create(data_oid(Vid(2), number), SIZE, 0, data, version())
+        many(count, 16, lambda n: store.create(data_oid(Vid(2), n), SIZE, 0, data, version(), False, done))
 
     print(f"-- {directory}, {'nosync' if nosync else 'sync'}")
     measure("4 KiB overwrite", 50_000, overwrite)

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+
+from tests.support.sim_disk import SimDisk, SimWorkers
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid
-from sheepdog.cluster.core.ports import Buffer, Done
+from sheepdog.cluster.core.ports import Buffer, Done, Timer
 from sheepdog.cluster.host.disk import Disk, RealDisk
-from sheepdog.cluster.host.object_store import ObjectStore
-from sheepdog.cluster.host.workers import ThreadWorkers
+from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
+from sheepdog.cluster.host.workers import ThreadWorkers, Workers
 
+JOURNAL_BYTES = 8 << 20
 WAIT_S = 20  # for one answer; a lost callback fails the test instead of hanging it
 
 
 class Driver:
-    """Waits for callbacks; `call_soon` is what a loop would offer."""
+    """Waits for callbacks; `call_soon` is what a loop would offer. With `workers` there are no threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: SimWorkers | None = None) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.call_soon = self._calls.put
+        self.sim_workers = workers
 
     def step(self) -> None:
-        self._calls.get(timeout=WAIT_S)()
+        if self.sim_workers is None:
+            self._calls.get(timeout=WAIT_S)()
+            return
+        if self._calls.empty() and not self.sim_workers.step():
+            raise TimeoutError("nothing happens any more")
+        if not self._calls.empty():
+            self._calls.get()()
 
     def wait(self, start: Callable[[Done], None]) -> StoreError | None:
         """Starts something with a callback and returns what the callback got."""
@@ -39,22 +50,67 @@ class Driver:
             self.step()
 
 
-class StoreDriver(Driver):
-    """An object store whose failures are raised."""
+class _Timer:
+    def cancel(self) -> None:
+        pass
 
-    def __init__(self, directory: str, nosync: bool = False, disk: Disk | None = None) -> None:
+
+class StoppedClock:
+    """Time stands still: timers fire when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def now_ns(self) -> int:
+        return 0
+
+    def wall_ns(self) -> int:
+        return 0
+
+    def after(self, delay_ns: int, call: Callable[[], None]) -> Timer:
+        self.calls.append(call)
+        return _Timer()
+
+    def fire(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
+
+class StoreDriver(Driver):
+    """An object store whose failures are raised. META is `path`; its only disk is path/obj unless others are named."""
+
+    def __init__(
+        self,
+        path: str,
+        nosync: bool = False,
+        disk: Disk | None = None,
+        disks: Sequence[str] = (),
+        options: StoreOptions | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        self.random = random.Random(seed)
+        self.clock = StoppedClock()
         self.logged: list[str] = []
         self.failed: list[str] = []
         self.disk = disk or RealDisk()
-        self.workers = ThreadWorkers(self.call_soon)
+        self.workers: Workers
+        if isinstance(self.disk, SimDisk):
+            self.workers = self.sim_workers = SimWorkers(self.call_soon, self.random)
+        else:
+            self.workers = ThreadWorkers(self.call_soon)
         self.store = ObjectStore(
-            directory,
+            path,
+            disks or [f"{path}/obj"],
             self.disk,
             self.workers,
+            self.clock,
+            self.call_soon,
             lambda level, text: self.logged.append(text),
-            lambda path, text: self.failed.append(text),
-            nosync,
+            lambda path, text, last: self.failed.append(text),
+            options or StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES),
+            self.random.randbytes,
         )
         self.store.open()
 

@@ -24,7 +24,7 @@ def v(counter: int) -> Version:
 
 @pytest.fixture(params=[False, True], ids=["sync", "nosync"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreDriver]:
-    driver = StoreDriver(str(tmp_path / "obj"), nosync=request.param)
+    driver = StoreDriver(str(tmp_path), nosync=request.param)
     yield driver
     driver.crash()
 
@@ -34,7 +34,7 @@ def reopened(driver: StoreDriver, path: Path, crash: bool = False) -> StoreDrive
         driver.crash()
     else:
         driver.close()
-    return StoreDriver(str(path / "obj"))
+    return StoreDriver(str(path))
 
 
 def test_create_write_read(store: StoreDriver) -> None:
@@ -113,7 +113,7 @@ def test_calls_without_waiting_take_effect_in_order(store: StoreDriver) -> None:
 def test_punch(store: StoreDriver) -> None:
     store.create(OID, SIZE - 100, 0, b"a" * (SIZE - 100), v(1))
     used = store.store.usage()[0]
-    store.punch(OID, 4000, 4096 * 3, v(2))
+    store.punch(OID, 4000, 4096 * 3, v(2), durable=True)
     assert store.read(OID, 0, 20_000) == b"a" * 4000 + bytes(4096 * 3) + b"a" * (20_000 - 4000 - 4096 * 3)
     assert store.store.usage()[0] == used - 2 * 4096
     store.punch(OID, 10, 20, v(3))
@@ -123,9 +123,33 @@ def test_punch(store: StoreDriver) -> None:
     assert store.read(OID, 0, SIZE - 100) == bytes(SIZE - 100)
 
 
+@pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
+def test_an_unused_store_ends_at_once(tmp_path: Path, nosync: bool) -> None:
+    StoreDriver(str(tmp_path), nosync).close()
+    StoreDriver(str(tmp_path), nosync).close()
+
+
+def test_a_durable_write_out_of_a_callback_is_answered(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path))
+    driver.create(OID, SIZE, 0, b"a", v(1))
+    answers: list[StoreError | None] = []
+
+    def again(error: StoreError | None) -> None:
+        if len(answers) < 5:
+            driver.store.write(OID, 0, b"b" * 4096, v(len(answers) + 10), True, again)
+        answers.append(error)
+
+    driver.store.write(OID, 0, b"c" * 4096, v(2), False, again)
+    driver.store.write(OID, 0, b"c" * 4096, v(3), True, again)
+    while len(answers) < 7:
+        driver.step()
+    assert answers == [None] * 7
+    driver.close()
+
+
 @pytest.mark.parametrize("crash", [False, True], ids=["stop", "kill"])
 def test_a_restart_finds_everything(tmp_path: Path, crash: bool) -> None:
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     driver.create(OID, SIZE, 0, b"a" * 5000, v(1))
     driver.write(OID, 4096, b"b" * 100, v(2))
     driver.create(inode_oid(Vid(5)), 12_587_576, 0, b"i" * 5000, v(3))
@@ -139,20 +163,20 @@ def test_a_restart_finds_everything(tmp_path: Path, crash: bool) -> None:
 
 
 def test_the_index_is_believed_once_and_only_for_files_that_are_there(tmp_path: Path) -> None:
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     for index in range(4):
         driver.create(data_oid(Vid(1), index), SIZE, 0, b"a", v(index + 1))
     driver.close()
     assert (tmp_path / "obj" / ".index").exists()
     names = sorted(name for name in os.listdir(tmp_path / "obj") if not name.startswith("."))
     os.unlink(tmp_path / "obj" / names[0])
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     assert not (tmp_path / "obj" / ".index").exists()
     assert [oid for oid, _ in driver.store.inventory()] == [data_oid(Vid(1), index) for index in (1, 2, 3)]
     driver.close()
     index_file = tmp_path / "obj" / ".index"
     index_file.write_bytes(index_file.read_bytes()[:-20] + bytes(20))
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     assert len(list(driver.store.inventory())) == 3
     assert any("reading all objects" in line for line in driver.logged)
     driver.crash()
@@ -185,11 +209,12 @@ def test_rotten_blocks_are_never_returned(store: StoreDriver, tmp_path: Path) ->
 
 
 def test_a_rotten_header_leaves_a_copy_without_version(tmp_path: Path) -> None:
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
-    driver.crash()
+    driver.close()
+    (tmp_path / "obj" / ".index").unlink()
     flip(tmp_path / "obj" / f"{OID:016x}", SIZE + 40)
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     assert driver.store.version(OID) == NO_VERSION
     with pytest.raises(Corrupt):
         driver.read(OID, 0, 4096)
@@ -222,7 +247,7 @@ def test_restore_of_a_new_and_of_an_old_copy(store: StoreDriver, tmp_path: Path)
 
 def test_holes_of_a_restore_show_in_the_table_at_once(store: StoreDriver, tmp_path: Path) -> None:
     store.create(OID, SIZE, 0, b"a" * SIZE, v(1))
-    store.store._files._limit = 1
+    store.store.copies.files._limit = 1
     store.create(data_oid(Vid(1), 1), SIZE, 0, b"a", v(1))
     store.flush()
     store.store.restore_begin(OID, SIZE)
@@ -234,7 +259,7 @@ def test_holes_of_a_restore_show_in_the_table_at_once(store: StoreDriver, tmp_pa
 
 
 def test_a_crash_in_a_restore_leaves_no_version(tmp_path: Path) -> None:
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
     driver.store.restore_begin(OID, SIZE)
     driver.restore_write(OID, 0, b"r" * 4096)
@@ -251,41 +276,73 @@ class FailingDisk(RealDisk):
     """Fails the sync, or has only so much space."""
 
     def __init__(self) -> None:
-        self.sync_error: int = 0
+        self.sync_error = self.file_sync_error = 0
         self.free = 1 << 40
         self.syncs = 0
 
     def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
         self.syncs += 1
-        if self.sync_error:
-            raise OSError(self.sync_error, os.strerror(self.sync_error))
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        error = self.sync_error or ("journal" not in path and self.file_sync_error)
+        if error:
+            raise OSError(error, os.strerror(error))
         os.fdatasync(fd)
 
     def space(self, path: str) -> Space:
         return Space(1 << 40, self.free)
 
 
-def test_a_failed_sync_takes_the_disk_out_and_is_not_retried(tmp_path: Path) -> None:
+def test_a_failed_sync_of_the_journal_ends_the_store(tmp_path: Path) -> None:
     disk = FailingDisk()
-    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver = StoreDriver(str(tmp_path), disk=disk)
     driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
     disk.sync_error = 5
     with pytest.raises(DiskError):
         driver.write(OID, 0, b"b" * 4096, v(2), durable=True)
     disk.sync_error = 0
     assert len(driver.failed) == 1
+    assert "journal" in driver.failed[0]
     with pytest.raises(DiskError):
         driver.write(OID, 0, b"c" * 4096, v(3))
     with pytest.raises(DiskError):
-        driver.read(OID, 0, 4096)
+        driver.remove(OID)
     with pytest.raises(DiskError):
         driver.flush()
     driver.crash()
 
 
+def test_a_failed_sync_of_a_file_takes_the_disk_out_and_is_not_retried(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path), disk=disk, disks=[str(tmp_path / name) for name in ("d1", "d2")])
+    oids = [data_oid(Vid(1), index) for index in range(20)]
+    for oid in oids:
+        driver.create(oid, SIZE, 0, b"a" * 4096, v(1))
+    homes = {oid: driver.store.copies.by_oid[oid].home for oid in oids}
+    first, second = driver.store.copies.homes
+    mine = [oid for oid in oids if homes[oid] is first]
+    assert 3 < len(mine) < 17
+    driver.write(mine[0], 0, b"b" * (SIZE // 2), v(2))
+    disk.file_sync_error = 5
+    with pytest.raises(DiskError):
+        driver.flush()
+    disk.file_sync_error = 0
+    assert driver.failed == [f"{first.path}: Input/output error"]
+    with pytest.raises(DiskError):
+        driver.read(mine[0], 0, 4096)
+    with pytest.raises(DiskError):
+        driver.write(mine[1], 0, b"c" * 4096, v(3))
+    other = next(oid for oid in oids if homes[oid] is second)
+    driver.write(other, 0, b"d" * 4096, v(3), durable=True)
+    assert driver.read(other, 0, 4096) == b"d" * 4096
+    driver.create(data_oid(Vid(2), 1), SIZE, 0, b"e", v(1))
+    driver.create(mine[0], SIZE, 0, b"f", v(4))
+    assert driver.read(mine[0], 0, 2) == b"f\0"
+    driver.crash()
+
+
 def test_waiting_writes_share_a_sync(tmp_path: Path) -> None:
     disk = FailingDisk()
-    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver = StoreDriver(str(tmp_path), disk=disk)
     driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
     before = disk.syncs
     errors: list[StoreError | None] = []
@@ -300,28 +357,35 @@ def test_waiting_writes_share_a_sync(tmp_path: Path) -> None:
     driver.crash()
 
 
-def test_flush_syncs_the_named_volumes_only(tmp_path: Path) -> None:
+def test_flush_syncs_only_what_the_volumes_need(tmp_path: Path) -> None:
     disk = FailingDisk()
-    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver = StoreDriver(str(tmp_path), disk=disk)
     oids = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
     for oid in oids:
         driver.create(oid, SIZE, 0, b"a" * 4096, v(1))
     before = disk.syncs
     driver.write(oids[0], 0, b"b", v(2))
-    driver.write(oids[1], 0, b"b", v(2))
     driver.flush(frozenset({Vid(2), Vid(3)}))
-    assert disk.syncs - before == 1
-    driver.flush()
+    assert disk.syncs == before
+    driver.flush(frozenset({Vid(1)}))
+    assert disk.syncs - before == 1  # the journal
+    driver.write(oids[1], 0, b"l" * 100_000, v(2))  # its record is synced before its bytes are written
     assert disk.syncs - before == 2
+    driver.flush(frozenset({Vid(1), Vid(3)}))
+    assert disk.syncs - before == 2
+    driver.flush(frozenset({Vid(2)}))
+    assert disk.syncs - before == 3  # the file
+    driver.flush()
+    assert disk.syncs - before == 3
     driver.crash()
 
 
 def test_a_full_disk_refuses_new_blocks_and_keeps_the_rest(tmp_path: Path) -> None:
     disk = FailingDisk()
-    driver = StoreDriver(str(tmp_path / "obj"), disk=disk)
+    driver = StoreDriver(str(tmp_path), disk=disk)
     driver.create(OID, SIZE, 0, b"a" * 4096, v(1))
     disk.free = (256 << 20) + 10_000
-    driver.store._home._allowance = 0
+    driver.store.copies.homes[0]._allowance = 0
     with pytest.raises(NoSpace):
         driver.create(data_oid(Vid(2), 1), SIZE, 0, b"a" * SIZE, v(1))
     with pytest.raises(NoSpace):
@@ -336,7 +400,7 @@ def test_a_full_disk_refuses_new_blocks_and_keeps_the_rest(tmp_path: Path) -> No
 
 
 def test_more_objects_than_open_files(store: StoreDriver) -> None:
-    store.store._files._limit = 4
+    store.store.copies.files._limit = 4
     oids = [data_oid(Vid(9), index) for index in range(40)]
     for number, oid in enumerate(oids):
         store.create(oid, SIZE, 0, bytes([number]) * 4096, v(1), durable=True)
@@ -346,14 +410,17 @@ def test_more_objects_than_open_files(store: StoreDriver) -> None:
     store.flush()
     for number, oid in enumerate(oids):
         assert store.read(oid, 4096, 10) == bytes([number]) * 10
-    assert len(store.store._files) <= 12
+    for _ in range(200):
+        if len(store.store.copies.files) > 4:
+            store.step()
+    assert len(store.store.copies.files) <= 4
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    driver = StoreDriver(str(tmp_path / "obj"), nosync=bool(seed & 1))
-    driver.store._files._limit = 3
+    driver = StoreDriver(str(tmp_path), nosync=bool(seed & 1))
+    driver.store.copies.files._limit = 3
     model: dict[ObjectId, tuple[bytearray, Version]] = {}
     oids = [data_oid(Vid(vid), index) for vid in (1, 2) for index in range(4)]
     sizes = {oid: rng.choice((4096, 10_000, SIZE, SIZE - 1)) for oid in oids}
@@ -390,14 +457,14 @@ def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
             while len(pending) < expected:
                 driver.step()
             driver = reopened(driver, tmp_path, crash=kind < 0.98)
-            driver.store._files._limit = 3
+            driver.store.copies.files._limit = 3
             expected -= 1
         expected += 1
     while len(pending) < expected:
         driver.step()
     assert not any(pending)
     driver.crash()
-    driver = StoreDriver(str(tmp_path / "obj"))
+    driver = StoreDriver(str(tmp_path))
     assert dict(driver.store.inventory()) == {oid: version for oid, (_, version) in model.items()}
     for oid, (content, _) in model.items():
         assert driver.read(oid, 0, len(content)) == content

@@ -1,0 +1,263 @@
+"""Brings records that may be seen by a crash into the object files, in order.
+
+Small changes happen on the loop's thread; a large write goes to another thread, and what follows for the same copy
+waits for it. `touched` are the copies whose trailer on the disk is older than the one in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from sheepdog.cluster.core.errors import DiskError, StoreError
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.directory import write_all
+from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.object_file import Copy
+from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind
+from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
+from sheepdog.cluster.host.trailer import FIRST_ENTRY
+
+SLOW_WRITE_BYTES: Final = 256 << 10  # written by another thread: from here on a copy takes longer than two thread hops
+
+
+def punch_file(disk: Disk, copy: Copy, record: PunchRecord) -> None:
+    """Holes and edge blocks of the record, in the copy's file; OSError."""
+    edges = dict(record.edges())
+    first, last = record.first, record.first + record.count
+    inner = [block for block in range(first, last) if block not in edges]
+    if inner:  # edges are at the ends, so what is left is one run
+        disk.punch(copy.fd, inner[0] << 12, len(inner) << 12)
+    for block, data in edges.items():
+        write_all(disk, copy.fd, data, block << 12)
+
+
+class Applier:
+    """Applies records, each exactly once."""
+
+    def __init__(self, copies: Copies, syncs: FileSyncs, directories: DirectorySyncs, nosync: bool) -> None:
+        self._copies = copies
+        self._disk = copies.disk
+        self._syncs = syncs
+        self._directories = directories
+        self._nosync = nosync
+        self.touched: dict[Copy, None] = {}
+        self.barriers: list[tuple[int, Callable[[], None]]] = []  # (lsn, call when all before it is applied)
+        self._reached = 0
+        self.unnamed: dict[
+            Copy, bool
+        ] = {}  # new, their names are not yet on the disk; True: nor in the journal their bytes
+        self._slow: dict[Copy, int] = {}  # lsn of the write under way in another thread
+
+    def apply(self, record: Record) -> None:
+        copy = record.copy
+        if copy.later is not None:
+            copy.later.append(record)
+            return
+        kind = record.kind
+        if kind == RecordKind.WRITE:
+            if copy.gone:
+                self._release(record)
+            else:
+                self._write(record)
+        elif copy.home.failed:
+            self._end(record, DiskError(f"{copy.home.path} is out of service"))
+        elif kind == RecordKind.INTENT:
+            self._write_large(record)
+        elif kind == RecordKind.PUNCH:
+            self._punch(record)
+        elif kind in (RecordKind.CREATE, RecordKind.CREATE_LARGE):
+            self._create(record)
+        elif kind == RecordKind.REMOVE:
+            self._remove(record)
+        else:
+            self._end(record, None)
+
+    def reached(self, lsn: int) -> None:
+        """Everything before `lsn` was given to `apply`."""
+        self._reached = lsn
+        self._copies.files.shrink()
+        if self.barriers:
+            self._check_barriers()
+
+    def _check_barriers(self) -> None:
+        done = min([self._reached, *self._slow.values()])
+        ready = [call for barrier, call in self.barriers if barrier <= done]
+        self.barriers = [(barrier, call) for barrier, call in self.barriers if barrier > done]
+        for call in ready:
+            call()
+
+    def touch(self, copy: Copy) -> None:
+        copy.touched = True
+        self.touched[copy] = None
+
+    def _write(self, record: Record) -> None:
+        """The hot one: bytes of at most a few blocks."""
+        copy = record.copy
+        copy.changes += 1
+        try:
+            if record.count > 1 or self._disk.pwrite(copy.fd, record.data, record.first << 12) != len(record.data):
+                write_all(self._disk, copy.fd, record.data, record.first << 12)
+        except OSError as error:
+            self._failed(record, error)
+            return
+        self._note(record)
+        copy.pins -= 1
+
+    def _note(self, record: Record) -> None:
+        """The file has the record's blocks."""
+        copy = record.copy
+        copy.applied = record.version
+        if not copy.touched:
+            self.touch(copy)
+        if copy.restoring:  # its table has been brought up to date when the restore began
+            return
+        entries, pending = copy.entries, copy.pending
+        grown = 0
+        for block in range(record.first, record.first + record.count):
+            new = record.hash(block)
+            if not entries[FIRST_ENTRY + block]:
+                grown += bool(new)
+            elif not new:
+                grown -= 1
+            entries[FIRST_ENTRY + block] = new
+            if pending.get(block) is record:
+                del pending[block]
+        if grown:
+            self._copies.grow(copy, grown * BLOCK_SIZE)
+
+    def _write_large(self, record: Record) -> None:
+        copy = record.copy
+        if copy.gone:
+            self._end(record, None)
+            return
+        if len(record.data) < SLOW_WRITE_BYTES:
+            try:
+                write_all(self._disk, copy.fd, record.data, record.first << 12)
+            except OSError as error:
+                self._failed(record, error)
+                return
+            self._large_written(record)
+            return
+        copy.later = deque()
+        copy.changes += 1
+        self._slow[copy] = record.lsn
+        fd = copy.fd
+
+        def finished(result: OSError | None) -> None:
+            later, copy.later = copy.later or deque(), None
+            del self._slow[copy]
+            if isinstance(result, OSError):
+                self._failed(record, result)
+            else:
+                self._large_written(record)
+            while later:
+                if copy.later is not None:
+                    copy.later.extend(later)
+                    break
+                self.apply(later.popleft())
+            self._check_barriers()
+            self._copies.files.close_if_unused(copy)
+
+        self._copies.workers.run(lambda: write_all(self._disk, fd, record.data, record.first << 12), finished)
+
+    def _large_written(self, record: Record) -> None:
+        copy = record.copy
+        copy.changes += 1
+        self._note(record)
+        copy.intents.append(record.lsn)
+        self._syncs.mark_dirty(copy)
+        if copy in self.unnamed:
+            self.unnamed[copy] = True
+        if record.durable and not self._nosync and not copy.gone:
+            done, record.done = record.done, None
+            assert done is not None
+            self.sync_with_name(copy, done)
+        self._end(record, None)
+
+    def _punch(self, record: Record) -> None:
+        assert isinstance(record, PunchRecord)
+        copy = record.copy
+        if not copy.gone:
+            copy.changes += 1
+            try:
+                punch_file(self._disk, copy, record)
+            except OSError as error:
+                self._failed(record, error)
+                return
+            self._note(record)
+        self._end(record, None)
+
+    def _create(self, record: Record) -> None:
+        copy = record.copy
+        try:
+            if copy.gone:
+                self._disk.unlink(record.path)
+            else:
+                self._disk.rename(record.path, copy.path)
+        except OSError as error:
+            self._failed(record, error)
+            return
+        copy.home.names_changed = True
+        if copy.gone:
+            self._end(record, None)
+            return
+        self.touch(copy)
+        self.unnamed[copy] = record.kind == RecordKind.CREATE_LARGE
+        if record.kind == RecordKind.CREATE_LARGE:
+            self._syncs.mark_dirty(copy)
+            if record.wants_data and not self._nosync:
+                done, record.done = record.done, None
+                assert done is not None
+                self.sync_with_name(copy, done)
+        self._end(record, None)
+
+    def sync_with_name(self, copy: Copy, done: Callable[[StoreError | None], None]) -> None:
+        """The copy's bytes and its name are on the disk at `done`."""
+
+        def synced(error: StoreError | None) -> None:
+            if error is not None or copy not in self.unnamed:
+                done(error)
+            else:
+                self._directories.sync(copy.home, named)
+
+        def named(error: StoreError | None) -> None:
+            self.unnamed.pop(copy, None)
+            done(error)
+
+        if copy.dirty or copy.running is not None:
+            self._syncs.cover(copy, synced)
+        else:
+            synced(None)
+
+    def _remove(self, record: Record) -> None:
+        copy = record.copy
+        try:
+            self._disk.unlink(copy.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._failed(record, error)
+            return
+        copy.home.names_changed = True
+        self._end(record, None)
+
+    def _release(self, record: Record) -> None:
+        record.copy.pins -= 1
+        if record.copy.gone:
+            self._copies.files.close_if_unused(record.copy)
+
+    def _end(self, record: Record, error: StoreError | None) -> None:
+        done, record.done = record.done, None
+        self._release(record)
+        if done is not None:
+            done(error)
+
+    def _failed(self, record: Record, error: OSError) -> None:
+        """The journal has acknowledged it, so even a full disk is a failure: room was set aside before."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = OSError(errno.EIO, f"no room for what was acknowledged ({error.strerror})")
+        self._end(record, self._copies.fail(record.copy.home, error))

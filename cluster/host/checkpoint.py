@@ -1,0 +1,147 @@
+"""Checkpoints: make what a journal segment says true in the object files, so that the segment can be used again.
+
+The order for one copy: bytes of large writes are on the disk before a trailer with their hashes is written (a crash in
+between must leave either the old hash or bytes that fit the new one), then the trailer, then a sync of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.host import trailer
+from sheepdog.cluster.host.applier import Applier
+from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.object_file import Copy, seal_trailer, write_sealed
+from sheepdog.cluster.host.pipeline import Pipeline
+from sheepdog.cluster.host.records import RecordKind
+from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
+
+PARALLEL: Final = 2  # copies brought up to date at a time: the journal's syncs must find a free thread
+
+
+class Checkpoints:
+    """Runs one checkpoint at a time; `finished` is called after each."""
+
+    def __init__(
+        self,
+        copies: Copies,
+        journal: Journal,
+        applier: Applier,
+        syncs: FileSyncs,
+        directories: DirectorySyncs,
+    ) -> None:
+        self._copies = copies
+        self._journal = journal
+        self._applier = applier
+        self._syncs = syncs
+        self._directories = directories
+        self.running = False
+        self.count = 0
+        self._done: list[Callable[[], None]] = []
+
+    def begin(self, pipeline: Pipeline) -> None:
+        """The journal has just gone on to its other segment: brings everything before that into place."""
+        self.running = True
+        boundary = self._journal.segment_start
+        pipeline.barrier(lambda: self._settle_all(pipeline, boundary))
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        if self.running:
+            self._done.append(call)
+        else:
+            call()
+
+    def _settle_all(self, pipeline: Pipeline, boundary: int) -> None:
+        batch = list(self._applier.touched)
+        self._applier.touched.clear()
+        batch.reverse()
+        left = min(PARALLEL, len(batch)) + 1
+
+        def ended(error: StoreError | None = None) -> None:
+            # A failed disk is out of service; the others' copies do not need the segment any more.
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._sync_names(pipeline, boundary)
+
+        def step(error: StoreError | None = None) -> None:
+            while batch:
+                copy = batch.pop()
+                if not copy.gone and not copy.home.failed:
+                    self.settle(copy, step)
+                    return
+            ended()
+
+        for _ in range(left - 1):
+            step()
+        ended()
+
+    def _sync_names(self, pipeline: Pipeline, boundary: int) -> None:
+        unnamed = list(self._applier.unnamed)
+        homes = [home for home in self._copies.homes if home.names_changed and not home.failed]
+        gather(
+            [(lambda done, home=home: self._directories.sync(home, done)) for home in homes],  # type: ignore[misc]
+            lambda error: self._record(pipeline, boundary, unnamed),
+        )
+
+    def _record(self, pipeline: Pipeline, boundary: int, named: list[Copy]) -> None:
+        for copy in named:
+            self._applier.unnamed.pop(copy, None)
+        self._journal.append(RecordKind.CHECKPOINT, offset=boundary)
+        lsn = self._journal.position
+
+        def durable(error: StoreError | None) -> None:
+            if error is None:
+                self._journal.release()
+            self.running = False
+            self.count += 1
+            calls, self._done = self._done, []
+            for call in calls:
+                call()
+            pipeline.drain()
+
+        pipeline.when_synced(lsn, durable)
+
+    def settle(self, copy: Copy, done: Done) -> None:
+        """Trailer and bytes of what is in the copy's file now are on the disk at `done`."""
+        if copy.gone or copy.home.failed or copy.fd < 0:
+            done(None)
+            return
+        flags = trailer.RESTORING if copy.restoring else 0
+        copy.pins += 1
+        copy.touched = False
+        if not copy.intents and copy.running is None:
+            self._write_trailer(copy, seal_trailer(copy, flags), done)
+            return
+        sealed = bytes(seal_trailer(copy, flags))
+        writes = copy.trailer_writes
+
+        def synced(error: StoreError | None) -> None:
+            if error is not None or copy.gone:
+                self._settled(copy, error, done)
+            elif copy.trailer_writes != writes:  # a newer one has been written meanwhile
+                self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
+            else:
+                self._write_trailer(copy, sealed, done)
+
+        self._syncs.sync(copy, synced)
+
+    def _write_trailer(self, copy: Copy, sealed: bytes | bytearray, done: Done) -> None:
+        try:
+            write_sealed(self._copies.disk, copy, sealed)
+        except OSError as error:
+            self._settled(copy, self._copies.fail(copy.home, error), done)
+            return
+        self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
+
+    def _settled(self, copy: Copy, error: StoreError | None, done: Done) -> None:
+        copy.pins -= 1
+        if copy.gone:
+            self._copies.files.close_if_unused(copy)
+        elif not copy.touched:
+            self._applier.touched.pop(copy, None)
+        done(error)

@@ -1,0 +1,236 @@
+"""The way of a change: journal -> durable -> object file.
+
+Records go through in one order. A change is seen by reads from the moment it is submitted (`Copy.pending`); it is
+acknowledged when its record is in the operating system's hands, or on the disk when it asked for that; its bytes go
+to the object's file only then, because the kernel writes pages back when it likes. With `nosync` nothing waits for the
+disk: the file gets the bytes as soon as the record is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from sheepdog.cluster.core.errors import DiskError, StoreError
+from sheepdog.cluster.core.ids import Vid, vid_of
+from sheepdog.cluster.core.ports import Clock, Done
+from sheepdog.cluster.host.applier import Applier
+from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.records import Record, RecordKind, record_size
+
+AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
+"""Calls once at the end of the loop's present turn, on the loop's thread."""
+
+OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the journal is synced although nobody waits
+OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
+OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
+
+_ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH))
+
+
+class Pipeline:
+    """Owns the order of changes. `switched` is called when the journal has gone on to its other segment."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        applier: Applier,
+        at_end: AtEnd,
+        clock: Clock,
+        nosync: bool,
+        switched: Callable[[], None],
+    ) -> None:
+        self._journal = journal
+        self._applier = applier
+        self._at_end = at_end
+        self._clock = clock
+        self._nosync = nosync
+        self._switched = switched
+        self._backlog: deque[Record] = deque()  # no room in the journal yet
+        self._written: list[Record] = []  # appended in this turn
+        self._unapplied: deque[Record] = deque()  # appended, not handed to the applier
+        self._overlay_bytes = 0
+        self._last: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable
+        self._flushes: list[tuple[int, Done]] = []
+        self._scheduled = False
+        self._waiting = 0  # how many wait for the next sync
+        self._timer_set = False
+        self.error: StoreError | None = None
+
+    # Coming in
+
+    def submit(self, record: Record) -> None:
+        """Takes a change; the copy stays open until it is in its file. Reads see it from now on."""
+        if self.error is not None:
+            if record.done is not None:
+                record.done(self.error)
+            return
+        copy = record.copy
+        if copy.gone and record.kind != RecordKind.REMOVE:  # it waited for the file while the object was replaced
+            if record.done is not None:
+                record.done(None)
+            return
+        copy.pins += 1
+        if record.count:
+            pending = copy.pending
+            for block in range(record.first, record.first + record.count):
+                pending[block] = record
+        if self._backlog or not self._has_room(record):
+            self._backlog.append(record)
+        else:
+            self._append(record)
+
+    def _has_room(self, record: Record) -> bool:
+        if self._overlay_bytes > OVERLAY_LIMIT_BYTES:
+            self.want_sync()
+            return False
+        journal = self._journal
+        size = record_size(len(record.hashes), len(record.data) if record.carries_data else 0)
+        if journal.has_room(size):
+            return True
+        if not journal.can_switch():
+            return False
+        journal.switch()
+        self._switched()
+        return True
+
+    def _append(self, record: Record) -> None:
+        journal, copy = self._journal, record.copy
+        record.lsn = journal.position
+        record.end = journal.append(
+            record.kind,
+            copy.oid,
+            copy.size,
+            record.offset,
+            record.length,
+            record.version,
+            record.hashes,
+            record.data if record.carries_data else b"",
+        )
+        self._written.append(record)
+        self._unapplied.append(record)
+        self._last[vid_of(copy.oid)] = record.end
+        if not self._nosync:
+            self._overlay_bytes += len(record.data)
+            if record.durable or record.kind == RecordKind.INTENT:
+                self._waiting += 1
+            elif self._overlay_bytes > OVERLAY_SYNC_BYTES:
+                self._waiting += 2  # nobody waits: not worth this thread's time
+            elif not self._timer_set:
+                self._timer_set = True
+                self._clock.after(OVERLAY_AGE_NS, self._aged)
+        self._schedule()
+
+    def barrier(self, call: Callable[[], None]) -> None:
+        """Calls when everything submitted before the journal's last switch is in the files."""
+        self._applier.barriers.append((self._journal.segment_start, call))
+        self.want_sync()
+
+    def want_sync(self) -> None:
+        self._waiting += 1
+        self._schedule()
+
+    def _aged(self) -> None:
+        self._timer_set = False
+        if self._unapplied and not self._nosync:
+            self._waiting += 2
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._at_end(self._turn_ends)
+
+    def _turn_ends(self) -> None:
+        """One write for all records of the turn, then one sync for all that wait."""
+        self._scheduled = False
+        if not self._journal.write_out():
+            return
+        written, self._written = self._written, []
+        waiting, self._waiting = self._waiting, 0  # whoever comes from here on is not in what was just written
+        nosync = self._nosync
+        for record in written:
+            if record.done is not None and (nosync or not record.durable) and record.kind in _ACKED_BY_JOURNAL:
+                done, record.done = record.done, None
+                done(None)
+        if nosync:
+            self._apply_until(self._journal.written)
+        if waiting and self._journal.syncing:
+            self._waiting += waiting
+        elif waiting and not self._journal.dead:
+            self._journal.sync(self._synced, waiting == 1)
+
+    def _synced(self) -> None:
+        synced = self._journal.synced
+        answers = []
+        for record in self._unapplied:
+            if record.end > synced:
+                break
+            if record.done is not None and record.kind in _ACKED_BY_JOURNAL:
+                answers.append(record.done)
+                record.done = None
+        for done in answers:
+            done(None)
+        if self._flushes:
+            covered = [done for lsn, done in self._flushes if lsn <= synced]
+            self._flushes = [(lsn, done) for lsn, done in self._flushes if lsn > synced]
+            for done in covered:
+                done(None)
+        self._apply_until(synced)
+        self.drain()
+        if self._waiting:
+            self._schedule()
+
+    def _apply_until(self, lsn: int) -> None:
+        unapplied = self._unapplied
+        apply = self._applier.apply
+        while unapplied and unapplied[0].end <= lsn:
+            record = unapplied.popleft()
+            if not self._nosync:
+                self._overlay_bytes -= len(record.data)
+            apply(record)
+        if not unapplied and not self._backlog:
+            self._last.clear()
+        self._applier.reached(unapplied[0].lsn if unapplied else self._journal.position)
+
+    def drain(self) -> None:
+        """Appends what waited for room."""
+        while self._backlog and self._has_room(self._backlog[0]):
+            self._append(self._backlog.popleft())
+
+    # Durability
+
+    def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
+        """Every record appended so far for these vids (None: all) is durable at `done`."""
+        if self.error is not None:
+            done(self.error)
+            return
+        last = self._last
+        ends = last.values() if vids is None else [last[vid] for vid in vids if vid in last]
+        lsn = max(ends, default=0)
+        if lsn <= self._journal.synced:
+            done(None)
+            return
+        self._flushes.append((lsn, done))
+        self.want_sync()
+
+    def when_synced(self, lsn: int, done: Done) -> None:
+        """`lsn` of the journal is on the disk at `done`, with `nosync` too."""
+        if self.error is not None:
+            done(self.error)
+        else:
+            self._flushes.append((lsn, done))
+            self.want_sync()
+
+    def fail(self, error: DiskError) -> None:
+        """The journal is gone: whoever waits learns it, and nothing goes through any more."""
+        self.error = error
+        waiting = [record.done for record in (*self._unapplied, *self._backlog) if record.done is not None]
+        waiting += [done for _, done in self._flushes]
+        self._unapplied.clear()
+        self._backlog.clear()
+        self._written.clear()
+        self._flushes.clear()
+        for done in waiting:
+            done(error)

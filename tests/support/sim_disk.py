@@ -1,0 +1,331 @@
+"""A file system in memory that remembers what is durable, and what a crash may leave of the rest.
+
+Every effect goes into a log. `Crashes` walks the log and, between any two effects, makes images: `killed` (the
+process died, everything is there) and `powerless` (of what was not synced, any 512-byte atoms, any names up to some
+point of a directory's changes).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.host.disk import FileInfo, Space
+
+ATOM = 512
+_T = TypeVar("_T")
+
+
+class Inode:
+    """A file's bytes as the running system sees them. `number` is the same in every image."""
+
+    def __init__(self, number: int, data: bytes = b"") -> None:
+        self.number = number
+        self.data = bytearray(data)
+
+
+class Write(NamedTuple):
+    inode: int
+    offset: int
+    data: bytes
+
+
+class Truncate(NamedTuple):
+    inode: int
+    length: int
+
+
+class Sync(NamedTuple):
+    inode: int
+
+
+class Name(NamedTuple):
+    """`new` names the inode (0: nothing) from now on; `old` goes at the same instant ("" none)."""
+
+    directory: str
+    new: str
+    inode: int
+    old: str
+
+
+class SyncDirectory(NamedTuple):
+    directory: str
+
+
+Effect = Write | Truncate | Sync | Name | SyncDirectory
+
+
+class SimDisk:
+    """`host.disk.Disk` in memory."""
+
+    def __init__(self, seed: int = 0, miss_rate: float = 0.0) -> None:
+        self.log: list[Effect] = []
+        self.names: dict[str, Inode] = {}
+        self.directories: dict[str, None] = {"/": None}
+        self.free = 1 << 40
+        self._random = random.Random(seed)
+        self._miss_rate = miss_rate
+        self._open: dict[int, Inode] = {}
+        self._next_fd = 3
+        self._next_inode = 1
+
+    # Calls of the port
+
+    def open(self, path: str, flags: int) -> int:
+        inode = self.names.get(path)
+        if inode is None:
+            if not flags & os.O_CREAT:
+                raise _error(errno.ENOENT, path)
+            if os.path.dirname(path) not in self.directories:
+                raise _error(errno.ENOENT, path)
+            inode = Inode(self._next_inode)
+            self._next_inode += 1
+            self.names[path] = inode
+            self.log.append(Name(os.path.dirname(path), path, inode.number, ""))
+        elif flags & os.O_EXCL:
+            raise _error(errno.EEXIST, path)
+        if flags & os.O_TRUNC and inode.data:
+            del inode.data[:]
+            self.log.append(Truncate(inode.number, 0))
+        fd = self._next_fd
+        self._next_fd += 1
+        self._open[fd] = inode
+        return fd
+
+    def close(self, fd: int, /) -> None:
+        del self._open[fd]
+
+    def info(self, fd: int) -> FileInfo:
+        data = self._open[fd].data
+        used = sum(1 for start in range(0, len(data), 4096) if any(data[start : start + 4096]))
+        return FileInfo(len(data), used * 4096)
+
+    def preadv(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int, /) -> int:
+        data = self._open[fd].data
+        start = offset
+        for buffer in buffers:
+            part = data[offset : offset + len(buffer)]
+            buffer[: len(part)] = part
+            offset += len(part)
+        return offset - start
+
+    def preadv_cached(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int) -> int:
+        if self._random.random() < self._miss_rate:
+            raise BlockingIOError
+        return self.preadv(fd, buffers, offset)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:
+        content = bytes(data)
+        inode = self._open[fd]
+        if len(inode.data) < offset:
+            inode.data.extend(bytes(offset - len(inode.data)))
+        inode.data[offset : offset + len(content)] = content
+        self.log.append(Write(inode.number, offset, content))
+        return len(content)
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int:
+        return self.pwrite(fd, b"".join(buffers), offset)
+
+    def is_hole(self, fd: int, offset: int, length: int) -> bool:
+        return not any(self._open[fd].data[offset : offset + length])
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        inode = self._open[fd]
+        end = min(offset + length, len(inode.data))
+        if end > offset:
+            self.pwrite(fd, bytes(end - offset), offset)
+
+    def allocate(self, fd: int, length: int) -> None:
+        if len(self._open[fd].data) < length:
+            self.truncate(fd, length)
+
+    def truncate(self, fd: int, length: int, /) -> None:
+        inode = self._open[fd]
+        _resize(inode.data, length)
+        self.log.append(Truncate(inode.number, length))
+
+    def fdatasync(self, fd: int, /) -> None:
+        self.log.append(Sync(self._open[fd].number))
+
+    def sync_directory(self, path: str) -> None:
+        self.log.append(SyncDirectory(path))
+
+    def sync_filesystem(self, path: str) -> None:
+        for inode in self.names.values():
+            self.log.append(Sync(inode.number))
+        for directory in self.directories:
+            self.log.append(SyncDirectory(directory))
+
+    def rename(self, old: str, new: str, /) -> None:
+        inode = self.names.pop(old, None)
+        if inode is None:
+            raise _error(errno.ENOENT, old)
+        self.names[new] = inode
+        self.log.append(Name(os.path.dirname(new), new, inode.number, old))
+
+    def unlink(self, path: str, /) -> None:
+        if self.names.pop(path, None) is None:
+            raise _error(errno.ENOENT, path)
+        self.log.append(Name(os.path.dirname(path), path, 0, ""))
+
+    def mkdir(self, path: str) -> None:
+        if os.path.dirname(path) not in self.directories:
+            raise _error(errno.ENOENT, path)
+        self.directories[path] = None
+
+    def listdir(self, path: str, /) -> list[str]:
+        return [os.path.basename(name) for name in self.names if os.path.dirname(name) == path]
+
+    def space(self, path: str) -> Space:
+        return Space(1 << 40, self.free)
+
+
+class Crashes:
+    """State of a `SimDisk` after each effect of its log, and the images a crash may leave there."""
+
+    def __init__(self, log: list[Effect], directories: dict[str, None]) -> None:
+        self._log = log
+        self._directories = directories
+        self.position = 0
+        self._names: dict[str, int] = {}
+        self._data: dict[int, bytearray] = {}  # durable bytes
+        self._pending: dict[int, list[Write | Truncate]] = {}
+        self._pending_names: dict[str, list[Name]] = {}
+
+    def advance(self) -> None:
+        """Goes behind the next effect."""
+        effect = self._log[self.position]
+        self.position += 1
+        if isinstance(effect, (Write, Truncate)):
+            self._pending.setdefault(effect.inode, []).append(effect)
+        elif isinstance(effect, Sync):
+            for change in self._pending.pop(effect.inode, ()):
+                _apply(self._data.setdefault(effect.inode, bytearray()), change)
+        elif isinstance(effect, Name):
+            self._pending_names.setdefault(effect.directory, []).append(effect)
+        else:
+            for name in self._pending_names.pop(effect.directory, ()):
+                _rename(self._names, name)
+
+    def killed(self) -> SimDisk:
+        """The image of a process that was killed."""
+        return self._image(lambda inode: [(change, None) for change in self._pending.get(inode, ())], None)
+
+    def powerless(self, rng: random.Random) -> SimDisk:
+        """An image of a power failure: subsets of what was not synced."""
+        keep_rate = rng.choice((0.0, 0.2, 0.5, 0.8, 1.0))
+
+        def chosen(inode: int) -> list[tuple[Write | Truncate, list[bool] | None]]:
+            changes: list[tuple[Write | Truncate, list[bool] | None]] = []
+            for change in self._pending.get(inode, ()):
+                if isinstance(change, Write):
+                    count = (change.offset % ATOM + len(change.data) + ATOM - 1) // ATOM
+                    changes.append((change, [rng.random() < keep_rate for _ in range(count)]))
+                elif rng.random() < keep_rate:
+                    changes.append((change, None))
+            return changes
+
+        return self._image(chosen, rng)
+
+    def _image(
+        self,
+        chosen: Callable[[int], list[tuple[Write | Truncate, list[bool] | None]]],
+        rng: random.Random | None,
+    ) -> SimDisk:
+        names = dict(self._names)
+        if rng is None:
+            for effect in self._log[: self.position]:  # in the order of all directories
+                if isinstance(effect, Name) and effect in self._pending_names.get(effect.directory, ()):
+                    _rename(names, effect)
+        else:
+            for changes in self._pending_names.values():
+                for name in changes[: rng.randint(0, len(changes))]:
+                    _rename(names, name)
+        image = SimDisk(self.position)
+        image.directories = dict(self._directories)
+        inodes: dict[int, Inode] = {}
+        for path, number in names.items():
+            inode = inodes.get(number)
+            if inode is None:
+                inode = inodes[number] = Inode(number, bytes(self._data.get(number, b"")))
+                for change, atoms in chosen(number):
+                    _apply(inode.data, change, atoms)
+            image.names[path] = inode
+        image._next_inode = max(inodes, default=0) + 1
+        return image
+
+
+def _apply(data: bytearray, change: Write | Truncate, atoms: list[bool] | None = None) -> None:
+    if isinstance(change, Truncate):
+        _resize(data, change.length)
+        return
+    for start, stop, index in _atoms(change.offset, len(change.data)):
+        if atoms is None or atoms[index]:
+            if len(data) < start:
+                data.extend(bytes(start - len(data)))
+            data[start:stop] = change.data[start - change.offset : stop - change.offset]
+
+
+def _atoms(offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    start, index = offset, 0
+    while start < offset + length:
+        stop = min((start // ATOM + 1) * ATOM, offset + length)
+        yield start, stop, index
+        start, index = stop, index + 1
+
+
+def _rename(names: dict[str, int], name: Name) -> None:
+    if name.old:
+        names.pop(name.old, None)
+    if name.inode:
+        names[name.new] = name.inode
+    else:
+        names.pop(name.new, None)
+
+
+def _resize(data: bytearray, length: int) -> None:
+    if len(data) > length:
+        del data[length:]
+    else:
+        data.extend(bytes(length - len(data)))
+
+
+def _error(code: int, path: str) -> OSError:
+    return OSError(code, os.strerror(code), path)
+
+
+class SimWorkers:
+    """Workers without threads: a call runs when `step` chooses it, in any order."""
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], None], rng: random.Random) -> None:
+        self._call_soon = call_soon
+        self._random = rng
+        self.jobs: deque[Callable[[], None]] = deque()
+
+    def run(self, call: Callable[[], _T], done: Callable[[_T | OSError], None]) -> None:
+        def job() -> None:
+            result: _T | OSError
+            try:
+                result = call()
+            except OSError as error:
+                result = error
+            self._call_soon(lambda: done(result))
+
+        self.jobs.append(job)
+
+    def step(self) -> bool:
+        if not self.jobs:
+            return False
+        index = self._random.randrange(min(4, len(self.jobs)))  # as many run at a time as there are threads
+        job = self.jobs[index]
+        del self.jobs[index]
+        job()
+        return True
+
+    def stop(self) -> None:
+        pass

@@ -1,0 +1,200 @@
+"""Crash enumeration: after every effect of a random workload the process is killed or the power fails, then the store
+is opened again and must hold what was promised.
+
+For an object whose version after the crash is that of some operation, its bytes are exactly what that operation left
+(equal versions mean equal bytes), and no durable operation comes after it. A version between two operations says that
+a large write was cut: then each block is as some operation since the block's last durable one left it, or has 512-byte
+sectors of several such.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from tests.support.sim_disk import ATOM, Crashes, SimDisk
+from tests.support.stores import StoreDriver
+
+from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.host.object_store import JOURNALED_BYTES, StoreOptions
+from sheepdog.cluster.host.replay import VERSION_GAP
+
+BLOCK = 4096
+SIZE = 24 * BLOCK - 100
+BLOCKS = 24
+JOURNAL_BYTES = 640 << 10
+OPERATIONS = 45
+OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
+NEVER = 1 << 60
+WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "10"))  # each makes about a thousand images
+SEED = int(os.environ.get("STORE_CRASH_SEED", "0"))
+
+
+class Operation:
+    """One call, and from which position of the disk's log on it is what."""
+
+    def __init__(self, version: Version | None, content: bytes | None, first: int, last: int, large: bool) -> None:
+        self.version = version  # None: removed
+        self.content = content  # of the whole object after it
+        self.first, self.last = first, last  # blocks touched
+        self.large = large  # its bytes do not go through the journal
+        self.acked = NEVER
+        self.exists = NEVER  # on the disk as an operation, if not all of its bytes
+        self.durable = NEVER  # on the disk with its bytes
+
+
+class Workload:
+    """Random operations on a few objects, and what was promised when."""
+
+    def __init__(self, seed: int, nosync: bool) -> None:
+        self.rng = random.Random(seed)
+        self.disk = SimDisk(seed, miss_rate=0.2)
+        options = StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES)
+        self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
+        self.started = len(self.disk.log)
+        self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}
+        self.waiting = 0
+        for counter in range(1, OPERATIONS):
+            self._operate(counter)
+            for _ in range(self.rng.choice((0, 0, 1, 3, 10))):
+                self._step()
+        while self.waiting:
+            self._step()
+        for _ in range(self.rng.choice((0, 20, 200))):
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            self.driver.step()
+        except TimeoutError:
+            self.driver.clock.fire()
+
+    def _operate(self, counter: int) -> None:
+        rng, store = self.rng, self.driver.store
+        oid = rng.choice(OIDS)
+        operations = self.history[oid]
+        content = operations[-1].content if operations else None
+        version = Version(1, 1, counter * VERSION_GAP)
+        durable = rng.random() < 0.3
+        offset = rng.choice((0, rng.randrange(SIZE), rng.randrange(SIZE)))
+        length = rng.randint(1, min(SIZE - offset, rng.choice((6000, 6000, SIZE))))
+        data = bytes(length) if rng.random() < 0.1 else rng.randbytes(length)
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        kind = rng.random()
+        if kind < 0.1:
+            self._flush(oid)
+        elif content is None or kind < 0.2:
+            after = bytearray(SIZE)
+            after[offset : offset + length] = data
+            widened = (last + 1) * BLOCK - first * BLOCK
+            operation = Operation(version, bytes(after), 0, BLOCKS - 1, widened > JOURNALED_BYTES)
+            operations.append(operation)
+            store.create(oid, SIZE, offset, data, version, durable, self._done(operation, durable, True))
+        elif kind < 0.27:
+            operation = Operation(None, None, 0, BLOCKS - 1, False)
+            operations.append(operation)
+            store.remove(oid, self._done(operation, True, True))
+        else:
+            punch = kind < 0.4
+            changed = bytearray(content)
+            changed[offset : offset + length] = bytes(length) if punch else data
+            operation = Operation(version, bytes(changed), first, last, not punch and length > JOURNALED_BYTES - 8192)
+            operations.append(operation)
+            done = self._done(operation, durable, durable)
+            if punch:
+                store.punch(oid, offset, length, version, durable, done)
+            else:
+                store.write(oid, offset, data, version, durable, done)
+
+    def _done(self, operation: Operation, durable: bool, exists: bool) -> Done:
+        self.waiting += 1
+
+        def done(error: StoreError | None) -> None:
+            assert error is None
+            self.waiting -= 1
+            operation.acked = len(self.disk.log)
+            if exists:
+                operation.exists = operation.acked
+            if durable or (exists and not operation.large):
+                operation.durable = operation.acked
+
+        return done
+
+    def _flush(self, oid: ObjectId) -> None:
+        covered = [operation for operation in self.history[oid] if operation.acked != NEVER]
+        self.waiting += 1
+
+        def done(error: StoreError | None) -> None:
+            assert error is None
+            self.waiting -= 1
+            for operation in covered:
+                operation.exists = min(operation.exists, len(self.disk.log))
+                operation.durable = min(operation.durable, len(self.disk.log))
+
+        self.driver.store.flush(frozenset({Vid(oid >> 32)}), done)
+
+    # After the crash
+
+    def check(self, image: SimDisk, at: int, killed: bool) -> None:
+        driver = StoreDriver("/meta", disk=image, options=StoreOptions(journal_bytes=JOURNAL_BYTES), seed=at)
+        assert not driver.failed
+        for oid, operations in self.history.items():
+            self._check_object(driver, oid, operations, at, killed)
+
+    def _check_object(
+        self, driver: StoreDriver, oid: ObjectId, operations: list[Operation], at: int, killed: bool
+    ) -> None:
+        def holds(operation: Operation, position: int) -> bool:
+            return (operation.acked if killed else position) <= at
+
+        floor = max((i for i, operation in enumerate(operations) if holds(operation, operation.exists)), default=-1)
+        version = driver.store.version(oid)
+        if version is None:
+            possible = [-1, *(i for i, operation in enumerate(operations) if operation.content is None)]
+            assert max(possible) >= floor, "an object is gone"
+            return
+        exact = [i for i, operation in enumerate(operations) if operation.version == version]
+        got = driver.read(oid, 0, SIZE)
+        if exact:
+            assert exact[0] >= floor, "an old version came back"
+            content = operations[exact[0]].content
+            assert content is not None
+            wrong = [
+                b for b in range(BLOCKS) if got[b * BLOCK : (b + 1) * BLOCK] != content[b * BLOCK : (b + 1) * BLOCK]
+            ]
+            assert not wrong, f"blocks {wrong} are not those of their version"
+            return
+        cut = next(i for i, operation in enumerate(operations) if operation.version and operation.version > version)
+        assert cut >= floor
+        for block in range(BLOCKS):
+            touching = [i for i, o in enumerate(operations) if o.first <= block <= o.last and i <= cut]
+            oldest = max((i for i in touching if holds(operations[i], operations[i].durable)), default=-1)
+            self._check_block(got, block, [operations[i] for i in touching if i >= oldest], oldest < 0)
+
+    def _check_block(self, got: bytes, block: int, operations: list[Operation], may_be_zero: bool) -> None:
+        """Every sector is one of those that the operations left."""
+        for start in range(block * BLOCK, min((block + 1) * BLOCK, SIZE), ATOM):
+            stop = min(start + ATOM, SIZE)
+            allowed = [operation.content[start:stop] for operation in operations if operation.content is not None]
+            if may_be_zero or any(operation.version is None or operation.large for operation in operations):
+                allowed.append(bytes(stop - start))
+            assert got[start:stop] in allowed, f"block {block} was never so"
+
+
+@pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
+@pytest.mark.parametrize("number", range(WORKLOADS))
+def test_every_crash_leaves_what_was_promised(number: int, nosync: bool) -> None:
+    workload = Workload(SEED + number, nosync)
+    crashes = Crashes(workload.disk.log, workload.disk.directories)
+    rng = random.Random(SEED + number)
+    while crashes.position < len(workload.disk.log):
+        crashes.advance()
+        if crashes.position < workload.started:
+            continue
+        workload.check(crashes.killed(), crashes.position, killed=True)
+        if not nosync:  # with -n a power failure may take anything
+            workload.check(crashes.powerless(rng), crashes.position, killed=False)
+            workload.check(crashes.powerless(rng), crashes.position, killed=False)
