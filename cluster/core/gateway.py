@@ -351,8 +351,8 @@ class Gateway:
                 context.log(3, f"object {oid:016x}: {data}; another copy answers")
                 self._replica.missing[oid] = None
                 self._read_at_home(request, Flag.REPAIR)
-            else:
-                request.finish(data.result, b"")
+            else:  # no copy, or a disk that fails: the home knows what that means
+                self._read_at_home(request, 0)
 
         return read
 

@@ -21,8 +21,8 @@ from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.peering import Inventories, encode_oids
-from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Buffer, Timer
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.recovery import Recovery
@@ -34,8 +34,8 @@ IoDone: TypeAlias = Callable[[int, Buffer], None]
 class HomeHooks(Protocol):
     """What a home tells the replica side of its own node."""
 
-    def settled_locally(self, missing: list[ObjectId]) -> None:
-        """Peering is over; these copies of this node are not current."""
+    def settled_locally(self, missing: list[ObjectId], complete: bool) -> None:
+        """Peering is over; these copies of this node are not current. `complete`: the home knows all that exists."""
 
     def restored_locally(self, oid: ObjectId) -> None:
         """This node's copy is current again."""
@@ -115,9 +115,7 @@ class _Write:
 class Home:
     """See the module. `former` gives placements of earlier epochs."""
 
-    def __init__(
-        self, context: Context, puller: Puller, former: Callable[[int], Placement | None], hooks: HomeHooks
-    ) -> None:
+    def __init__(self, context: Context, puller: Puller, former: Former, past: Past, hooks: HomeHooks) -> None:
         self.context = context
         self.hooks = hooks
         self.active = False
@@ -127,6 +125,9 @@ class Home:
         self._fence = context.fence
         self._term = context.state.term
         self._former = former
+        self._past = past
+        self._complete: list[int] = []  # by member: up to which epoch it knows what it should have
+        self._knows_all = False  # what no inventory names does not exist
         self._inventories = Inventories(len(self._placement.members))
         self._held: list[Callable[[], None]] = []
         self._sequence = 0
@@ -164,11 +165,18 @@ class Home:
     def _settle(self) -> None:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
         missing: list[list[ObjectId]] = [[] for _ in self._placement.members]
-        decisions = self._inventories.decide(self._placement, self._former)
+        unequal: list[list[ObjectId]] = [[] for _ in self._placement.members]
+        complete = self._inventories.complete
+        self._complete = complete
+        self._knows_all = self._past.knows_all(complete)
+        decisions = self._inventories.decide(self._placement, self._former, self._past)
         self._contained = self._inventories.contained(decisions)
         for decision in decisions:
             for member in decision.missing:
                 missing[member].append(decision.oid)
+            if decision.stale:
+                for member in decision.sources:
+                    unequal[member].append(decision.oid)
             if decision.version == NO_VERSION:
                 if decision.missing:
                     self._lost[decision.oid] = None
@@ -179,12 +187,18 @@ class Home:
                 self.recovery.add(decision)
         self._inventories = Inventories(0)
         self.active = True
-        for member, oids in enumerate(missing):
+        for member, node in enumerate(self._placement.nodes):
             if member == self.me:
-                self.hooks.settled_locally(oids)
-            else:
-                message = Message(Kind.SETTLE, self._fence, body=encode_oids(oids))
-                self.context.peers.request(self._placement.nodes[member], message, _ignore)
+                self.hooks.settled_locally(missing[member], self._knows_all)
+                continue
+            message = Message(
+                Kind.SETTLE,
+                self._fence,
+                flags=Flag.COMPLETE if self._knows_all else 0,
+                length=len(missing[member]),
+                body=encode_oids([*missing[member], *unequal[member]]),
+            )
+            self.context.peers.request(node, message, _ignore)
         held, self._held = self._held, []
         for call in held:
             call()
@@ -212,11 +226,19 @@ class Home:
                 submission.done(Result.EIO, b"")
                 return
             if store.version(oid) is None:
-                submission.done(Result.SUCCESS if flags & Flag.REMOVE else Result.NO_OBJ, b"")
+                missing = self._absent(oid)
+                submission.done(Result.SUCCESS if flags & Flag.REMOVE and missing == Result.NO_OBJ else missing, b"")
                 return
         elif self._lost:
             self._lost.pop(oid, None)
         self._number(submission, self._replicas(submission))
+
+    def _absent(self, oid: ObjectId) -> Result:
+        """What a request for an object is told that nobody here has."""
+        if not self._knows_all and self._past.may_exist(oid, self._complete):
+            self.context.probe("home.object_unknown")
+            return Result.EIO
+        return Result.NO_OBJ
 
     def _done_before(self, submission: Submission) -> None:
         """A write that was executed in an earlier epoch, but its gateway did not hear of it."""
@@ -358,6 +380,9 @@ class Home:
             return
         if oid in self._lost:
             done(Result.EIO, b"")
+            return
+        if self.context.store.version(oid) is None:
+            done(self._absent(oid), b"")
             return
 
         def deliver(data: Buffer, begun: int) -> None:

@@ -358,6 +358,7 @@ class ClusterMachine:
             self._format(command, quiet)
         elif kind == "start":
             if self.state.status == Status.WAITING and self.state.ctime:
+                self.state.forced = self.state.epoch + 1
                 self.start(command["time"], quiet)
             else:
                 answer = Result.FORCE_RECOVER

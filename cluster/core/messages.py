@@ -48,6 +48,7 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
+    COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 
 

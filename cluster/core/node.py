@@ -26,6 +26,7 @@ from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.origins import Origin, encode_origins
+from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.peering import Holding, Standing, decode_members, decode_oids, parts
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
@@ -116,7 +117,8 @@ class Node:
         self._recorded = self.cluster.epoch
 
     def stop(self, done: Callable[[], None]) -> None:
-        """Leaves the cluster orderly."""
+        """Leaves the cluster orderly. Nothing is answered any more: the others go on without this node at once."""
+        self.gateway.suspend(True)
         self._engine.leave()
         self.context.store.flush(None, lambda _: done())
 
@@ -226,7 +228,8 @@ class Node:
         self._durable = self._told = False
         self.replica.begin()
         self.puller.begin()
-        self.home = Home(context, self.puller, self._former_placement, self)
+        past = Past(context.placement, self._former_placement, self._former_members, self._fewest_copies)
+        self.home = Home(context, self.puller, self._former_placement, past, self)
         self.gateway.begin(self.home)
         self.everyone.begin()
         self._record()
@@ -247,9 +250,17 @@ class Node:
         self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
         self._former[context.epoch] = context.placement
 
+    def _fewest_copies(self) -> int:
+        state = self.cluster
+        return min([state.copies, *(vdi.copies for vdi in state.vdis.records() if vdi.copies)])
+
+    def _former_members(self, epoch: int) -> tuple[Member, ...] | None:
+        record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
+        return None if record is None else record.members
+
     def _former_placement(self, epoch: int) -> Placement | None:
         if epoch not in self._former:
-            record = self.cluster.record(epoch)
+            record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
             self._former[epoch] = (
                 None
                 if record is None
@@ -339,8 +350,8 @@ class Node:
 
     # -- from the home machine of this node ------------------------------------------------------------------------
 
-    def settled_locally(self, missing: list[ObjectId]) -> None:
-        self.replica.settle(self.context.placement.me, missing)
+    def settled_locally(self, missing: list[ObjectId], complete: bool) -> None:
+        self.replica.settle(self.context.placement.me, missing, (), complete)
 
     def completed_locally(self) -> None:
         self._home_done(self.context.me)
@@ -390,7 +401,9 @@ class Node:
         self._at_home().on_inventory(sender, message)
 
     def _on_settle(self, sender: NodeId, message: Message) -> None:
-        self.replica.settle(self.context.placement.index_of[sender], decode_oids(_body(message)))
+        oids, count = decode_oids(_body(message)), message.length
+        home = self.context.placement.index_of[sender]
+        self.replica.settle(home, oids[:count], oids[count:], bool(message.flags & Flag.COMPLETE))
         self.context.peers.answer(sender, message, Result.SUCCESS)
 
     def _on_pull(self, sender: NodeId, message: Message) -> None:
@@ -413,6 +426,7 @@ class Node:
 
     def _on_complete(self, sender: NodeId, message: Message) -> None:
         self.context.peers.answer(sender, message, Result.SUCCESS)
+        self.replica.recovered(self.context.placement.index_of[sender])
         self._home_done(sender)
 
     def _on_flush(self, sender: NodeId, message: Message) -> None:

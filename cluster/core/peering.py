@@ -8,10 +8,9 @@ should have held then and does not list was deleted.
                      otherwise: the epoch of its last settling, or of the copy's last write if that is later
                      (a write is only ever applied to a current copy)
  best copy           the highest (as_of, version): its version is what all replicas must have
- deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy;
-                     and the object was known all that time: of its replicas in each epoch some were in the next
- superseded          in an epoch after the best copy's as_of none of the object's replicas was a node that is here now:
-                     they may have written it, so nothing here can be trusted until one of them is back
+ deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy
+ superseded          in an epoch after the best copy's as_of all of the object's replicas were nodes that are away now:
+                     they may have written it, so nothing here can be trusted until one of them is back (core.past)
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
 from sheepdog.cluster.core.messages import Buffer, Flag
 from sheepdog.cluster.core.origins import Origin, decode_origins
+from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
 
 _ENTRY = Struct("<QIIQI4x")
@@ -48,6 +48,7 @@ class Decision(NamedTuple):
     sources: tuple[int, ...]  # members with that version
     missing: tuple[int, ...]  # replicas without it
     surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
+    stale: tuple[int, ...] = ()  # those of `missing` that hold another version
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:
@@ -157,11 +158,8 @@ class Inventories:
     def missing_members(self) -> list[int]:
         return [member for member, ended in enumerate(self._ended) if not ended]
 
-    def decide(self, placement: Placement, former: Callable[[int], Placement | None]) -> list[Decision]:
-        """Decisions for all objects whose copies are not equal and exactly where they belong.
-
-        `former(epoch)` gives the placement of an earlier epoch (None: unknown).
-        """
+    def decide(self, placement: Placement, former: Former, past: Past) -> list[Decision]:
+        """Decisions for all objects whose copies are not equal and exactly where they belong."""
         copies: dict[ObjectId, list[tuple[int, Version, int]]] = {}
         for member, holdings in enumerate(self._holdings):
             for oid, version, as_of in holdings:
@@ -176,10 +174,10 @@ class Inventories:
                 and version != NO_VERSION
                 and all(entry[1] == version for entry in held)
                 and all(entry[0] in replicas for entry in held)
-                and not self._superseded(oid, max(entry[2] for entry in held), placement, former)
+                and not past.superseded(oid, max(entry[2] for entry in held))
             ):
                 continue
-            decisions.append(self._decide_one(oid, held, replicas, placement, former))
+            decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
         return decisions
 
     def contained(self, decisions: Sequence[Decision]) -> dict[tuple[int, int], None]:
@@ -210,27 +208,22 @@ class Inventories:
         held: list[tuple[int, Version, int]],
         replicas: tuple[int, ...],
         placement: Placement,
-        former: Callable[[int], Placement | None],
+        former: Former,
+        past: Past,
     ) -> Decision:
         best_as_of, best = max((as_of, version) for _, version, as_of in held)
         holders = {member for member, _, _ in held}
         if self._deleted(oid, best_as_of, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
-        if best == NO_VERSION or self._superseded(oid, best_as_of, placement, former):
+        if best == NO_VERSION or past.superseded(oid, best_as_of):
             return Decision(oid, NO_VERSION, (), replicas, ())
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)
         surplus = tuple(sorted(member for member in holders if member not in replicas))
-        return Decision(oid, best, sources, missing, surplus)
+        stale = tuple(member for member, version, _ in held if version not in (best, NO_VERSION) and member in replicas)
+        return Decision(oid, best, sources, missing, surplus, stale)
 
-    def _deleted(
-        self,
-        oid: ObjectId,
-        best_as_of: int,
-        holders: set[int],
-        placement: Placement,
-        former: Callable[[int], Placement | None],
-    ) -> bool:
+    def _deleted(self, oid: ObjectId, best_as_of: int, holders: set[int], placement: Placement, former: Former) -> bool:
         for member, complete in enumerate(self.complete):
             if member in holders or complete <= best_as_of:
                 continue
@@ -238,33 +231,6 @@ class Inventories:
             if then is None:
                 continue
             index = then.index_of.get(placement.nodes[member])
-            if index is None or index not in then.replicas(oid):
-                continue
-            if all(self._handed_on(oid, epoch, former) for epoch in range(best_as_of, complete)):
-                return True
-        return False
-
-    @staticmethod
-    def _handed_on(oid: ObjectId, epoch: int, former: Callable[[int], Placement | None]) -> bool:
-        """Some replica of the object in `epoch` was a member of the next one, which so knew of the object."""
-        then, later = former(epoch), former(epoch + 1)
-        if then is None or later is None:
-            return False
-        return any(then.nodes[index] in later.index_of for index in then.replicas(oid))
-
-    @staticmethod
-    def _superseded(
-        oid: ObjectId, best_as_of: int, placement: Placement, former: Callable[[int], Placement | None]
-    ) -> bool:
-        """The object may have been written since `best_as_of` by nodes of which none is here.
-
-        A write is acknowledged only when all replicas of its epoch have it, so one of them here is enough to know.
-        """
-        for epoch in range(best_as_of + 1, placement.epoch):
-            then = former(epoch)
-            if then is None:
-                continue
-            replicas = then.replicas(oid)
-            if replicas and not any(then.nodes[index] in placement.index_of for index in replicas):
+            if index is not None and index in then.replicas(oid):
                 return True
         return False

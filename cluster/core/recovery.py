@@ -25,7 +25,19 @@ if TYPE_CHECKING:
 class _Job:
     """One object that is not clean."""
 
-    __slots__ = ("failures", "full", "oid", "repair", "running", "sources", "surplus", "targets", "version", "waiting")
+    __slots__ = (
+        "failures",
+        "full",
+        "oid",
+        "repair",
+        "running",
+        "sources",
+        "stale",
+        "surplus",
+        "targets",
+        "version",
+        "waiting",
+    )
 
     def __init__(self, oid: ObjectId, version: Version) -> None:
         self.oid = oid
@@ -33,6 +45,7 @@ class _Job:
         self.sources: list[int] = []
         self.targets: dict[int, bool] = {}  # member -> a pull is under way
         self.surplus: tuple[int, ...] = ()
+        self.stale: dict[int, None] = {}  # targets that still have an older copy as if it were good
         self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
         self.waiting: list[Callable[[], None]] = []
         self.running = False
@@ -72,6 +85,7 @@ class Recovery:
         job.sources = list(decision.sources)
         job.targets = dict.fromkeys(decision.missing, False)
         job.surplus = decision.surplus
+        job.stale = dict.fromkeys(decision.stale)
         self._jobs[decision.oid] = job
 
     def begin(self) -> None:
@@ -89,10 +103,11 @@ class Recovery:
     def holds(self, oid: ObjectId, reading: bool, retry: Callable[[], None]) -> bool:
         """True if the request must wait: `retry` is called when it need not, and the object is restored at once.
 
-        A read waits only for the home's own copy.
+        A read waits for the home's own copy, and until no replica has an older one: what was read must not be
+        taken back when, after further deaths, the older copy is all that is left.
         """
         job = self._jobs.get(oid)
-        if job is None or (reading and self._home.me not in job.targets):
+        if job is None or (reading and self._home.me not in job.targets and not job.stale):
             return False
         self._context.probe("recovery.request_waits")
         job.waiting.append(retry)
@@ -209,6 +224,7 @@ class Recovery:
                 self._home.hooks.restored_locally(job.oid)
             job.full = False
             job.repair.pop(target, None)
+            job.stale.pop(target, None)
             job.sources.append(target)
             if not job.targets:
                 self._done(job)
@@ -222,6 +238,7 @@ class Recovery:
         job.failures += 1
         if result == Result.NO_SPACE and not job.full:
             job.full = True
+            job.stale.pop(target, None)  # the attempt has spoilt it
             self._release(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]

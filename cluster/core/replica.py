@@ -1,7 +1,7 @@
 """The replica machine: applies numbered writes to this node's copies, and knows which copies may be read here.
 
 A copy is readable here without asking its home when, in this epoch,
- * the home has settled with this node and does not miss its copy, and
+ * the home has settled with this node, and it and all other replicas have the current copy, and
  * no write above the home's watermark touches the blocks (some other replica may not have it yet).
 """
 
@@ -56,7 +56,9 @@ class Replica:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.settled: list[bool] = []  # by home
+        self.complete: list[bool] = []  # by home: it knows of all that exists
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
+        self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
         self._applied: list[int] = []  # by home: highest sequence seen
@@ -67,6 +69,8 @@ class Replica:
         """A new epoch: nothing is readable until the homes have settled with this node."""
         count = len(self._context.placement.members)
         self.settled = [False] * count
+        self.complete = [False] * count
+        self.unequal = [{} for _ in range(count)]
         self.missing = {}
         self._unstable = {}
         self._order = [deque() for _ in range(count)]
@@ -74,14 +78,21 @@ class Replica:
         self._unanswered = {}
         self._failed = {}
 
-    def settle(self, home: int, missing: Iterable[ObjectId]) -> None:
-        """The home decided which copies here are current."""
+    def settle(self, home: int, missing: Iterable[ObjectId], unequal: Iterable[ObjectId], complete: bool) -> None:
+        """The home decided which copies here are current, and which of those may be served already."""
         for oid in missing:
             self.missing[oid] = None
+        self.unequal[home] = dict.fromkeys(unequal)
+        self.complete[home] = complete
         self.settled[home] = True
 
+    def recovered(self, home: int) -> None:
+        """All copies of the home's objects are equal."""
+        self.unequal[home] = {}
+
     def all_settled(self) -> bool:
-        return bool(self.settled) and all(self.settled)
+        """What this node lacks, or should not have, is known."""
+        return bool(self.settled) and all(self.settled) and all(self.complete)
 
     def is_current(self, oid: ObjectId) -> bool:
         """The copy here was proven current in this epoch."""
@@ -89,7 +100,7 @@ class Replica:
         return home is not None and home < len(self.settled) and self.settled[home] and oid not in self.missing
 
     def readable(self, oid: ObjectId, home: int, offset: int, length: int) -> bool:
-        if not self.settled[home] or oid in self.missing:
+        if not self.settled[home] or oid in self.missing or oid in self.unequal[home]:
             return False
         unstable = self._unstable.get(oid)
         if unstable is None:

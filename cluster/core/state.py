@@ -55,6 +55,7 @@ class ClusterState:
     store_name: str = ""
     disable_recovery: bool = False
     era: int = 0  # counts formats: epochs begin again at 1 with each
+    forced: int = 0  # epochs before this one are not waited for any more (cluster recover force)
     term: int = 0  # raised at every start of the cluster
     members: tuple[Member, ...] = ()
     epochs: list[EpochRecord] = field(default_factory=list)
@@ -110,6 +111,7 @@ class ClusterState:
                 "disable_recovery": self.disable_recovery,
                 "era": self.era,
                 "term": self.term,
+                "forced": self.forced,
             }
         ).encode()
 

@@ -117,10 +117,10 @@ def make_volume(cluster: SimCluster, name: str, objects: int, blocks: tuple[int,
         raise Violation(f"volume {name}: cannot be created, result {result:#x}")
     results: list[int] = []
     for index in range(objects):
-        gateway.create(data_oid(record.vid, index), ObjectId(0), 0, b"", False, lambda r, _: results.append(r))
+        gateway.create(data_oid(record.vid, index), ObjectId(0), 0, b"", True, lambda r, _: results.append(r))
     world.run_until(lambda: len(results) == objects, 10 * SECOND, "create objects")
     entries = record.vid.to_bytes(4, "little") * objects
-    gateway.write(inode_oid(record.vid), map_offset(0), entries, False, lambda r, _: results.append(r))
+    gateway.write(inode_oid(record.vid), map_offset(0), entries, True, lambda r, _: results.append(r))
     world.run_until(lambda: len(results) == objects + 1, 10 * SECOND, "write the map")
     if any(results):
         raise Violation(f"volume {name}: results {results}")

@@ -109,7 +109,7 @@ class Run:
 
     def _judge(self) -> None:
         allowed = [*NOT_NOW, *self.scenario.tolerated]
-        if "home.object_lost" in self.cluster.probes():
+        if not {"home.object_lost", "home.object_unknown"}.isdisjoint(self.cluster.probes()):
             allowed.append(
                 Result.EIO
             )  # all current copies were down: nothing is promised but that no old ones are shown

@@ -1,0 +1,70 @@
+"""What the nodes that are here can know of earlier epochs.
+
+An object is served in an epoch only when every copy on its replicas of that epoch is current (or none at all), and a
+change is answered only when all of them have it. So one replica of an epoch that is here is witness enough: what
+happened to the object in that epoch is in its copy. Where all replicas of some epoch are away, anything may have
+happened: the object may have been written, or made, without anybody here knowing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
+from sheepdog.cluster.core.placement import Placement
+
+Former = Callable[[int], Placement | None]
+Members = Callable[[int], Sequence[Member] | None]
+
+
+class Past:
+    """As seen in the epoch of `placement`.
+
+    `former(epoch)` and `members(epoch)` give placement and members of an earlier epoch; None if it is not known or
+    an administrator said that nobody waits for it any more (`cluster recover force`). `copies()`: fewest of any VDI.
+    """
+
+    def __init__(self, placement: Placement, former: Former, members: Members, copies: Callable[[], int]) -> None:
+        self._placement = placement
+        self._former = former
+        self._members = members
+        self._copies = copies
+
+    def superseded(self, oid: ObjectId, as_of: int) -> bool:
+        """The object may have been written after `as_of` by nodes of which none is here."""
+        return any(self._unseen(oid, epoch) for epoch in range(as_of + 1, self._placement.epoch))
+
+    def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
+        """Nobody here has heard of the object, but it may exist on nodes that are away."""
+        return any(self._unseen(oid, epoch) for epoch in range(max(complete), self._placement.epoch))
+
+    def _unseen(self, oid: ObjectId, epoch: int) -> bool:
+        then = self._former(epoch)
+        if then is None:
+            return False
+        replicas = then.replicas(oid)
+        return bool(replicas) and not any(then.nodes[index] in self._placement.index_of for index in replicas)
+
+    def knows_all(self, complete: Sequence[int]) -> bool:
+        """The inventories of the members name every object that exists: what they do not name was deleted.
+
+        `complete`: for each member the epoch up to which its own inventory names all that it should have. That holds
+        from some such epoch on if in no epoch since so many zones are away that they can hold all copies of anything.
+        """
+        nodes = self._placement.nodes
+        for base in sorted(dict.fromkeys([*complete, 0]), reverse=True):
+            witnesses = [node for node, epoch in zip(nodes, complete, strict=True) if epoch >= base]
+            if (not base or self._covered(base, witnesses)) and all(
+                self._covered(epoch, nodes) for epoch in range(base + 1, self._placement.epoch)
+            ):
+                return True
+        return False
+
+    def _covered(self, epoch: int, witnesses: Container[NodeId]) -> bool:
+        """Of whatever was stored in the epoch, one of the witnesses was a replica."""
+        members = self._members(epoch)
+        if members is None:
+            return True
+        storing = [member for member in members if member.vnodes]
+        away = {member.zone for member in storing if member.id not in witnesses}
+        return len(away) < min(self._copies(), len({member.zone for member in storing}))

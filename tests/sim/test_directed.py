@@ -1,0 +1,146 @@
+"""Short stories, each for something that random runs found wrong once."""
+
+from __future__ import annotations
+
+import pytest
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, World
+
+
+def fresh(machines: int, copies: int, seed: int = 1) -> tuple[SimCluster, Volume]:
+    """A formatted cluster with a volume of two objects."""
+    cluster = SimCluster(World(seed), machines)
+    cluster.start_all()
+    cluster.format(copies)
+    return cluster, make_volume(cluster, "v", 2, (0,))
+
+
+def write(machine: Machine, volume: Volume, value: int) -> int:
+    """Writes block 0 of object 0 and waits for the answer."""
+    results: list[int] = []
+    oid = data_oid(volume.vid, 0)
+    machine.node.gateway.write(oid, 0, block_of(value), False, lambda result, _: results.append(result))
+    machine.cluster.world.run_until(lambda: bool(results), 5 * SECOND, "write")
+    return results[0]
+
+
+def read(machine: Machine, volume: Volume) -> tuple[int, bytes]:
+    answers: list[tuple[int, bytes]] = []
+
+    def done(result: int, data: Buffer) -> None:
+        answers.append((int(result), bytes(data)))
+
+    machine.node.gateway.read(data_oid(volume.vid, 0), 0, BLOCK_SIZE, done)
+    machine.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
+    return answers[0]
+
+
+def holders(cluster: SimCluster, volume: Volume) -> list[Machine]:
+    """Machines that object 0 belongs on in the present epoch, its home first."""
+    up = next(machine for machine in cluster.machines if machine.up)
+    placement = up.node.context.placement
+    return [cluster.machine(placement.nodes[index]) for index in placement.replicas(data_oid(volume.vid, 0))]
+
+
+def settle(cluster: SimCluster, *machines: Machine) -> None:
+    """Until these machines alone are a cluster that has recovered."""
+
+    def settled() -> bool:
+        nodes = [machine.node for machine in machines]
+        return all(
+            node.context.epoch == nodes[0].context.epoch
+            and len(node.cluster.members) == len(nodes)
+            and node.home is not None
+            and node.home.active
+            and not node.home.recovery.unfinished
+            for node in nodes
+        )
+
+    cluster.world.run_until(settled, HEALTH_LIMIT_NS, "recovery")
+
+
+def test_a_node_that_leaves_answers_nothing_any_more() -> None:
+    cluster, volume = fresh(3, 3)
+    leaving, other, _ = cluster.machines
+    assert write(other, volume, 1) == Result.SUCCESS
+    answers: list[int] = []
+    leaving.node.stop(lambda: None)  # the process stays: its disk is slow
+    settle(cluster, *cluster.machines[1:])
+    assert write(other, volume, 2) == Result.SUCCESS
+    leaving.node.gateway.read(data_oid(volume.vid, 0), 0, BLOCK_SIZE, lambda result, _: answers.append(result))
+    cluster.world.run_for(SECOND)
+    assert not answers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_restart_before_the_death_is_noticed(seed: int) -> None:
+    """The leave of the old process must not strike out the new one."""
+    cluster, _ = fresh(3, 3, seed)
+    for machine in cluster.machines:
+        machine.kill()
+        cluster.world.run_for(seed * MILLISECOND)
+        machine.start()
+        cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+
+
+def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:
+    cluster, volume = fresh(2, 2)
+    home, replica = holders(cluster, volume)
+    assert write(home, volume, 1) == Result.SUCCESS
+    replica.kill()
+    settle(cluster, home)
+    assert write(home, volume, 2) == Result.SUCCESS
+    # The replica is back, and before it is restored the only node with the newer bytes is gone.
+    cluster.fabric.break_link((min(home.id, replica.id), max(home.id, replica.id)), SECOND // 2)
+    replica.start()
+    cluster.world.run_until(lambda: replica.serves() and len(replica.node.cluster.members) == 2, SECOND, "join")
+    home.kill()
+    cluster.world.run_until(lambda: len(replica.node.cluster.members) == 1, SECOND, "death noticed")
+    assert read(replica, volume)[0] == Result.EIO
+    assert replica.node.context.probes["home.object_lost"]
+    home.start()
+    settle(cluster, home, replica)
+    assert read(replica, volume) == (Result.SUCCESS, block_of(2))
+
+
+def test_an_object_that_nobody_here_has_heard_of_is_not_absent() -> None:
+    """Its copies are on nodes that are down: that is an error, not a hole."""
+    cluster, volume = fresh(4, 2)
+    wanted = holders(cluster, volume)
+    others = [machine for machine in cluster.machines if machine not in wanted]
+    assert write(wanted[0], volume, 1) == Result.SUCCESS
+    for machine in wanted:
+        machine.kill()
+    settle(cluster, *others)
+    assert read(others[0], volume)[0] == Result.EIO
+    for machine in wanted:
+        machine.start()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert read(others[0], volume) == (Result.SUCCESS, block_of(1))
+
+
+def test_forced_recovery_takes_what_is_there() -> None:
+    """The node with the newest bytes is gone for good: an administrator says so."""
+    cluster, volume = fresh(2, 2)
+    home, replica = holders(cluster, volume)
+    assert write(home, volume, 1) == Result.SUCCESS
+    replica.kill()
+    settle(cluster, home)
+    assert write(home, volume, 2) == Result.SUCCESS
+    home.kill()
+    replica.start()
+    cluster.world.run_for(SECOND)
+    results: list[Result] = []
+    replica.node.gateway.read(data_oid(volume.vid, 0), 0, 1, lambda result, _: results.append(Result(result)))
+    assert results.pop() == Result.WAIT_FOR_JOIN
+    replica.node.operations.force_recover(results.append)
+    cluster.world.run_until(lambda: bool(results), SECOND, "force")
+    assert results == [Result.SUCCESS]
+    settle(cluster, replica)
+    assert read(replica, volume) == (Result.SUCCESS, block_of(1))
