@@ -29,7 +29,7 @@ def peer_text(peer):
 
 def show(event):
     if isinstance(event, View):
-        line = ["view", event.sequence, *([peer_text(p) for p in part] for part in event[1:])]
+        line = ["view", event.sequence, *([peer_text(p) for p in part] for part in event[1:4])]
     elif isinstance(event, Delivery):
         line = ["message", event.sequence, peer_text(event.sender), event.data.decode()]
     else:
