@@ -31,8 +31,9 @@ PATIENCE_S = 30.0  # longer than a node's expulsion and a daemon's restart; shor
 CONNECT_LIMIT_S = 5.0  # one attempt
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
-STALL_LIMIT_S = 20.0  # without any answer to requests in flight: longer than a cluster takes to expel a hung node
+STALL_LIMIT_S = 20.0  # a request unanswered for so long is tried elsewhere: longer than expelling a hung node takes
 STALL_CHECK_S = 2.0
+ANSWER_LIMIT_S = 120.0  # and for so long: EIO. Disks of a living cluster may take a minute to flush
 RECEIVES_PER_TURN = 16  # then other sockets of the loop get their turn
 
 _NOT_NOW = frozenset({Result.STARTUP, Result.SHUTDOWN, Result.WAIT_FOR_JOIN, Result.KILLED})  # of the cluster
@@ -57,13 +58,14 @@ class Reply(NamedTuple):
 class _Request:
     """A request from `submit` until its answer."""
 
-    __slots__ = ("done", "header", "limit", "payload")
+    __slots__ = ("done", "header", "limit", "payload", "since")
 
-    def __init__(self, header: bytearray, payload: Buffer, done: Done, limit: int) -> None:
+    def __init__(self, header: bytearray, payload: Buffer, done: Done, limit: int, since: float) -> None:
         self.header = header
         self.payload = payload
         self.done = done
         self.limit = limit
+        self.since = since
 
 
 def _answer_length(buffer: Buffer, start: int) -> int:
@@ -93,8 +95,7 @@ class Session:
         self._lost_at: float | None = None  # since when requests wait without an answer
         self._tried_at = 0.0  # end of the last round in which no gateway was found
         self._delay = 0.0  # before the next round
-        self._answered = False  # since the watch looked last
-        self._stalled_since: float | None = None
+        self._left_at = 0.0  # when a gateway that hangs was left last
         self._watching: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -120,7 +121,7 @@ class Session:
         while number in flight:
             number = next(self._ids) & 0xFFFFFFFF
         _ID.pack_into(header, _ID_OFFSET, number)
-        flight[number] = _Request(header, payload, done, limit)
+        flight[number] = _Request(header, payload, done, limit, self._loop.time())
         if self._socket is None:
             if self._hopeless():
                 self._loop.call_soon(self._fail, number)
@@ -233,7 +234,6 @@ class Session:
                     return
                 self._lost_at = None
                 self._delay = 0.0
-                self._answered = True
                 self._finish(number, result, data, bytes(buffer[start : start + HEADER_SIZE]))
                 if self._socket is not sock:
                     return  # the callback closed the session
@@ -310,17 +310,19 @@ class Session:
             self._reconnect()
 
     def _watch(self) -> None:
-        """Leaves a gateway that holds its connection but answers nothing: a stopped process, a hung disk."""
+        """Leaves a gateway that holds its connection but does not answer: a stopped process, a hung disk."""
         now = self._loop.time()
-        if self._answered or not self._flight or self._socket is None:
-            self._stalled_since = None
-        elif self._stalled_since is None:
-            self._stalled_since = now
-        elif now >= self._stalled_since + STALL_LIMIT_S:
-            self._stalled_since = None
+        oldest = next(iter(self._flight.values()), None)
+        if oldest and self._socket and now >= max(oldest.since, self._left_at) + STALL_LIMIT_S:
+            self._left_at = now
             self._turn += 1
-            self._broken()
-        self._answered = False
+            self._detach()  # also frees the payloads of those that fail now
+            for number, request in list(self._flight.items()):
+                if now < request.since + ANSWER_LIMIT_S:
+                    break
+                self._fail(number)
+            if self._flight:
+                self._reconnect()
         self._watching = self._loop.call_later(STALL_CHECK_S, self._watch)
 
     def _impatient(self) -> bool:

@@ -131,6 +131,28 @@ def test_a_gateway_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(body(sheep, twin))
 
 
+def test_a_request_that_nobody_answers_fails_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("STALL_LIMIT_S", 0.3), ("STALL_CHECK_S", 0.1), ("ANSWER_LIMIT_S", 1.0)):
+        monkeypatch.setattr(f"sheepdog.cluster.client.session.{name}", seconds)
+
+    async def body(sheep: FakeSheep) -> None:
+        session = await Session.open(sheep.address)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([])
+        sheep.delay_s = 30
+        start = time.monotonic()
+        with pytest.raises(OSError) as caught:
+            await volume.write(0, b"y" * MIB)
+        assert caught.value.errno == errno.EIO
+        assert 1.0 <= time.monotonic() - start < 3
+        await session.close()
+
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=20)
+        asyncio.run(body(sheep))
+
+
 def test_moving_takes_requests_in_flight_along() -> None:
     async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
         session = await Session.open(sheep.address)
