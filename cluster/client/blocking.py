@@ -1,7 +1,8 @@
 """An open volume for threads: blocking calls, no event loop and no import of one.
 
-A `BlockingVolume` may be used by many threads: each request has a connection of its own from a pool, all share the
-volume's map. What a request means is decided by the same machine as in `volume`.
+A `BlockingVolume` may be used by many threads. They share the volume's map, and one pipelined connection for reads and
+writes inside one object; any other operation has a connection from a pool. What a request means is decided by the
+same machine as in `volume`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from sheepdog.cluster.client.address import Address
-from sheepdog.cluster.client.connection import PATIENCE_S, Connection, Reply
+from sheepdog.cluster.client.channel import Channel
+from sheepdog.cluster.client.connection import PATIENCE_S, Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation
 from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
@@ -32,7 +34,9 @@ class BlockingVolume:
         self._machine = machine
         self._patience_s = patience_s
         self._lock = threading.Lock()  # around every call into the machine; never held during I/O
-        # The last used on top. Not a thread's own: threads that Python has not made lose theirs with every call.
+        self._channel = Channel(address, patience_s)  # for reads and writes inside one object
+        # For everything else; the last used on top. Not one per thread: threads that Python has not made lose what is
+        # theirs with every call.
         self._idle = [connection]
 
     @classmethod
@@ -98,11 +102,11 @@ class BlockingVolume:
                 buffer[:length] = bytes(length)
                 return length
             header = read_header(data_oid(Vid(owner), number), start, length)
-            reply = self._ask(header, b"", buffer[:length])
-            if reply.result == Result.SUCCESS and len(reply.data) == length:
+            result, got = self._channel.ask(header, b"", buffer[:length])
+            if result == Result.SUCCESS and got == length:
                 return length
-            if reply.result != Result.NO_OBJ:
-                raise SheepError(reply.result or Result.EIO)
+            if result != Result.NO_OBJ:
+                raise SheepError(result or Result.EIO)
         operation = Read(machine, offset, length)
         self._drive(operation)
         buffer[:length] = operation.data
@@ -134,7 +138,7 @@ class BlockingVolume:
                 return False
             header = write_header(data_oid(machine.vid, number), start, length, durable or not machine.caching)
         try:
-            result = self._ask(header, data).result
+            result, _ = self._channel.ask(header, data)
         finally:
             with self._lock:
                 machine.drop_in_place(number)
@@ -179,6 +183,7 @@ class BlockingVolume:
             self._drive(Settle(self._machine))
             self.flush()
         finally:
+            self._channel.close()
             idle, self._idle = self._idle, []
             for connection in idle:
                 with suppress(OSError):
@@ -189,13 +194,6 @@ class BlockingVolume:
             return self._idle.pop()
         except IndexError:
             return Connection(self._address, self._patience_s)
-
-    def _ask(self, header: bytearray, payload: Buffer = b"", into: memoryview | None = None) -> Reply:
-        connection = self._borrow()
-        try:
-            return connection.ask(header, payload, 0, into)
-        finally:
-            self._idle.append(connection)
 
     def _drive(self, operation: Operation) -> None:
         """Carries an operation to its end; raises its error."""

@@ -1,0 +1,233 @@
+"""One pipelined connection to a gateway for many threads, without an event loop.
+
+A thread sends its own request and waits. One of those that wait receives, for all: it hands out the answers of every
+receive, and when its own is among them it passes the post on. So a single thread has no hop to another one on its way,
+and many of them cost the gateway no more than one connection and few receives.
+
+A broken connection is opened again and everything in flight is sent again with its old id: all operations of this
+protocol may be repeated. After `patience_s` without a gateway what waits fails with EIO, and so does what follows,
+but for one attempt a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import socket
+import threading
+import time
+from contextlib import suppress
+from struct import Struct
+
+from sheepdog.cluster.client.address import Address, describe
+from sheepdog.cluster.client.connection import (
+    PATIENCE_S,
+    RETRY_FIRST_S,
+    RETRY_LAST_S,
+    Broken,
+    connect,
+    receive,
+)
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.header import HEADER_SIZE
+
+RECEIVE_BYTES = 256 << 10  # one receive: the answers to a full queue of small reads
+ATTEMPT_EVERY_S = 1.0  # once patience has ended
+
+_ANSWER = Struct("<8xIII28x")  # id, data_length, result
+_ID = Struct("<I")
+_ID_OFFSET = 8
+
+
+class _Waiter:
+    """A request from its sending until its answer."""
+
+    __slots__ = ("error", "gate", "header", "into", "length", "over", "payload", "result", "sent")
+
+    def __init__(self, header: bytearray, payload: Buffer, into: memoryview | None) -> None:
+        self.header = header
+        self.payload = payload
+        self.into = into
+        self.length = 0
+        self.result = 0
+        self.error: OSError | None = None
+        self.over = False
+        self.sent = False
+        self.gate = threading.Lock()  # opened to say: it is over, or the post is free
+        self.gate.acquire()
+
+    def finish(self) -> None:
+        self.over = True
+        self.open()
+
+    def open(self) -> None:
+        with suppress(RuntimeError):  # open already
+            self.gate.release()
+
+
+class Channel:
+    """See the module. Any thread may call."""
+
+    def __init__(self, address: Address, patience_s: float = PATIENCE_S) -> None:
+        """Connects; OSError if nobody listens."""
+        self.address = address
+        self._patience_s = patience_s
+        self._ids = itertools.count()
+        self._flight: dict[int, _Waiter] = {}  # in order of sending
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()  # the post: whoever holds it receives for all
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._end = 0  # bytes of an incomplete header that begin the buffer
+        self._socket: socket.socket | None = connect(address)
+        self._next_attempt = 0.0
+        self._closed = False
+
+    def ask(self, header: bytearray, payload: Buffer = b"", into: memoryview | None = None) -> tuple[int, int]:
+        """Sends a request and waits for its answer: (result, bytes of data, which are at the start of `into`)."""
+        waiter = _Waiter(header, payload, into)
+        with self._sending:
+            sock = (self._socket if not self._closed else None) or self._attempt()
+            number = next(self._ids) & 0xFFFFFFFF
+            _ID.pack_into(header, _ID_OFFSET, number)
+            self._flight[number] = waiter
+            try:
+                _send(sock, waiter)
+            except OSError:
+                _shut(sock)  # whoever receives sees it, connects again and sends everything
+        waiter.sent = True
+        gate = waiter.gate
+        while not waiter.over:
+            if self._receiving.acquire(False):
+                try:
+                    while not waiter.over:
+                        self._receive()
+                finally:
+                    self._receiving.release()
+                    self._pass_on()
+            else:
+                gate.acquire()
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.result, waiter.length
+
+    def close(self) -> None:
+        """Ends the connection; what still waits fails."""
+        with self._sending:
+            self._closed = True
+            if self._socket is not None:
+                _shut(self._socket)
+        with self._receiving, self._sending:
+            self._give_up(OSError(errno.EIO, "the connection was closed"))
+
+    # -- receiving: the post's holder only
+
+    def _pass_on(self) -> None:
+        """The post is free: wakes one that waits for it. Those still sending look for themselves."""
+        while self._flight:
+            try:
+                waiter = next((waiter for waiter in self._flight.values() if waiter.sent), None)
+            except RuntimeError:
+                continue  # others change the table meanwhile
+            if waiter is not None:
+                waiter.open()
+            return
+
+    def _receive(self) -> None:
+        sock = self._socket
+        try:
+            if sock is None:
+                raise Broken(errno.ECONNRESET, "Connection reset by peer")
+            got = sock.recv_into(self._buffer[self._end :])
+            if not got:
+                raise Broken(errno.ECONNRESET, "Connection reset by peer")
+            self._take(sock, self._end + got)
+        except OSError as error:
+            self._end = 0
+            self._reconnect(error)
+
+    def _take(self, sock: socket.socket, end: int) -> None:
+        """Hands out what is in the buffer."""
+        buffer, flight = self._buffer, self._flight
+        start = 0
+        while end - start >= HEADER_SIZE:
+            number, length, result = _ANSWER.unpack_from(buffer, start)
+            waiter = flight.get(number)
+            if waiter is None or length > (len(waiter.into) if waiter.into is not None else 0):
+                raise Broken(errno.EPROTO, f"{describe(self.address)} gave an answer that nobody asked for")
+            start += HEADER_SIZE
+            if length:
+                assert waiter.into is not None
+                have = min(end - start, length)
+                waiter.into[:have] = buffer[start : start + have]
+                start += have
+                if have < length:
+                    receive(sock, waiter.into[have:length])
+            waiter.result, waiter.length = result, length
+            del flight[number]
+            waiter.finish()
+        self._end = end - start
+        if start and self._end:
+            buffer[: self._end] = bytes(buffer[start:end])
+
+    # -- the connection
+
+    def _reconnect(self, failure: OSError) -> None:
+        """Until everything in flight has been sent to a gateway again, or patience ends."""
+        deadline = time.monotonic() + self._patience_s
+        delay = RETRY_FIRST_S
+        if self._socket is not None:
+            _shut(self._socket)  # ends a sending that waits for room
+        with self._sending:
+            while True:
+                if self._socket is not None:
+                    self._socket.close()
+                    self._socket = None
+                if self._closed:
+                    break
+                try:
+                    self._socket = connect(self.address)
+                    for waiter in self._flight.values():
+                        _send(self._socket, waiter)
+                    return
+                except OSError as error:
+                    failure = error
+                if time.monotonic() + delay > deadline:
+                    break
+                time.sleep(delay)
+                delay = min(2 * delay, RETRY_LAST_S)
+            self._next_attempt = time.monotonic() + ATTEMPT_EVERY_S
+            self._give_up(OSError(errno.EIO, f"no gateway at {describe(self.address)}: {failure.strerror}"))
+
+    def _give_up(self, error: OSError) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        waiters = list(self._flight.values())
+        self._flight.clear()
+        for waiter in waiters:
+            waiter.error = error
+            waiter.finish()
+
+    def _attempt(self) -> socket.socket:
+        """A connection after patience had ended."""
+        now = time.monotonic()
+        if self._closed or now < self._next_attempt:
+            raise OSError(errno.EIO, f"no gateway at {describe(self.address)}")
+        self._next_attempt = now + ATTEMPT_EVERY_S
+        self._socket = connect(self.address)
+        return self._socket
+
+
+def _send(sock: socket.socket, waiter: _Waiter) -> None:
+    payload = waiter.payload
+    sent = sock.sendmsg((waiter.header, payload)) if payload else sock.send(waiter.header)
+    if sent < HEADER_SIZE:
+        sock.sendall(memoryview(waiter.header)[sent:])
+        sent = HEADER_SIZE
+    if sent - HEADER_SIZE < len(payload):
+        sock.sendall(memoryview(payload)[sent - HEADER_SIZE :])
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,187 @@
+"""One connection for many threads: whose answer is whose, whoever receives it, and what a break does."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from tests.support.fake_sheep import FakeSheep
+
+from sheepdog.cluster.client.channel import Channel
+from sheepdog.cluster.client.requests import read_header, write_header
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
+from sheepdog.cluster.core.inode import HEADER_SIZE
+
+MIB = 1 << 20
+THREADS = 12
+LIMIT_S = 30.0
+
+
+def together(count: int, work: Callable[[int], None]) -> None:
+    """Runs `work(0..count-1)` in threads; raises the first failure, also that of not ending."""
+    failures: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + LIMIT_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), "a request has no end"
+    if failures:
+        raise failures[0]
+
+
+def filled(sheep: FakeSheep) -> Vid:
+    """A volume with one object whose every 1000 bytes say where they are."""
+    vid = Vid(sheep.create("v", 4 * MIB))
+    data = b"".join(b"%09d\n" % number * 100 for number in range(4 * MIB // 1000 + 1))
+    sheep.objects[data_oid(vid, 0)] = bytearray(data[: 4 * MIB])
+    return vid
+
+
+def ask_for_header(channel: Channel, vid: Vid) -> tuple[int, int]:
+    return channel.ask(read_header(inode_oid(vid), 0, HEADER_SIZE), b"", memoryview(bytearray(HEADER_SIZE)))
+
+
+@pytest.mark.parametrize("batch", (1, 5))
+def test_every_thread_gets_its_own_answer(batch: int) -> None:
+    """Small ones, whole objects, writes and errors at once; with `batch` they come in reverse order."""
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        sheep.batch = batch
+
+        def work(index: int) -> None:
+            chance = random.Random(index)
+            mine = 3 * MIB + index * 4096
+            for turn in range(40):
+                offset = chance.randrange(2 * MIB)
+                length = chance.choice((1, 4096, 70_000, MIB))
+                space = bytearray(length + 5)
+                result, got = channel.ask(
+                    read_header(data_oid(vid, 0), offset, length), b"", memoryview(space)[:length]
+                )
+                assert (result, got) == (Result.SUCCESS, length)
+                assert space[:length] == sheep.objects[data_oid(vid, 0)][offset : offset + length]
+                assert space[length:] == bytes(5)
+                data = chance.randbytes(chance.choice((1, 4096)))
+                assert channel.ask(write_header(data_oid(vid, 0), mine, len(data), False), data) == (0, 0)
+                assert sheep.objects[data_oid(vid, 0)][mine : mine + len(data)] == data
+                if turn % 8 == 0:
+                    result, got = channel.ask(read_header(data_oid(vid, 77), 0, 10), b"", memoryview(bytearray(10)))
+                    assert (result, got) == (Result.NO_OBJ, 0)
+
+        def without_batches(index: int) -> None:
+            try:
+                work(index)
+            finally:
+                sheep.batch = 1  # the last ones would wait for company
+
+        together(THREADS, without_batches)
+        assert sheep.accepted == 1
+        channel.close()
+
+
+def test_a_broken_connection_loses_no_request() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        stop = threading.Event()
+
+        def work(index: int) -> None:
+            if index == THREADS:
+                for _ in range(20):
+                    time.sleep(0.02)
+                    sheep.cut()
+                stop.set()
+                return
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                data = b"%08d" % turn
+                place = index * 100
+                assert channel.ask(write_header(data_oid(vid, 0), place, 8, False), data) == (0, 0)
+                space = memoryview(bytearray(300_000))
+                assert channel.ask(read_header(data_oid(vid, 0), place, len(space)), b"", space) == (0, len(space))
+                assert space[:8] == data
+
+        together(THREADS + 1, work)
+        assert sheep.accepted > 5
+
+
+def test_patience_ends_for_all_and_service_returns() -> None:
+    sheep = FakeSheep()
+    with sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address, patience_s=0.3)
+        assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+    begin = time.monotonic()
+
+    def refused(_: int) -> None:
+        with pytest.raises(OSError) as caught:
+            ask_for_header(channel, vid)
+        assert caught.value.errno in (errno.EIO, errno.ECONNREFUSED)
+
+    together(THREADS, refused)
+    assert 0.1 < time.monotonic() - begin < 5
+    begin = time.monotonic()
+    together(THREADS, refused)
+    assert time.monotonic() - begin < 0.5, "after patience has ended nobody waits"
+    with FakeSheep() as other:
+        vid = filled(other)
+        channel.address = other.address
+        time.sleep(1.1)
+        assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+
+def test_nonsense_breaks_the_connection() -> None:
+    """More data than asked for: the stream is not trusted, the request is sent again on a new connection."""
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address, patience_s=0.5)
+        answer = sheep._answer
+        lies = 1
+
+        def lying(request: object, result: int, data: bytes = b"") -> object:
+            nonlocal lies
+            if data and lies:
+                lies -= 1
+                data += b"!"
+            return answer(request, result, data)  # type: ignore[arg-type]
+
+        sheep._answer = lying  # type: ignore[method-assign, assignment]
+        space = memoryview(bytearray(10))
+        assert channel.ask(read_header(data_oid(vid, 0), 0, 10), b"", space) == (0, 10)
+        assert sheep.accepted == 2
+
+
+def test_close_ends_those_who_wait() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        sheep.delay_s = 2.0
+
+        def work(index: int) -> None:
+            if index == 0:
+                time.sleep(0.3)
+                channel.close()
+                return
+            with pytest.raises(OSError) as caught:
+                channel.ask(read_header(data_oid(vid, 0), 0, 10), b"", memoryview(bytearray(10)))
+            assert caught.value.errno == errno.EIO
+
+        together(4, work)
+        with pytest.raises(OSError):
+            channel.ask(read_header(data_oid(vid, 0), 0, 10), b"", memoryview(bytearray(10)))
