@@ -165,6 +165,7 @@ def test_connections_are_shared_by_all_threads() -> None:
         sheep.create("v", MIB, shift=SHIFT)
         volume = BlockingVolume.open(sheep.address, "v")
         volume.write(0, b"x")
+        volume.read(0, 1)
         before = sheep.accepted
         for _ in range(5):
             thread = threading.Thread(target=volume.read, args=(0, 1))
