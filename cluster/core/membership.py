@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from sheepdog.cluster.core.commands import apply_command
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
-from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, STATE_CHUNK_BYTES
+from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED, STATE_CHUNK_BYTES
 from sheepdog.cluster.core.ports import (
     Clock,
     Delivery,
@@ -75,6 +75,9 @@ class Listener(Protocol):
         """A one-step command was applied."""
 
     def refused(self, reason: str) -> None: ...
+
+    def expelled(self, member: Member) -> None:
+        """A member was struck out that may still run, and answer its clients while its lease lasts."""
 
     def suspended(self, suspended: bool, reason: str) -> None: ...
 
@@ -260,7 +263,8 @@ class ClusterMachine:
             self._coordinate()
             return
         if kind in ("accept", "reject"):
-            self._on_verdict(sequence, command)
+            if not self._is_expelled(sender):
+                self._on_verdict(sequence, command)
         elif self.joined:
             self._apply(sender, command)
         else:
@@ -291,6 +295,7 @@ class ClusterMachine:
         """This node is let in: takes the state over and catches up with the order."""
         self.state = ClusterState.decode(command["state"])
         self.joined = True
+        self._accepted.update((_member_key(member), None) for member in self.state.members)
         for sequence, sender, earlier in self._history:
             if sequence <= command["as_of"]:
                 continue
@@ -348,8 +353,12 @@ class ClusterMachine:
         """Applies a command of a joined sender; equal on all joined nodes."""
         kind = command["t"]
         answer: Any = Result.SUCCESS
+        if self._is_expelled(sender):
+            return
         if kind == "leave":
             self._leave(command, quiet)
+        elif kind == "expel":
+            self._expel(command, quiet)
         elif kind == "op":
             self.state.queue.append(command["operation"])
         elif kind == "commit":
@@ -384,6 +393,29 @@ class ClusterMachine:
             state.vdis.unlock_node(node_key(member.id))
         if state.status == Status.RUNNING:
             self._new_epoch(command["time"], quiet)
+
+    def _is_expelled(self, sender: Key) -> bool:
+        return bool(self.state.expelled) and [sender[0].hex(), sender[1]] in self.state.expelled
+
+    def _expel(self, command: Command, quiet: bool) -> None:
+        """Strikes out a silent member, if nothing has changed since it was proposed; it may come back as another
+        incarnation. Until it knows, it may go on sending: what it has ordered after this does not count."""
+        state = self.state
+        member = next((one for one in state.members if [node_key(one.id), one.incarnation] == command["who"]), None)
+        if state.status != Status.RUNNING or state.epoch != command["epoch"] or member is None:
+            return
+        if _member_key(member) == self._my_key:
+            self.joined = False
+            self._listener.lost("the others expelled this node, because it did not answer them")
+            return
+        self._accepted.pop(_member_key(member), None)
+        state.expelled = [*state.expelled, command["who"]][-MAX_EXPELLED:]
+        state.members = state.weighted([one for one in state.members if one != member])
+        state.vdis.unlock_node(node_key(member.id))
+        if not quiet:
+            self._log(4, f"{member.id} was expelled: it did not answer")
+            self._listener.expelled(member)
+        self._new_epoch(command["time"], quiet)
 
     def _format(self, command: Command, quiet: bool) -> None:
         state = self.state

@@ -34,6 +34,7 @@ class Kind(IntEnum):
     FLUSH = 13  # gateway -> member: make a volume's writes durable (oid: its inode)
     DRAIN = 14  # owner of an ordered operation -> member: hold new writes of the vid, answer when none is in flight
     QUERY = 15  # gateway -> member: administration (body: JSON, answer's body: JSON)
+    PING = 16  # any -> member: a sign of life, please
 
 
 class Flag:

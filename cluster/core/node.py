@@ -21,7 +21,7 @@ from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, vid_of
 from sheepdog.cluster.core.inode_writes import InodeWrites
-from sheepdog.cluster.core.limits import MAX_EARLY_MESSAGES
+from sheepdog.cluster.core.limits import LEASE_NS, MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
@@ -33,6 +33,7 @@ from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Netwo
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
+from sheepdog.cluster.core.vigil import Vigil
 
 
 class Node:
@@ -76,6 +77,7 @@ class Node:
         inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
         self.gateway.inode_write = inodes.write
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
+        self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
         self.home: Home | None = None
         self._standing = Standing(0)
         self._lacking: dict[ObjectId, None] = {}  # objects this node should have had when its epoch ended
@@ -103,6 +105,7 @@ class Node:
             Kind.FLUSH: self._on_flush,
             Kind.DRAIN: self._on_drain,
             Kind.QUERY: self._on_query,
+            Kind.PING: lambda sender, message: self.context.peers.answer(sender, message, Result.SUCCESS),
         }
 
     @property
@@ -131,6 +134,15 @@ class Node:
         if isinstance(event, View) and event.grace_ns:
             self._grace_until_ns = max(self._grace_until_ns, self.context.clock.now_ns() + event.grace_ns)
         self.machine.on_event(event)
+
+    def expelled(self, member: Member) -> None:
+        self._grace_until_ns = max(self._grace_until_ns, self.context.clock.now_ns() + LEASE_NS)
+
+    def _may_expel(self) -> bool:
+        """Everything is recovered, and every volume has another copy: no object can depend on one member."""
+        state = self.cluster
+        fewest = min([state.copies, *(vdi.copies for vdi in state.vdis.records() if vdi.copies)])
+        return len(self._complete) == len(self.context.placement.nodes) and fewest > 1
 
     def refused(self, reason: str) -> None:
         self._log(3, f"failed to join Sheepdog: {reason}")
@@ -226,6 +238,7 @@ class Node:
         self._log(5, f"epoch {record.epoch} with {len(record.members)} nodes")
         self._complete = {}
         self._durable = self._told = False
+        self.vigil.begin()
         self.replica.begin()
         self.puller.begin()
         past = Past(context.placement, self._former_placement, self._former_members, self._fewest_copies)

@@ -5,7 +5,7 @@ A machine that must have its answer across epochs asks again in the new one (`co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, Version
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
@@ -19,6 +19,8 @@ class Peers:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.on_busy: Callable[[], None] | None = None  # called at the first open request
+        self.watched = False  # `on_busy` was called, and whoever took it has not let go
         self._next_rid = 0
         self._outstanding: dict[NodeId, dict[int, tuple[Message, Answered]]] = {}
 
@@ -30,6 +32,9 @@ class Peers:
         if outstanding is None:
             outstanding = self._outstanding[node] = {}
         outstanding[message.rid] = (message, answered)
+        if not self.watched and self.on_busy is not None:
+            self.watched = True
+            self.on_busy()
         self.network.send(node, message)
 
     def answer(
@@ -49,6 +54,17 @@ class Peers:
     def oldest(self, node: NodeId) -> int:
         """Id of the oldest request that `node` has not answered: it may forget all before."""
         return next(iter(self._outstanding.get(node, ())), self._next_rid + 1)
+
+    def busy(self) -> list[NodeId]:
+        """Nodes that owe answers."""
+        return [node for node, outstanding in self._outstanding.items() if outstanding]
+
+    def oldest_of(self, node: NodeId, kinds: Container[int]) -> int | None:
+        """Id of the oldest open request of these kinds."""
+        for rid, (message, _) in self._outstanding.get(node, {}).items():
+            if message.kind in kinds:
+                return rid
+        return None
 
     def on_answer(self, node: NodeId, message: Message) -> None:
         """Completes a request; a second answer (the request was sent again) is ignored."""

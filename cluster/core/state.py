@@ -61,6 +61,7 @@ class ClusterState:
     epochs: list[EpochRecord] = field(default_factory=list)
     vdis: VdiTable = field(default_factory=VdiTable)
     loaded: bool = False  # the VDI table has been collected since the start
+    expelled: list[list[Any]] = field(default_factory=list)  # [node, incarnation] of those that must not be heard
     queue: list[dict[str, Any]] = field(default_factory=list)  # ordered operations; the first one runs
 
     @property
@@ -129,6 +130,7 @@ class ClusterState:
             "epochs": [record_to_json(record) for record in self.epochs],
             "vdis": self.vdis.to_json(),
             "loaded": self.loaded,
+            "expelled": self.expelled,
             "queue": self.queue,
         }
         return zlib.compress(json.dumps(values).encode()).decode("latin-1")

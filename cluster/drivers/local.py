@@ -22,7 +22,8 @@ from typing import ClassVar
 import asyncio_dgram
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.core.limits import LEASE_NS
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.local_log import Damaged, EventLog, Header, Record, RecordKind
 from sheepdog.cluster.drivers.local_members import MemberCard, MemberDirectory, pid_namespace
@@ -75,6 +76,8 @@ class LocalDriver:
         self._left: asyncio.Future[None] | None = None
         self._flushing: asyncio.Handle | None = None
         self._poll: asyncio.Handle | None = None
+        self._renewing: asyncio.Handle | None = None
+        self._backlog = False  # the log is not read to its end
         self._next_touch = 0.0
 
     # --- attaching -------------------------------------------------------------------------------------------------
@@ -98,6 +101,7 @@ class LocalDriver:
         self._next_touch = self._loop.time() + TOUCH_S
         self._poll = self._loop.call_later(POLL_S, self._tick)
         self._advance(wake=True)
+        self.renew()
 
     async def _join(self, me: Peer) -> socket.socket:
         """Becomes a member; returns the socket on which it is woken."""
@@ -160,7 +164,24 @@ class LocalDriver:
         return None
 
     def renew(self) -> None:
-        """Without effect: a member leaves this engine's order only when its process is gone."""
+        """Reads the log up to now; if this process is in it still, it may answer for another lease.
+
+        A process that was stopped and goes on reads here that the others have expelled it.
+        """
+        if self._renewing is None and self._member_fd >= 0:
+            self._renewing = self._loop.call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._renewing = None
+        began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._advance()
+        if self._member_fd < 0 or self._suspended:
+            return
+        if self._backlog:
+            self.renew()  # not read to the end yet
+            return
+        self._events.append(Leased(began_ns + LEASE_NS))
+        self._deliver()
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +325,8 @@ class LocalDriver:
                 records, self._cursor = self._log.read(self._cursor, header.end)
                 for record in records:
                     self._fold(record)
-                if self._cursor < header.end:  # a large backlog is read in turns
+                self._backlog = self._cursor < header.end
+                if self._backlog:  # a large backlog is read in turns
                     self._loop.call_soon(self._advance)
                 if self._cursor - self._published > PUBLISH_BYTES:
                     self._published = self._cursor
@@ -414,10 +436,10 @@ class LocalDriver:
 
     def _release(self) -> None:
         """Frees everything at once; closing the member file frees its lock, which is what being dead means."""
-        for handle in (self._flushing, self._poll):
+        for handle in (self._flushing, self._poll, self._renewing):
             if handle is not None:
                 handle.cancel()
-        self._flushing = self._poll = None
+        self._flushing = self._poll = self._renewing = None
         self._deaths.close()
         if self._left is not None and not self._left.done():
             self._left.set_result(None)

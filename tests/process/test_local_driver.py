@@ -20,7 +20,7 @@ DETECTION_S = 1.0
 # A member: commands on stdin, one line of JSON per event on stdout.
 _MEMBER = r"""
 import asyncio, json, os, signal, sys
-from sheepdog.cluster.core.ports import Delivery, Peer, View
+from sheepdog.cluster.core.ports import Delivery, Leased, Peer, View
 from sheepdog.cluster.drivers.local import LocalDriver
 from sheepdog.cluster.drivers import local_log, local_members, local_watch
 
@@ -32,6 +32,8 @@ def show(event):
         line = ["view", event.sequence, *([peer_text(p) for p in part] for part in event[1:4])]
     elif isinstance(event, Delivery):
         line = ["message", event.sequence, peer_text(event.sender), event.data.decode()]
+    elif isinstance(event, Leased):
+        return  # a process's own affair: not part of the order
     else:
         line = [type(event).__name__]
     print(json.dumps(line), flush=True)

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, View
+from sheepdog.cluster.core.limits import LEASE_NS
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, View
 from sheepdog.cluster.drivers import registry
 from sheepdog.cluster.drivers.local import LocalDriver
 from sheepdog.cluster.drivers.local_log import DATA_START, Damaged, EventLog, RecordKind
@@ -28,11 +30,18 @@ class Attached:
     def __init__(self, path: Path, name: str) -> None:
         self.driver = LocalDriver(str(path))
         self.peer = Peer(name.encode(), 0, b"payload of " + name.encode())
-        self.events: list[Event] = []
+        self.events: list[Event] = []  # those that all members have in common
+        self.leases: list[Leased] = []
 
     async def open(self) -> Attached:
-        await self.driver.open(self.peer, self.events.append)
+        await self.driver.open(self.peer, self._on_event)
         return self
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Leased):
+            self.leases.append(event)
+        else:
+            self.events.append(event)
 
     def members(self) -> list[bytes]:
         views = [event for event in self.events if isinstance(event, View)]
@@ -50,6 +59,27 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def run(body: Coroutine[Any, Any, None]) -> None:
     asyncio.run(body)
+
+
+def test_a_lease_is_given_on_request_and_after_everything_that_was_ordered_before(tmp_path: Path) -> None:
+    async def body() -> None:
+        a = await Attached(tmp_path / "log", "a").open()
+        await until(lambda: len(a.leases) == 1)
+        b = await Attached(tmp_path / "log", "b").open()
+        b.driver.broadcast(b"before")
+        await until(lambda: b"before" in b.texts())
+        before_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        a.driver.renew()
+        await until(lambda: len(a.leases) == 2)
+        assert b"before" in a.texts()
+        assert before_ns <= a.leases[-1].until_ns - LEASE_NS <= time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        for member in (a, b):
+            await member.driver.close()
+        a.driver.renew()  # closed: nothing happens
+        await asyncio.sleep(0.02)
+        assert len(a.leases) == 2
+
+    run(body())
 
 
 def test_two_members_see_the_same_events(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""The vigil: finds members that the engine counts as alive but that do not answer, and has them expelled.
+
+A stopped process, a hung disk or a dead link leaves a member attached to the engine while everybody waits for it.
+While requests to a member stay open this machine asks it for a sign of life; one that stays silent for
+SILENT_TICKS ticks is proposed for expulsion by an ordered command, which every member applies at the same place
+(core.membership). Two that suspect each other: the first command wins, since it ends the epoch that the second names.
+
+Not expelled: anybody while the cluster is still recovering, or while some volume has only one copy. The silent
+member may hold what nobody else has; better that requests wait than that they fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.ids import NodeId
+from sheepdog.cluster.core.limits import SILENT_TICKS, VIGIL_TICK_NS
+from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.state import node_key
+
+_SIGNS = (Kind.APPLY, Kind.PING)  # what a healthy member answers by itself, whatever the others do
+
+
+class Vigil:
+    """Of one node. `may_expel` tells whether the cluster could do without any one member now."""
+
+    def __init__(
+        self, context: Context, propose: Callable[[dict[str, Any]], None], may_expel: Callable[[], bool]
+    ) -> None:
+        self._context = context
+        self._propose = propose
+        self._may_expel = may_expel
+        self._silent: dict[NodeId, tuple[int, int]] = {}  # id of the oldest open sign, ticks for which it was that one
+        self._told: dict[NodeId, None] = {}  # complained about in this epoch
+        context.peers.on_busy = self._watch
+
+    def begin(self) -> None:
+        """A new epoch: everybody begins anew."""
+        self._silent = {}
+        self._told = {}
+
+    def _watch(self) -> None:
+        """A request is open: look after it, tick by tick, until none is."""
+        self._context.clock.after(VIGIL_TICK_NS, self._tick)
+
+    def _tick(self) -> None:
+        context = self._context
+        peers = context.peers
+        busy = peers.busy()
+        if not busy or context.fence <= 0:
+            peers.watched = False
+            return
+        for node in busy:
+            oldest = peers.oldest_of(node, _SIGNS)
+            if oldest is None:
+                context.peers.request(node, Message(Kind.PING, context.fence), _heard)
+                continue
+            before, ticks = self._silent.get(node, (0, 0))
+            ticks = ticks + 1 if before == oldest else 1
+            self._silent[node] = oldest, ticks
+            if ticks > SILENT_TICKS:
+                self._suspect(node)
+        self._watch()
+
+    def _suspect(self, node: NodeId) -> None:
+        context = self._context
+        if node in self._told:
+            return
+        self._told[node] = None
+        member = next((member for member in context.state.members if member.id == node), None)
+        if member is None:
+            return
+        seconds = SILENT_TICKS * VIGIL_TICK_NS // 1_000_000_000
+        if not self._may_expel():
+            context.probe("vigil.not_expelled")
+            context.log(3, f"{node} has not answered for {seconds} s; it stays, as it may hold what nobody else has")
+            return
+        context.probe("vigil.expel")
+        context.log(3, f"{node} has not answered for {seconds} s: expelling it")
+        self._propose(
+            {
+                "t": "expel",
+                "who": [node_key(node), member.incarnation],
+                "epoch": context.epoch,
+                "time": context.clock.wall_ns() // 1_000_000_000,
+            }
+        )
+
+
+def _heard(_: Message) -> None:
+    """A sign of life needs no more than its arrival."""
