@@ -22,6 +22,8 @@ _ATTRIBUTE = 1 << 61
 _BTREE = 1 << 60
 _LEDGER = 1 << 59
 _KIND_MASK = 0x1F << 59
+STRIP_SHIFT = 64  # a strip's number + 1 stands above the 64 bits of the object's id
+_PLAIN_MASK = (1 << STRIP_SHIFT) - 1
 
 
 def data_oid(vid: Vid, index: int) -> ObjectId:
@@ -51,6 +53,26 @@ def vid_of(oid: ObjectId) -> Vid:
 
 def index_of(oid: ObjectId) -> int:
     return oid & 0xFFFFFFFF
+
+
+def strip_of(oid: ObjectId, index: int) -> ObjectId:
+    """Id of one strip of an erasure-coded object: a copy of its own in stores and inventories."""
+    return ObjectId(oid | index + 1 << STRIP_SHIFT)
+
+
+def plain_oid(oid: ObjectId) -> ObjectId:
+    """The object that a strip is part of; a plain id as it is."""
+    return ObjectId(oid & _PLAIN_MASK)
+
+
+def strip_index(oid: ObjectId) -> int:
+    """Which strip it is; -1 for a plain id."""
+    return (oid >> STRIP_SHIFT) - 1
+
+
+def oid_name(oid: ObjectId) -> str:
+    """16 hex digits, with `_INDEX` for a strip: as the file is called (cli.md 1.2)."""
+    return f"{oid:016x}" if oid <= _PLAIN_MASK else f"{oid & _PLAIN_MASK:016x}_{(oid >> STRIP_SHIFT) - 1}"
 
 
 def is_data(oid: ObjectId) -> bool:

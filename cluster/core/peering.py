@@ -20,24 +20,26 @@ from struct import Struct
 from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
 from sheepdog.cluster.core.messages import Buffer, Flag
 from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
 
-_ENTRY = Struct("<QIIQI4x")
-_OIDS = Struct("<Q")
+_ENTRY = Struct("<QIIQIBB2x")
+_OIDS = Struct("<QB")
+_OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
 
 
 class Holding(NamedTuple):
-    """One copy in an inventory."""
+    """One copy in an inventory. `earlier`: a version to which the strip listed before it can go back."""
 
     oid: ObjectId
     version: Version
     as_of: int
+    earlier: bool = False
 
 
 class Decision(NamedTuple):
@@ -52,28 +54,33 @@ class Decision(NamedTuple):
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:
-    """Bytes of one part: 32 a copy (oid, version, as_of)."""
+    """Bytes of one part: 32 a copy (oid, version, as_of, strip + 1, earlier)."""
     pack = _ENTRY.pack
-    return b"".join([pack(oid, *version, as_of) for oid, version, as_of in holdings])
+    return b"".join(
+        [
+            pack(oid & _OID_MASK, *version, as_of, oid >> STRIP_SHIFT, earlier)
+            for oid, version, as_of, earlier in holdings
+        ]
+    )
 
 
 def decode_holdings(body: Buffer) -> list[Holding]:
     if len(body) % _ENTRY.size:
         raise PeerError("inventory of odd length")
     return [
-        Holding(ObjectId(oid), Version(epoch, term, counter), as_of)
-        for oid, epoch, term, counter, as_of in _ENTRY.iter_unpack(body)
+        Holding(ObjectId(oid | strip << STRIP_SHIFT), Version(epoch, term, counter), as_of, bool(earlier))
+        for oid, epoch, term, counter, as_of, strip, earlier in _ENTRY.iter_unpack(body)
     ]
 
 
 def encode_oids(oids: Iterable[ObjectId]) -> bytes:
-    return b"".join([_OIDS.pack(oid) for oid in oids])
+    return b"".join([_OIDS.pack(oid & _OID_MASK, oid >> STRIP_SHIFT) for oid in oids])
 
 
 def decode_oids(body: Buffer) -> list[ObjectId]:
     if len(body) % _OIDS.size:
         raise PeerError("list of objects of odd length")
-    return [ObjectId(oid) for (oid,) in _OIDS.iter_unpack(body)]
+    return [ObjectId(oid | strip << STRIP_SHIFT) for oid, strip in _OIDS.iter_unpack(body)]
 
 
 def encode_members(members: Iterable[int]) -> bytes:
@@ -162,7 +169,7 @@ class Inventories:
         """Decisions for all objects whose copies are not equal and exactly where they belong."""
         copies: dict[ObjectId, list[tuple[int, Version, int]]] = {}
         for member, holdings in enumerate(self._holdings):
-            for oid, version, as_of in holdings:
+            for oid, version, as_of, _ in holdings:
                 copies.setdefault(oid, []).append((member, version, as_of))
         decisions = []
         for oid in sorted(copies):
@@ -190,7 +197,7 @@ class Inventories:
             return {}
         decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
         held: list[dict[ObjectId, Version]] = [
-            {oid: version for oid, version, _ in holdings if oid in asked} for holdings in self._holdings
+            {oid: version for oid, version, _, _ in holdings if oid in asked} for holdings in self._holdings
         ]
         found: dict[tuple[int, int], None] = {}
         for member, origins in enumerate(self._origins):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sheepdog.cluster.core.ids import Epoch, Member, NodeId, ObjectId
+from sheepdog.cluster.core.ids import STRIP_SHIFT, Epoch, Member, NodeId, ObjectId, plain_oid
 from sheepdog.cluster.core.limits import PLACEMENT_CACHE_ENTRIES
 from sheepdog.cluster.core.ring import Ring
 
@@ -29,7 +29,9 @@ class Placement:
         self._cache: dict[ObjectId, tuple[int, ...]] = {}
 
     def replicas(self, oid: ObjectId) -> tuple[int, ...]:
-        """Indexes of the nodes that hold the object, home first; empty without storing nodes."""
+        """Indexes of the nodes that hold the object (or strips of it), home first; empty without storing nodes."""
+        if oid >> STRIP_SHIFT:
+            oid = plain_oid(oid)
         found = self._cache.get(oid)
         if found is None:
             found = self.ring.replicas(oid, self._copies_of(oid))
@@ -39,6 +41,8 @@ class Placement:
         return found
 
     def home(self, oid: ObjectId) -> int | None:
+        if oid >> STRIP_SHIFT:
+            oid = plain_oid(oid)
         replicas = self._cache.get(oid)
         if replicas:
             return replicas[0]

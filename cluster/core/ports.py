@@ -87,6 +87,9 @@ class Store(Protocol):
     def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
         """Makes a range read as zeros; whole blocks become holes."""
 
+    def stamp(self, oid: ObjectId, version: Version, durable: bool, done: Done) -> None:
+        """The copy has another version, its bytes stay (a strip whose object was written elsewhere)."""
+
     def remove(self, oid: ObjectId, done: Done) -> None:
         """The copy is gone; without one, nothing happens. Durable at `done`."""
 

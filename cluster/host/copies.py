@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.disk import Disk
@@ -85,7 +85,7 @@ class Copies:
         """The disk where the ring puts an object; None without any disk in service."""
         if not self._points:
             return None
-        index = bisect(self._hashes, block_hash(oid.to_bytes(8, "little")))
+        index = bisect(self._hashes, block_hash(oid.to_bytes(8 if oid < 1 << STRIP_SHIFT else 9, "little")))
         return self._points[index % len(self._points)][1]
 
     def _arrange(self) -> None:

@@ -1,6 +1,7 @@
 """One directory of object files: names, the list of what is there, and the space left.
 
-Layout: `<16 hex digits>` one file per object, `.new/` files not yet in place, `.stale/` superseded copies,
+Layout: `<16 hex digits>` one file per object, `<16 hex digits>_<index>` one per strip, `.new/` files not yet in
+place, `.stale/` superseded copies,
 `.index` the list of copies as of an orderly end (removed before the first change, so a crash leaves none).
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -15,7 +17,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from sheepdog.cluster.core.errors import Corrupt, UsageError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, oid_name, strip_of
 from sheepdog.cluster.core.ports import Buffer, Log
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.disk import Disk
@@ -28,11 +30,13 @@ SPACE_CHECK_BYTES: Final = 16 << 20  # the file system is asked again after this
 WRITE_PIECE_BYTES: Final = 64 << 10
 
 _INDEX_MAGIC: Final = b"SHEEPIDX"
-_INDEX_FORMAT: Final = 1
+_INDEX_FORMAT: Final = 2
 _INDEX_HEAD = struct.Struct("<8sIIQ")  # magic, format, zero, count
-_INDEX_ENTRY = struct.Struct("<QQQQQQ")  # oid, size, allocated bytes, epoch, term, counter
+_INDEX_ENTRY = struct.Struct("<QQQQQQQ")  # oid, strip + 1, size, allocated bytes, epoch, term, counter
 _CHECKSUM = struct.Struct("<Q")
+_NAME: Final = re.compile(r"([0-9a-f]{16})(?:_([0-9]{1,2}))?")
 _NAME_LENGTH: Final = 16
+_OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 
 
 class Listed:
@@ -70,12 +74,12 @@ class ObjectDirectory:
             self._disk.unlink(f"{self.path}/.new/{name}")
 
     def file_path(self, oid: ObjectId) -> str:
-        return f"{self.path}/{oid:016x}"
+        return f"{self.path}/{oid_name(oid)}"
 
     def new_path(self, oid: ObjectId) -> str:
         """A name for a file that is not in place yet; a different one at every call."""
         self._sequence += 1
-        return f"{self.path}/.new/{oid:016x}.{self._sequence}"
+        return f"{self.path}/.new/{oid_name(oid)}.{self._sequence}"
 
     def sync(self) -> None:
         self._disk.sync_directory(self.path)
@@ -113,7 +117,9 @@ class ObjectDirectory:
     def save_index(self, copies: Iterable[Listed]) -> None:
         """Durable list of the copies, valid until the next `load`. Everything it names must be durable already."""
         entries = b"".join(
-            _INDEX_ENTRY.pack(copy.oid, copy.size, copy.allocated, *copy.version) for copy in copies if copy.size >= 0
+            _INDEX_ENTRY.pack(copy.oid & _OID_MASK, copy.oid >> STRIP_SHIFT, copy.size, copy.allocated, *copy.version)
+            for copy in copies
+            if copy.size >= 0
         )
         head = _INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_FORMAT, 0, len(entries) // _INDEX_ENTRY.size)
         write_file(self._disk, self.path, ".index", head + entries)
@@ -121,11 +127,12 @@ class ObjectDirectory:
     def _names(self) -> dict[ObjectId, None]:
         names: dict[ObjectId, None] = {}
         for name in self._disk.listdir(self.path):
-            if len(name) == _NAME_LENGTH:
-                try:
-                    names[ObjectId(int(name, 16))] = None
-                except ValueError:
-                    self._log(4, f"{self.path}/{name}: not an object file, ignored")
+            match = _NAME.fullmatch(name)
+            if match is not None:
+                oid, strip = ObjectId(int(match[1], 16)), match[2]
+                names[oid if strip is None else strip_of(oid, int(strip))] = None
+            elif len(name) == _NAME_LENGTH:
+                self._log(4, f"{self.path}/{name}: not an object file, ignored")
         return names
 
     def _take_index(self) -> list[Listed] | None:
@@ -167,7 +174,7 @@ def read_header(disk: Disk, fd: int, length: int, oid: ObjectId) -> trailer.Head
         raise Corrupt(f"no object file has {length} bytes")
     header = trailer.parse_header(atom)
     if header.oid != oid or trailer.trailer_offset(header.size) != offset:
-        raise Corrupt(f"header is of object {header.oid:016x} with {header.size} bytes")
+        raise Corrupt(f"header is of object {oid_name(header.oid)} with {header.size} bytes")
     return header
 
 
@@ -228,5 +235,5 @@ def _parse_index(body: bytes) -> Iterator[Listed]:
     magic, form, _, count = _INDEX_HEAD.unpack_from(body)
     if magic != _INDEX_MAGIC or form != _INDEX_FORMAT or len(body) != _INDEX_HEAD.size + count * _INDEX_ENTRY.size:
         raise Corrupt("index of an unknown format")
-    for oid, size, allocated, epoch, term, counter in _INDEX_ENTRY.iter_unpack(body[_INDEX_HEAD.size :]):
-        yield Listed(ObjectId(oid), size, allocated, Version(epoch, term, counter))
+    for oid, strip, size, allocated, epoch, term, counter in _INDEX_ENTRY.iter_unpack(body[_INDEX_HEAD.size :]):
+        yield Listed(ObjectId(oid | strip << STRIP_SHIFT), size, allocated, Version(epoch, term, counter))

@@ -452,6 +452,16 @@ class ObjectStore:
         copy.version = version
         self._pipeline.submit(PunchRecord(copy, offset, length, edges, version, durable, done))
 
+    def stamp(self, oid: ObjectId, version: Version, durable: bool, done: Done) -> None:
+        self.copies.with_open(oid, lambda copy: self._stamp(copy, version, durable, done), _unless_superseded(done))
+
+    def _stamp(self, copy: Copy, version: Version, durable: bool, done: Done) -> None:
+        """A write of no blocks."""
+        if not self._may_write(copy, 0, copy.size, done):
+            return
+        copy.version = version
+        self._pipeline.submit(Record(RecordKind.WRITE, copy, 0, 0, 0, (), b"", version, durable, done))
+
     # Creating and removing
 
     def create(

@@ -1,7 +1,7 @@
 """Records of the journal: their bytes (docs/format.md) and what the store keeps of one until it is in place.
 
-header (96 bytes, little-endian): u64 checksum, u32 magic, u8 kind, 3 zero bytes, u64 lsn, u64 oid, u64 size,
-u64 offset, u64 length, u64 version.epoch, u64 version.term, u64 version.counter, u64 durable lsn, u32 hashes,
+header (96 bytes, little-endian): u64 checksum, u32 magic, u8 kind, u8 strip + 1, 2 zero bytes, u64 lsn, u64 oid,
+u64 size, u64 offset, u64 length, u64 version.epoch, u64 version.term, u64 version.counter, u64 durable lsn, u32 hashes,
 u32 payload bytes; then `hashes` x u64, then the payload, then zeros up to a multiple of 8.
 The checksum is XXH3-64 of the header behind
 it and of the hashes; the payload is covered by the hashes, one per 4 KiB block.
@@ -14,16 +14,17 @@ from enum import IntEnum
 from struct import Struct
 from typing import Final, NamedTuple
 
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash
 
 RECORD_MAGIC: Final = 0x4345524A  # "JREC"
-_HEADER = Struct("<IB3xQQQQQQQQQII")
+_HEADER = Struct("<IBB2xQQQQQQQQQII")
 _CHECKSUM = Struct("<Q")
-_FULL = Struct("<QIB3xQQQQQQQQQII")
+_FULL = Struct("<QIBB2xQQQQQQQQQII")
+_OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 RECORD_HEADER: Final = _FULL.size
 assert RECORD_HEADER == 96
 
@@ -194,7 +195,20 @@ def pack(
     epoch, term, counter = version
     count = len(hashes)
     body = _HEADER.pack(
-        RECORD_MAGIC, kind, lsn, oid, size, offset, length, epoch, term, counter, durable_lsn, count, payload_length
+        RECORD_MAGIC,
+        kind,
+        oid >> STRIP_SHIFT,
+        lsn,
+        oid & _OID_MASK,
+        size,
+        offset,
+        length,
+        epoch,
+        term,
+        counter,
+        durable_lsn,
+        count,
+        payload_length,
     )
     if count == 1:
         body += _CHECKSUM.pack(hashes[0])
@@ -219,6 +233,7 @@ def parse(data: memoryview, start: int, lsn: int) -> Parsed | None:
         checksum,
         magic,
         kind,
+        strip,
         own_lsn,
         oid,
         size,
@@ -242,7 +257,18 @@ def parse(data: memoryview, start: int, lsn: int) -> Parsed | None:
         return None
     version = Version(epoch, term, counter) if epoch or term or counter else NO_VERSION
     return Parsed(
-        kind, lsn, ObjectId(oid), size, offset, length, version, durable_lsn, hashes, end - start, payload_length, total
+        kind,
+        lsn,
+        ObjectId(oid | strip << STRIP_SHIFT),
+        size,
+        offset,
+        length,
+        version,
+        durable_lsn,
+        hashes,
+        end - start,
+        payload_length,
+        total,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from sheepdog.cluster.core.errors import Corrupt
-from sheepdog.cluster.core.ids import ObjectId, Version
+from sheepdog.cluster.core.ids import STRIP_SHIFT, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
 
@@ -31,7 +31,7 @@ RESTORING: Final = 1  # flag: a restore has begun and not finished; the copy has
 ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 _ZERO_BLOCK_HASH: Final = block_hash(ZERO_BLOCK)
 
-_HEADER = struct.Struct("<8sIIQIIQQQQ")  # magic, format, flags, oid, strip, zero, size, epoch, term, counter
+_HEADER = struct.Struct("<8sIIQIIQQQQ")  # magic, format, flags, oid, strip + 1, zero, size, epoch, term, counter
 _FLAGS_OFFSET = 12
 _VERSION = struct.Struct("<QQQ")
 _VERSION_OFFSET = 40
@@ -63,18 +63,18 @@ def offset_in_file(length: int) -> int | None:
 class Header:
     """What the header atom says."""
 
-    __slots__ = ("flags", "oid", "size", "strip", "version")
+    __slots__ = ("flags", "oid", "size", "version")
 
-    def __init__(self, oid: ObjectId, size: int, version: Version, strip: int = 0, flags: int = 0) -> None:
+    def __init__(self, oid: ObjectId, size: int, version: Version, flags: int = 0) -> None:
         self.oid = oid
-        self.strip = strip
         self.size = size
         self.version = version
         self.flags = flags
 
     def pack_into(self, trailer: bytearray) -> None:
         """Writes the header atom to the start of a trailer."""
-        _HEADER.pack_into(trailer, 0, MAGIC, FORMAT, self.flags, self.oid, self.strip, 0, self.size, *self.version)
+        oid, strip = plain_oid(self.oid), self.oid >> STRIP_SHIFT
+        _HEADER.pack_into(trailer, 0, MAGIC, FORMAT, self.flags, oid, strip, 0, self.size, *self.version)
         seal(trailer)
 
 
@@ -88,7 +88,7 @@ def parse_header(atom: Buffer) -> Header:
     view = memoryview(atom)
     if _CHECKSUM.unpack_from(atom, _CHECKSUM_OFFSET)[0] != block_hash(view[:_CHECKSUM_OFFSET]):
         raise Corrupt("object header does not match its checksum")
-    return Header(ObjectId(oid), size, Version(epoch, term, counter), strip, flags)
+    return Header(ObjectId(oid | strip << STRIP_SHIFT), size, Version(epoch, term, counter), flags)
 
 
 def seal(trailer: bytearray) -> None:

@@ -331,6 +331,19 @@ class SimStore:
 
         self._change(oid, change, durable, done)
 
+    def stamp(self, oid: ObjectId, version: Version, durable: bool, done: Done) -> None:
+        error = self._writable(oid, 0, 0)
+        if error is not None:
+            self._fail(error, done)
+            return
+
+        def change(copy: Copy | None) -> Copy | None:
+            assert copy is not None
+            copy.version = version
+            return copy
+
+        self._change(oid, change, durable, done)
+
     def remove(self, oid: ObjectId, done: Done) -> None:
         if self._copy(oid) is None:
             done(None)

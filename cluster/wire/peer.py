@@ -4,7 +4,8 @@ A link starts with a hello (24 bytes: magic, version, port, address), then carri
 a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
 that a client could send, so peers and clients share one port.
 
-header: u8 kind, u8 flags, u8 copies, u8 0, u16 gateway, u16 0, u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
+header: u8 kind, u8 flags, u8 copies, u8 strip (0: a whole object, else number + 1), u16 gateway, u16 0,
+        u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
         u32 version.epoch, u32 version.term, u64 version.counter, u64 sequence, u64 watermark,
         u32 result, u32 body_length, u64 origin, u64 floor
 """
@@ -15,15 +16,16 @@ from collections.abc import Sequence
 from struct import Struct
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
 PEER_MAGIC = b"\xf5SHP"
-PEER_VERSION = 1
+PEER_VERSION = 2
 HELLO = Struct("<4sHH16s")
-HEADER = Struct("<BBBxH2xQQQIIIIQQQIIQQ")
+HEADER = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
 HEADER_SIZE = HEADER.size
+_OID_MASK = (1 << STRIP_SHIFT) - 1
 _KINDS = frozenset(int(kind) for kind in Kind)
 
 
@@ -55,10 +57,11 @@ def encode(message: Message) -> list[Buffer]:
         message.kind,
         message.flags,
         message.copies,
+        message.oid >> STRIP_SHIFT,
         message.gateway,
         message.fence,
         message.rid,
-        message.oid,
+        message.oid & _OID_MASK,
         message.offset,
         message.length,
         version[0],
@@ -92,6 +95,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         kind,
         flags,
         copies,
+        strip,
         gateway,
         fence,
         rid,
@@ -114,7 +118,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         kind,
         fence,
         rid,
-        ObjectId(oid),
+        ObjectId(oid | strip << STRIP_SHIFT),
         offset,
         length,
         flags,

@@ -1,0 +1,79 @@
+"""Strips in the store: copies of their own beside each other, named `_INDEX`; versions without bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.stores import StoreDriver
+
+from sheepdog.cluster.core.errors import NoObject
+from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name, plain_oid, strip_index, strip_of
+
+OID = data_oid(Vid(0x123456), 7)
+SIZE = 256 * 1024
+V1, V2 = Version(1, 1, 1 << 16), Version(1, 1, 2 << 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StoreDriver]:
+    driver = StoreDriver(str(tmp_path))
+    yield driver
+    driver.close()
+
+
+def test_ids() -> None:
+    strip = strip_of(OID, 5)
+    assert (plain_oid(strip), strip_index(strip), strip_index(OID)) == (OID, 5, -1)
+    assert oid_name(strip) == f"{OID:016x}_5"
+    assert oid_name(OID) == f"{OID:016x}"
+
+
+def test_strips_are_copies_of_their_own(store: StoreDriver, tmp_path: Path) -> None:
+    for index in (0, 3, 15, 30):
+        store.create(strip_of(OID, index), SIZE, 0, bytes([index + 1]) * 4096, V1)
+    store.create(OID, SIZE, 0, b"whole" * 100, V1)
+    store.flush()
+    for index in (0, 3, 15, 30):
+        assert store.read(strip_of(OID, index), 0, 4096) == bytes([index + 1]) * 4096
+        assert (tmp_path / "obj" / f"{OID:016x}_{index}").exists()
+    store.remove(strip_of(OID, 3))
+    assert [oid_name(oid) for oid, _ in store.store.inventory()] == [
+        f"{OID:016x}", f"{OID:016x}_0", f"{OID:016x}_15", f"{OID:016x}_30",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_a_restart_finds_strips_and_stamps(tmp_path: Path, crash: bool) -> None:
+    store = StoreDriver(str(tmp_path))
+    for index in (0, 5):
+        store.create(strip_of(OID, index), SIZE, 4096, bytes([index + 1]) * 4096, V1)
+    store.done(lambda done: store.store.stamp(strip_of(OID, 5), V2, True, done))
+    if crash:
+        store.crash()
+    else:
+        store.close()
+    store = StoreDriver(str(tmp_path))
+    assert list(store.store.inventory()) == [(strip_of(OID, 0), V1), (strip_of(OID, 5), V2)]
+    assert store.read(strip_of(OID, 5), 0, 8192) == bytes(4096) + b"\x06" * 4096
+    store.close()
+
+
+def test_stamp_of_nothing_and_of_a_restore(store: StoreDriver) -> None:
+    with pytest.raises(NoObject):
+        store.done(lambda done: store.store.stamp(strip_of(OID, 1), V1, False, done))
+    store.store.restore_begin(strip_of(OID, 1), SIZE)
+    with pytest.raises(NoObject):
+        store.done(lambda done: store.store.stamp(strip_of(OID, 1), V1, False, done))
+    assert store.store.version(strip_of(OID, 1)) == NO_VERSION
+
+
+def test_stamps_keep_their_place_among_writes(store: StoreDriver) -> None:
+    strip = strip_of(OID, 2)
+    store.create(strip, SIZE, 0, b"", V1)
+    store.write(strip, 0, b"a" * 4096, V2)
+    later = Version(1, 1, 3 << 16)
+    store.done(lambda done: store.store.stamp(strip, later, False, done))
+    assert store.store.version(strip) == later
+    assert store.read(strip, 0, 4096) == b"a" * 4096
