@@ -1,7 +1,7 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
-vdis       records added or changed by an operation          changes: {"put": [record...], "table": [...]}
-header     a client wrote the header of an inode             vid, tag, size, vm_state_size, copies
+vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock
+header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
 lock       lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
 release    unlock (RELEASE_VDI)                              vid, shared
@@ -10,7 +10,7 @@ find       lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
 recovery   automatic recovery on or off                      enabled
 shutdown   all nodes stop
 kill       one node stops                                    node
-epoch      a new epoch without a change of members           time
+epoch      a new epoch without a change of members           time, copies (the cluster's default from now on; optional)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord, VdiTable
 
 Command = dict[str, Any]
 MAX_PARTICIPANTS = 31  # protocol.md 8.5
+MAX_FORMER_COPIES = 8  # changes of redundancy remembered of one VDI: more than happen while some node is away
 
 
 def apply_command(state: ClusterState, sender: str, command: Command) -> Any:
@@ -41,9 +42,16 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
         old = state.vdis.get(record.vid)
         if old is not None:
             record.take_lock(old)
+            if old.copies != record.copies:  # an epoch begins with it (membership)
+                record.former_copies = [*old.former_copies, [state.epoch + 1, old.copies]][-MAX_FORMER_COPIES:]
             if record.deleted:
                 record.take_lock(VdiRecord(record.vid, b""))
         state.vdis.put(record)
+    if "attributes" in command:
+        vid, ids = command["attributes"]
+        state.vdis.attributes[Vid(vid)] = ids
+        if not ids:
+            del state.vdis.attributes[Vid(vid)]
     if "move_lock" in command:
         _move_lock(state, *command["move_lock"])
     return Result.SUCCESS
@@ -63,7 +71,6 @@ def _header(state: ClusterState, _: str, command: Command) -> Result:
         record.tag = command["tag"].encode("latin-1")
         record.size = command["size"]
         record.vm_state_size = command["vm_state_size"]
-        record.copies = command["copies"]
     return Result.SUCCESS
 
 
@@ -146,6 +153,11 @@ def _shutdown(state: ClusterState, _: str, __: Command) -> Result:
     return Result.SUCCESS
 
 
+def _epoch(state: ClusterState, _: str, command: Command) -> Result:
+    state.copies = command.get("copies", state.copies)
+    return Result.SUCCESS
+
+
 def _nothing(_: ClusterState, __: str, ___: Command) -> Result:
     return Result.SUCCESS
 
@@ -161,5 +173,5 @@ _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "recovery": _recovery,
     "shutdown": _shutdown,
     "kill": _nothing,
-    "epoch": _nothing,
+    "epoch": _epoch,
 }

@@ -89,6 +89,11 @@ class Context:
                 return record.copies
         return self.state.copies
 
+    def copies_at(self, oid: ObjectId, epoch: int) -> int:
+        """Copies that an object had in an earlier epoch."""
+        record = None if is_attribute(oid) else self.state.vdis.get(vid_of(oid))
+        return record.copies_at(epoch) or self.state.copies if record is not None else self.state.copies
+
     def size_of(self, oid: ObjectId) -> int:
         """Nominal size of an object in bytes (protocol.md 6.2)."""
         record = self.state.vdis.get(vid_of(oid))

@@ -2,6 +2,7 @@
 
 Each script may be run again from its start by another node after a crash at any point:
 
+ alter   the inode is changed where it is, then an epoch begins in which everything has that many copies
  create  the new inode is written, then the base is frozen: that write is what a cold start goes by
  delete  the inode loses its name first, then what it named is freed, then its map is emptied
  late    entries written into a frozen map reach the map of the VDI that goes on; nobody writes that meanwhile
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from sheepdog.cluster.core.attributes import Attribute
@@ -26,14 +28,21 @@ from sheepdog.cluster.core.ids import (
     ObjectId,
     Vid,
     attribute_oid,
+    data_oid,
     inode_oid,
+    is_attribute,
+    is_btree,
     is_inode,
     vid_of,
     vmstate_oid,
 )
 from sheepdog.cluster.core.inode import (
+    BTREE_HEADER_SIZE,
     HEADER_SIZE,
     InodeHeader,
+    btree_children,
+    btree_leaves,
+    btree_used,
     empty_btree,
     map_offset,
     objects_of,
@@ -44,6 +53,7 @@ from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import (
     ATTRIBUTE_PROBES,
     ATTRIBUTE_SIZE,
+    BTREE_NODE_SIZE,
     INODE_SIZE,
     MAX_MAP_ENTRIES,
     MAX_SHIFT,
@@ -52,11 +62,14 @@ from sheepdog.cluster.core.limits import (
 )
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather, run
+from sheepdog.cluster.core.strings import NAME_SIZE, until_nul
 from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
 
 Values = dict[str, Any]
 _SNAP_CTIME_OFFSET = 520
 _SIZE_OFFSET = 536
+_COPIES_OFFSET = 554
+_REMOVE_BATCH = 4096  # steps that are in memory at a time
 _MAP_CHUNK_ENTRIES = 1 << 16
 
 
@@ -73,6 +86,7 @@ class Executor:
     def execute(self, operation: Values) -> None:
         """Runs to the end, then proposes the commit."""
         scripts: dict[str, Callable[[Values], Script[Values]]] = {
+            "alter": self._alter,
             "create": self._create,
             "delete": self._delete,
             "attribute": self._attribute,
@@ -203,18 +217,92 @@ class Executor:
         result, _ = yield self._change(oid, 0, 0, bytes(256))
         if result:
             return {"result": int(Result.VDI_WRITE)}
-        result, entries = yield from self._read_map(record)
-        if not result and entries:
-            named: array[int] = unpack_map(entries)
-            dropped = [(Vid(owner), index) for index, owner in enumerate(named) if owner]
-            yield from self._inodes.reclaim(record.vid, dropped)
-            yield self._change(oid, Flag.PUNCH, map_offset(0), length=len(entries))
-        chunks = objects_of(record.vm_state_size, record.shift)
-        removals = [self._change(vmstate_oid(record.vid, index), Flag.REMOVE, 0) for index in range(chunks)]
-        yield gather(removals, RECLAIM_PARALLEL)
+        if record.store_policy:
+            yield from self._free_tree(record)
+        else:
+            result, entries = yield from self._read_map(record)
+            if not result and entries:
+                named: array[int] = unpack_map(entries)
+                dropped = [(Vid(owner), index) for index, owner in enumerate(named) if owner]
+                yield from self._inodes.reclaim(record.vid, dropped)
+                yield self._change(oid, Flag.PUNCH, map_offset(0), length=len(entries))
+        yield from self._free_vmstate(record)
         yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
         tombstone = {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
-        return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": {"put": [tombstone]}}
+        changes: Values = {"put": [tombstone]}
+        if len(self._context.state.vdis.named(record.name)) == 1:
+            vid = vid_of_name(record.name)
+            changes["attributes"] = [vid, (yield from self._free_attributes(vid, record.name))]
+        return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": changes}
+
+    def _free_vmstate(self, record: VdiRecord) -> Script[None]:
+        """QEMU writes the chunks in order, and only at the end how many they are: an interrupted savevm leaves more."""
+        count = objects_of(record.vm_state_size, record.shift)
+        while True:
+            result, _ = yield self._read(vmstate_oid(record.vid, count), 0, 1)
+            if result:
+                break
+            count += 1
+        yield from self._remove(vmstate_oid(record.vid, index) for index in range(count))
+
+    def _free_tree(self, record: VdiRecord) -> Script[None]:
+        """The data objects and further nodes of a hyper volume; its root in the inode (protocol.md 7.6) goes last."""
+        root, offset = inode_oid(record.vid), map_offset(0)
+        leaves, children, used = yield from self._read_node(root, offset)
+        for child in children:
+            if is_btree(child) and vid_of(child) == record.vid:
+                below, _, _ = yield from self._read_node(child, 0)
+                yield from self._remove(data_oid(record.vid, index) for index, vid in below if vid == record.vid)
+                yield self._change(child, Flag.REMOVE, 0)
+        yield from self._remove(data_oid(record.vid, index) for index, vid in leaves if vid == record.vid)
+        yield self._change(root, Flag.PUNCH, offset, length=used)
+
+    def _read_node(self, oid: ObjectId, offset: int) -> Script[tuple[list[tuple[int, int]], list[ObjectId], int]]:
+        """(entries of a leaf, children of an inner node, bytes used); nothing of what cannot be read."""
+        result, head = yield self._read(oid, offset, BTREE_HEADER_SIZE)
+        try:
+            used = 0 if result else btree_used(head)
+            if used <= BTREE_NODE_SIZE and used:
+                result, node = yield self._read(oid, offset, used)
+                if not result:
+                    children = [child for _, child in btree_children(node) or []]
+                    return btree_leaves(node) or [], children, used
+        except PeerError as error:
+            self._context.log(4, f"object {oid:016x}: {error}")
+        return [], [], BTREE_HEADER_SIZE
+
+    def _remove(self, oids: Iterable[ObjectId]) -> Script[None]:
+        """However many."""
+        oids = iter(oids)
+        while part := list(islice(oids, _REMOVE_BATCH)):
+            yield gather([self._change(oid, Flag.REMOVE, 0) for oid in part], RECLAIM_PARALLEL)
+
+    def _free_attributes(self, vid: Vid, name: bytes) -> Script[list[int]]:
+        """Nothing of that name is left; returns the ids of another name with the same hash."""
+        left = []
+        for place in self._context.state.vdis.attributes.get(vid, ()):
+            oid = attribute_oid(vid, place)
+            result, field = yield self._read(oid, 0, NAME_SIZE)
+            if not result and until_nul(field) not in (b"", name):
+                left.append(place)
+            else:
+                yield self._change(oid, Flag.REMOVE, 0)
+        return left
+
+    # -- alter -----------------------------------------------------------------------------------------------------
+
+    def _alter(self, operation: Values) -> Script[Values]:
+        record = self._context.state.vdis.get(Vid(operation["vid"]))
+        if record is None or record.deleted:
+            return {"result": int(Result.NO_VDI)}
+        if record.policy:
+            return {"result": int(Result.NO_SUPPORT)}
+        copies = operation["copies"]
+        result, _ = yield self._change(inode_oid(record.vid), 0, _COPIES_OFFSET, bytes([copies]))
+        if result:
+            return {"result": int(Result.VDI_WRITE)}
+        changes = {"put": [{**record.to_json(), "copies": copies}], "epoch": operation["time"]}
+        return {"result": int(Result.SUCCESS), "changes": changes}
 
     # -- late map writes -------------------------------------------------------------------------------------------
 
@@ -262,7 +350,7 @@ class Executor:
         place, found = yield from self._find_attribute(vid, wanted)
         if place < 0:
             return {"result": int(Result.FULL_VDI)}
-        answer = {"result": int(Result.SUCCESS), "vid": vid, "attribute": place}
+        answer: Values = {"result": int(Result.SUCCESS), "vid": vid, "attribute": place}
         oid = attribute_oid(vid, place)
         if operation["delete"]:
             if not found:
@@ -276,6 +364,9 @@ class Executor:
             result = Result.SUCCESS if found else Result.NO_OBJ
         if result:
             return {"result": int(result)}
+        known = self._context.state.vdis.attributes.get(vid, [])
+        if operation["create"] and place not in known:
+            answer["changes"] = {"attributes": [vid, [*known, place]]}
         return answer
 
     def _find_attribute(self, vid: Vid, wanted: Attribute) -> Script[tuple[int, bool]]:
@@ -304,12 +395,17 @@ class Executor:
         """The VDI table after a cold start: of each inode the copy that is current, as peering decides."""
         answers: dict[Any, Buffer] = yield self._ask_inodes()
         best: dict[int, tuple[tuple[Any, ...], InodeHeader]] = {}
+        attributes: set[tuple[Vid, int]] = set()
         for node in sorted(answers):
-            for vid, as_of, version, text in json.loads(bytes(answers[node])):
+            inodes, places = json.loads(bytes(answers[node]))
+            attributes.update((Vid(vid), place) for vid, place in places)
+            for vid, as_of, version, text in inodes:
                 rank = (as_of, tuple(version))
                 if vid not in best or rank > best[vid][0]:
                     best[vid] = (rank, InodeHeader.unpack(bytes.fromhex(text)))
         table = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
+        for owner, place in sorted(attributes):
+            table.attributes.setdefault(owner, []).append(place)
         self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")
         return {"result": int(Result.SUCCESS), "changes": {"table": table.to_json()}}
 
@@ -319,12 +415,10 @@ class Executor:
         )
 
     def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
-        """This node's inode headers: JSON list of [vid, as_of, version, hex of the header]."""
-        copies = [
-            (oid, version)
-            for oid, version in self._context.store.inventory()
-            if is_inode(oid) and version != NO_VERSION
-        ]
+        """JSON of this node's [[vid, as_of, version, hex of the inode's header]...] and [[vid, attribute id]...]."""
+        here = [(oid, version) for oid, version in self._context.store.inventory() if version != NO_VERSION]
+        copies = [(oid, version) for oid, version in here if is_inode(oid)]
+        attributes = [(vid_of(oid), oid & 0xFFFFFFFF) for oid, _ in here if is_attribute(oid)]
 
         def collect(parts: list[Any]) -> None:
             found = []
@@ -333,7 +427,7 @@ class Executor:
                 if header is not None:
                     as_of = max(self._settled, version.epoch)
                     found.append([vid_of(oid), as_of, list(version), header.pack().hex()])
-            answered(Result.SUCCESS, json.dumps(found).encode())
+            answered(Result.SUCCESS, json.dumps([found, attributes]).encode())
 
         gather([self._read_header(oid) for oid, _ in copies], RECLAIM_PARALLEL)(collect)
 
@@ -362,6 +456,8 @@ def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | Non
         return Result.INVALID_PARMS
     if operation["policy"]:
         return Result.NO_SUPPORT
+    if base is not None and base.store_policy:
+        return Result.INVALID_PARMS  # nobody could tell whose the objects of a shared tree are
     if operation["snapshot"]:
         if working is None:
             return Result.NO_VDI

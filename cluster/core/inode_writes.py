@@ -1,6 +1,7 @@
 """What a client's write into an inode means beyond its bytes (protocol.md 7.4, 7.5).
 
-header  the client may change tag, vm_clock, vm_state_size, size (growing), copies; all nodes learn it
+header  the client may change tag, vm_clock, vm_state_size, size (growing); all nodes learn it. Copies change with a
+        new epoch only (ALTER_VDI_COPY): a client writes back what it read at some time
 map     entries that change drop their reference to the data object they named; an object that nobody
         names any more is freed before the client is answered, so that it may create it again at once.
         A client that has not noticed a snapshot yet still writes the frozen map: its new objects must
@@ -85,7 +86,6 @@ class InodeWrites:
         header.vm_clock_nsec = asked.vm_clock_nsec
         header.vm_state_size = asked.vm_state_size
         header.vdi_size = max(header.vdi_size, asked.vdi_size)
-        header.nr_copies = asked.nr_copies
         header.btree_counter = asked.btree_counter
         body = header.pack() + bytes(data[inside:])
         result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, 0, body)
@@ -97,7 +97,6 @@ class InodeWrites:
             "tag": header.tag.decode("latin-1"),
             "size": header.vdi_size,
             "vm_state_size": header.vm_state_size,
-            "copies": header.nr_copies,
         }
         answer = yield lambda done: self._context.machine.propose(command, done)
         return int(answer)

@@ -450,6 +450,8 @@ class ClusterMachine:
         apply_command(self.state, "", {"t": "vdis", **command["changes"]})
         if self._executing == _name(operation):
             self._executing = None
+        if "epoch" in command["changes"]:
+            self._new_epoch(command["changes"]["epoch"], quiet)
         if not quiet:
             self._listener.operation_ended({**operation, **command})
 

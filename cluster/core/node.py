@@ -19,7 +19,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, Epoch, Member, NodeId, ObjectId, vid_of
 from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import LEASE_NS, MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
@@ -261,11 +261,11 @@ class Node:
             self._lacking = {}
         self._lacking.update(self.replica.missing)
         self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
-        self._former[context.epoch] = context.placement
 
     def _fewest_copies(self) -> int:
         state = self.cluster
-        return min([state.copies, *(vdi.copies for vdi in state.vdis.records() if vdi.copies)])
+        copies = [copies for vdi in state.vdis.records() for copies in (vdi.copies, *(c for _, c in vdi.former_copies))]
+        return min([state.copies, *filter(None, copies)])
 
     def _former_members(self, epoch: int) -> tuple[Member, ...] | None:
         record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
@@ -274,12 +274,12 @@ class Node:
     def _former_placement(self, epoch: int) -> Placement | None:
         if epoch not in self._former:
             record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
-            self._former[epoch] = (
-                None
-                if record is None
-                else Placement(record.epoch, record.members, self.context.me, self.context.copies_of)
-            )
+            self._former[epoch] = None if record is None else self._placement_at(epoch, record.members)
         return self._former[epoch]
+
+    def _placement_at(self, epoch: int, members: tuple[Member, ...]) -> Placement:
+        context = self.context
+        return Placement(Epoch(epoch), members, context.me, lambda oid: context.copies_at(oid, epoch))
 
     def _record(self) -> None:
         """Makes the configuration and all new epoch records durable, then goes on to peering."""

@@ -115,6 +115,16 @@ class Operations:
 
         self._queue(operation, ended)
 
+    def alter_copies(self, vid: Vid, copies: int, done: ResultDone) -> None:
+        """ALTER_VDI_COPY: another number of copies from a new epoch on, in which they are made or dropped."""
+        operation = {
+            "op": "alter",
+            "vid": vid,
+            "copies": copies,
+            "time": self._context.clock.wall_ns() // 1_000_000_000,
+        }
+        self._queue(operation, lambda values: done(Result(values["result"])))
+
     def late_map_write(self, vid: Vid, made: list[tuple[int, int]], done: ResultDone) -> None:
         """A client wrote its own objects into the map of the frozen `vid`: the volume that goes on gets those entries
         too, where it still has the old ones. `made`: (index, old entry)."""
@@ -183,9 +193,11 @@ class Operations:
     def set_recovery(self, enabled: bool, done: ResultDone) -> None:
         self._context.machine.propose({"t": "recovery", "enabled": enabled}, done)
 
-    def new_epoch(self, done: ResultDone) -> None:
-        """A new epoch with the same members: weights or redundancy have changed."""
+    def new_epoch(self, done: ResultDone, copies: int = 0) -> None:
+        """A new epoch with the same members: weights have changed, or the default number of copies does."""
         command = {"t": "epoch", "time": self._context.clock.wall_ns() // 1_000_000_000}
+        if copies:
+            command["copies"] = copies
         self._context.machine.propose(command, done)
 
     def force_recover(self, done: ResultDone) -> None:

@@ -59,10 +59,15 @@ class VdiRecord:
     owners: list[str] = field(default_factory=list)  # nodes that hold the lock, as hex of address and port
     sharing: list[int] = field(default_factory=list)  # of each owner of a shared lock
     rounds: int = 0  # changes of `sharing` by map writes
+    former_copies: list[list[int]] = field(default_factory=list)  # [epoch, copies before it], ascending
 
     @property
     def is_snapshot(self) -> bool:
         return self.snap_ctime != 0
+
+    def copies_at(self, epoch: int) -> int:
+        """Redundancy in an earlier epoch, as far as the cluster has not been stopped since."""
+        return next((copies for until, copies in self.former_copies if epoch < until), self.copies)
 
     def take_lock(self, other: VdiRecord) -> None:
         """The lock of another record, with its owners."""
@@ -137,6 +142,8 @@ class VdiTable:
         self._records: dict[Vid, VdiRecord] = {}
         self._by_name: dict[bytes, list[Vid]] = {}
         self._children: dict[Vid, list[Vid]] = {}
+        self._ancestors: dict[Vid, list[Vid]] = {}  # asked for since the last change: every flush asks
+        self.attributes: dict[Vid, list[int]] = {}  # ids of attribute objects by the vid in their object ids
         self._in_use = bytearray(BITMAP_SIZE)
         self._deleted = bytearray(BITMAP_SIZE)
 
@@ -167,6 +174,7 @@ class VdiTable:
         self._by_name.setdefault(record.name, []).append(record.vid)
         if record.parent:
             self._children.setdefault(record.parent, []).append(record.vid)
+        self._ancestors.clear()
         self.mark(record.vid, record.deleted)
 
     def mark(self, vid: Vid, deleted: bool) -> None:
@@ -215,10 +223,18 @@ class VdiTable:
     def allocate(self, name: bytes) -> Vid | None:
         """First free vid at or after the name's hash (protocol.md 6.3); None when all are used."""
         start = vid_of_name(name) or 1
-        in_use = self._in_use
-        for step in range(VID_COUNT):
-            vid = (start + step) % VID_COUNT
-            if vid and not in_use[vid >> 3] >> (vid & 7) & 1:
+        return self._first_free(start, VID_COUNT) or self._first_free(1, start)
+
+    def _first_free(self, start: int, end: int) -> Vid | None:
+        """First vid in the range that was never used."""
+        in_use, vid = self._in_use, start
+        while vid < end:
+            byte = in_use[vid >> 3]
+            if byte == 0xFF:
+                vid = (vid | 7) + 1  # families with a thousand snapshots fill whole bytes
+            elif byte >> (vid & 7) & 1:
+                vid += 1
+            else:
                 return Vid(vid)
         return None
 
@@ -233,12 +249,16 @@ class VdiTable:
         return found
 
     def ancestors(self, vid: Vid) -> list[Vid]:
-        found: list[Vid] = []
-        record = self._records.get(vid)
-        while record is not None and record.parent and record.parent not in found:
-            found.append(record.parent)
-            record = self._records.get(record.parent)
-        return found
+        """Parent, its parent, and so on, tombstones included."""
+        known = self._ancestors.get(vid)
+        if known is None:
+            found: dict[Vid, None] = {}
+            record = self._records.get(vid)
+            while record is not None and record.parent and record.parent not in found:
+                found[record.parent] = None
+                record = self._records.get(record.parent)
+            known = self._ancestors[vid] = list(found)
+        return known
 
     def heir(self, vid: Vid) -> VdiRecord | None:
         """The working VDI that goes on where `vid` was frozen, over any number of snapshots; None if it is gone.
@@ -258,14 +278,16 @@ class VdiTable:
             if owner in record.owners:
                 record.unshare(owner)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        return [record.to_json() for record in self.records()]
+    def to_json(self) -> dict[str, Any]:
+        attributes = [[vid, ids] for vid, ids in sorted(self.attributes.items())]
+        return {"records": [record.to_json() for record in self.records()], "attributes": attributes}
 
     @classmethod
-    def from_json(cls, values: Iterable[dict[str, Any]]) -> VdiTable:
+    def from_json(cls, values: dict[str, Any]) -> VdiTable:
         table = cls()
-        for value in values:
+        for value in values["records"]:
             table.put(VdiRecord.from_json(value))
+        table.attributes = {Vid(vid): ids for vid, ids in values["attributes"]}
         return table
 
     @classmethod

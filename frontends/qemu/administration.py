@@ -212,8 +212,10 @@ class Administration:
 
     def _alter_copies(self, call: Call) -> None:
         fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
-        invalid = fields.copy_policy or not 0 < fields.copies <= MAX_COPIES
-        call.fail(Result.INVALID_PARMS if invalid else Result.NO_SUPPORT)
+        if fields.copy_policy or not 0 < fields.copies <= MAX_COPIES or self._node.cluster.policy:
+            call.fail(Result.INVALID_PARMS)
+        else:
+            self._node.operations.new_epoch(call.written, fields.copies)
 
     # -- this node ---------------------------------------------------------------------------------------------------
 

@@ -213,12 +213,12 @@ class VdiOperations:
             )
 
     def _alter(self, call: Call) -> None:
-        """dog has written the new number of copies into the inode, which core has seen; now they are made."""
+        """dog has written the new number into the inode's header as well, which alone would change nothing."""
         fields = VDI_STATE_REQUEST.unpack(call.buffer, call.start)
-        if fields.copy_policy or self._node.cluster.vdis.get(Vid(fields.new_vid)) is None:
-            call.fail(Result.INVALID_PARMS if fields.copy_policy else Result.NO_VDI)
+        if fields.copy_policy or not 0 < fields.copies <= MAX_COPIES:
+            call.fail(Result.INVALID_PARMS)
         else:
-            self._node.operations.new_epoch(call.written)
+            self._node.operations.alter_copies(Vid(fields.new_vid), fields.copies, call.written)
 
 
 def valid_shift(shift: int) -> bool:
