@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 from sheepdog.cluster.core.errors import UsageError
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # a command line is parsed before anything large is imported
     from sheepdog.cluster.drivers.base import Driver
 
 _CLASSES = {
+    "corosync": "sheepdog.cluster.drivers.corosync:CorosyncDriver",
     "local": "sheepdog.cluster.drivers.local:LocalDriver",
     "zookeeper": "sheepdog.cluster.drivers.zookeeper:ZooKeeperDriver",
 }
@@ -25,9 +28,33 @@ class DriverSpec:
     argument: str
 
 
+@cache
+def absent() -> dict[str, str]:
+    """Drivers that cannot be used on this system, each with what it needs."""
+    reasons = {}
+    if find_spec("kazoo") is None:
+        reasons["zookeeper"] = "it needs the Python package kazoo"
+    from sheepdog.cluster.drivers import cpg
+
+    library = cpg.missing()
+    if library is not None:
+        reasons["corosync"] = f"it needs {library} (Debian: libcpg4 libquorum5 libcfg7 libvotequorum8)"
+    return reasons
+
+
 def available() -> tuple[str, ...]:
-    """Names of the drivers of this build, sorted."""
-    return tuple(sorted(_CLASSES))
+    """Names of the drivers that this system can use, sorted."""
+    return tuple(name for name in sorted(_CLASSES) if name not in absent())
+
+
+def default() -> str:
+    """Without -c: corosync where its daemon lets us in, else local (cli.md 1.4)."""
+    if "corosync" in available():
+        from sheepdog.cluster.drivers import cpg
+
+        if cpg.running():
+            return "corosync"
+    return "local"
 
 
 def parse(text: str) -> DriverSpec:
@@ -35,6 +62,8 @@ def parse(text: str) -> DriverSpec:
     name, _, argument = text.partition(":")
     if name not in _CLASSES:
         raise UsageError(f"Invalid cluster driver '{text}'")
+    if name in absent():
+        raise UsageError(f"Invalid cluster driver '{text}': {absent()[name]}")
     return DriverSpec(name, argument)
 
 

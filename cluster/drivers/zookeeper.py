@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
+from sheepdog.cluster.core.limits import LEASE_NS
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.zookeeper_argument import parse
@@ -59,7 +60,7 @@ CONNECT_PATIENCE_S = 10.0  # at the start: longer than an election, short enough
 JOIN_PATIENCE_S = 15.0  # beyond the timeout, in which the session of a dead predecessor ends
 TWIN_RETRY_S = 0.2
 LEAVE_PATIENCE_S = 5.0  # then the others see a death instead
-RETRY_S = 0.1  # after a refusal by a server; a lost connection has its own event
+READ_ON_S = 0.005  # a round trip, while entries are on their way
 BATCH_BYTES = MAX_MESSAGE_BYTES  # of one entry; a single message of the largest size fits (a znode holds 1 MiB)
 READ_WINDOW = 32  # entries asked for at a time while there are more: a round trip takes milliseconds
 CHECKPOINT_ENTRIES = 1000  # between two checkpoints: a late joiner reads that many in a second
@@ -75,7 +76,7 @@ class ZooKeeperDriver:
 
     def __init__(self, argument: str = "") -> None:
         self._servers, self._base, self._timeout_ms = parse(argument)
-        self._lease_ns = max(self._timeout_ms * 1_000_000 // LEASE_PART, MIN_LEASE_NS)
+        self._lease_ns = min(max(self._timeout_ms * 1_000_000 // LEASE_PART, MIN_LEASE_NS), LEASE_NS)
         self.max_message = MAX_MESSAGE_BYTES
         self.detection_ns = 2 * self._timeout_ms * 1_000_000  # a session ends up to one tick after its timeout
         self._me = Peer(b"", 0, b"")
@@ -129,7 +130,7 @@ class ZooKeeperDriver:
             await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
         except (SessionLost, KazooException, PeerError, TimeoutError) as error:
             await self.close()
-            raise UsageError(f"zookeeper driver: {self._servers}: {error or problem}") from error
+            raise UsageError(f"zookeeper driver: {self._servers}: {str(error) or problem}") from error
         except BaseException:
             await self.close()
             raise
@@ -247,6 +248,7 @@ class ZooKeeperDriver:
                 began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
                 try:
                     await self._publish()
+                    await self._read_to_the_end()
                     break
                 except Unreachable:
                     await self._up.wait()
@@ -256,6 +258,14 @@ class ZooKeeperDriver:
         if self._suspended_for is not None and self._up.is_set():
             self._suspended_for = None
             self._emit(Resumed())
+
+    async def _read_to_the_end(self) -> None:
+        """Everything that was ordered before is folded: this member may have been expelled by the others."""
+        while True:
+            position = self._position
+            if await self._there.exists(self._entry_path(position)) is None and position == self._position:
+                return
+            await asyncio.sleep(READ_ON_S)
 
     async def _publish(self) -> None:
         self._published = self._position
@@ -272,7 +282,7 @@ class ZooKeeperDriver:
         except PeerError as error:
             self._lose(str(error))
         except KazooException as error:
-            self._lose(f"ZooKeeper refused a request: {error or type(error).__name__}")
+            self._lose(f"ZooKeeper refused a request: {str(error) or type(error).__name__}")
 
     # --- sending ---------------------------------------------------------------------------------------------------
 

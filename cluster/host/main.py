@@ -14,7 +14,13 @@ def main(arguments: list[str] | None = None) -> int:
     from sheepdog.cluster.drivers import registry
 
     try:
-        options = parse(sys.argv[0], sys.argv[1:] if arguments is None else arguments, registry.available())
+        options = parse(
+            sys.argv[0],
+            sys.argv[1:] if arguments is None else arguments,
+            registry.available(),
+            registry.default,
+            registry.absent(),
+        )
     except UsageError as error:
         print(error, file=sys.stderr)
         if isinstance(error, Refused):

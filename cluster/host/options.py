@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.host import gnu_options, usage
 
 DEFAULT_PATH = "/tmp"
 DEFAULT_PORT = 7000
-PREFERRED_DRIVERS = ("corosync", "local")  # the default is the first of these that this build has
 MAX_U16 = 65_535
 MAX_U32 = 4_294_967_295
 MIN_JOURNAL_BYTES = 64 << 20  # smaller ones would be switched all the time
@@ -153,22 +153,28 @@ class Options:
         return tuple(f"option {letter} has no effect: {why}" for letter, is_given, why in given if is_given)
 
 
-def parse(program: str, arguments: Sequence[str], drivers: Sequence[str]) -> Options | str:
+def parse(
+    program: str,
+    arguments: Sequence[str],
+    drivers: Sequence[str],
+    default_driver: Callable[[], str] = lambda: "local",
+    absent: Mapping[str, str] = MappingProxyType({}),
+) -> Options | str:
     """Options, or a text for standard output (help, version). UsageError, Refused.
 
-    `program` is named in messages about the form of options; `drivers` are the membership drivers of this build.
+    `program` is named in messages about the form of options; `drivers` are the membership drivers that can be used
+    here, `absent` tells what others need. `default_driver` is asked only when it matters.
     """
-    default_driver = next(name for name in PREFERRED_DRIVERS if name in drivers)
-    options = Options(driver=default_driver)
+    options = Options(driver="")
     operands: list[str] = []
     try:
         for letter, argument in gnu_options.read(program, arguments, _SHORT, _LONG, operands):
             if letter == "h":
-                return usage.help_text(default_driver)
+                return usage.help_text(default_driver())
             if letter == "v":
                 return usage.version_text(drivers)
             if letter == "c":
-                options = replace(options, driver=_driver(argument, drivers))
+                options = replace(options, driver=_driver(argument, drivers, absent))
             elif letter in _FLAGS:
                 options = _FLAGS[letter](options)
             else:
@@ -184,7 +190,7 @@ def parse(program: str, arguments: Sequence[str], drivers: Sequence[str]) -> Opt
     paths = [os.path.abspath(path) for path in (operands or [DEFAULT_PATH])[0].split(",") if path]
     if not paths:
         raise UsageError("PATH is empty")
-    return replace(options, metadata=paths[0], disks=tuple(paths[1:]))
+    return replace(options, metadata=paths[0], disks=tuple(paths[1:]), driver=options.driver or default_driver())
 
 
 def parse_size(text: str) -> int:
@@ -233,10 +239,11 @@ def _bind_address(options: Options, text: str) -> Options:
     return replace(options, bind_address=text)
 
 
-def _driver(text: str, drivers: Sequence[str]) -> str:
+def _driver(text: str, drivers: Sequence[str], absent: Mapping[str, str]) -> str:
     name, _, argument = text.partition(":")
     if name not in drivers:
-        raise Refused(f"Invalid cluster driver '{text}'", f"\n{usage.features_text(drivers)}")
+        why = f": {absent[name]}" if name in absent else ""
+        raise Refused(f"Invalid cluster driver '{text}'{why}", f"\n{usage.features_text(drivers)}")
     return f"local:{os.path.abspath(argument)}" if name == "local" and argument else text
 
 

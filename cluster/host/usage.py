@@ -36,9 +36,14 @@ EXTENDED = {
 This tries to bind to the network interface with this address only.
 """,
     "c": """Available arguments:
-\tlocal[:FILE]   all nodes on this host, shared state in FILE (default /tmp/sheepdog_shm)
+\tlocal[:FILE]: all nodes on this host, shared state in FILE (default /tmp/sheepdog_shm)
+\tcorosync[:GROUP]: the corosync daemon of this host (the default where one runs)
+\tzookeeper:HOST:PORT[,HOST:PORT...][/CLUSTER_ID][,timeout=MS]: a ZooKeeper ensemble;
+\t    CLUSTER_ID tells clusters apart (default: sheepdog), timeout is how long a node
+\t    may not be heard of before it is out (default: 3000)
 Example:
 \t$ sheep -c local:/run/sheepdog/cluster ...
+\t$ sheep -c zookeeper:zoo1:2181,zoo2:2181,zoo3:2181/production,timeout=5000 ...
 """,
     "i": """Example:
 \t$ sheep -i host=192.168.1.1,port=7001 ...

@@ -87,6 +87,13 @@ class Member:
         return hashlib.sha256("".join(self.since(newest)).encode()).hexdigest()
 
 
+def agree(members: Sequence[Member]) -> bool:
+    """Whether all saw the same events in the same order, from the time on when all were attached."""
+    lines = [member.ordered() for member in members]
+    start = max(json.loads(one[0])[1] for one in lines)
+    return len({tuple(line for line in one if json.loads(line)[1] > start) for one in lines}) == 1
+
+
 class Members:
     """Members of one engine. Call `close` in every case."""
 
@@ -111,7 +118,7 @@ class Members:
 
     def story(self) -> str:
         return "\n".join(
-            f"--- {member.name}\n{''.join(member.lines())[-1500:]}{member.errors.read_text()[-1500:]}"
+            f"--- {member.name}\n{''.join(member.lines())[-600:]}{member.errors.read_text()[-600:]}"
             for member in self.all
         )
 

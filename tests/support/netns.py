@@ -25,7 +25,8 @@ class NetworkNamespace:
         if self._holder.stdout.readline() != b"ready\n":
             self.close()
             raise AssertionError("no private network namespace could be made")
-        self.enter = ["nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--"]
+        self.holder = self._holder.pid
+        self.enter = ["nsenter", f"--net=/proc/{self.holder}/ns/net", "--"]
 
     def wait_listening(self, port: int, seconds: float = 10.0) -> None:
         """Until something in here listens on a TCP port."""
@@ -37,3 +38,63 @@ class NetworkNamespace:
     def close(self) -> None:
         self._holder.kill()
         self._holder.wait(10)
+
+
+class Network:
+    """Namespaces 0..count-1 on a bridge in one more namespace; nothing of it is seen outside. Call `close`.
+
+    Addresses are 10.77.0.1 and so on; with one node there is only its loopback.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.nodes: list[NetworkNamespace] = []
+        self.addresses = ["127.0.0.1"] if count == 1 else [f"10.77.0.{number}" for number in range(1, count + 1)]
+        self._switch = NetworkNamespace()
+        try:
+            self.nodes.extend(NetworkNamespace() for _ in range(count))
+            if count > 1:
+                self._wire()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wire(self) -> None:
+        self._ip(self._switch, "link", "add", "br0", "type", "bridge")
+        self._ip(self._switch, "link", "set", "br0", "up")
+        for index, (node, address) in enumerate(zip(self.nodes, self.addresses, strict=True)):
+            port = f"p{index}"
+            self._ip(
+                self._switch, "link", "add", port, "type", "veth",
+                "peer", "name", "eth0", "netns", str(node.holder),
+            )  # fmt: skip
+            self._ip(self._switch, "link", "set", port, "master", "br0", "up")
+            self._ip(node, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._ip(node, "link", "set", "eth0", "up")
+
+    def _ip(self, namespace: NetworkNamespace, *words: str) -> None:
+        run([*namespace.enter, "ip", *words])
+
+    def cut(self, *nodes: int) -> None:
+        """These nodes reach nobody and are reached by nobody."""
+        for node in nodes:
+            self._ip(self._switch, "link", "set", f"p{node}", "down")
+
+    def mend(self, *nodes: int) -> None:
+        for node in nodes:
+            self._ip(self._switch, "link", "set", f"p{node}", "up")
+
+    def mute(self, node: int) -> None:
+        """What this node sends is lost, what the others send arrives: it thinks that they have another hardware."""
+        for other, address in enumerate(self.addresses):
+            if other != node:
+                words = ("neigh", "replace", address, "lladdr", "02:00:00:00:00:fe", "dev", "eth0", "nud", "permanent")
+                self._ip(self.nodes[node], *words)
+
+    def unmute(self, node: int) -> None:
+        for other, address in enumerate(self.addresses):
+            if other != node:
+                self._ip(self.nodes[node], "neigh", "del", address, "dev", "eth0")
+
+    def close(self) -> None:
+        for namespace in (*self.nodes, self._switch):
+            namespace.close()

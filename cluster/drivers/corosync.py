@@ -1,0 +1,287 @@
+"""Membership by corosync: `corosync[:GROUP]`, the default where a corosync daemon runs.
+
+One process group (GROUP, by default `sheepdog`) on the local daemon; corosync_order makes one order of events out of
+what the daemon tells. A lease is a message that came back: a node that is cut off cannot send, since it has no token.
+
+The daemon's death is this member's end (Lost); a new attachment is tried when it is back. Calls into libcpg return
+at once while the daemon lives; those that wait for its answer are made in threads, lest a stopped one stops us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, TypeVar
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer
+from sheepdog.cluster.drivers import cpg
+from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
+from sheepdog.cluster.drivers.corosync_order import HEADER_BYTES, Order
+
+DEFAULT_GROUP = "sheepdog"
+MAX_GROUP_BYTES = 127  # cpg.h
+DETECTION_NS = 10_000_000_000  # of a node: (token + 650 ms x (nodes - 2)) x 2.2, 3.5 s for three; of a process 20 ms
+LEASE_NS = 1_000_000_000  # others wait so long after losing a node; coming back takes a message a millisecond
+CONNECT_PATIENCE_S = 10.0  # a daemon that is just starting answers "try again"
+CONNECT_RETRY_S = 0.1
+RETRY_S = 0.01  # when the daemon's queue is full: it empties within a token's round
+TICK_S = 0.5  # between looks at messages that are not acknowledged
+STOP_PATIENCE_S = 5.0  # for a daemon that does not answer at the end
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class CorosyncDriver:
+    """The `corosync` driver; see cluster/drivers/base.py for the promises."""
+
+    name: ClassVar[str] = "corosync"
+
+    def __init__(self, argument: str = "") -> None:
+        self._group_name = (argument or DEFAULT_GROUP).encode()
+        if len(self._group_name) > MAX_GROUP_BYTES:
+            raise UsageError(f"corosync driver: the group's name has more than {MAX_GROUP_BYTES} bytes")
+        absent = cpg.missing()
+        if absent is not None:
+            raise UsageError(f"corosync driver: {absent} is not installed")
+        self.detection_ns = DETECTION_NS
+        self.max_message = MAX_MESSAGE_BYTES
+        self._group: cpg.Group | None = None
+        self._quorum: cpg.Quorum | None = None
+        self._readers: list[int] = []
+        self._order: Order | None = None
+        self._queue: deque[bytes] = deque()  # what the daemon has not taken yet
+        self._queued_bytes = 0
+        self._sending: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None  # a lease was asked for
+        self._ticking: asyncio.TimerHandle | None = None  # a message waits to be acknowledged
+        self._over = False
+        self._flushed = asyncio.Event()
+
+    def local_address(self) -> str | None:
+        """The address of this node's first ring."""
+        try:
+            group = cpg.Group()
+            try:
+                return cpg.node_address(group.local_node())
+            finally:
+                group.close()
+        except cpg.CorosyncError:
+            return None
+
+    # --- attaching -------------------------------------------------------------------------------------------------
+
+    async def open(self, me: Peer, on_event: OnEvent) -> None:
+        if len(me.id) + len(me.payload) > self.max_message // 4:
+            raise UsageError(f"corosync driver: a payload of {len(me.payload)} bytes is too large")
+        self._loop = asyncio.get_running_loop()
+        self._on_event = on_event
+        try:
+            group, quorum = await _repeated(self._connect)
+        except (TimeoutError, cpg.CorosyncError) as error:
+            raise UsageError(f"corosync driver: {str(error) or 'the daemon does not answer'}") from error
+        incarnation = time.time_ns() // 1000  # of one process: it cannot attach twice in a microsecond
+        process = cpg.Process(self._node, os.getpid())
+        order = Order(replace(me, incarnation=incarnation), process, LEASE_NS, self._send, self._emit, _boot_time_ns)
+        order.tie_breaker = self._two_nodes
+        self._group, self._quorum, self._order = group, quorum, order
+        group.on_message, group.on_change, group.on_ring = order.on_message, order.on_change, order.on_ring
+        quorum.on_quorum = order.on_quorum
+        try:
+            for handle in (group, quorum):
+                descriptor = handle.fileno()
+                self._loop.add_reader(descriptor, self._readable, handle)
+                self._readers.append(descriptor)
+            await _repeated(lambda: group.join(self._group_name))
+        except (TimeoutError, cpg.CorosyncError) as error:
+            await self.close()
+            raise UsageError(f"corosync driver: {str(error) or 'the daemon does not answer'}") from error
+        self._readable(quorum)
+
+    def _connect(self) -> tuple[cpg.Group, cpg.Quorum]:
+        """In a thread of its own."""
+        group = cpg.Group()
+        try:
+            self._node = group.local_node()
+            self._two_nodes = cpg.is_two_node()
+            quorum = cpg.Quorum()
+        except BaseException:
+            group.close()
+            raise
+        return group, quorum
+
+    @property
+    def _there(self) -> Order:
+        if self._order is None:
+            raise UsageError("corosync driver: not opened")
+        return self._order
+
+    def _readable(self, handle: cpg.Group | cpg.Quorum) -> None:
+        """Takes over what the daemon has to tell."""
+        if self._over:
+            return
+        try:
+            handle.dispatch()
+        except cpg.CorosyncError as error:
+            self._stop_reading()
+            self._there.lose(f"corosync driver: the daemon is gone: {error}")
+            return
+        order = self._there
+        order.advance()
+        if order.waiting and self._ticking is None and not self._over:
+            self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._ticking = None
+        order = self._there
+        order.tick()
+        if order.waiting and not self._over:
+            self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _emit(self, event: Event) -> None:
+        if self._over:
+            return
+        if isinstance(event, Lost):
+            self._end()
+        elif isinstance(event, Leased) and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        try:
+            self._on_event(event)
+        except Exception as error:  # the handler's bug must not stop the order of events
+            self._loop.call_exception_handler({"message": "a membership event was not handled", "exception": error})
+
+    # --- sending ---------------------------------------------------------------------------------------------------
+
+    def broadcast(self, data: bytes) -> None:
+        if len(data) > self.max_message - HEADER_BYTES:
+            raise UsageError(f"corosync driver: a message of {len(data)} bytes is too large")
+        order = self._there
+        if self._over or order.lost:
+            return
+        if self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
+            raise UsageError("corosync driver: too many messages wait to be ordered")
+        order.broadcast(bytes(data))
+
+    def renew(self) -> None:
+        """Asks for a new lease."""
+        if self._late is None and self._order is not None and not self._over:
+            self._late = self._loop.call_later(LEASE_NS / 1e9, self._no_answer)
+            self._order.beat()
+
+    def _send(self, data: bytes) -> None:
+        self._queue.append(data)
+        self._queued_bytes += len(data)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._sending is not None:
+            return
+        while self._queue and self._group is not None and not self._over:
+            try:
+                self._group.send(self._queue[0])
+            except cpg.CorosyncError as error:
+                if error.code == cpg.Code.TRY_AGAIN:
+                    self._sending = self._loop.call_later(RETRY_S, self._flush_again)
+                return  # of any other error, `dispatch` tells
+            self._queued_bytes -= len(self._queue.popleft())
+        self._flushed.set()
+
+    def _flush_again(self) -> None:
+        self._sending = None
+        self._flush()
+
+    def _no_answer(self) -> None:
+        self._there.suspend(f"no answer of the daemon for {LEASE_NS / 1e9:.1f} s")
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        group = self._group
+        if group is None or self._over:
+            return
+        self._flushed.clear()
+        self._flush()
+        try:
+            async with asyncio.timeout(STOP_PATIENCE_S):
+                await self._flushed.wait()
+                self._end()
+                await _in_thread(lambda: group.leave(self._group_name), STOP_PATIENCE_S)
+        except (TimeoutError, cpg.CorosyncError) as error:
+            _logger.warning("corosync driver: left without telling: %s", str(error) or "the daemon does not answer")
+        self._end()
+
+    async def close(self) -> None:
+        self._end()
+        handles = [handle for handle in (self._group, self._quorum) if handle is not None]
+        self._group = self._quorum = None
+        for handle in handles:
+            with contextlib.suppress(TimeoutError, cpg.CorosyncError):
+                await _in_thread(handle.close, STOP_PATIENCE_S)
+
+    def _stop_reading(self) -> None:
+        for descriptor in self._readers:
+            self._loop.remove_reader(descriptor)
+        self._readers.clear()
+
+    def _end(self) -> None:
+        """No more events, and nothing more is sent."""
+        if self._over:
+            return
+        self._over = True
+        self._stop_reading()
+        for timer in (self._sending, self._late, self._ticking):
+            if timer is not None:
+                timer.cancel()
+        self._queue.clear()
+        self._queued_bytes = 0
+
+
+def _boot_time_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+async def _repeated(call: Callable[[], _T]) -> _T:
+    """Repeats what a busy daemon refuses, and waits for one that does not answer, within CONNECT_PATIENCE_S."""
+    async with asyncio.timeout(CONNECT_PATIENCE_S):
+        while True:
+            try:
+                return await _in_thread(call, CONNECT_PATIENCE_S)
+            except cpg.CorosyncError as error:
+                if error.code != cpg.Code.TRY_AGAIN:
+                    raise
+            await asyncio.sleep(CONNECT_RETRY_S)
+
+
+async def _in_thread(call: Callable[[], _T], seconds: float) -> _T:
+    """Its result; TimeoutError. A thread that never ends does not keep the process alive, as an executor's would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def finish(result: _T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = call()
+        except Exception as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, problem)
+
+    threading.Thread(target=run, daemon=True, name="corosync").start()
+    return await asyncio.wait_for(future, seconds)

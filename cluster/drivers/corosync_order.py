@@ -1,0 +1,516 @@
+"""From a closed process group and the quorum to one order of events: the machine of the corosync driver. No I/O.
+
+The group (CPG) gives every process of a ring the same stream of messages and changes. It knows nothing of quorum,
+and each side of a broken network gets a valid stream of its own. So:
+
+* What comes after a change of ring waits for the quorum's verdict about that ring, which arrives on another way.
+  Not quorate: suspended, and lost as soon as another ring shows that the members that were lost went on, or may
+  have. A ring that was over before there was a verdict counts as what followed it, unless a member that was gone in
+  it is back: then nobody can tell whose order was the right one.
+* A message is delivered when a process of each member's node has acknowledged it (CPG would deliver a sender's own
+  message before any other node has it, and a power failure could take it away again), or when the members that have
+  not are gone: the ring that follows has the same messages everywhere. A node whose processes are silent for MUTE_NS
+  is not waited for: its daemon has the message, or the token would not go round and the ring would have been left.
+
+CPG knows processes only by numbers. A process that wants to be a member announces itself (JOIN) and is *pending*
+until the oldest established member has sent the roster as of that JOIN (ROSTER). When nobody is established, the
+pending ones found the roster, in the order in which they announced themselves since the group last changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from struct import Struct, error
+from typing import Any, NamedTuple, TypeAlias
+
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.drivers.cpg import Change, Process, Reason
+
+FORMAT = 1  # of messages; others are ignored
+MUTE_NS = 2_000_000_000  # a stopped process; the token goes round a thousand times meanwhile
+GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
+_HEADER = Struct(">BBQQ")  # format, kind, sender's incarnation, sender's counter
+_REFERENCE = Struct(">QQ")
+HEADER_BYTES = _HEADER.size
+
+
+class Kind(IntEnum):
+    JOIN = 1
+    ROSTER = 2
+    DATA = 3
+    ACK = 4  # of a message and of all before it
+    BEAT = 5  # comes back to its sender: it still is in the ring
+
+
+class Ring(NamedTuple):
+    """A new ring; what comes after it in the stream belongs to it, and the change right before it."""
+
+    sequence: int
+    nodes: tuple[int, ...]
+
+
+class Ordered(NamedTuple):
+    """A message that has a place in the order."""
+
+    kind: Kind
+    process: Process
+    incarnation: int
+    counter: int
+    body: bytes
+
+
+class Gone(NamedTuple):
+    """Members that left; `proven`: they cannot answer anybody any more."""
+
+    processes: tuple[Process, ...]
+    proven: bool
+
+
+class Verdict(Enum):
+    YES = "quorate"
+    NO = "not quorate"
+    OPEN = "not known yet"
+    LOST = "another order may have gone on"
+
+
+@dataclass(slots=True)
+class Seat:
+    """A member. `established`: it has the roster."""
+
+    peer: Peer
+    lease_ns: int
+    established: bool
+
+
+Item: TypeAlias = "Ring | Change | tuple[Process, bytes]"
+
+
+class Order:
+    """Of one attachment. `send` queues a message to the group; `emit` gets the events."""
+
+    def __init__(
+        self,
+        me: Peer,
+        process: Process,
+        lease_ns: int,
+        send: Callable[[bytes], None],
+        emit: Callable[[Event], None],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self.me = me
+        self.lost = False
+        self.established = False
+        self.tie_breaker = False  # two nodes that are quorate alone: only the one with the lower number goes on
+        self._process = process
+        self._lease_ns = lease_ns
+        self._send = send
+        self._emit_event = emit
+        self._now_ns = now_ns
+        self._counter = 0
+        # the stream, and the verdicts about its rings
+        self._inbox: deque[Item] = deque()
+        self._verdicts: dict[int, bool] = {}
+        self._ring = Ring(0, ())
+        self._whole: tuple[int, ...] = ()  # nodes of the latest ring that this order went on in
+        self._clear = False  # what follows in the stream may be handled
+        self._undecided: dict[Process, None] = {}  # members that went with their node, in rings without verdict
+        self._suspended: str | None = None
+        # the group
+        self._present: tuple[Process, ...] = ()
+        self._announced: dict[Process, Seat] = {}  # since the group last changed; of those that are pending
+        self._attempt = 0
+        # the order
+        self._roster: dict[Process, Seat] = {}
+        self._sequence = 0
+        self._queue: deque[tuple[int, int, Ordered | Gone]] = deque()  # not stable yet; with position and time
+        self._position = 0
+        self._stable_up_to = 0  # everybody who is left has what is up to this position
+        self._coming: dict[Process, None] = {}  # whose JOIN is in the queue
+        self._leaving: dict[Process, None] = {}  # whose Gone is in the queue
+        self._references: dict[tuple[int, int], int] = {}  # message in the queue -> position
+        self._acked: dict[int, int] = {}  # node -> position
+        self._mute: dict[int, None] = {}  # nodes that are not waited for
+        self._lease: tuple[int, int] | None = None  # position in the queue before it, and its end
+        self._to_ack: tuple[int, int] | None = None
+        self._beats: dict[int, int] = {}  # counter -> time of sending
+
+    # --- what comes in ---------------------------------------------------------------------------------------------
+
+    def on_message(self, process: Process, data: bytes) -> None:
+        self._inbox.append((process, data))
+
+    def on_change(self, change: Change) -> None:
+        self._inbox.append(change)
+
+    def on_ring(self, sequence: int, nodes: tuple[int, ...]) -> None:
+        self._inbox.append(Ring(sequence, nodes))
+
+    def on_quorum(self, quorate: bool, sequence: int) -> None:
+        """The verdict about a ring; it may change while the ring lasts."""
+        self._verdicts[sequence] = quorate
+        if sequence == self._ring.sequence:
+            if self.established and not quorate:
+                self._clear = False
+            elif not self.established:
+                self._announce()
+
+    def broadcast(self, data: bytes) -> None:
+        self._order(Kind.DATA, data)
+
+    def beat(self) -> None:
+        """Asks for a lease."""
+        self._counter += 1
+        self._beats[self._counter] = self._now_ns()
+        self._send(_HEADER.pack(FORMAT, Kind.BEAT, self.me.incarnation, self._counter))
+
+    def advance(self) -> None:
+        """Handles what has come in, as far as may be; to be called after any of the above."""
+        while not self.lost:
+            if self.established and not self._clear and not self._decide():
+                break
+            if not self._inbox:
+                break
+            item = self._inbox.popleft()
+            if isinstance(item, Ring):
+                self._on_ring(item)
+            elif isinstance(item, Change):
+                self._on_change(item)
+            else:
+                self._on_data(*item)
+        self._acknowledge()
+        self._drain()
+
+    @property
+    def waiting(self) -> bool:
+        """Something is in the queue: `tick` is wanted."""
+        return bool(self._queue)
+
+    def tick(self) -> None:
+        """Gives up waiting for nodes whose processes are silent."""
+        if self._queue and self._now_ns() - self._queue[0][1] > MUTE_NS:
+            position = self._queue[0][0]
+            self._mute.update(dict.fromkeys(node for node in self._needed() if self._acked.get(node, 0) < position))
+            self._drain()
+
+    def _acknowledge(self) -> None:
+        if self._to_ack is not None and not self.lost:
+            reference, self._to_ack = self._to_ack, None
+            if any(process.node != self._process.node for process in self._present):
+                self._send(_HEADER.pack(FORMAT, Kind.ACK, self.me.incarnation, 0) + _REFERENCE.pack(*reference))
+
+    def suspend(self, reason: str) -> None:
+        """Until `resume`, or until the present doubt about the ring is over."""
+        if self._suspended is None and not self.lost:
+            self._suspended = reason
+            self._emit_event(Suspended(reason))
+
+    def resume(self) -> None:
+        if self._suspended is not None and (self._clear or not self.established) and not self.lost:
+            self._suspended = None
+            self._emit_event(Resumed())
+
+    def lose(self, reason: str) -> None:
+        if not self.lost:
+            self.lost = True
+            self._emit_event(Lost(reason))
+
+    # --- rings -----------------------------------------------------------------------------------------------------
+
+    def _on_ring(self, ring: Ring) -> None:
+        self._ring = ring
+        self._verdicts = {number: verdict for number, verdict in self._verdicts.items() if number >= ring.sequence}
+        if self.established:
+            self._clear = False
+        else:
+            self._announced.clear()
+            self._announce()
+
+    def _decide(self) -> bool:
+        """Whether this order goes on in the present ring."""
+        verdict = self._verdict()
+        if verdict is Verdict.LOST:
+            self.lose(Verdict.LOST.value)
+        elif verdict is Verdict.NO:
+            nodes = ", ".join(map(str, self._ring.nodes))
+            self.suspend(f"no quorum: only nodes {nodes} are in reach")
+        elif verdict is Verdict.YES:
+            self._clear = True
+            self._whole = self._ring.nodes
+            if self._undecided:
+                gone, self._undecided = tuple(self._undecided), {}
+                self._stable_up_to = self._position  # those who are left have the same messages
+                self._enqueue(Gone(gone, proven=False))
+            self.resume()
+        return self._clear
+
+    def _verdict(self) -> Verdict:
+        """About the present ring. One that was over before its verdict came is judged by what followed."""
+        undecided = dict(self._undecided)
+        known, incomplete = self._judge(self._ring, undecided), bool(undecided)
+        for item in self._inbox:
+            if known is Verdict.YES:
+                break
+            if isinstance(item, Change):
+                if any(process in undecided for process, _ in item.joined):
+                    return Verdict.LOST
+                undecided.update(dict.fromkeys(p for p, reason in item.left if self._went_with_node(p, reason)))
+            elif isinstance(item, Ring):
+                if known is Verdict.NO and incomplete:
+                    return Verdict.LOST
+                known, incomplete = self._judge(item, undecided), bool(undecided)
+        return known
+
+    def _judge(self, ring: Ring, undecided: dict[Process, None]) -> Verdict:
+        verdict = self._verdicts.get(ring.sequence)
+        if verdict is None:
+            return Verdict.OPEN
+        if verdict and self.tie_breaker and undecided and min(self._whole, default=0) not in ring.nodes:
+            return Verdict.NO
+        return Verdict.YES if verdict else Verdict.NO
+
+    def _went_with_node(self, process: Process, reason: int) -> bool:
+        return reason == Reason.NODEDOWN and self._is_known(process)
+
+    def _is_known(self, process: Process) -> bool:
+        """A member at the end of the queue."""
+        return (process in self._roster or process in self._coming) and process not in self._leaving
+
+    # --- the group -------------------------------------------------------------------------------------------------
+
+    def _on_change(self, change: Change) -> None:
+        self._present = change.members
+        if not self.established:
+            self._announced.clear()
+            self._announce()
+            return
+        if any(process in self._undecided for process, _ in change.joined):
+            self.lose(Verdict.LOST.value)
+            return
+        proven = []
+        for process, reason in change.left:
+            if self._went_with_node(process, reason):
+                self._undecided[process] = None
+            elif self._is_known(process):
+                proven.append(process)
+        if self._process in proven:
+            self.lose("this process has left the group")
+        elif proven:
+            self._enqueue(Gone(tuple(proven), proven=True))
+
+    def _announce(self) -> None:
+        """Asks to become a member, where the ring is quorate; again after every change, which may have taken the
+        one that would have answered."""
+        self._attempt += 1  # an answer to an earlier one does not count any more
+        if self._process not in self._present or self.lost:
+            return
+        if not self._verdicts.get(self._ring.sequence):
+            if self._verdicts.get(self._ring.sequence) is False:
+                self.suspend("no quorum yet")
+            return
+        self.resume()
+        values = {**self._seat_values(Seat(self.me, self._lease_ns, False)), "ring": self._ring.sequence}
+        self._order(Kind.JOIN, _encode(values, self._attempt))
+
+    # --- messages --------------------------------------------------------------------------------------------------
+
+    def _order(self, kind: Kind, body: bytes) -> None:
+        self._counter += 1
+        self._send(_HEADER.pack(FORMAT, kind, self.me.incarnation, self._counter) + body)
+
+    def _on_data(self, process: Process, data: bytes) -> None:
+        try:
+            form, number, incarnation, counter = _HEADER.unpack_from(data)
+            kind = Kind(number)
+        except (error, ValueError):
+            return
+        body = data[_HEADER.size :]
+        if form != FORMAT:
+            return
+        if kind == Kind.BEAT:
+            self._on_beat(incarnation, counter)
+        elif kind == Kind.ACK:
+            position = self._references.get(_REFERENCE.unpack(body))
+            self._mute.pop(process.node, None)
+            if position is not None:
+                self._acked[process.node] = max(self._acked.get(process.node, 0), position)
+        else:
+            self._to_ack = incarnation, counter
+            message = Ordered(kind, process, incarnation, counter, body)
+            if not self.established and self._while_pending(message):
+                return
+            self._enqueue(message)
+
+    def _on_beat(self, incarnation: int, counter: int) -> None:
+        if incarnation != self.me.incarnation or counter not in self._beats:
+            return
+        sent_ns = self._beats[counter]
+        self._beats = {number: when for number, when in self._beats.items() if number > counter}
+        if self.established:
+            self._lease = self._position, sent_ns + self._lease_ns
+
+    def _while_pending(self, message: Ordered) -> bool:
+        """True for a message that does not go into the queue: what comes after our last JOIN does."""
+        if message.kind == Kind.JOIN:
+            values, attempt = _decode(message.body)
+            if values["ring"] == self._ring.sequence:  # sent by somebody who knew that this ring is quorate
+                self._announced[message.process] = self._seat(values)
+            if message.process == self._process and attempt == self._attempt:
+                self._clear_queue()
+            if all(process in self._announced for process in self._present):
+                self._found()
+                return True
+            return message.process == self._process
+        if message.kind == Kind.ROSTER:
+            values, attempt = _decode(message.body)
+            if Process(*values["for"]) == self._process:
+                if attempt == self._attempt:
+                    self._adopt(values)
+                return True
+        return False
+
+    def _clear_queue(self) -> None:
+        self._queue.clear()
+        self._references.clear()
+        self._acked.clear()
+        self._leaving.clear()
+        self._coming.clear()
+
+    def _found(self) -> None:
+        """All that are there are pending: they are the first members."""
+        self._clear_queue()
+        self.established = self._clear = True
+        self._whole = self._ring.nodes
+        self._sequence = 0
+        for process, seat in self._announced.items():
+            seat.established = True
+            self._take_seat(process, seat)
+        self._announced.clear()
+
+    def _adopt(self, values: dict[str, Any]) -> None:
+        """The roster as of our JOIN; what came after it follows from the queue."""
+        self.established = self._clear = True
+        self._whole = self._ring.nodes
+        self._sequence = values["sequence"]
+        self._roster = {Process(*row["process"]): self._seat(row) for row in values["members"]}
+        self._roster[self._process].established = True
+        self._announced.clear()
+        self._emit_event(View(self._sequence, self._peers(), (self.me,), ()))
+
+    def _peers(self) -> tuple[Peer, ...]:
+        return tuple(seat.peer for seat in self._roster.values())
+
+    def _take_seat(self, process: Process, seat: Seat) -> None:
+        self._roster[process] = seat
+        self._sequence += 1
+        if self._process in self._roster:
+            self._emit_event(View(self._sequence, self._peers(), (seat.peer,), ()))
+
+    # --- the queue -------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, item: Ordered | Gone) -> None:
+        self._position += 1
+        self._queue.append((self._position, self._now_ns(), item))
+        if isinstance(item, Gone):
+            self._leaving.update(dict.fromkeys(item.processes))
+            return
+        self._references[item.incarnation, item.counter] = self._position
+        if item.kind == Kind.JOIN:
+            self._coming[item.process] = None
+            self._leaving.pop(item.process, None)  # it comes again
+
+    def _needed(self) -> Iterator[int]:
+        """Nodes that must have acknowledged a message."""
+        for process in self._roster:
+            if process in self._leaving or process in self._undecided or process.node in self._mute:
+                continue
+            if process.node != self._process.node:
+                yield process.node
+
+    def _drain(self) -> None:
+        """Delivers what is stable. In a ring without verdict, nothing is."""
+        while self._queue and self.established and self._clear and not self.lost:
+            position, _, item = self._queue[0]
+            if isinstance(item, Gone):
+                self._queue.popleft()
+                self._remove(item)
+                continue
+            if position > self._stable_up_to and any(self._acked.get(node, 0) < position for node in self._needed()):
+                break
+            self._queue.popleft()
+            del self._references[item.incarnation, item.counter]
+            self._deliver(item)
+        if self._lease is not None and not self.lost and (not self._queue or self._queue[0][0] > self._lease[0]):
+            until_ns, self._lease = self._lease[1], None  # all that was ordered before it is known here
+            self._emit_event(Leased(until_ns))
+            self.resume()
+
+    def _deliver(self, message: Ordered) -> None:
+        if message.kind == Kind.JOIN:
+            self._on_join(message)
+            return
+        seat = self._roster.get(message.process)
+        if seat is None or seat.peer.incarnation != message.incarnation:
+            return
+        if message.kind == Kind.ROSTER:
+            values, _ = _decode(message.body)
+            newcomer = self._roster.get(Process(*values["for"]))
+            if newcomer is not None:
+                newcomer.established = True
+        else:
+            self._sequence += 1
+            self._emit_event(Delivery(self._sequence, seat.peer, message.body))
+
+    def _on_join(self, message: Ordered) -> None:
+        values, attempt = _decode(message.body)
+        process, seat = message.process, self._seat(values)
+        self._coming.pop(process, None)
+        if any(other.peer.id == seat.peer.id and which != process for which, other in self._roster.items()):
+            return  # a twin waits until the other one is gone
+        if process not in self._roster:
+            self._take_seat(process, seat)
+        able = (which for which, other in self._roster.items() if other.established and which != process)
+        if next(able, None) == self._process:
+            rows = [{"process": which, **self._seat_values(other)} for which, other in self._roster.items()]
+            roster = {"for": process, "sequence": self._sequence, "members": rows}
+            self._order(Kind.ROSTER, _encode(roster, attempt))
+
+    def _remove(self, gone: Gone) -> None:
+        seats = [self._roster.pop(process) for process in gone.processes if process in self._roster]
+        for process in gone.processes:
+            self._leaving.pop(process, None)
+        if not seats:
+            return
+        grace_ns = 0 if gone.proven else max(seat.lease_ns for seat in seats) * GRACE_PERCENT // 100
+        self._sequence += 1
+        self._emit_event(View(self._sequence, self._peers(), (), tuple(seat.peer for seat in seats), grace_ns))
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _seat_values(seat: Seat) -> dict[str, Any]:
+        peer = seat.peer
+        return {
+            "id": peer.id.hex(),
+            "incarnation": peer.incarnation,
+            "payload": peer.payload.hex(),
+            "lease": seat.lease_ns,
+            "established": seat.established,
+        }
+
+    @staticmethod
+    def _seat(values: dict[str, Any]) -> Seat:
+        peer = Peer(bytes.fromhex(values["id"]), values["incarnation"], bytes.fromhex(values["payload"]))
+        return Seat(peer, values["lease"], values["established"])
+
+
+def _encode(values: dict[str, Any], attempt: int) -> bytes:
+    return json.dumps([values, attempt]).encode()
+
+
+def _decode(body: bytes) -> tuple[dict[str, Any], int]:
+    values, attempt = json.loads(body)
+    return values, attempt

@@ -1,0 +1,209 @@
+"""The corosync driver against real daemons: on one node, and on three and two whose network breaks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support.corosync import Corosync
+from tests.support.members import Member, Members, agree, wait
+
+CLEAN_SECONDS = 1.0  # a process's end is seen within milliseconds; this machine may be busy
+RING_SECONDS = 30.0  # losing a node takes 2.2 tokens and more under load
+
+
+class Group:
+    """Daemons and members on them."""
+
+    def __init__(self, directory: Path, count: int, quorum: tuple[str, ...]) -> None:
+        self.corosync = Corosync(directory, count, quorum)
+        self.members = Members(directory, "corosync")
+
+    def start(self, name: str, node: int = 0) -> Member:
+        return self.members.start(name, self.corosync.daemons[node].enter)
+
+    def together(self, *names: str) -> list[Member]:
+        """One on each node, the first one oldest; again and again if there is only one node."""
+        count = len(self.corosync.daemons)
+        started: list[Member] = []
+        for index, name in enumerate(names):
+            started.append(self.start(name, index % count))
+            wait(lambda: started[-1].members() == list(names[: len(started)]), self.members)
+        wait(lambda: all(member.members() == list(names) for member in started), self.members)
+        return started
+
+    def wait(self, condition: Callable[[], bool], seconds: float = RING_SECONDS) -> float:
+        return wait(condition, self.members, seconds)
+
+    def reunited(self, *members: Member) -> list[Member]:
+        """All see all; a lost one is started again, as a sheep would join again. When links come back, corosync may
+        take a ring or two more until all are in one: that may cost the others their place too."""
+        now = list(members)
+
+        def together() -> bool:
+            for node, member in enumerate(now):
+                if "Lost" in member.others():
+                    member.process.kill()
+                    now[node] = self.start(member.name, node)
+            return all(sorted(one.members()) == sorted(other.name for other in now) for one in now)
+
+        self.wait(together)
+        return now
+
+    def close(self) -> None:
+        self.members.close()
+        self.corosync.close()
+
+
+@pytest.fixture
+def group(directory: Path, teardown: ExitStack) -> Iterator[Callable[..., Group]]:
+    def make(count: int, *quorum: str) -> Group:
+        made = Group(directory, count, quorum)
+        teardown.callback(made.close)
+        made.corosync.start()
+        return made
+
+    yield make
+
+
+def test_processes_of_one_node(group: Callable[..., Group]) -> None:
+    one = group(1)
+    a, b, c = one.together("a", "b", "c")
+    for member in (a, b, c):
+        member.tell("send x 200")
+    one.wait(lambda: all(len(member.messages()) == 600 for member in (a, b, c)))
+    assert len({member.digest("c") for member in (a, b, c)}) == 1
+    for member in (a, b, c):
+        own = [text for text in member.messages() if text.startswith(member.name)]
+        assert own == [f"{member.name} x {index}" for index in range(200)]
+    b.signal(signal.SIGKILL)
+    assert one.wait(lambda: a.members() == c.members() == ["a", "c"]) < CLEAN_SECONDS
+    assert a.views()[-1][4] == 0, "the death is proven: nobody has to wait for a lease"
+    b2 = one.start("b")
+    one.wait(lambda: all(member.members() == ["a", "c", "b"] for member in (a, b2, c)))
+    assert b2.views()[0][2][0][1] > b.views()[0][2][0][1], "a new incarnation"
+    c.tell("send last 3")
+    c.tell("leave")
+    assert one.wait(lambda: a.members() == b2.members() == ["a", "b"]) < CLEAN_SECONDS
+    assert a.messages()[-3:] == b2.messages() == [f"c last {index}" for index in range(3)]
+    a.tell("renew")
+    one.wait(lambda: len(a.leases()) == 1)
+    assert 0.5 < a.leases()[0] <= 1.0
+
+
+def test_everybody_starts_at_once(group: Callable[..., Group]) -> None:
+    three = group(3)
+    members = [three.start(f"m{index}", index % 3) for index in range(6)]
+    three.wait(lambda: all(len(member.members()) == 6 for member in members))
+    for member in members:
+        member.tell("spread x 50")
+    three.wait(lambda: all(len(member.messages()) == 300 for member in members))
+    assert agree(members)
+    assert [member.others() for member in members] == [[]] * 6
+
+
+def test_large_messages(group: Callable[..., Group]) -> None:
+    two = group(2, "two_node: 1")
+    a, b = two.together("a", "b")
+    a.tell("send big 20 900000")
+    two.wait(lambda: len(a.messages()) == len(b.messages()) == 20)
+    assert a.digest("b") == b.digest("b")
+
+
+def test_a_node_is_cut_off_and_comes_back(group: Callable[..., Group]) -> None:
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    three.corosync.network.cut(2)
+    c.tell("send never 5")
+    three.wait(lambda: a.members() == b.members() == ["a", "b"] and c.others() == ["Suspended"])
+    assert a.views()[-1][4] == b.views()[-1][4] == 1.1, "the others wait for the lease of the one they cannot see"
+    a.tell("send meanwhile 5")
+    three.wait(lambda: len(b.messages()) == 5)
+    assert (c.members(), c.messages()) == (["a", "b", "c"], []), "a minority delivers nothing"
+    three.corosync.network.mend(2)
+    three.wait(lambda: c.others() == ["Suspended", "Lost"])
+    a, b, c = three.reunited(a, b, c)
+    c.tell("send back 5")
+    three.wait(lambda: all([text for text in one.messages() if "back" in text][4:] for one in (a, b, c)))
+    assert a.ordered()[-6:] == b.ordered()[-6:] == c.ordered()[-6:], "all from the view that all are in"
+    assert not [text for text in a.messages() if "never" in text]
+
+
+def test_nobody_goes_on_without_a_majority(group: Callable[..., Group]) -> None:
+    three = group(3)
+    members = three.together("a", "b", "c")
+    three.corosync.network.cut(0, 1, 2)
+    three.wait(lambda: all(member.others() == ["Suspended"] for member in members))
+    time.sleep(1.0)
+    assert all(member.members() == ["a", "b", "c"] for member in members)
+    three.corosync.network.mend(0, 1, 2)
+    three.wait(lambda: all(member.others()[-1] == "Lost" for member in members))
+    three.reunited(*members)
+
+
+def test_what_one_node_sends_is_lost(group: Callable[..., Group]) -> None:
+    """The network is broken in one direction only: whoever goes on, it is one side."""
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    three.corosync.network.mute(2)
+    three.wait(lambda: a.members() == b.members() == ["a", "b"] or "Suspended" in a.others() + b.others())
+    three.wait(lambda: "Suspended" in c.others())
+    assert c.members() == ["a", "b", "c"]
+    three.corosync.network.unmute(2)
+    three.wait(lambda: c.others()[-1] == "Lost")
+
+
+def test_two_nodes_have_a_tie_breaker(group: Callable[..., Group]) -> None:
+    """two_node makes each side quorate alone: the node with the lower number goes on, the other one waits."""
+    two = group(2, "two_node: 1")
+    a, b = two.together("a", "b")
+    two.corosync.network.cut(0)
+    two.wait(lambda: a.members() == ["a"] and b.others() == ["Suspended"])
+    assert b.members() == ["a", "b"]
+    two.corosync.network.mend(0)
+    two.wait(lambda: b.others() == ["Suspended", "Lost"])
+    assert a.others() == []
+
+
+def test_the_daemon_dies(group: Callable[..., Group]) -> None:
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    three.corosync.daemons[2].stop()
+    assert three.wait(lambda: c.others() == ["Lost"]) < CLEAN_SECONDS
+    three.wait(lambda: a.members() == b.members() == ["a", "b"])
+    three.corosync.daemons[2].start()
+    three.corosync.daemons[0].wait_votes(3)
+    three.reunited(a, b, c)
+
+
+def test_the_daemon_is_stopped_for_a_while(group: Callable[..., Group]) -> None:
+    """No lease without the ring: a member on a stopped daemon learns nothing, but it must not answer either."""
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    three.corosync.daemons[2].send(signal.SIGSTOP)
+    c.tell("renew")
+    three.wait(lambda: a.members() == b.members() == ["a", "b"])
+    three.wait(lambda: c.others() == ["Suspended"])
+    assert c.leases() == []
+    three.corosync.daemons[2].send(signal.SIGCONT)
+    three.wait(lambda: c.others()[-1] == "Lost")
+    assert all(lease < 0 for lease in c.leases()), "over before it came"
+
+
+def test_a_stopped_process_counts_as_alive(group: Callable[..., Group]) -> None:
+    """Its node has the messages; the others go on after a while, and it has missed nothing."""
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    c.signal(signal.SIGSTOP)
+    a.tell("send while 50")
+    three.wait(lambda: len(a.messages()) == len(b.messages()) == 50)
+    a.tell("send again 50")
+    assert three.wait(lambda: len(a.messages()) == len(b.messages()) == 100) < 2.0, "it is not waited for every time"
+    c.signal(signal.SIGCONT)
+    three.wait(lambda: len(c.messages()) == 100)
+    assert a.members() == ["a", "b", "c"]
+    assert len({member.digest("c") for member in (a, b, c)}) == 1
