@@ -82,7 +82,7 @@ class Checkpoints:
 
     def _sync_names(self, pipeline: Pipeline, boundary: int) -> None:
         unnamed = list(self._applier.unnamed)
-        homes = [home for home in self._copies.homes if home.names_changed and not home.failed]
+        homes = [home for home in self._copies.homes if self._directories.is_needed(home) and not home.failed]
         gather(
             [(lambda done, home=home: self._directories.sync(home, done)) for home in homes],  # type: ignore[misc]
             lambda error: self._record(pipeline, boundary, unnamed),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, oid_name
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.disk import Disk
@@ -27,6 +27,10 @@ DiskFailed: TypeAlias = Callable[[str, str, bool], None]
 
 class Superseded(NoObject):
     """The copy was removed or replaced while the operation waited for its file."""
+
+    def __init__(self, copy: Copy) -> None:
+        super().__init__(f"the copy of {oid_name(copy.oid)} has been replaced")
+        self.copy = copy
 
 
 class ExhaustedResources(StoreError):
@@ -232,7 +236,7 @@ class Copies:
     def _opening_failed(self, copy: Copy, error: StoreError | OSError) -> StoreError:
         if isinstance(error, FileNotFoundError):
             if copy.gone:
-                return Superseded(f"no copy of {copy.oid:016x} here")
+                return Superseded(copy)
             if not self._is_alive(copy.home):
                 return self.fail(copy.home, error)
             self.log(3, f"{copy.path} has vanished")

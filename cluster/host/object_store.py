@@ -325,7 +325,9 @@ class ObjectStore:
             self._write(copy, offset, data, version, durable, done)
         else:
             self.copies.with_open(
-                oid, lambda copy: self._write(copy, offset, data, version, durable, done), _unless_superseded(done)
+                oid,
+                lambda copy: self._write(copy, offset, data, version, durable, done),
+                self._unless_superseded(durable, done),
             )
 
     def _write(self, copy: Copy, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
@@ -359,6 +361,18 @@ class ObjectStore:
                 data = bytes(data)  # it stays in memory after `done`
         hashes = (block_hash(data) or 1,) if length == BLOCK_SIZE else hashes_of(data)
         self._pipeline.submit(Record(kind, copy, first, count, length, hashes, data, version, durable, done))
+
+    def _unless_superseded(self, durable: bool, done: Done) -> Done:
+        """A write that came before a removal or replacement has taken effect, whatever became of the file."""
+
+        def failed(error: StoreError | None) -> None:
+            if isinstance(error, Superseded):
+                copy = error.copy
+                self._pipeline.submit(Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", copy.version, durable, done))
+            else:
+                done(error)
+
+        return failed
 
     def _merge(
         self, copy: Copy, offset: int, data: Buffer, failed: Done, again: Callable[[], None]
@@ -428,7 +442,9 @@ class ObjectStore:
 
     def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
         self.copies.with_open(
-            oid, lambda copy: self._punch(copy, offset, length, version, durable, done), _unless_superseded(done)
+            oid,
+            lambda copy: self._punch(copy, offset, length, version, durable, done),
+            self._unless_superseded(durable, done),
         )
 
     def _punch(self, copy: Copy, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
@@ -453,7 +469,9 @@ class ObjectStore:
         self._pipeline.submit(PunchRecord(copy, offset, length, edges, version, durable, done))
 
     def stamp(self, oid: ObjectId, version: Version, durable: bool, done: Done) -> None:
-        self.copies.with_open(oid, lambda copy: self._stamp(copy, version, durable, done), _unless_superseded(done))
+        self.copies.with_open(
+            oid, lambda copy: self._stamp(copy, version, durable, done), self._unless_superseded(durable, done)
+        )
 
     def _stamp(self, copy: Copy, version: Version, durable: bool, done: Done) -> None:
         """A write of no blocks."""
@@ -619,11 +637,6 @@ class ObjectStore:
         self._log(2, f"{text}: this node cannot store any more")
         self._pipeline.fail(DiskError(text))
         self._on_disk_failure(self._journal_directory, text, True)
-
-
-def _unless_superseded(done: Done) -> Done:
-    """A write that came before a removal or replacement has taken effect, whatever became of the file."""
-    return lambda error: done(None if isinstance(error, Superseded) else error)
 
 
 def ignore(error: StoreError | None) -> None:

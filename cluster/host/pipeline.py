@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
-from sheepdog.cluster.core.ids import Vid, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
 from sheepdog.cluster.core.ports import Clock, Done
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.journal import Journal
@@ -26,7 +26,7 @@ OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the j
 OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
 OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
 
-_ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH))
+_ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE))
 
 
 class Pipeline:
@@ -67,9 +67,9 @@ class Pipeline:
                 record.done(self.error)
             return
         copy = record.copy
-        if copy.gone and record.kind != RecordKind.REMOVE:  # it waited for the file while the object was replaced
-            if record.done is not None:
-                record.done(None)
+        if copy.gone and record.kind not in (RecordKind.REMOVE, RecordKind.DONE):
+            # It waited for the file while the object was replaced: answered when that is as durable as this asks.
+            self.submit(Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", NO_VERSION, record.durable, record.done))
             return
         copy.pins += 1
         if record.count:

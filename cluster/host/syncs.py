@@ -126,6 +126,10 @@ class DirectorySyncs:
         if home not in self._running:
             self._start(home)
 
+    def is_needed(self, home: ObjectDirectory) -> bool:
+        """Are there names that are not on the disk for sure?"""
+        return home.names_changed or home in self._running
+
     def _start(self, home: ObjectDirectory) -> None:
         batch = self._waiters.pop(home)
         self._running[home] = None
