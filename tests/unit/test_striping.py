@@ -1,0 +1,168 @@
+"""Where the bytes of coded objects are, and that every kind of write leaves the parity that encoding would."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheepdog.cluster.core.erasure import PlainCoder, Policy, xor
+from sheepdog.cluster.core.ids import Version, Vid, data_oid, strip_of
+from sheepdog.cluster.core.strip_undo import Undo, UndoLog
+from sheepdog.cluster.core.striping import (
+    UNIT,
+    Change,
+    cut,
+    encode_creation,
+    encode_part,
+    encode_stripes,
+    gather,
+    pieces,
+    rows_to_range,
+    spans,
+    strip_size,
+    stripe_size,
+)
+from sheepdog.cluster.host.coders import best_coder
+
+CODER = best_coder(lambda level, text: None)
+POLICIES = [Policy(2, 1), Policy(4, 2), Policy(16, 3)]
+SIZE = 1 << 20
+
+
+def apply(strips: list[bytearray], changes: list[Change]) -> None:
+    for strip, (offset, parts, delta) in zip(strips, changes, strict=True):
+        data = b"".join(bytes(part) for part in parts)
+        end = offset + len(data)
+        strip[offset:end] = xor(strip[offset:end], data) if delta else data
+
+
+def whole_code(policy: Policy, data: bytes) -> list[bytes]:
+    """The strips of an object, straight from the definition."""
+    strips = [bytearray() for _ in range(policy.strips)]
+    for start in range(0, len(data), stripe_size(policy)):
+        units = [data[at : at + UNIT] for at in range(start, start + stripe_size(policy), UNIT)]
+        for strip, unit in zip(strips, [*units, *CODER.encode(policy, units)], strict=True):
+            strip += unit
+    return [bytes(strip) for strip in strips]
+
+
+ranges = st.tuples(st.sampled_from(POLICIES), st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
+    lambda drawn: (drawn[0], drawn[1], min(drawn[2], SIZE - drawn[1]))
+)
+
+
+@given(ranges)
+def test_pieces_cover_a_range_once(drawn: tuple[Policy, int, int]) -> None:
+    policy, offset, length = drawn
+    parts = pieces(policy, offset, length)
+    assert sum(part.length for part in parts) == length
+    position = 0
+    for part in parts:
+        assert part.start == position
+        stripe, rest = divmod(offset + position, stripe_size(policy))
+        assert part.strip == rest // UNIT
+        assert part.offset == stripe * UNIT + rest % UNIT
+        assert part.offset // UNIT == (part.offset + part.length - 1) // UNIT
+        position += part.length
+    for strip, span in spans(parts).items():
+        mine = [part for part in parts if part.strip == strip]
+        for before, after in itertools.pairwise(mine):
+            assert before.offset + before.length == after.offset
+        assert span == (mine[0].offset, sum(part.length for part in mine))
+        assert span.offset + span.length <= strip_size(policy, SIZE)
+
+
+@given(ranges)
+def test_cut_gives_what_can_be_coded_at_once(drawn: tuple[Policy, int, int]) -> None:
+    policy, offset, length = drawn
+    parts = cut(policy, offset, length)
+    position, stripe = offset, stripe_size(policy)
+    for start, part in parts:
+        assert start == position
+        assert part > 0
+        assert (start % stripe == 0 and part % stripe == 0) or start // stripe == (start + part - 1) // stripe
+        position += part
+    assert position == offset + length
+    assert len(parts) <= 3
+
+
+def test_an_empty_range_stays_one_write() -> None:
+    assert cut(Policy(4, 2), 4096, 0) == [(4096, 0)]
+    assert cut(Policy(4, 2), 0, 0) == [(0, 0)]
+
+
+@given(ranges, st.integers(0, 1 << 30))
+@settings(max_examples=60, deadline=None)
+def test_gather_puts_a_range_together(drawn: tuple[Policy, int, int], seed: int) -> None:
+    policy, offset, length = drawn
+    data = random.Random(seed).randbytes(SIZE)
+    strips = whole_code(policy, data)
+    parts = pieces(policy, offset, length)
+    found = {strip: (at, strips[strip][at : at + size]) for strip, (at, size) in spans(parts).items()}
+    assert bytes(gather(parts, dict(found), length)) == data[offset : offset + length]
+    low, size = rows_to_range(policy, parts[0].offset, parts[0].length)
+    assert low <= offset < low + size
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_any_sequence_of_writes_leaves_the_parity_of_the_data(policy: Policy) -> None:
+    source = random.Random(7)
+    data = bytearray(SIZE)
+    first = source.randbytes(100_000)
+    data[300_000:400_000] = first
+    strips = [bytearray(strip_size(policy, SIZE)) for _ in range(policy.strips)]
+    apply(strips, encode_creation(CODER, policy, 300_000, first))
+    assert strips == whole_code(policy, bytes(data))
+    for _ in range(40):
+        offset = source.randrange(SIZE)
+        length = min(source.choice([1, 512, 4096, 5000, UNIT, 3 * UNIT, SIZE]), SIZE - offset)
+        fresh = source.randbytes(length)
+        for start, part in cut(policy, offset, length):
+            piece = fresh[start - offset : start - offset + part]
+            if start % stripe_size(policy) == 0 and part % stripe_size(policy) == 0:
+                apply(strips, encode_stripes(CODER, policy, start, piece))
+            else:
+                parts = pieces(policy, start, part)
+                old = [bytes(strips[p.strip][p.offset : p.offset + p.length]) for p in parts]
+                apply(strips, encode_part(CODER, policy, parts, piece, old))
+        data[offset : offset + length] = fresh
+    assert strips == whole_code(policy, bytes(data))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, 0), (0, 4096), (5000, 7), (60_000, 10_000), (0, SIZE), (1, SIZE - 2)]
+)
+def test_creations(policy: Policy, offset: int, length: int) -> None:
+    data = random.Random(3).randbytes(length)
+    strips = [bytearray(strip_size(policy, SIZE)) for _ in range(policy.strips)]
+    apply(strips, encode_creation(CODER, policy, offset, data))
+    assert strips == whole_code(policy, bytes(offset) + data + bytes(SIZE - offset - length))
+
+
+def test_a_creation_of_zeros_stores_nothing() -> None:
+    changes = encode_creation(PlainCoder(), Policy(4, 2), 0, bytes(SIZE))
+    assert all(not change.data for change in changes)
+
+
+def test_undo_goes_back_step_by_step_and_forgets_from_below() -> None:
+    log, strip = UndoLog(), strip_of(data_oid(Vid(1), 0), 2)
+    versions = [Version(1, 1, number) for number in range(5)]
+    for before, after in itertools.pairwise(versions):
+        log.keep(strip, Undo(before, after, 0, b"x"))
+    assert log.earlier(strip, versions[4]) == versions[3::-1]
+    assert log.earlier(strip, versions[2]) == []
+    steps = log.back_to(strip, versions[2], versions[4])
+    assert steps is not None
+    assert [step.before for step in steps] == [versions[3], versions[2]]
+    assert log.back_to(strip, versions[4], versions[4]) == []
+    assert log.back_to(strip, Version(9, 9, 9), versions[4]) is None
+    log.forget(strip, versions[2])
+    assert log.earlier(strip, versions[4]) == [versions[3], versions[2]]
+    assert log.back_to(strip, versions[1], versions[4]) is None
+    log.forget(strip, versions[4])
+    assert log.strips() == []
