@@ -65,7 +65,6 @@ def test_a_rotten_copy_is_not_given_out_and_is_repaired(cluster3: Cluster, writt
     wait_until(repaired, REPAIR_SECONDS, "repair of what was read", step=0.2)
 
 
-@pytest.mark.xfail(strict=True, reason="the second read waits for a restore that has no good source, without a bound")
 def test_without_a_good_copy_there_is_an_error_and_no_zeros(cluster3: Cluster, written: bytes) -> None:
     name, paths = sorted(data_files(cluster3).items())[1]
     assert name.endswith("00000001")

@@ -6,6 +6,7 @@ Started as a user would start it (each node daemonises); stopped by process id w
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ JOIN_SECONDS = 30.0  # a start takes below 0.5 s on a quiet machine
 RECOVER_SECONDS = 120.0
 RUNNING, WAIT_FOR_FORMAT, WAIT_FOR_JOIN = 0x00, 0x16, 0x17
 LOG_TAIL_LINES = 40
+OBJECT_NAME = re.compile(r"[0-9a-f]{16}(_\d+)?")
 
 
 class Cluster:
@@ -66,7 +68,7 @@ class Cluster:
     def objects(self, node: int) -> dict[str, Path]:
         """Name and file of every object that this node holds now (superseded ones not counted)."""
         directory = self.store(node) / "obj"
-        return {entry.name: Path(entry.path) for entry in os.scandir(directory) if entry.is_file()}
+        return {entry.name: Path(entry.path) for entry in os.scandir(directory) if OBJECT_NAME.fullmatch(entry.name)}
 
     # life
 

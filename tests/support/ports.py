@@ -5,34 +5,31 @@ All are below 10000, since tgt keeps four digits of a port.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
-import tempfile
-from pathlib import Path
 
 FIRST, LAST, BLOCK = 7100, 9700, 20  # a test's cluster has at most 20 nodes
 
 
 class PortBlock:
-    """BLOCK consecutive free ports, ours until `close`: a lock on a file keeps other test runs of this machine away."""
+    """BLOCK consecutive free ports, ours until `close`.
+
+    The lock on a block is an abstract unix socket: like a port it belongs to the network namespace and goes with us.
+    """
 
     def __init__(self, start: int = FIRST) -> None:
         """The first free block at or after port `start`."""
-        directory = Path(tempfile.gettempdir()) / f"sheepdog-test-ports-{os.getuid()}"
-        directory.mkdir(exist_ok=True)
         for first in range(start, LAST, BLOCK):
-            descriptor = os.open(directory / str(first), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
+                lock.bind(f"\0sheepdog-test-ports-{first}")
+            except OSError:
+                lock.close()
                 continue
             if all(_free(port) for port in range(first, first + BLOCK)):
                 self.first = first
-                self._descriptor = descriptor
+                self._lock = lock
                 return
-            os.close(descriptor)
+            lock.close()
         raise AssertionError(f"no {BLOCK} free ports between {start} and {LAST}")
 
     def __getitem__(self, index: int) -> int:
@@ -40,7 +37,7 @@ class PortBlock:
         return self.first + index
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._lock.close()
 
 
 def _free(port: int) -> bool:
