@@ -5,61 +5,28 @@ Nothing here imports the code of a command.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
-
+from sheepdog.tools.dog.more_commands import BENCHMARK, CLUSTER_SNAPSHOT, EXPORT, IMPORT, UPGRADE, VM
 from sheepdog.tools.dog.options import Option
-
-Run = Callable[[dict[str, str], list[str]], int]
-
-
-class Command(NamedTuple):
-    """A sub-command. `run` is `module:function` under tools.dog; the function takes a Context and returns the status.
-
-    A command with `nested` ones runs itself only if it is a `default`. Nested commands share the options of the
-    command that holds them.
-    """
-
-    name: str
-    options: tuple[Option, ...]
-    help: str
-    run: str = ""
-    arguments: str = ""
-    nested: tuple[Command, ...] = ()
-    default: bool = False
-
-
-def run_of(command: Command) -> Run:
-    """The function behind a command, imported now, taking parsed options and words."""
-    from importlib import import_module
-
-    from sheepdog.tools.dog.context import Context
-
-    module, _, function = command.run.partition(":")
-    run = cast("Callable[[Context], int | None]", getattr(import_module(f"sheepdog.tools.dog.{module}"), function))
-    return lambda values, words: run(Context(values, words)) or 0
-
-
-ADDRESS = Option("a", "address", "specify the daemon address (default: 127.0.0.1)", True)
-PORT = Option("p", "port", "specify the daemon port (default: 7000)", True)
-HELP = Option("h", "help", "display this help and exit")
-RAW = Option("r", "raw", "raw output mode: omit headers, separate fields with single spaces and print sizes in bytes")
-VERBOSE = Option("v", "verbose", "print more information than default")
-TIME = Option("T", "time", "show the elapsed time of the command")
-JSON = Option("", "json", "print the result as JSON")
-
-COPIES = Option("c", "copies", "specify the level of redundancy: copies, or data:parity strips", True)
-SNAPSHOT = Option("s", "snapshot", "specify a snapshot id or tag name", True)
-INDEX = Option("i", "index", "specify the index of data objects", True)
-OBJECT = Option("o", "oid", "specify the object id of the tracking object in hex", True)
-FORCE = Option("f", "force", "do not prompt for confirmation")
-BATCH = Option("B", "batched_reclamation", "specify the number of objects reclaimed in a batch", True)
-INTERVAL = Option("I", "interval", "specify the seconds between batches of reclaimed objects", True)
-NETWORK = (ADDRESS, PORT)
-LAST = (HELP, TIME)
+from sheepdog.tools.dog.table import (
+    BATCH,
+    COPIES,
+    FORCE,
+    HELP,
+    INDEX,
+    INTERVAL,
+    JSON,
+    LAST,
+    NETWORK,
+    OBJECT,
+    RAW,
+    SHIFT,
+    SNAPSHOT,
+    TIME,
+    VERBOSE,
+    Command,
+)
 
 _PREALLOC = Option("P", "prealloc", "preallocate all the data objects")
-_SHIFT = Option("z", "block_size_shift", "specify the shift of the object size: objects of 2^shift bytes", True)
 
 VDI = (
     Command(
@@ -79,7 +46,7 @@ VDI = (
             HELP,
             RAW,
             VERBOSE,
-            _SHIFT,
+            SHIFT,
             TIME,
         ),
         "create an image",
@@ -226,10 +193,12 @@ VDI = (
         ),
         arguments="[vdiname]",
     ),
+    EXPORT,
+    IMPORT,
 )
 
 NODE = (
-    Command("list", (*NETWORK, RAW, *LAST, JSON), "list nodes", "node:list_nodes"),
+    Command("list", (*NETWORK, RAW, VERBOSE, *LAST, JSON), "list nodes", "node:list_nodes"),
     Command("info", (*NETWORK, RAW, *LAST, JSON), "show the space of each node", "node:info"),
     Command(
         "stat",
@@ -321,7 +290,7 @@ CLUSTER = (
             COPIES,
             Option("l", "lock", "lock images: one client at a time may have one open"),
             Option("t", "strict", "refuse writes when zones are fewer than copies"),
-            _SHIFT,
+            SHIFT,
             Option("V", "fixed_vnodes", "the nodes have fixed numbers of virtual nodes"),
             Option("R", "recycle_vid", "use the ids of deleted images again"),
             FORCE,
@@ -351,6 +320,50 @@ CLUSTER = (
         "set the redundancy level of new images",
         "redundancy:cluster",
     ),
+    CLUSTER_SNAPSHOT,
 )
 
-COMMANDS: dict[str, tuple[Command, ...]] = {"vdi": VDI, "node": NODE, "cluster": CLUSTER}
+_NBD_PLACE = (
+    Option("", "socket", "a unix socket", True),
+    Option("", "listen", "address and port (default: 127.0.0.1:10809)", True),
+    Option("", "tls-certificates", "TLS with the X.509 certificates of this directory", True),
+    Option("", "tls-psk", "TLS with the keys of this file (lines of user:key)", True),
+    Option("", "tls-verify-peer", "accept only clients with a certificate of the same authority"),
+)
+
+NBD = (
+    Command(
+        "serve",
+        (
+            *_NBD_PLACE,
+            Option("", "readonly", "let nobody write"),
+            Option("", "exclusive", "refuse a second connection to a volume"),
+            Option("", "mode", "permissions of the socket, octal (default: 600)", True),
+            Option("", "group", "group of the socket", True),
+            Option("", "threads", "requests of one connection under way at a time (default: 16)", True),
+            Option("", "swap", "lock the server into memory: a volume is used on this very machine"),
+            *NETWORK,
+            HELP,
+        ),
+        "serve images and snapshots to NBD clients",
+        "nbd:serve",
+        "[vdiname[@tag]...]",
+    ),
+    Command(
+        "uri",
+        (*_NBD_PLACE, *NETWORK, RAW, *LAST, JSON),
+        "show how NBD clients reach an image",
+        "nbd:uri",
+        "<vdiname[@tag]>",
+    ),
+)
+
+COMMANDS: dict[str, tuple[Command, ...]] = {
+    "vdi": VDI,
+    "node": NODE,
+    "cluster": CLUSTER,
+    "vm": VM,
+    "benchmark": BENCHMARK,
+    "upgrade": UPGRADE,
+    "nbd": NBD,
+}

@@ -1,0 +1,153 @@
+"""Where an NBD server is to be found, and the words by which clients are told: URIs, QEMU, libvirt, nbd-client."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+from sheepdog.cluster.client.address import Address, describe
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.frontends.nbd.parameters import parse_address
+
+NBD_PORT = 10809  # assigned to NBD
+DEFAULT_LISTEN = f"127.0.0.1:{NBD_PORT}"
+QEMU_PSK_NAME = "keys.psk"  # QEMU takes a directory and expects this name in it
+CONNECTIONS = 4  # of the kernel's client: as many as keep a node busy
+
+
+class Tls(NamedTuple):
+    """How a server is recognised and who may connect: a directory of X.509 certificates, or a file of keys."""
+
+    certificates: str = ""
+    keys: str = ""
+    verify_peer: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.certificates or self.keys)
+
+    @property
+    def user(self) -> str:
+        """The first user that has a key."""
+        try:
+            with Path(self.keys).open(encoding="utf-8") as file:
+                return file.readline().partition(":")[0].strip() or "USER"
+        except OSError:
+            return "USER"
+
+
+class Endpoint(NamedTuple):
+    """An address of a server, and what it takes to talk to it."""
+
+    address: Address
+    tls: Tls = Tls()
+
+    @property
+    def is_unix(self) -> bool:
+        return isinstance(self.address, str)
+
+    def uri(self, export: str) -> str:
+        """As libnbd, nbdkit and QEMU read it."""
+        scheme = "nbds" if self.tls else "nbd"
+        parameters = []
+        if isinstance(self.address, str):
+            scheme += "+unix"
+            place = ""
+            parameters.append("socket=" + quote(os.path.abspath(self.address)))
+        else:
+            host, port = self._reachable()
+            place = f"[{host}]" if ":" in host else host
+            if port != NBD_PORT:
+                place += f":{port}"
+        if self.tls.certificates:
+            parameters.append("tls-certificates=" + quote(os.path.abspath(self.tls.certificates)))
+        if self.tls.keys:
+            place = f"{quote(self.tls.user, safe='')}@{place}"
+            parameters.append("tls-psk-file=" + quote(os.path.abspath(self.tls.keys)))
+        query = "?" + "&".join(parameters) if parameters else ""
+        return f"{scheme}://{place}/{quote(export, safe='@')}{query}"
+
+    def blockdev(self, export: str, node: str = "disk0") -> list[str]:
+        """QEMU's `-object` and `-blockdev` words."""
+        words = self._qemu_credentials()
+        return [*words, "-blockdev", ",".join([f"driver=nbd,node-name={node},discard=unmap", *self._qemu(export, "")])]
+
+    def drive(self, export: str) -> list[str]:
+        """QEMU's `-object` and `-drive` words; raw, or it would guess the format from the volume's first bytes."""
+        fields = ["if=virtio,format=raw,discard=unmap,file.driver=nbd", *self._qemu(export, "file.")]
+        return [*self._qemu_credentials(), "-drive", ",".join(fields)]
+
+    def libvirt(self, export: str) -> str:
+        """The disk element of a domain; ends with a newline."""
+        if isinstance(self.address, str):
+            host = f"<host transport='unix' socket={quoteattr(os.path.abspath(self.address))}/>"
+        else:
+            name, port = self._reachable()
+            host = f"<host name={quoteattr(name)} port='{port}'/>"
+        tls = " tls='yes'" if self.tls else ""
+        return (
+            "<disk type='network' device='disk'>\n"
+            "  <driver name='qemu' type='raw' discard='unmap'/>\n"
+            f"  <source protocol='nbd' name={quoteattr(export)}{tls}>\n"
+            f"    {host}\n"
+            "  </source>\n"
+            "  <target dev='vda' bus='virtio'/>\n"
+            "</disk>\n"
+        )
+
+    def kernel(self, export: str, device: str = "/dev/nbd0") -> list[str]:
+        """The command that attaches the volume to the kernel."""
+        words = ["nbd-client"]
+        if isinstance(self.address, str):
+            words += ["-unix", os.path.abspath(self.address)]
+        else:
+            host, port = self._reachable()
+            words += [host, str(port)]
+        words += [device, "-name", export, "-connections", str(CONNECTIONS), "-block-size", "4096"]
+        if self.tls.certificates:
+            place = Path(os.path.abspath(self.tls.certificates))
+            words += ["-cacertfile", str(place / "ca-cert.pem"), "-certfile", str(place / "client-cert.pem")]
+            words += ["-keyfile", str(place / "client-key.pem")]
+        return words
+
+    def _reachable(self) -> tuple[str, int]:
+        """Host and port for clients: a server that listens everywhere is reached by this host's name."""
+        assert not isinstance(self.address, str)
+        host, port = self.address
+        return (socket.gethostname() if host in ("", "0.0.0.0", "::") else host), port
+
+    def _qemu_credentials(self) -> list[str]:
+        if self.tls.certificates:
+            place = _comma(os.path.abspath(self.tls.certificates))
+            return ["-object", f"tls-creds-x509,id=tls0,endpoint=client,dir={place}"]
+        if self.tls.keys:
+            place = _comma(os.path.dirname(os.path.abspath(self.tls.keys)))
+            return ["-object", f"tls-creds-psk,id=tls0,endpoint=client,username={_comma(self.tls.user)},dir={place}"]
+        return []
+
+    def _qemu(self, export: str, prefix: str) -> list[str]:
+        if isinstance(self.address, str):
+            server = [("server.type", "unix"), ("server.path", os.path.abspath(self.address))]
+        else:
+            host, port = self._reachable()
+            server = [("server.type", "inet"), ("server.host", host), ("server.port", str(port))]
+        fields = [*server, ("export", export), *([("tls-creds", "tls0")] if self.tls else [])]
+        return [f"{prefix}{name}={_comma(value)}" for name, value in fields]
+
+    def __str__(self) -> str:
+        return describe(self.address)
+
+
+def parse_listen(text: str) -> Address:
+    """The address of an NBD server: `HOST[:PORT]`; UsageError."""
+    if "/" in text:
+        raise UsageError(f"{text} is no address to listen at: HOST:PORT")
+    return parse_address(text, NBD_PORT)
+
+
+def _comma(text: str) -> str:
+    """QEMU's options separate fields by commas; one that belongs to a value is doubled."""
+    return text.replace(",", ",,")

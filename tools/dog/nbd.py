@@ -1,0 +1,120 @@
+"""`dog nbd`: volumes for NBD clients (QEMU, libvirt, the kernel)."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.errors import Result
+from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
+from sheepdog.tools.dog.output import text, warn
+
+if TYPE_CHECKING:
+    from sheepdog.frontends.nbd.endpoints import Endpoint
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+def serve(context: Context) -> int:
+    """Becomes an NBD server for the named exports, or for every volume and snapshot."""
+    from sheepdog.frontends.nbd.parameters import Parameters
+    from sheepdog.frontends.nbd.serve import DEFAULT_MODE, MAX_THREADS, Server
+
+    endpoint = _endpoint(context)
+    names = context.rest(0)
+    for name in names:
+        _check(context, name)
+    if not names:
+        admin.node_list(context.gateway())  # a wrong address is told now, not to every client
+    server = Server(
+        endpoint,
+        Parameters((context.host, context.port), names, exclusive=context.flag("exclusive")),
+        read_only=context.flag("readonly"),
+        mode=_number(context, "mode", 8, DEFAULT_MODE, 0o777),
+        group=context.value("group"),
+        threads=_number(context, "threads", 10, 0, MAX_THREADS),
+        swap=context.flag("swap"),
+    )
+    if not endpoint.is_unix and not endpoint.tls and not str(endpoint).startswith(LOOPBACK):
+        warn(f"Warning: whoever reaches {endpoint} can read and change the volumes (see --tls-certificates, --tls-psk)")
+    listener = server.listen()
+    print("\n".join(endpoint.uri(name) for name in names or [""]), flush=True)
+    server.run(listener)
+
+
+def uri(context: Context) -> int:
+    """Prints how to reach an export, in the words of each client."""
+    name = context.argument(0, "Please specify the VDI name")
+    endpoint = _endpoint(context)
+    _check(context, name)
+    words = {
+        "uri": endpoint.uri(name),
+        "qemu_drive": shlex.join(endpoint.drive(name)),
+        "qemu_blockdev": shlex.join(endpoint.blockdev(name)),
+        "libvirt": endpoint.libvirt(name),
+        "nbd_client": shlex.join(endpoint.kernel(name)),
+    }
+    if context.json:
+        import json
+
+        print(json.dumps(words))
+    elif context.raw:
+        print(words["uri"])
+    else:
+        print(f"{words['uri']}\n")
+        print(f"QEMU:\n  {words['qemu_drive']}\nor:\n  {words['qemu_blockdev']} -device virtio-blk-pci,drive=disk0\n")
+        print("libvirt:\n" + "".join(f"  {line}\n" for line in words["libvirt"].splitlines()))
+        print(f"Linux:\n  {words['nbd_client']}")
+    return 0
+
+
+def _endpoint(context: Context) -> Endpoint:
+    from sheepdog.cluster.client.address import Address
+    from sheepdog.cluster.core.errors import UsageError
+    from sheepdog.frontends.nbd.endpoints import DEFAULT_LISTEN, Endpoint, Tls, parse_listen
+
+    if context.flag("socket") and context.flag("listen"):
+        raise UsageFailure("--socket and --listen exclude each other")
+    try:
+        address: Address = context.value("socket") or parse_listen(context.value("listen", DEFAULT_LISTEN))
+    except UsageError as error:
+        raise Failure(str(error), USAGE_ERROR) from error
+    tls = Tls(context.value("tls-certificates"), context.value("tls-psk"), context.flag("tls-verify-peer"))
+    if tls.certificates and tls.keys:
+        raise UsageFailure("--tls-certificates and --tls-psk exclude each other")
+    if tls.verify_peer and not tls.certificates:
+        raise UsageFailure("--tls-verify-peer needs --tls-certificates")
+    return Endpoint(address, tls)
+
+
+def _check(context: Context, name: str) -> None:
+    """Failure if there is no such export."""
+    from sheepdog.frontends.nbd.exports import readings
+
+    result = int(Result.NO_VDI)
+    for export in readings(name):
+        try:
+            admin.find(context.gateway(), export.name, export.tag, export.snap_id)
+        except SheepError as error:
+            result = error.result
+            if result not in (Result.NO_VDI, Result.NO_TAG):
+                break
+        else:
+            return
+    raise Failure(f"Failed to open {name}: {text(result)}")
+
+
+def _number(context: Context, option: str, base: int, default: int, largest: int) -> int:
+    value = context.value(option)
+    if not context.flag(option):
+        return default
+    try:
+        number = int(value, base)
+    except ValueError:
+        number = 0
+    if not 0 < number <= largest:
+        raise Failure(f"Invalid value '{value}' of --{option}", USAGE_ERROR)
+    return number
