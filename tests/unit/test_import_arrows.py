@@ -55,7 +55,7 @@ class Import(NamedTuple):
 
 
 def imports(tree: ast.AST) -> Iterator[Import]:
-    """Every import of a module; those for type checking only count like the others."""
+    """Every import of a module. Those for type checking only count too, as late ones."""
     stack: list[tuple[ast.AST, bool]] = [(tree, False)]
     while stack:
         node, late = stack.pop()
@@ -66,7 +66,11 @@ def imports(tree: ast.AST) -> Iterator[Import]:
             for alias in node.names:
                 yield Import(node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}", late)
         inner = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        stack.extend((child, inner) for child in ast.iter_child_nodes(node))
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            stack.extend((child, True) for child in node.body)  # never executed
+            stack.extend((child, inner) for child in node.orelse)
+        else:
+            stack.extend((child, inner) for child in ast.iter_child_nodes(node))
 
 
 def inside(name: str, room: str) -> bool:
@@ -141,6 +145,8 @@ def test_every_module_is_in_a_room() -> None:
         ("cluster.host.loop", "from sheepdog.cluster import client"),
         ("cluster.host.main", "from sheepdog.cluster.drivers import registry"),
         ("cluster.host.main", "from sheepdog.cluster.host import daemon"),
+        ("cluster.host.main", "if TYPE_CHECKING:\n    pass\nelse:\n    from sheepdog.cluster.drivers import registry"),
+        ("cluster.host.loop", "if TYPE_CHECKING:\n    from sheepdog.cluster.drivers import local"),
         ("cluster.host.daemon", "def f():\n    from sheepdog.cluster.client import session"),
         ("cluster.sim.world", "from sheepdog.cluster.host import disk"),
         ("frontends.qemu.server", "from sheepdog.cluster.client import session"),
@@ -163,6 +169,7 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
         ("cluster.wire.header", "from sheepdog.cluster.core import ids"),
         ("cluster.host.daemon", "from sheepdog.frontends.qemu.server import Server"),
         ("cluster.host.main", "def f():\n    from sheepdog.cluster.host import daemon"),
+        ("tools.dog.nbd", "if TYPE_CHECKING:\n    from sheepdog.frontends.nbd import endpoints"),
         ("tools.dog.vdi", "from sheepdog.cluster.wire import opcodes\nimport os"),
         ("frontends.sheepfs.tree", "from sheepdog.cluster.client.volume import Volume"),
     ],
