@@ -11,10 +11,9 @@ from xml.sax.saxutils import quoteattr
 
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.frontends.nbd.parameters import parse_address
+from sheepdog.frontends.nbd.parameters import DEFAULT_HOST, parse_address
 
 NBD_PORT = 10809  # assigned to NBD
-DEFAULT_LISTEN = f"127.0.0.1:{NBD_PORT}"
 QEMU_PSK_NAME = "keys.psk"  # QEMU takes a directory and expects this name in it
 CONNECTIONS = 4  # of the kernel's client: as many as keep a node busy
 
@@ -141,11 +140,12 @@ class Endpoint(NamedTuple):
         return describe(self.address)
 
 
-def parse_listen(text: str) -> Address:
-    """The address of an NBD server: `HOST[:PORT]`; UsageError."""
-    if "/" in text:
-        raise UsageError(f"{text} is no address to listen at: HOST:PORT")
-    return parse_address(text, NBD_PORT)
+def endpoint_of(path: str, listen: str, certificates: str, keys: str, verify_peer: bool) -> Endpoint:
+    """The endpoint at the socket `path`, or at `listen` (`HOST[:PORT]`, by default this host only); UsageError."""
+    if "/" in listen:
+        raise UsageError(f"{listen} is no address to listen at: HOST:PORT")
+    address = path or parse_address(listen or DEFAULT_HOST, NBD_PORT)
+    return Endpoint(address, Tls(certificates, keys, verify_peer))
 
 
 def _comma(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
@@ -12,18 +11,16 @@ from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import text, warn
 
-if TYPE_CHECKING:
-    from sheepdog.frontends.nbd.endpoints import Endpoint
-
 LOOPBACK = ("127.", "::1", "localhost")
 
 
 def serve(context: Context) -> int:
     """Becomes an NBD server for the named exports, or for every volume and snapshot."""
+    from sheepdog.frontends.nbd.endpoints import endpoint_of
     from sheepdog.frontends.nbd.parameters import Parameters
     from sheepdog.frontends.nbd.serve import DEFAULT_MODE, MAX_THREADS, Server
 
-    endpoint = _endpoint(context)
+    endpoint = endpoint_of(*_place(context))
     names = context.rest(0)
     for name in names:
         _check(context, name)
@@ -47,8 +44,10 @@ def serve(context: Context) -> int:
 
 def uri(context: Context) -> int:
     """Prints how to reach an export, in the words of each client."""
+    from sheepdog.frontends.nbd.endpoints import endpoint_of
+
     name = context.argument(0, "Please specify the VDI name")
-    endpoint = _endpoint(context)
+    endpoint = endpoint_of(*_place(context))
     _check(context, name)
     words = {
         "uri": endpoint.uri(name),
@@ -71,23 +70,15 @@ def uri(context: Context) -> int:
     return 0
 
 
-def _endpoint(context: Context) -> Endpoint:
-    from sheepdog.cluster.client.address import Address
-    from sheepdog.cluster.core.errors import UsageError
-    from sheepdog.frontends.nbd.endpoints import DEFAULT_LISTEN, Endpoint, Tls, parse_listen
-
-    if context.flag("socket") and context.flag("listen"):
-        raise UsageFailure("--socket and --listen exclude each other")
-    try:
-        address: Address = context.value("socket") or parse_listen(context.value("listen", DEFAULT_LISTEN))
-    except UsageError as error:
-        raise Failure(str(error), USAGE_ERROR) from error
-    tls = Tls(context.value("tls-certificates"), context.value("tls-psk"), context.flag("tls-verify-peer"))
-    if tls.certificates and tls.keys:
-        raise UsageFailure("--tls-certificates and --tls-psk exclude each other")
-    if tls.verify_peer and not tls.certificates:
+def _place(context: Context) -> tuple[str, str, str, str, bool]:
+    """Socket, address, certificates, keys, whether clients are verified: the arguments of `endpoint_of`."""
+    for one, other in (("socket", "listen"), ("tls-certificates", "tls-psk")):
+        if context.flag(one) and context.flag(other):
+            raise UsageFailure(f"--{one} and --{other} exclude each other")
+    if context.flag("tls-verify-peer") and not context.flag("tls-certificates"):
         raise UsageFailure("--tls-verify-peer needs --tls-certificates")
-    return Endpoint(address, tls)
+    words = [context.value(option) for option in ("socket", "listen", "tls-certificates", "tls-psk")]
+    return words[0], words[1], words[2], words[3], context.flag("tls-verify-peer")
 
 
 def _check(context: Context, name: str) -> None:
