@@ -251,10 +251,10 @@ class Gateway:
     def _refusal(self, state: ClusterState, oid: ObjectId) -> Result:
         if is_data(oid):
             record = state.vdis.get(vid_of(oid))
+            if record is not None and record.snap_ctime:
+                return Result.READONLY  # also when that snapshot is deleted already: the client goes on with its heir
             if record is None or record.deleted:
                 return Result.NO_VDI
-            if record.snap_ctime:
-                return Result.READONLY
         placement = self._context.placement
         if state.flags & ClusterFlag.STRICT and placement.ring.zones < self._context.copies_of(oid):
             return Result.HALT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from sheepdog.cluster.core.ids import (
     NO_VERSION,
@@ -23,11 +23,14 @@ from sheepdog.cluster.sim.history import Violation
 from sheepdog.cluster.sim.store import Copy
 
 
-def audit(cluster: SimCluster) -> None:
-    """Violation if the disks are not as the cluster says; the cluster must be healthy."""
+def audit(cluster: SimCluster, doubtful: Container[ObjectId] = ()) -> None:
+    """Violation if the disks are not as the cluster says; the cluster must be healthy.
+
+    `doubtful`: objects that a client may have created without ever naming them.
+    """
     copies_equal(cluster)
     tables_equal(cluster)
-    nothing_orphaned(cluster)
+    nothing_orphaned(cluster, doubtful)
 
 
 def copies_equal(cluster: SimCluster) -> None:
@@ -72,7 +75,7 @@ def tables_equal(cluster: SimCluster) -> None:
             raise Violation(f"{name} and {states[0][0]} have different cluster states")
 
 
-def nothing_orphaned(cluster: SimCluster) -> None:
+def nothing_orphaned(cluster: SimCluster, doubtful: Container[ObjectId] = ()) -> None:
     """Every data object is named by an inode, every entry of a map names an object; inodes are in the table."""
     copies: dict[ObjectId, Copy] = {}
     for machine in cluster.machines:
@@ -101,5 +104,5 @@ def nothing_orphaned(cluster: SimCluster) -> None:
         if oid not in copies:
             raise Violation(f"object {oid:016x} is named by the map of {vid:x} and does not exist")
     for oid in sorted(copies):
-        if is_data(oid) and oid not in named:
+        if is_data(oid) and oid not in named and oid not in doubtful:
             raise Violation(f"object {oid:016x} (index {index_of(oid)}) is named by no inode")

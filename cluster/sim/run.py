@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.core.script import run
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, NodeFactory, SimCluster
 from sheepdog.cluster.sim.history import History, Violation
 from sheepdog.cluster.sim.nemesis import Faults, Nemesis
+from sheepdog.cluster.sim.volumes import Asking, Snapshotter, VolumeOwner
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Stuck, World
 
 LAST_BLOCK = OBJECT_BYTES // 4096 - 1
@@ -30,6 +32,8 @@ class Scenario:
     faults: Faults = field(default_factory=Faults)
     make_node: NodeFactory = Node
     durable_chance: float = 0.3
+    owners: int = 0  # clients with a volume of their own, which snapshot, clone, discard and delete
+    snapshotters: int = 0  # for each owner somebody else who takes snapshots of its volume
     tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
 
 
@@ -49,6 +53,8 @@ class Run:
         self.nemesis = Nemesis(self.cluster, scenario.faults)
         self.clients: list[BlockClient] = []
         self.doors: list[Door] = []
+        self.owners: list[VolumeOwner] = []
+        self.snapshotters: list[Snapshotter] = []
 
     def execute(self) -> None:
         try:
@@ -68,6 +74,11 @@ class Run:
         self._live(200 * MILLISECOND)
         self._calm_down()
         self._read_all(volume)
+        others: list[Asking] = [*self.owners, *self.snapshotters]
+        for who in others:
+            ended: list[None] = []
+            run(who.check_all(), ended.append)
+            self.world.run_until(lambda: bool(ended), HEALTH_LIMIT_NS, "a last look")  # noqa: B023
         self._judge()
 
     def _start_clients(self, volume: Volume) -> None:
@@ -79,6 +90,24 @@ class Run:
             self.doors.append(door)
             self.clients.append(client)
             client.start()
+        for number in range(self.scenario.owners):
+            self._start_owner(number, values)
+
+    def _start_owner(self, number: int, values: list[int]) -> None:
+        scenario = self.scenario
+        door = Door(self.cluster, f"owner{number}", number)
+        owner = VolumeOwner(door, f"own{number}", scenario.objects, scenario.blocks, values)
+        owner.durable = scenario.durable_chance >= 1
+        self.doors.append(door)
+        self.owners.append(owner)
+        if number < scenario.snapshotters:
+            owner.alone = False
+            other = Door(self.cluster, f"snapshotter{number}", number + 1)
+            self.doors.append(other)
+            snapshotter = Snapshotter(other, owner, scenario.objects, scenario.blocks)
+            self.snapshotters.append(snapshotter)
+            snapshotter.start()
+        owner.start()
 
     def _live(self, duration_ns: int) -> None:
         """Time goes on; clients notice now and then that their gateway is gone."""
@@ -89,10 +118,11 @@ class Run:
                 door.watch()
 
     def _calm_down(self) -> None:
-        for client in self.clients:
+        everybody: list[BlockClient | Asking] = [*self.clients, *self.owners, *self.snapshotters]
+        for client in everybody:
             client.stopped = True
         try:
-            self.world.run_until(lambda: all(client.idle for client in self.clients), HEALTH_LIMIT_NS, "answers")
+            self.world.run_until(lambda: all(client.idle for client in everybody), HEALTH_LIMIT_NS, "answers")
             self.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health")
         except Stuck as stuck:
             raise Violation(f"{stuck}; {self.cluster.unhealthy()}") from stuck
@@ -117,4 +147,4 @@ class Run:
         if bad:
             raise Violation(f"clients saw results {bad}")
         self.history.check()
-        audit(self.cluster)
+        audit(self.cluster, {oid: None for owner in self.owners for oid in owner.doubtful})

@@ -144,3 +144,17 @@ def test_forced_recovery_takes_what_is_there() -> None:
     assert results == [Result.SUCCESS]
     settle(cluster, replica)
     assert read(replica, volume) == (Result.SUCCESS, block_of(1))
+
+
+def test_a_client_that_missed_a_snapshot_and_its_deletion_goes_on() -> None:
+    """It writes to a VDI that was frozen and deleted since: READONLY makes it look for the one that goes on."""
+    cluster, volume = fresh(3, 3)
+    operations = cluster.machines[0].node.operations
+    done: list[Result] = []
+    size = volume.objects << 20
+    operations.create_vdi(b"v", size, volume.vid, 0, 0, 0, 20, 1, lambda result, _: done.append(result))
+    cluster.world.run_until(lambda: bool(done), SECOND, "snapshot")
+    operations.delete_vdi(b"v", b"", 1, lambda result, _: done.append(result))
+    cluster.world.run_until(lambda: len(done) == 2, SECOND, "deletion of the snapshot")
+    assert done == [Result.SUCCESS, Result.SUCCESS]
+    assert write(cluster.machines[1], volume, 1) == Result.READONLY
