@@ -1,0 +1,366 @@
+"""The zookeeper driver against real servers: one, and ensembles of three that lose some or all of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+from tests.support.members import Members, agree, wait
+from tests.support.zookeeper import Ensemble
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, View
+from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
+from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable
+
+TIMEOUT_MS = 1500
+DETECTION_SECONDS = 2 * TIMEOUT_MS / 1000 + 1.0  # the driver's promise, and a busy machine
+AT_ONCE_SECONDS = 1.0
+_numbers = count()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Ensemble]:
+    """One server for all tests of this file; each uses a place of its own."""
+    directory = Path(tempfile.mkdtemp(prefix="sheepdog-"))
+    ensemble = Ensemble(directory)
+    try:
+        ensemble.start()
+        yield ensemble
+    finally:
+        ensemble.close()
+        rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def place(server: Ensemble) -> str:
+    """The driver's argument for a cluster of the test's own."""
+    return f"{server.address}/test{next(_numbers)},timeout={TIMEOUT_MS}"
+
+
+@pytest.fixture
+def members(directory: Path, place: str, teardown: ExitStack) -> Members:
+    started = Members(directory, f"zookeeper:{place}")
+    teardown.callback(started.close)
+    return started
+
+
+@pytest.fixture
+def three_servers(directory: Path, teardown: ExitStack) -> Ensemble:
+    ensemble = Ensemble(directory, 3)
+    teardown.callback(ensemble.close)
+    ensemble.start()
+    return ensemble
+
+
+@pytest.fixture
+def spread(directory: Path, three_servers: Ensemble, teardown: ExitStack) -> Members:
+    """Members of an ensemble of three."""
+    started = Members(directory, f"zookeeper:{three_servers.address}/spread,timeout={TIMEOUT_MS}")
+    teardown.callback(started.close)
+    return started
+
+
+def test_one_order_for_all(members: Members) -> None:
+    a, b, c = members.together("a", "b", "c")
+    for member in (a, b):
+        member.tell("spread x 100")
+    c.tell("send y 300")
+    wait(lambda: all(len(member.messages()) == 500 for member in (a, b, c)), members)
+    assert agree((a, b, c))
+    for member in (a, b, c):
+        own = [text for text in member.messages() if text.startswith(member.name)]
+        word = "y" if member is c else "x"
+        assert own == [f"{member.name} {word} {index}" for index in range(len(own))]
+    assert a.others() == b.others() == c.others() == []
+
+
+def test_deaths_and_leaves(members: Members) -> None:
+    a, b, c, d = members.together("a", "b", "c", "d")
+    c.signal(signal.SIGKILL)
+    took = wait(lambda: all(member.members() == ["a", "b", "d"] for member in (a, b, d)), members)
+    assert took < DETECTION_SECONDS
+    assert a.views()[-1][4] == pytest.approx(0.55), "the others wait for the lease of one that may only be slow"
+    a.signal(signal.SIGKILL)  # the one that declares deaths
+    assert wait(lambda: b.members() == d.members() == ["b", "d"], members) < DETECTION_SECONDS
+    d.tell("send last 3")
+    d.tell("leave")
+    assert wait(lambda: b.members() == ["b"], members) < AT_ONCE_SECONDS
+    assert b.views()[-1][4] == 0
+    assert b.messages() == [f"d last {index}" for index in range(3)]
+
+
+def test_a_quick_restart_waits_for_the_old_session(members: Members) -> None:
+    a, b = members.together("a", "b")
+    b.signal(signal.SIGKILL)
+    again = members.start("b")
+    wait(lambda: a.members() == again.members() == ["a", "b"] and len(a.views()) == 4, members)
+    assert [peer[0] for peer in a.views()[-2][3]] == ["b"], "it left before it came again"
+    assert again.views()[0][2][0][1] > b.views()[0][2][0][1], "a new incarnation"
+
+
+def test_everybody_dies_and_starts_again(members: Members) -> None:
+    first = members.together("a", "b", "c")
+    first[0].tell("send old 10")
+    wait(lambda: len(first[2].messages()) == 10, members)
+    for member in first:
+        member.signal(signal.SIGKILL)
+    again = [members.start(name) for name in ("c", "a", "b")]
+    wait(lambda: all(sorted(member.members()) == ["a", "b", "c"] for member in again), members)
+    again[0].tell("send new 10")
+    wait(lambda: all(len(member.messages()) >= 10 for member in again), members)
+    assert agree(again)
+    assert not [text for member in again for text in member.messages() if "old" in text]
+
+
+def test_a_stopped_process_is_out(members: Members) -> None:
+    a, b = members.together("a", "b")
+    wait(lambda: len(b.leases()) == 1, members)
+    b.tell("renew")
+    wait(lambda: len(b.leases()) == 2, members)
+    b.signal(signal.SIGSTOP)
+    assert wait(lambda: a.members() == ["a"], members) < DETECTION_SECONDS
+    b.signal(signal.SIGCONT)
+    wait(lambda: b.others()[-1:] == ["Lost"], members)
+    assert b.members() == ["a", "b"], "it hears of nothing after the end of its session"
+
+
+def test_clusters_in_one_ensemble_do_not_meet(server: Ensemble, directory: Path, teardown: ExitStack) -> None:
+    groups = [Members(directory, f"zookeeper:{server.address}/{name},timeout={TIMEOUT_MS}") for name in ("one", "two")]
+    for group in groups:
+        teardown.callback(group.close)
+    (a,) = groups[0].together("a")
+    (b,) = groups[1].together("b")
+    a.tell("send x 3")
+    b.tell("send y 3")
+    wait(lambda: len(a.messages()) == len(b.messages()) == 3, groups[0])
+    assert (a.members(), b.members()) == (["a"], ["b"])
+
+
+def test_the_leader_dies(spread: Members, three_servers: Ensemble) -> None:
+    """Nobody is declared dead, and nothing is lost or comes twice."""
+    a, b, c = spread.together("a", "b", "c")
+    a.tell("spread x 300")
+    time.sleep(0.2)
+    three_servers.leader().stop()
+    wait(lambda: all(len(member.messages()) == 300 for member in (a, b, c)), spread)
+    assert agree((a, b, c))
+    assert a.messages() == [f"a x {index}" for index in range(300)]
+    wait(lambda: all(member.others() in ([], ["Suspended", "Resumed"]) for member in (a, b, c)), spread)
+    assert a.members() == ["a", "b", "c"]
+
+
+def test_all_servers_go_and_come_back(spread: Members, three_servers: Ensemble) -> None:
+    a, b, c = spread.together("a", "b", "c")
+    for server in three_servers.servers:
+        server.stop()
+    wait(lambda: all(member.others() == ["Suspended"] for member in (a, b, c)), spread)
+    a.tell("send while 5")
+    b.tell("send while 5")
+    time.sleep(2 * TIMEOUT_MS / 1000)  # for longer than a session lasts
+    assert [member.others() for member in (a, b, c)] == [["Suspended"]] * 3
+    assert a.messages() == []
+    for server in three_servers.servers:
+        server.start()
+    wait(lambda: all(member.others() == ["Suspended", "Resumed"] for member in (a, b, c)), spread, 60.0)
+    wait(lambda: all(len(member.messages()) == 10 for member in (a, b, c)), spread)
+    assert agree((a, b, c))
+    assert a.members() == ["a", "b", "c"], "the servers count the sessions anew"
+
+
+def test_a_rolling_restart_of_the_servers(spread: Members, three_servers: Ensemble) -> None:
+    a, b, c = spread.together("a", "b", "c")
+    for number, server in enumerate(three_servers.servers):
+        server.stop(signal.SIGTERM)
+        a.tell(f"send round{number} 20")
+        wait(lambda number=number: len(c.messages()) == 20 * (number + 1), spread)  # type: ignore[misc]
+        server.start()
+        server.wait_ready()
+    wait(lambda: all(member.others()[-1:] in ([], ["Resumed"]) for member in (a, b, c)), spread)
+    assert a.members() == b.members() == c.members() == ["a", "b", "c"]
+    assert agree((a, b, c))
+
+
+def test_without_a_majority_of_servers_nobody_gets_a_lease(spread: Members, three_servers: Ensemble) -> None:
+    a, b = spread.together("a", "b")
+    leader = three_servers.leader()
+    for server in three_servers.servers:
+        if server is not leader:
+            server.send(signal.SIGSTOP)
+    a.tell("renew")
+    b.tell("renew")
+    time.sleep(0.2)
+    before = len(a.leases()), len(b.leases())
+    wait(lambda: "Suspended" in a.others() and "Suspended" in b.others(), spread)
+    assert (len(a.leases()), len(b.leases())) == before
+    for server in three_servers.servers:
+        server.send(signal.SIGCONT)
+    wait(lambda: a.others()[-1] == b.others()[-1] == "Resumed", spread)
+
+
+class Attached:
+    """A driver in this process, with what it delivered."""
+
+    def __init__(self, place: str, name: str) -> None:
+        self.driver = ZooKeeperDriver(place)
+        self.peer = Peer(name.encode(), 0, b"")
+        self.events: list[Event] = []
+
+    async def open(self) -> Attached:
+        await self.driver.open(self.peer, self.events.append)
+        await until(lambda: bool(self.events))
+        return self
+
+    def members(self) -> list[bytes]:
+        views = [event for event in self.events if isinstance(event, View)]
+        return [peer.id for peer in views[-1].members]
+
+    def texts(self) -> list[bytes]:
+        return [event.data for event in self.events if isinstance(event, Delivery)]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_the_log_is_kept_short(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CHECKPOINT_ENTRIES", 20)
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.PUBLISH_ENTRIES", 5)
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        b = await Attached(place, "b").open()
+        client = a.driver._there
+        base = a.driver._base
+        for index in range(100):
+            (a, b)[index % 2].driver.broadcast(b"%d" % index)
+            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+        assert sorted(a.texts(), key=int) == [b"%d" % index for index in range(100)] == sorted(b.texts(), key=int)
+
+        async def length() -> int:
+            return len(await client.children(f"{base}/queue"))
+
+        async with asyncio.timeout(20):
+            while await length() > 40:
+                await asyncio.sleep(0.1)
+        c = await Attached(place, "c").open()  # begins at the checkpoint
+        assert c.members() == [b"a", b"b", b"c"]
+        b.driver.broadcast(b"new")
+        await until(lambda: c.texts() == [b"new"])
+        for one in (a, b, c):
+            await one.driver.leave()
+            await one.driver.close()
+
+    asyncio.run(body())
+
+
+def test_a_create_whose_answer_was_lost(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry is there twice, its messages come once."""
+    create = Client.create
+    lose = False
+
+    async def create_and_lose(self: Client, path: str, data: bytes, **options: bool) -> None:
+        nonlocal lose
+        await create(self, path, data, **options)
+        if lose and path.endswith("/queue/e-"):
+            lose = False
+            raise Unreachable("the answer was lost")
+
+    monkeypatch.setattr(Client, "create", create_and_lose)
+
+    async def body() -> None:
+        nonlocal lose
+        lose = True
+        a = await Attached(place, "a").open()  # its join
+        assert not lose
+        lose = True
+        a.driver.broadcast(b"1")
+        await until(lambda: a.texts() == [b"1"])
+        a.driver.broadcast(b"2")
+        await until(lambda: a.texts() == [b"1", b"2"])
+        assert not lose
+        names = await a.driver._there.children(f"{a.driver._base}/queue")
+        assert len(names) == 3 + 2, "both entries are there twice"
+        assert len([event for event in a.events if isinstance(event, View)]) == 1
+        await a.driver.leave()
+        await a.driver.close()
+
+    asyncio.run(body())
+
+
+def test_a_member_whose_place_is_deleted_is_lost(place: str) -> None:
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        b = await Attached(place, "b").open()
+        await b.driver._there.delete(b.driver._member_path(b.driver._me))
+        await until(lambda: isinstance(b.events[-1], Lost))
+        await until(lambda: a.members() == [b"a"])
+        b.driver.broadcast(b"never")
+        await b.driver.close()
+        a.driver.broadcast(b"x")
+        await until(lambda: a.texts() == [b"x"])
+        await a.driver.close()
+
+    asyncio.run(body())
+
+
+def test_an_id_that_is_attached_cannot_attach_twice(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.JOIN_PATIENCE_S", 0.5)
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        with pytest.raises(UsageError, match="same identity"):
+            await Attached(place, "a").open()
+        assert a.members() == [b"a"]
+        await a.driver.close()
+
+    asyncio.run(body())
+
+
+def test_the_largest_message_and_many_at_once(place: str) -> None:
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        with pytest.raises(UsageError, match="too large"):
+            a.driver.broadcast(b"x" * (a.driver.max_message + 1))
+        a.driver.broadcast(b"x" * a.driver.max_message)
+        for index in range(10_000):
+            a.driver.broadcast(b"%d" % index)
+        await until(lambda: len(a.texts()) == 10_001)
+        assert a.texts()[1:] == [b"%d" % index for index in range(10_000)]
+        sequences = [event.sequence for event in a.events if isinstance(event, Delivery)]
+        assert sequences == sorted(set(sequences))
+        await a.driver.leave()
+        await a.driver.close()
+
+    asyncio.run(body())
+
+
+def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CONNECT_PATIENCE_S", 0.5)
+    with pytest.raises(UsageError, match=r"zookeeper driver: 127\.0\.0\.1:9: no server of the ensemble can be reached"):
+        asyncio.run(Attached("127.0.0.1:9", "a").open())
+
+
+def test_members_are_dropped_one_after_the_other(members: Members) -> None:
+    """Whoever is the oldest at the time declares the others dead, also several at once."""
+    everyone = members.together("a", "b", "c", "d", "e")
+
+    def survive(names: str) -> bool:
+        left = [member for member in everyone if member.name in names]
+        return all(member.members() == list(names) for member in left)
+
+    for victims, survivors in (("ab", "cde"), ("d", "ce"), ("c", "e")):
+        for member in everyone:
+            if member.name in victims:
+                member.signal(signal.SIGKILL)
+        wait(lambda survivors=survivors: survive(survivors), members)  # type: ignore[misc]

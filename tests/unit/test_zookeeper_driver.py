@@ -1,0 +1,149 @@
+"""The zookeeper driver without a server: what its argument and its log's entries mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from sheepdog.cluster.core.errors import PeerError, UsageError
+from sheepdog.cluster.core.ports import Delivery, Event, Peer, View
+from sheepdog.cluster.drivers.zookeeper_argument import parse
+from sheepdog.cluster.drivers.zookeeper_log import (
+    Entry,
+    EntryKind,
+    Roster,
+    dead_entry,
+    join_entry,
+    messages_entry,
+    position_path,
+)
+
+A, B, C = (Peer(name, number, b"payload " + name) for name, number in ((b"a", 11), (b"b", 12), (b"c", 13)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("h:1", ("h:1", "/sheepdog", 3000)),
+        ("h:1,g:2", ("h:1,g:2", "/sheepdog", 3000)),
+        ("h:1,g:2/one", ("h:1,g:2", "/one", 3000)),
+        ("h:1/one/two/,timeout=5000", ("h:1", "/one/two", 5000)),
+        ("h:1,g:2,timeout=100", ("h:1,g:2", "/sheepdog", 100)),
+        ("h,g", ("h:2181,g:2181", "/sheepdog", 3000)),
+        ("[::1]:2181,[fe80::1]", ("[::1]:2181,[fe80::1]:2181", "/sheepdog", 3000)),
+    ],
+)
+def test_arguments(argument: str, expected: tuple[str, str, int]) -> None:
+    assert parse(argument) == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("", "the list of servers is missing"),
+        ("/one", "the list of servers is missing"),
+        (",timeout=3000", "the list of servers is missing"),
+        ("h:x", "Invalid server 'h:x'"),
+        ("h:0", "Invalid server 'h:0'"),
+        (":2181", "Invalid server ':2181'"),
+        ("h:1,timeout=99", "Invalid timeout '99'"),
+        ("h:1,timeout=", "Invalid timeout ''"),
+        ("h:1,timeout=3s", "Invalid timeout '3s'"),
+        ("h:1/a//b", "Invalid cluster id"),
+        ("h:1/../b", "Invalid cluster id"),
+    ],
+)
+def test_wrong_arguments(argument: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"^zookeeper driver: {text}"):
+        parse(argument)
+
+
+def test_paths_follow_zookeepers_counter() -> None:
+    assert position_path(0) == "e-0000000000"
+    assert position_path(1_234_567) == "e-0001234567"
+    assert position_path((1 << 31) - 1) == "e-2147483647"
+    assert position_path(1 << 31) == "e--2147483648"
+    assert position_path((1 << 32) + 5) == "e-0000000005"
+
+
+def folded(roster: Roster, *entries: Entry) -> list[Event]:
+    return [event for number, entry in enumerate(entries, 100) for event in roster.fold(number, entry)]
+
+
+def test_joins_messages_and_leaves() -> None:
+    roster = Roster()
+    events = folded(
+        roster,
+        join_entry(A, 7),
+        messages_entry(A.incarnation, 1, [b"1", b"2"]),
+        join_entry(B, 9),
+        messages_entry(C.incarnation, 1, [b"of nobody"]),
+        Entry(EntryKind.LEAVE, A.incarnation, 2, b""),
+        messages_entry(A.incarnation, 3, [b"too late"]),
+    )
+    assert events == [
+        View(100 << 12, (A,), (A,), ()),
+        Delivery((101 << 12) + 1, A, b"1"),
+        Delivery((101 << 12) + 2, A, b"2"),
+        View(102 << 12, (A, B), (B,), ()),
+        View(104 << 12, (B,), (), (A,)),
+    ]
+
+
+def test_repeated_entries_count_once() -> None:
+    roster = Roster()
+    events = folded(
+        roster,
+        join_entry(A, 7),
+        join_entry(A, 7),
+        messages_entry(A.incarnation, 1, [b"1"]),
+        messages_entry(A.incarnation, 1, [b"1"]),
+        messages_entry(A.incarnation, 2, [b"2"]),
+        messages_entry(A.incarnation, 1, [b"1"]),
+    )
+    assert [event.data for event in events if isinstance(event, Delivery)] == [b"1", b"2"]
+    assert len([event for event in events if isinstance(event, View)]) == 1
+
+
+def test_the_dead_are_waited_for_as_long_as_the_longest_lease() -> None:
+    roster = Roster()
+    *_, view = folded(
+        roster, join_entry(A, 7), join_entry(B, 9), join_entry(C, 5), dead_entry(C.incarnation, 0, [11, 12, 99])
+    )
+    assert view == View(103 << 12, (C,), (), (A, B), 9)
+    assert folded(roster, dead_entry(C.incarnation, 0, [11, 12])) == []
+
+
+def test_a_checkpoint_goes_on_where_it_was_made() -> None:
+    first = Roster()
+    folded(first, join_entry(B, 7), join_entry(A, 9), messages_entry(A.incarnation, 5, [b"1"]))
+    second, position = Roster.decode(first.encode(1000))
+    assert position == 1000
+    more = (
+        messages_entry(A.incarnation, 5, [b"again"]),
+        messages_entry(A.incarnation, 6, [b"2"]),
+        dead_entry(A.incarnation, 0, [B.incarnation]),
+    )
+    assert folded(second, *more) == folded(first, *more) != []
+    assert list(second.members.values()) == [A]
+
+
+@pytest.mark.parametrize("data", [b"", b"\x01", b"\x02" + bytes(17), b"\x01\x09" + bytes(16)])
+def test_bytes_that_are_no_entry(data: bytes) -> None:
+    with pytest.raises(PeerError):
+        Entry.decode(data)
+
+
+@pytest.mark.parametrize("body", [b"\0", b"\0\0\0\5abc"])
+def test_messages_that_are_cut_short(body: bytes) -> None:
+    roster = Roster()
+    folded(roster, join_entry(A, 7))
+    with pytest.raises(PeerError, match="cut short"):
+        folded(roster, Entry(EntryKind.MESSAGES, A.incarnation, 1, body))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[]", b'{"format": 2}', b'{"format": 1, "members": [[1]], "position": 0}']
+)
+def test_bytes_that_are_no_checkpoint(data: bytes) -> None:
+    with pytest.raises(PeerError, match="checkpoint"):
+        Roster.decode(data)
