@@ -50,6 +50,7 @@ class Applier:
         self.unnamed: dict[
             Copy, bool
         ] = {}  # new, their names are not yet on the disk; True: nor in the journal their bytes
+        self.unnamed_intents: dict[Copy, list[int]] = {}  # of those: large writes whose bytes are on the disk
         self._slow: dict[Copy, int] = {}  # lsn of the write under way in another thread
 
     def apply(self, record: Record) -> None:
@@ -208,6 +209,7 @@ class Applier:
         self.touch(copy)
         self.unnamed[copy] = record.kind == RecordKind.CREATE_LARGE
         if record.kind == RecordKind.CREATE_LARGE:
+            copy.intents.append(record.lsn)
             self._syncs.mark_dirty(copy)
             if record.wants_data and not self._nosync:
                 done, record.done = record.done, None
@@ -226,6 +228,9 @@ class Applier:
 
         def named(error: StoreError | None) -> None:
             self.unnamed.pop(copy, None)
+            intents = self.unnamed_intents.pop(copy, None)
+            if intents and error is None:
+                self._syncs.covered(copy, intents)
             done(error)
 
         if copy.dirty or copy.running is not None:

@@ -91,6 +91,7 @@ class Checkpoints:
     def _record(self, pipeline: Pipeline, boundary: int, named: list[Copy]) -> None:
         for copy in named:
             self._applier.unnamed.pop(copy, None)
+            self._applier.unnamed_intents.pop(copy, None)
         self._journal.append(RecordKind.CHECKPOINT, offset=boundary)
         lsn = self._journal.position
 

@@ -570,6 +570,7 @@ class ObjectStore:
         if old is not None:
             self._syncs.forget(old)
             self._applier.unnamed.pop(old, None)
+            self._applier.unnamed_intents.pop(old, None)
         return old
 
     def remove(self, oid: ObjectId, done: Done) -> None:
@@ -623,11 +624,13 @@ class ObjectStore:
 
     def _large_writes_done(self, copy: Copy, intents: list[int]) -> None:
         """Notes in the journal that these need not be doubted after a crash; only as long as there is room."""
-        if copy.gone or self._pipeline.error is not None or copy in self._applier.unnamed:
+        if copy.gone or self._pipeline.error is not None:
+            return
+        if copy in self._applier.unnamed:  # the journal could have to make the file anew
+            self._applier.unnamed_intents.setdefault(copy, []).extend(intents)
             return
         for lsn in intents:
-            if self._journal.has_room(4096, 4096):
-                self._journal.append(RecordKind.DONE, copy.oid, offset=lsn)
+            self._pipeline.note_done(copy.oid, lsn)
 
     def _journal_switched(self) -> None:
         self._checkpoints.begin(self._pipeline)

@@ -36,7 +36,7 @@ class FileSyncs:
         self._workers = workers
         self._fail = fail
         self._idle = idle  # a sync of this copy has ended
-        self._covered = covered  # these large writes are on the disk
+        self.covered = covered  # these large writes are on the disk
         self._dirty: dict[Vid, dict[ObjectId, Copy]] = {}  # written or being synced
 
     def mark_dirty(self, copy: Copy) -> None:
@@ -96,7 +96,7 @@ class FileSyncs:
             elif not copy.dirty:
                 self.forget(copy)
             if intents and error is None:
-                self._covered(copy, intents)
+                self.covered(copy, intents)
             for done in waiters:
                 done(error)
             self._idle(copy)
