@@ -189,6 +189,21 @@ def alter_volume_copies(connection: Connection, vid: Vid, copies: int, shift: in
     connection.call(bytearray(wire.VDI_STATE_REQUEST.pack(fields)))
 
 
+def register_volume(connection: Connection, inode: InodeHeader) -> None:
+    """NOTIFY_VDI_ADD: the vid is in use from now on, its objects and then its inode may be created."""
+    opcode = Opcode.NOTIFY_VDI_ADD
+    fields = wire.VdiStateRequest(
+        protocol_version(opcode),
+        opcode,
+        new_vid=inode.vdi_id,
+        copies=inode.nr_copies,
+        set_bitmap=1,
+        copy_policy=inode.copy_policy,
+        block_size_shift=inode.block_size_shift,
+    )
+    connection.call(bytearray(wire.VDI_STATE_REQUEST.pack(fields)))
+
+
 def attribute_id(connection: Connection, payload: bytes, snap_id: int, flags: int) -> ObjectId:
     """GET_VDI_ATTR with these flags besides WRITE; the object that holds the attribute."""
     opcode = Opcode.GET_VDI_ATTR
@@ -303,6 +318,11 @@ def read_map(connection: Connection, inode: InodeHeader) -> dict[int, Vid] | arr
     return {index: Vid(vid) for index, vid in found.items()}
 
 
+def empty_map(inode: InodeHeader) -> array[int]:
+    """The map of a plain volume without any object."""
+    return array("I", bytes(4 * inode.object_count))
+
+
 def _read_node(connection: Connection, oid: ObjectId, offset: int) -> Buffer:
     used = btree_used(read_object(connection, oid, offset, BTREE_HEADER_SIZE))
     if used > BTREE_NODE_SIZE:
@@ -336,8 +356,8 @@ class Unread(NamedTuple):
     result: int
 
 
-def headers(connection: Connection, vids: Iterable[Vid]) -> Iterator[InodeHeader | Unread]:
-    """The inode headers of these volumes in their order, many requests at once; deleted ones are left out."""
+def headers(connection: Connection, vids: Iterable[Vid], deleted: bool = False) -> Iterator[InodeHeader | Unread]:
+    """The inode headers of these volumes in their order, many requests at once; those of deleted ones only if asked."""
     vids = list(vids)
     for start in range(0, len(vids), LIST_WINDOW):
         window = vids[start : start + LIST_WINDOW]
@@ -355,7 +375,7 @@ def headers(connection: Connection, vids: Iterable[Vid]) -> Iterator[InodeHeader
         connection.exchange([_header_request(vid) for vid in window], answer)
         for vid in window:
             one = found[vid]
-            if isinstance(one, Unread) or not one.is_deleted:
+            if isinstance(one, Unread) or deleted or not one.is_deleted:
                 yield one
 
 

@@ -17,10 +17,11 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
-from sheepdog.tools.dog.commands import COMMANDS, Command
+from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.main import main
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import human_size, parse_size
+from sheepdog.tools.dog.table import Command
 from sheepdog.tools.dog.values import parse_redundancy
 
 MIB = 1 << 20

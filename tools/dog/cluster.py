@@ -125,6 +125,28 @@ def format_cluster(context: Context) -> None:
     nodes = context.nodes()
     flags = 0 if context.flag("fixed_vnodes") else AUTO_VNODES
     _check_strategy(context, nodes, flags)
+    for option, flag in (
+        ("strict", STRICT),
+        ("lock", LOCKING),
+        ("recycle_vid", RECYCLING),
+        ("avoid_diskfull", AVOID_DISKFULL),
+    ):
+        if context.flag(option):
+            flags |= flag
+    _format(context, nodes, copies, policy, shift, flags, context.value("store", "plain"))
+
+
+def make_cluster(context: Context, copies: int, policy: int, shift: int) -> None:
+    """As `format`, with the strategy that the nodes were started with."""
+    nodes = context.nodes()
+    storing = next((node for node in nodes if node.vnodes), None)
+    flags = admin.cluster_info(context.node(storing.id))[0].cluster_flags if storing else AUTO_VNODES
+    _format(context, nodes, copies, policy, shift, flags & AUTO_VNODES, "plain")
+
+
+def _format(
+    context: Context, nodes: list[Member], copies: int, policy: int, shift: int, flags: int, store: str
+) -> None:
     zones = {node.zone for node in nodes if node.vnodes}
     if copies > len(zones):
         confirm(
@@ -134,15 +156,6 @@ def format_cluster(context: Context) -> None:
     connection = context.gateway()
     if not context.flag("force") and admin.volume_ids(connection):
         caution("Caution! The cluster is not empty.")
-    for option, flag in (
-        ("strict", STRICT),
-        ("lock", LOCKING),
-        ("recycle_vid", RECYCLING),
-        ("avoid_diskfull", AVOID_DISKFULL),
-    ):
-        if context.flag(option):
-            flags |= flag
-    store = context.value("store", "plain")
     print(f"using backend {store} store", flush=True)
     now = time.time_ns()
     fields = ClusterRequest(

@@ -21,7 +21,8 @@ UNLOCKED, LOCKED, SHARED = 1, 2, 3
 _PARTICIPANT = {1: "modified", 2: "shared", 3: "invalidated"}
 
 
-def _states(connection: Connection) -> dict[int, VdiState]:
+def lock_states(connection: Connection) -> dict[int, VdiState]:
+    """Locks by vid; of a gateway with more volumes than it can tell, the locked ones come first."""
     limit = VDI_STATES_MAX * VDI_STATE_SIZE
     try:
         data = admin.plain(connection, Opcode.GET_VDI_COPIES, limit=limit)
@@ -33,7 +34,7 @@ def _states(connection: Connection) -> dict[int, VdiState]:
 def list_locks(context: Context) -> None:
     """The locked volumes and who holds them."""
     connection = context.gateway()
-    states = _states(connection)
+    states = lock_states(connection)
     print("  Name         Id  VDI id  Tag            Owner node(s)")
     for row in volumes(connection):
         inode = row.inode
@@ -61,7 +62,7 @@ def unlock(context: Context) -> None:
         vid = admin.find(connection, name_of(word), tag, snap_id).vid
     except SheepError as error:
         raise Failure(f"Failed to find VDI {word}: {text(error.result)}") from error
-    state = _states(connection).get(vid)
+    state = lock_states(connection).get(vid)
     if state is None or state.lock_state == UNLOCKED:
         raise Failure(f"VDI {word} ({_shown(vid, tag, snap_id)}) is not locked")
     admin.release_lock(connection, vid, state.lock_state == SHARED)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.tools.dog.commands import COMMANDS, Command, run_of
+from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.options import TRY_HELP, USAGE_ERROR, Failure, Option, UsageFailure, parse
+from sheepdog.tools.dog.table import Command, run_of
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

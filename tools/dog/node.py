@@ -8,7 +8,8 @@ from pathlib import PurePath
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.core.ids import Member
+from sheepdog.cluster.core.hashing import node_hash
+from sheepdog.cluster.core.ids import Member, format_address
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
@@ -25,15 +26,29 @@ def list_nodes(context: Context) -> None:
     if context.json:
         from sheepdog.tools.dog.records import node_record, print_json
 
-        print_json([node_record(number, node) for number, node in enumerate(nodes)])
+        print_json(
+            [
+                node_record(number, node) | {"node_id": f"{node_hash(node.id):016x}", "asked": _is_asked(context, node)}
+                for number, node in enumerate(nodes)
+            ]
+        )
         return
+    wide = context.verbose
     if not context.raw:
-        print("  Id   Host:Port         V-Nodes       Zone")
+        print("  Id   Host:Port         V-Nodes       Zone" + ("             Node id" if wide else ""))
     for number, node in enumerate(nodes):
+        mark = " *" if wide and _is_asked(context, node) else ""
         if context.raw:
-            print(f"{number} {node.id} {node.vnodes} {node.zone}")
+            row = f"{number} {node.id} {node.vnodes} {node.zone}"
+            print(f"{row} {node_hash(node.id):016x}{mark}" if wide else row)
         else:
-            print(f"{number:4d}   {node.id!s:<20}\t{node.vnodes:2d}{node.zone:11d}")
+            row = f"{number:4d}   {node.id!s:<20}\t{node.vnodes:2d}{node.zone:11d}"
+            print(f"{row}    {node_hash(node.id):016x}{mark}" if wide else row)
+
+
+def _is_asked(context: Context, node: Member) -> bool:
+    """The node that -a and -p name."""
+    return context.port == node.id.port and context.host == format_address(node.id.address)
 
 
 def info(context: Context) -> None:

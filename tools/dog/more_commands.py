@@ -1,0 +1,73 @@
+"""The rest of the table of commands: what moves whole volumes and clusters, and what belongs to no noun of its own."""
+
+from __future__ import annotations
+
+from sheepdog.tools.dog.options import Option
+from sheepdog.tools.dog.table import COPIES, FORCE, HELP, JSON, LAST, NETWORK, RAW, SHIFT, SNAPSHOT, TIME, Command
+
+_FORMAT = Option("O", "format", "raw or qcow2 (default: as the file's name ends, else raw)", True)
+_ORIGIN = Option("o", "orig", "specify the version of the original format", True)
+
+EXPORT = Command(
+    "export",
+    (SNAPSHOT, _FORMAT, *NETWORK, *LAST),
+    "write an image to a file",
+    "transfer:export",
+    "<vdiname> <file|->",
+)
+IMPORT = Command(
+    "import",
+    (COPIES, SHIFT, _FORMAT, *NETWORK, *LAST),
+    "create an image from a file",
+    "transfer:import_file",
+    "<vdiname> <file|->",
+)
+CLUSTER_SNAPSHOT = Command(
+    "snapshot",
+    (
+        Option("m", "multithread", "use several threads to save"),
+        FORCE,
+        *NETWORK,
+        *LAST,
+        JSON,
+    ),
+    "save and load the snapshots of a cluster",
+    nested=(
+        Command("save", (), "save all snapshots to a directory", "cluster_snapshot:save", "<tag> <path> [vdi...]"),
+        Command("list", (), "list what a directory holds", "cluster_snapshot:list_all", "<path>"),
+        Command("show", (), "show the images of a saved state", "cluster_snapshot:show", "<tag|idx> <path>"),
+        Command("load", (), "make a cluster of a saved state", "cluster_snapshot:load", "<tag|idx> <path> [vdi...]"),
+        Command("delete", (), "delete a saved state", "cluster_snapshot:delete", "<tag|idx> <path>"),
+    ),
+    arguments="<tag|idx> <path> [vdi...]",
+)
+VM = (Command("list", (*NETWORK, RAW, *LAST, JSON), "list images and who runs them", "vm:list_machines"),)
+BENCHMARK = (
+    Command(
+        "io",
+        (
+            FORCE,
+            Option("w", "workqueue", "ordered, dynamic or fixed (default: ordered)", True),
+            Option("n", "nr_threads", "specify the number of threads (default: 1)", True),
+            Option("t", "total", "specify the number of requests (default: 1000)", True),
+            *NETWORK,
+            *LAST,
+        ),
+        "overwrite an image as fast as it goes",
+        "benchmark:io",
+        "<vdiname>",
+    ),
+)
+_OLD_AND_NEW = "<old file> <new file>"
+UPGRADE = (
+    Command("inode-convert", (_ORIGIN, HELP, TIME), "convert an inode file", "upgrade:convert_inode", _OLD_AND_NEW),
+    Command("epoch-convert", (_ORIGIN, HELP, TIME), "convert an epoch log file", "upgrade:convert_epoch", _OLD_AND_NEW),
+    Command("config-convert", (HELP, TIME), "convert a config file", "upgrade:convert_config", _OLD_AND_NEW),
+    Command(
+        "object-location",
+        (_ORIGIN, HELP, TIME),
+        "show where an old version kept an object",
+        "upgrade:object_location",
+        "<epoch file> <oid>",
+    ),
+)

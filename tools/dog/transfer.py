@@ -1,0 +1,211 @@
+"""`dog vdi export|import`: a volume's bytes to and from a raw or qcow2 file.
+
+Holes stay holes. qcow2 goes through qemu-img and a sparse raw file beside the target.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.errors import SheepError
+from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.output import text
+from sheepdog.tools.dog.progress import Progress
+from sheepdog.tools.dog.values import parse_redundancy, parse_shift, snapshot_option
+from sheepdog.tools.dog.volumes import name_of, not_opened
+
+FORMATS = ("raw", "qcow2")
+CHUNK_BYTES = 4 << 20
+STREAM = "-"
+SECTOR = 512
+
+
+def _format(context: Context, path: str) -> str:
+    given = context.value("format")
+    kind = given or ("qcow2" if path.endswith(".qcow2") else "raw")
+    if kind not in FORMATS:
+        raise Failure(f"Unknown format '{kind}': raw and qcow2 are known")
+    if kind != "raw" and path == STREAM:
+        raise Failure("Only raw data goes through a pipe")
+    return kind
+
+
+# -- export
+
+
+def export(context: Context) -> None:
+    """All bytes of a volume or snapshot; a file is made anew, and not there at all if that fails."""
+    word, path = context.argument(0), context.argument(1, "Please specify the file")
+    kind = _format(context, path)
+    tag, snap_id = snapshot_option(context)
+    context.gateway()
+    volume = _open(context, name_of(word), tag, snap_id)
+    if path == STREAM:
+        _copy_out(volume, sys.stdout.buffer, sparse=False)
+        sys.stdout.buffer.flush()
+        return
+    target = Path(path)
+    with _beside(target) as part:
+        try:
+            with part.open("wb") as out:
+                _copy_out(volume, out, sparse=True)
+                out.truncate(volume.size)
+                out.flush()
+                os.fsync(out.fileno())
+            if kind == "qcow2":
+                with _beside(target) as converted:
+                    _qemu_img("convert", "-f", "raw", "-O", "qcow2", str(part), str(converted))
+                    converted.replace(target)
+            else:
+                part.replace(target)
+        except OSError as error:
+            raise Failure(f"Failed to export {word}: {_reason(error)}") from error
+
+
+def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
+    progress = Progress("export", volume.size)
+    for extent in volume.extents(0, volume.size):
+        if sparse and not extent.allocated:
+            out.seek(extent.length, os.SEEK_CUR)
+            progress.advance(extent.length)
+            continue
+        for start in range(extent.offset, extent.offset + extent.length, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, extent.offset + extent.length - start)
+            out.write(volume.read(start, length) if extent.allocated else bytes(length))
+            progress.advance(length)
+    progress.end()
+
+
+# -- import
+
+
+def import_file(context: Context) -> None:
+    """A new volume with the bytes of a file, or of stdin; it is deleted again if that fails."""
+    word, path = context.argument(0), context.argument(1, "Please specify the file")
+    kind = _format(context, path)
+    name = name_of(word)
+    copies, policy = parse_redundancy(context.value("copies")) if context.flag("copies") else (0, 0)
+    shift = parse_shift(context.value("block_size_shift")) if context.flag("block_size_shift") else 0
+    with _source(path, kind) as source:
+        size = 0 if path == STREAM else source.seek(0, os.SEEK_END)
+        connection = context.gateway()
+        try:
+            admin.new_volume(connection, name, _sectors(size), copies=copies, policy=policy, shift=shift)
+        except SheepError as error:
+            raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
+        try:
+            if path == STREAM:
+                _fill_from_pipe(context, name, source)
+            else:
+                _fill(context, name, source, size)
+        except BaseException as error:
+            admin.delete_volume(connection, name)
+            if isinstance(error, OSError):
+                raise Failure(f"Failed to import {word}: {_reason(error)}") from error
+            raise
+
+
+@contextmanager
+def _source(path: str, kind: str) -> Iterator[BinaryIO]:
+    """The raw bytes to import."""
+    if path == STREAM:
+        yield sys.stdin.buffer
+    elif kind == "raw":
+        with open(path, "rb") as file:
+            yield file
+    else:
+        with _beside(Path(tempfile.gettempdir()) / "import") as raw:
+            _qemu_img("convert", "-f", kind, "-O", "raw", path, str(raw))
+            with raw.open("rb") as file:
+                yield file
+
+
+def _sectors(size: int) -> int:
+    """Volumes are whole sectors, as every guest thinks."""
+    return -(-size // SECTOR) * SECTOR
+
+
+def _fill(context: Context, name: bytes, source: BinaryIO, size: int) -> None:
+    """Only what the file holds: its holes, and whole chunks of zeros, stay holes."""
+    volume = _open(context, name)
+    progress = Progress("import", size)
+    for start, end in _data(source, size):
+        source.seek(start)
+        for offset in range(start, end, CHUNK_BYTES):
+            data = source.read(min(CHUNK_BYTES, end - offset))
+            if data.count(0) != len(data):
+                volume.write(offset, data)
+            progress.advance(len(data))
+    progress.end()
+    volume.close()
+
+
+def _data(source: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that are no holes."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(source.fileno(), position, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole is left
+            return
+        end = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+        yield start, min(end, size)
+        position = end
+
+
+def _fill_from_pipe(context: Context, name: bytes, source: BinaryIO) -> None:
+    """The volume grows with what comes."""
+    volume = _open(context, name)
+    offset = 0
+    while data := source.read(CHUNK_BYTES):
+        volume.resize(_sectors(offset + len(data)))
+        if data.count(0) != len(data):
+            volume.write(offset, data)
+        offset += len(data)
+    volume.close()
+
+
+# -- both
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A name in the target's directory for a file that is not there yet; removed at the end if it still is."""
+    number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(number)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _qemu_img(*words: str) -> None:
+    progress = ["-p"] if sys.stderr.isatty() else []
+    command = ["qemu-img", words[0], *progress, *words[1:]]
+    try:
+        done = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    except FileNotFoundError as error:
+        raise Failure("qcow2 needs the program qemu-img (Debian: qemu-utils)", 2) from error
+    if done.returncode:
+        raise Failure(done.stderr.strip() or "qemu-img failed")
+
+
+def _open(context: Context, name: bytes, tag: bytes = b"", snap_id: int = 0) -> BlockingVolume:
+    try:
+        return BlockingVolume.open((context.host, context.port), name, tag, snap_id, patience_s=0)
+    except SheepError as error:
+        raise Failure(not_opened(name, tag, snap_id, error.result)) from error
+
+
+def _reason(error: OSError) -> str:
+    return text(error.result) if isinstance(error, SheepError) else error.strerror or str(error)
