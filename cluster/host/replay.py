@@ -300,12 +300,12 @@ class _Redo:
                 copies.replace(self._oid, None)
             return copy is not None
         if plan.base == "holes" and (copy is None or copy.size != plan.size):
-            copy = self._make(copy)
+            copy = self._adopt(copy) or self._make(copy)
         if copy is None or copy.size < 0 or (plan.base != "holes" and copies.open_now(copy) is not None):
             self._report.missing += 1
             return False
-        if copies.open_now(copy) is not None:  # unreadable, but it is made anew anyway
-            copy = self._make(copy)
+        if copies.open_now(copy) is not None:  # an unreadable header, but the journal has all that it says
+            copy = self._adopt(copy) or self._make(copy)
         assert plan.version is not None or plan.base == "file"
         if plan.base == "restoring" or (plan.base == "file" and copy.restoring) or plan.version == NO_VERSION:
             self._leave_restoring(copy)
@@ -315,6 +315,24 @@ class _Redo:
         self._bring_blocks(copy)
         self._finish(copy)
         return True
+
+    def _adopt(self, old: Copy | None) -> Copy | None:
+        """The object's file without looking at its header, if it has the right length."""
+        if old is None:
+            return None
+        size = self._plan.size
+        try:
+            fd = self._disk.open(old.path, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        if self._disk.info(fd).length != trailer.trailer_offset(size) + trailer.trailer_size(size):
+            self._disk.close(fd)
+            return None
+        copy = Copy(self._oid, size, NO_VERSION, old.home)
+        copy.allocated = old.allocated
+        copy.attach(fd, bytearray(trailer.trailer_size(size)))
+        self._copies.replace(self._oid, copy)
+        return copy
 
     def _make(self, old: Copy | None) -> Copy:
         """A file of holes in the object's place."""
