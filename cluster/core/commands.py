@@ -3,6 +3,7 @@
 vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
+inode      a client made the inode of a registered vid       record
 lock       lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
 release    unlock (RELEASE_VDI)                              vid, shared
 coherence  a sharer's client writes the map, or reads it     vid, write
@@ -91,6 +92,20 @@ def _add(state: ClusterState, _: str, command: Command) -> Result:
     return Result.SUCCESS
 
 
+def _inode(state: ClusterState, _: str, command: Command) -> Result:
+    """A client made the inode of a registered vid: a snapshot, a tombstone, or a working VDI of a free name."""
+    made = VdiRecord.from_json(command["record"])
+    record = state.vdis.get(made.vid)
+    if record is None or not record.may_become(made):
+        return Result.INVALID_PARMS
+    if not made.deleted and not made.is_snapshot:
+        working = state.vdis.working(made.name)
+        if working is not None and working.vid != made.vid:
+            return Result.VDI_EXIST
+    state.vdis.put(made)
+    return Result.SUCCESS
+
+
 def _find(state: ClusterState, _: str, command: Command) -> VdiRecord | Result:
     return state.vdis.lookup(command["name"].encode("latin-1"), command["tag"].encode("latin-1"), command["snap_id"])
 
@@ -167,6 +182,7 @@ _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "header": _header,
     "add": _add,
     "find": _find,
+    "inode": _inode,
     "lock": _lock,
     "release": _release,
     "coherence": _coherence,

@@ -92,6 +92,7 @@ class Gateway:
         self._everyone = everyone
         self.home: Home | None = None
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
+        self.inode_create: ClientWrite | None = None
         self.coherence: Coherence | None = None  # set by the node
         self.pending: dict[int, _Request] = {}  # by number, in the order they came
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
@@ -134,6 +135,9 @@ class Gateway:
         counters = self._context.counters
         counters.writes += 1
         counters.rx += len(data)
+        if is_inode(oid) and self.inode_create is not None:
+            self.inode_create(oid, offset, data, durable, done)
+            return
         size = self._context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
         if not cow_oid or len(data) >= size:

@@ -25,11 +25,12 @@ from sheepdog.cluster.core.inode import (
     map_offset,
     unpack_map,
 )
-from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
+from sheepdog.cluster.core.limits import INODE_SIZE, RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.script import Script, Step, gather, run
+from sheepdog.cluster.core.vdi import VdiRecord
 
 
 class InodeWrites:
@@ -53,6 +54,31 @@ class InodeWrites:
             run(self._write_coherently(oid, offset, data, durable), lambda result: done(result, b""))
         else:
             self._gateway.change(oid, Flag.DURABLE if durable else 0, offset, 0, data, 0, done)
+
+    def create(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
+        """A whole inode (`dog cluster snapshot load`), for a vid that was registered and has none yet."""
+        record = self._context.state.vdis.get(vid_of(oid))
+        try:
+            made = VdiRecord.of_inode(InodeHeader.unpack(data)) if not offset else None
+        except PeerError:
+            made = None
+        if record is None or made is None or made.vid != record.vid or not record.may_become(made):
+            done(Result.INVALID_PARMS, b"")
+            return
+        working = self._context.state.vdis.working(made.name)
+        if working is not None and working.vid != made.vid and not made.is_snapshot:
+            done(Result.VDI_EXIST, b"")
+            return
+        run(self._create(oid, data, durable, made), lambda result: done(result, b""))
+
+    def _create(self, oid: ObjectId, data: Buffer, durable: bool, made: VdiRecord) -> Script[int]:
+        flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
+        result, _ = yield lambda done: self._gateway.change(oid, flags, 0, INODE_SIZE, data, made.copies, done)
+        if result:
+            return int(result)
+        command = {"t": "inode", "record": made.to_json()}
+        answer = yield lambda done: self._context.machine.propose(command, done)
+        return int(answer)
 
     def _read(self, oid: ObjectId, offset: int, length: int) -> Step:
         return lambda done: self._gateway.raw_read(oid, offset, length, done)

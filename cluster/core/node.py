@@ -75,7 +75,7 @@ class Node:
         self.operations = Operations(self.context)
         self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone)
         inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
-        self.gateway.inode_write = inodes.write
+        self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
         self.home: Home | None = None
@@ -181,7 +181,7 @@ class Node:
 
     def state_changed(self, command: Command) -> None:
         kind = command["t"]
-        if kind in ("header", "add"):
+        if kind in ("header", "add", "inode"):
             self.context.placement.forget()
         elif kind in ("coherence", "release"):
             self.coherence.changed()

@@ -65,6 +65,12 @@ class VdiRecord:
     def is_snapshot(self) -> bool:
         return self.snap_ctime != 0
 
+    def may_become(self, made: VdiRecord) -> bool:
+        """A vid that was only registered gets its inode; or the same once more, when the answer was lost."""
+        return not (self.create_time or self.deleted) or (
+            (self.name, self.create_time, self.snap_id) == (made.name, made.create_time, made.snap_id)
+        )
+
     def copies_at(self, epoch: int) -> int:
         """Redundancy in an earlier epoch, as far as the cluster has not been stopped since."""
         return next((copies for until, copies in self.former_copies if epoch < until), self.copies)
