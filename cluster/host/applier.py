@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.directory import write_all
 from sheepdog.cluster.host.disk import Disk
@@ -21,6 +22,7 @@ from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
 from sheepdog.cluster.host.trailer import FIRST_ENTRY
 
+NoteDone: TypeAlias = Callable[[Copy, int, Done | None], None]
 SLOW_WRITE_BYTES: Final = 256 << 10  # written by another thread: from here on a copy takes longer than two thread hops
 
 
@@ -44,6 +46,7 @@ class Applier:
         self._syncs = syncs
         self._directories = directories
         self._nosync = nosync
+        self.note_done: NoteDone = _unset  # the pipeline's, which comes after this
         self.touched: dict[Copy, None] = {}
         self.barriers: list[tuple[int, Callable[[], None]]] = []  # (lsn, call when all before it is applied)
         self._reached = 0
@@ -174,10 +177,23 @@ class Applier:
         if copy in self.unnamed:
             self.unnamed[copy] = True
         if record.durable and not self._nosync and not copy.gone:
-            done, record.done = record.done, None
-            assert done is not None
-            self.sync_with_name(copy, done)
+            self._acknowledge_when_done(record)
         self._end(record, None)
+
+    def _acknowledge_when_done(self, record: Record) -> None:
+        """Bytes and name are on the disk, and so is a note of that, when the record is answered."""
+        done, record.done = record.done, None
+        copy = record.copy
+        assert done is not None
+        answer = done
+
+        def synced(error: StoreError | None) -> None:
+            if error is not None:
+                answer(error)
+            else:
+                self.note_done(copy, record.lsn, answer)
+
+        self.sync_with_name(copy, synced)
 
     def _punch(self, record: Record) -> None:
         assert isinstance(record, PunchRecord)
@@ -212,9 +228,7 @@ class Applier:
             copy.intents.append(record.lsn)
             self._syncs.mark_dirty(copy)
             if record.wants_data and not self._nosync:
-                done, record.done = record.done, None
-                assert done is not None
-                self.sync_with_name(copy, done)
+                self._acknowledge_when_done(record)
         self._end(record, None)
 
     def sync_with_name(self, copy: Copy, done: Callable[[StoreError | None], None]) -> None:
@@ -266,3 +280,7 @@ class Applier:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             error = OSError(errno.EIO, f"no room for what was acknowledged ({error.strerror})")
         self._end(record, self._copies.fail(record.copy.home, error))
+
+
+def _unset(copy: Copy, lsn: int, done: Done | None) -> None:
+    raise AssertionError("the applier is not connected")

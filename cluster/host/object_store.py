@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
@@ -120,6 +121,7 @@ class ObjectStore:
         self._pipeline = Pipeline(
             self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
         )
+        self._applier.note_done = self._pipeline.note_done
         self._checkpoints = Checkpoints(self.copies, self._journal, self._applier, self._syncs, self._directory_syncs)
         self._restores = Restores(
             self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
@@ -600,19 +602,22 @@ class ObjectStore:
         if self._nosync:
             done(None)
             return
-        unnamed = [
+        large = self._syncs.dirty(vids)
+        large += [
             copy
-            for copy, large in self._applier.unnamed.items()
-            if large and (vids is None or vid_of(copy.oid) in vids)
+            for copy, by_file in self._applier.unnamed.items()
+            if by_file and copy not in large and (vids is None or vid_of(copy.oid) in vids)
         ]
-        gather(
-            [
-                lambda each: self._pipeline.flush(vids, each),
-                lambda each: self._syncs.flush(vids, each),
-                *((lambda each, copy=copy: self._applier.sync_with_name(copy, each)) for copy in unnamed),
-            ],
-            done,
-        )
+
+        def synced(error: StoreError | None) -> None:
+            if error is not None or not large:
+                done(error)
+            else:
+                self._pipeline.note_done(large[0], 0, done)
+
+        steps: list[Callable[[Done], None]] = [lambda each: self._pipeline.flush(vids, each)]
+        steps += [partial(self._applier.sync_with_name, copy) for copy in large]
+        gather(steps, synced)
 
     def _settle(self, copy: Copy) -> None:
         """The copy's file should be closed: make it clean first."""
@@ -630,7 +635,7 @@ class ObjectStore:
             self._applier.unnamed_intents.setdefault(copy, []).extend(intents)
             return
         for lsn in intents:
-            self._pipeline.note_done(copy.oid, lsn)
+            self._pipeline.note_done(copy, lsn)
 
     def _journal_switched(self) -> None:
         self._checkpoints.begin(self._pipeline)

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Vid, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
 from sheepdog.cluster.core.ports import Clock, Done
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.records import Record, RecordKind, record_size
 
 AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
@@ -25,8 +26,6 @@ AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
 OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the journal is synced although nobody waits
 OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
 OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
-DONE_BYTES: Final = record_size(0, 0)
-DONE_RESERVE_BYTES: Final = 4096  # of a segment, left by such notes for the records that end it
 
 _ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE))
 
@@ -124,11 +123,15 @@ class Pipeline:
                 self._clock.after(OVERLAY_AGE_NS, self._aged)
         self._schedule()
 
-    def note_done(self, oid: ObjectId, lsn: int) -> None:
-        """The large write of `lsn` is on the disk. Written when there is room, nobody waits for it."""
-        if self._journal.has_room(DONE_BYTES, DONE_RESERVE_BYTES):
-            self._journal.append(RecordKind.DONE, oid, offset=lsn)
-            self._schedule()
+    def note_done(self, copy: Copy, lsn: int, done: Done | None = None) -> None:
+        """The large write of `lsn` (0: none) is on the disk; durable at `done`, as everything submitted before.
+
+        Nobody may be told that a large write is durable before that: a later one cut by a crash could else make
+        replay go back to what was before both.
+        """
+        record = Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", NO_VERSION, done is not None, done)
+        record.offset = lsn
+        self.submit(record)
 
     def barrier(self, call: Callable[[], None]) -> None:
         """Calls when everything submitted before the journal's last switch is in the files."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
@@ -59,16 +58,10 @@ class FileSyncs:
         if copy.running is None:
             self._start(copy)
 
-    def flush(self, vids: frozenset[Vid] | None, done: Done, cover: Callable[[Copy, Done], None] | None = None) -> None:
-        """Everything written so far to copies of these vids (None: of all) is on the disk at `done`.
-
-        `cover` does it for one copy, if a sync of its file is not enough.
-        """
+    def dirty(self, vids: frozenset[Vid] | None) -> list[Copy]:
+        """Copies of these vids (None: of all) with bytes in the file that may not be on the disk."""
         wanted = self._dirty.values() if vids is None else [self._dirty[v] for v in sorted(vids) if v in self._dirty]
-        gather(
-            [partial(cover or self.cover, copy) for of_vid in list(wanted) for copy in list(of_vid.values())],
-            done,
-        )
+        return [copy for of_vid in wanted for copy in of_vid.values()]
 
     def cover(self, copy: Copy, done: Done) -> None:
         """Everything written to the copy so far is on the disk at `done`; joins a sync that covers it."""
