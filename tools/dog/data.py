@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.hyper import HyperVolume
 from sheepdog.tools.dog.context import Context, Unreachable, dial
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import parse_size, text
@@ -66,7 +68,7 @@ def write(context: Context) -> None:
         raise Failure(f"{_reason(error)}Failed to write VDI") from error
 
 
-def _boundary(offset: int, volume: BlockingVolume) -> int:
+def _boundary(offset: int, volume: BlockingVolume | HyperVolume) -> int:
     """Where the next chunk ends: requests stay inside one object."""
     chunk = min(volume.object_size, CHUNK_BYTES)
     return (offset // chunk + 1) * chunk
@@ -79,7 +81,7 @@ def _range(context: Context) -> tuple[int, int | None]:
     return parse_size(offset) if offset else 0, parse_size(length) if length else None
 
 
-def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume:
+def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume | HyperVolume:
     name = name_of(context.argument(0))
     address = (context.host, context.port)
     try:
@@ -89,6 +91,10 @@ def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume:
         raise Failure(code=1) from error
     except SheepError as error:
         raise Failure(not_opened(name, tag, snap_id, error.result)) from error
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return HyperVolume.open(address, name, patience_s=0)
 
 
 def _reason(error: OSError) -> str:
