@@ -91,10 +91,9 @@ class CorosyncDriver:
         incarnation = time.time_ns() // 1000  # of one process: it cannot attach twice in a microsecond
         process = cpg.Process(self._node, os.getpid())
         order = Order(replace(me, incarnation=incarnation), process, LEASE_NS, self._send, self._emit, _boot_time_ns)
-        order.tie_breaker = self._two_nodes
         self._group, self._quorum, self._order = group, quorum, order
         group.on_message, group.on_change, group.on_ring = order.on_message, order.on_change, order.on_ring
-        quorum.on_quorum = order.on_quorum
+        quorum.on_quorum = self._on_quorum
         try:
             for handle in (group, quorum):
                 descriptor = handle.fileno()
@@ -111,12 +110,23 @@ class CorosyncDriver:
         group = cpg.Group()
         try:
             self._node = group.local_node()
-            self._two_nodes = cpg.is_two_node()
             quorum = cpg.Quorum()
         except BaseException:
             group.close()
             raise
         return group, quorum
+
+    def _on_quorum(self, quorate: bool, sequence: int, nodes: tuple[int, ...]) -> None:
+        order = self._there
+        if quorate:  # how this ring got its verdict tells about rings that are over before they have one
+            try:
+                votes = cpg.votes(nodes)
+            except cpg.CorosyncError:
+                order.quorum = 0
+            else:
+                order.quorum, order.tie_breaker = votes.quorum, votes.two_node
+                order.votes.update(votes.of_nodes)
+        order.on_quorum(quorate, sequence)
 
     @property
     def _there(self) -> Order:

@@ -4,9 +4,9 @@ The group (CPG) gives every process of a ring the same stream of messages and ch
 and each side of a broken network gets a valid stream of its own. So:
 
 * What comes after a change of ring waits for the quorum's verdict about that ring, which arrives on another way.
-  Not quorate: suspended, and lost as soon as another ring shows that the members that were lost went on, or may
-  have. A ring that was over before there was a verdict counts as what followed it, unless a member that was gone in
-  it is back: then nobody can tell whose order was the right one.
+  Not quorate: suspended while the ring lasts, and lost with the next one, since others may have gone on meanwhile,
+  or begun anew. A ring that was over before there was a verdict is judged by the votes of its nodes; with enough of
+  them it counts as what followed it, unless a member that was gone in it is back: whose order is right then?
 * A message is delivered when a process of each member's node has acknowledged it (CPG would deliver a sender's own
   message before any other node has it, and a power failure could take it away again), or when the members that have
   not are gone: the ring that follows has the same messages everywhere. A node whose processes are silent for MUTE_NS
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from struct import Struct, error
 from typing import Any, NamedTuple, TypeAlias
@@ -33,7 +33,7 @@ from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 FORMAT = 1  # of messages; others are ignored
 MUTE_NS = 2_000_000_000  # a stopped process; the token goes round a thousand times meanwhile
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
-_HEADER = Struct(">BBQQ")  # format, kind, sender's incarnation, sender's counter
+_HEADER = Struct(">BBQQQ")  # format, kind, sender's incarnation, sender's counter, origin of its order (0: pending)
 _REFERENCE = Struct(">QQ")
 HEADER_BYTES = _HEADER.size
 
@@ -104,7 +104,10 @@ class Order:
         self.me = me
         self.lost = False
         self.established = False
+        self.origin = 0  # incarnation of the first founder: two orders of one group never have the same
         self.tie_breaker = False  # two nodes that are quorate alone: only the one with the lower number goes on
+        self.votes: dict[int, int] = {}  # of nodes
+        self.quorum = 0  # how many votes it takes; 0: not known
         self._process = process
         self._lease_ns = lease_ns
         self._send = send
@@ -165,7 +168,7 @@ class Order:
         """Asks for a lease."""
         self._counter += 1
         self._beats[self._counter] = self._now_ns()
-        self._send(_HEADER.pack(FORMAT, Kind.BEAT, self.me.incarnation, self._counter))
+        self._send(_HEADER.pack(FORMAT, Kind.BEAT, self.me.incarnation, self._counter, self.origin))
 
     def advance(self) -> None:
         """Handles what has come in, as far as may be; to be called after any of the above."""
@@ -200,7 +203,8 @@ class Order:
         if self._to_ack is not None and not self.lost:
             reference, self._to_ack = self._to_ack, None
             if any(process.node != self._process.node for process in self._present):
-                self._send(_HEADER.pack(FORMAT, Kind.ACK, self.me.incarnation, 0) + _REFERENCE.pack(*reference))
+                header = _HEADER.pack(FORMAT, Kind.ACK, self.me.incarnation, 0, self.origin)
+                self._send(header + _REFERENCE.pack(*reference))
 
     def suspend(self, reason: str) -> None:
         """Until `resume`, or until the present doubt about the ring is over."""
@@ -226,6 +230,8 @@ class Order:
         if self.established:
             self._clear = False
         else:
+            # Some may have given us a seat, and others have seen us go with our node: an incarnation never comes back.
+            self.me = replace(self.me, incarnation=self.me.incarnation + 1)
             self._announced.clear()
             self._announce()
 
@@ -248,9 +254,9 @@ class Order:
         return self._clear
 
     def _verdict(self) -> Verdict:
-        """About the present ring. One that was over before its verdict came is judged by what followed."""
+        """About the present ring. One that was over before its verdict came may be judged by what followed."""
         undecided = dict(self._undecided)
-        known, incomplete = self._judge(self._ring, undecided), bool(undecided)
+        ring, known = self._ring, self._judge(self._ring, undecided)
         for item in self._inbox:
             if known is Verdict.YES:
                 break
@@ -259,10 +265,13 @@ class Order:
                     return Verdict.LOST
                 undecided.update(dict.fromkeys(p for p, reason in item.left if self._went_with_node(p, reason)))
             elif isinstance(item, Ring):
-                if known is Verdict.NO and incomplete:
+                if known is Verdict.NO or not self._has_votes(ring):
                     return Verdict.LOST
-                known, incomplete = self._judge(item, undecided), bool(undecided)
+                ring, known = item, self._judge(item, undecided)
         return known
+
+    def _has_votes(self, ring: Ring) -> bool:
+        return 0 < self.quorum <= sum(self.votes.get(node, 0) for node in ring.nodes)
 
     def _judge(self, ring: Ring, undecided: dict[Process, None]) -> Verdict:
         verdict = self._verdicts.get(ring.sequence)
@@ -319,17 +328,17 @@ class Order:
 
     def _order(self, kind: Kind, body: bytes) -> None:
         self._counter += 1
-        self._send(_HEADER.pack(FORMAT, kind, self.me.incarnation, self._counter) + body)
+        self._send(_HEADER.pack(FORMAT, kind, self.me.incarnation, self._counter, self.origin) + body)
 
     def _on_data(self, process: Process, data: bytes) -> None:
         try:
-            form, number, incarnation, counter = _HEADER.unpack_from(data)
+            form, number, incarnation, counter, origin = _HEADER.unpack_from(data)
             kind = Kind(number)
         except (error, ValueError):
             return
         body = data[_HEADER.size :]
-        if form != FORMAT:
-            return
+        if form != FORMAT or (self.established and origin not in (0, self.origin)):
+            return  # of another order: its members are lost, and do not know it yet
         if kind == Kind.BEAT:
             self._on_beat(incarnation, counter)
         elif kind == Kind.ACK:
@@ -360,7 +369,7 @@ class Order:
                 self._announced[message.process] = self._seat(values)
             if message.process == self._process and attempt == self._attempt:
                 self._clear_queue()
-            if all(process in self._announced for process in self._present):
+            if self._process in self._present and all(process in self._announced for process in self._present):
                 self._found()
                 return True
             return message.process == self._process
@@ -385,6 +394,7 @@ class Order:
         self.established = self._clear = True
         self._whole = self._ring.nodes
         self._sequence = 0
+        self.origin = next(iter(self._announced.values())).peer.incarnation
         for process, seat in self._announced.items():
             seat.established = True
             self._take_seat(process, seat)
@@ -394,7 +404,7 @@ class Order:
         """The roster as of our JOIN; what came after it follows from the queue."""
         self.established = self._clear = True
         self._whole = self._ring.nodes
-        self._sequence = values["sequence"]
+        self._sequence, self.origin = values["sequence"], values["origin"]
         self._roster = {Process(*row["process"]): self._seat(row) for row in values["members"]}
         self._roster[self._process].established = True
         self._announced.clear()
@@ -431,8 +441,8 @@ class Order:
                 yield process.node
 
     def _drain(self) -> None:
-        """Delivers what is stable. In a ring without verdict, nothing is."""
-        while self._queue and self.established and self._clear and not self.lost:
+        """Delivers what is stable. In a ring without verdict, nothing is, nor between a node's end and its ring."""
+        while self._queue and self._may_deliver():
             position, _, item = self._queue[0]
             if isinstance(item, Gone):
                 self._queue.popleft()
@@ -443,10 +453,15 @@ class Order:
             self._queue.popleft()
             del self._references[item.incarnation, item.counter]
             self._deliver(item)
-        if self._lease is not None and not self.lost and (not self._queue or self._queue[0][0] > self._lease[0]):
+        if self._lease is None or not self._may_deliver():
+            return
+        if not self._queue or self._queue[0][0] > self._lease[0]:
             until_ns, self._lease = self._lease[1], None  # all that was ordered before it is known here
             self._emit_event(Leased(until_ns))
             self.resume()
+
+    def _may_deliver(self) -> bool:
+        return self.established and self._clear and not self._undecided and not self.lost
 
     def _deliver(self, message: Ordered) -> None:
         if message.kind == Kind.JOIN:
@@ -470,12 +485,14 @@ class Order:
         self._coming.pop(process, None)
         if any(other.peer.id == seat.peer.id and which != process for which, other in self._roster.items()):
             return  # a twin waits until the other one is gone
+        if process in self._roster and self._roster[process].peer != seat.peer:
+            self._remove(Gone((process,), proven=True))
         if process not in self._roster:
             self._take_seat(process, seat)
         able = (which for which, other in self._roster.items() if other.established and which != process)
         if next(able, None) == self._process:
             rows = [{"process": which, **self._seat_values(other)} for which, other in self._roster.items()]
-            roster = {"for": process, "sequence": self._sequence, "members": rows}
+            roster = {"for": process, "sequence": self._sequence, "origin": self.origin, "members": rows}
             self._order(Kind.ROSTER, _encode(roster, attempt))
 
     def _remove(self, gone: Gone) -> None:

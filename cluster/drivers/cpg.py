@@ -256,14 +256,14 @@ class Group(_Handle):
 
 
 class Quorum(_Handle):
-    """on_quorum(quorate, sequence of the ring), now and at every change."""
+    """on_quorum(quorate, sequence of the ring, its nodes), now and at every change."""
 
     def __init__(self) -> None:
         super().__init__("quorum")
-        self.on_quorum: Callable[[bool, int], None] = lambda quorate, sequence: None
+        self.on_quorum: Callable[[bool, int, tuple[int, ...]], None] = lambda quorate, sequence, nodes: None
 
-        def quorum(_: int, quorate: int, sequence: int, __: int, ___: Any) -> None:
-            self.on_quorum(bool(quorate), int(sequence))
+        def quorum(_: int, quorate: int, sequence: int, count: int, nodes: Any) -> None:
+            self.on_quorum(bool(quorate), int(sequence), tuple(nodes[:count]))
 
         self._callbacks = _QuorumCallbacks(_OnQuorum(quorum))
         kind = c_uint32()
@@ -275,16 +275,27 @@ class Quorum(_Handle):
         self._call("trackstart", c_uint(_TRACK_CURRENT_AND_CHANGES))
 
 
-def is_two_node() -> bool:
-    """Whether the quorum was told that two nodes are all there are: each one alone is quorate then."""
+class Votes(NamedTuple):
+    """How the quorum counts. `two_node`: it was told that two nodes are all there are, each is quorate alone then."""
+
+    quorum: int
+    of_nodes: dict[int, int]
+    two_node: bool
+
+
+def votes(nodes: tuple[int, ...]) -> Votes:
+    """What these nodes count; CorosyncError also where votes are not what decides."""
     library = _library("votequorum")
     handle = c_uint64()
-    if library.votequorum_initialize(byref(handle), None) != Code.OK:
-        return False  # no votes are counted: another provider of quorum
+    _checked(library.votequorum_initialize(byref(handle), None))
     try:
         info = _VoteQuorumInfo()
+        of_nodes = {}
+        for node in nodes:
+            _checked(library.votequorum_getinfo(handle, c_uint(node), byref(info)))
+            of_nodes[node] = int(info.votes)
         _checked(library.votequorum_getinfo(handle, c_uint(0), byref(info)))
-        return bool(info.flags & _TWO_NODE)
+        return Votes(int(info.quorum), of_nodes, bool(info.flags & _TWO_NODE))
     finally:
         library.votequorum_finalize(handle)
 
