@@ -20,10 +20,11 @@ from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
 from sheepdog.cluster.core.inode import MAP_END
-from sheepdog.cluster.core.limits import MAX_RETRIES, RETRY_DELAY_NS
+from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.script import Script, Step, run
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
@@ -143,6 +144,9 @@ class Gateway:
         if not cow_oid or len(data) >= size:
             self.change(oid, flags, offset, size, data, 0, done)
             return
+        if size > COPY_CHUNK_BYTES:
+            run(self._copy_chunks(oid, cow_oid, flags, size), self._copied(oid, offset, data, flags, done))
+            return
 
         def copied(result: int, source: Buffer) -> None:
             if result:
@@ -155,6 +159,41 @@ class Gateway:
                 self.change(oid, flags, 0, size, whole, 0, done)
 
         self.raw_read(cow_oid, 0, size, copied)
+
+    def _copy_chunks(self, oid: ObjectId, cow_oid: ObjectId, flags: int, size: int) -> Script[int]:
+        """A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named."""
+        result, _ = yield lambda done: self.change(oid, flags, 0, size, b"", 0, done)
+        for start in range(0, size, COPY_CHUNK_BYTES):
+            if result:
+                break
+            length = min(COPY_CHUNK_BYTES, size - start)
+            result, chunk = yield self._read_step(cow_oid, start, length)
+            if not result and bytes(chunk).count(0) != length:
+                result, _ = yield self._write_step(oid, flags & ~Flag.CREATE, start, chunk)
+        return int(result)
+
+    def _read_step(self, oid: ObjectId, offset: int, length: int) -> Step:
+        return lambda done: self.raw_read(oid, offset, length, done)
+
+    def _write_step(self, oid: ObjectId, flags: int, offset: int, data: Buffer) -> Step:
+        return lambda done: self.change(oid, flags, offset, 0, data, 0, done)
+
+    def _copied(self, oid: ObjectId, offset: int, data: Buffer, flags: int, done: IoDone) -> Callable[[int], None]:
+        """The copy is complete: lays the client's data over it, unless a snapshot came between its chunks."""
+
+        def answer(result: int, body: Buffer) -> None:
+            if result == Result.READONLY:
+                self.change(oid, Flag.REMOVE, 0, 0, b"", 0, lambda *_: done(result, body))
+            else:
+                done(result, body)
+
+        def write(result: int) -> None:
+            if result:
+                done(result, b"")
+            elif self._may_change(oid, answer, lambda: write(Result.SUCCESS)):
+                self.change(oid, flags & ~Flag.CREATE, offset, 0, data, 0, done)
+
+        return write
 
     def remove(self, oid: ObjectId, done: IoDone) -> None:
         """Drops one object; an object that is not there is success."""

@@ -39,3 +39,4 @@ PULL_WINDOW = 2  # fetches of one restore in flight: the next is on its way whil
 RECOVERY_RETRY_NS = 200_000_000  # before a restore that failed is tried again: a disk or source may be back
 RECLAIM_PARALLEL = 64  # objects freed at a time: deleting a volume must not starve its neighbours
 ATTRIBUTE_PROBES = 64  # places an attribute may move to when ids collide: 32-bit ids make even two rare
+COPY_CHUNK_BYTES = 1 << 22  # of an object copied on write: one of the usual size at once, 2 GiB not
