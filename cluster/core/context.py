@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from sheepdog.cluster.core.erasure import Coder, PlainCoder, Policy, policy_of
 from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid_of
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
@@ -14,6 +15,8 @@ from sheepdog.cluster.core.peers import Peers
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Log, Network, Store
 from sheepdog.cluster.core.state import ClusterState
+
+_NEVER_CODED = 0b10111 << 59  # ids with these bits: inodes, attributes, B-tree nodes, ledgers
 
 
 class Counters:
@@ -61,6 +64,7 @@ class Context:
         self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
         self.probes: dict[str, int] = {}
+        self.coder: Coder = PlainCoder()
         self._machine: ClusterMachine | None = None
 
     def bind(self, machine: ClusterMachine) -> None:
@@ -93,6 +97,17 @@ class Context:
         """Copies that an object had in an earlier epoch."""
         record = None if is_attribute(oid) else self.state.vdis.get(vid_of(oid))
         return record.copies_at(epoch) or self.state.copies if record is not None else self.state.copies
+
+    def knows(self, oid: ObjectId) -> bool:
+        """The VDI table here says how the object is kept."""
+        return bool(oid & _NEVER_CODED) or self.state.vdis.get(vid_of(oid)) is not None
+
+    def policy_of(self, oid: ObjectId) -> Policy | None:
+        """How an object is coded: data and vmstate of a coded VDI; None for what is kept as whole copies."""
+        if oid & _NEVER_CODED:
+            return None
+        record = self.state.vdis.get(vid_of(oid))
+        return policy_of(record.policy) if record is not None and record.policy else None
 
     def size_of(self, oid: ObjectId) -> int:
         """Nominal size of an object in bytes (protocol.md 6.2)."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from sheepdog.cluster.core.attributes import Attribute
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import PeerError, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gateway import Gateway
@@ -179,13 +180,14 @@ class Executor:
             snap_id = working.snap_id + 1
         else:
             snap_id = state.vdis.next_snap_id(name)
+        coding = policy_of(operation["policy"] or (0 if operation["copies"] else state.policy))
         return InodeHeader(
             name=name,
             create_time=operation["time"],
             vdi_size=operation["size"],
-            copy_policy=operation["policy"],
+            copy_policy=coding.to_byte() if coding is not None else 0,
             store_policy=base.store_policy if base is not None else operation["store_policy"],
-            nr_copies=operation["copies"] or state.copies,
+            nr_copies=coding.strips if coding is not None else operation["copies"] or state.copies,
             block_size_shift=base.shift if base is not None else operation["shift"] or state.shift,
             snap_id=snap_id,
             vdi_id=vid,
@@ -454,8 +456,8 @@ def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | Non
         return Result.INVALID_PARMS
     if operation["shift"] and not MIN_SHIFT <= operation["shift"] <= MAX_SHIFT:
         return Result.INVALID_PARMS
-    if operation["policy"]:
-        return Result.NO_SUPPORT
+    if operation["policy"] and policy_of(operation["policy"]) is None:
+        return Result.INVALID_PARMS
     if base is not None and base.store_policy:
         return Result.INVALID_PARMS  # nobody could tell whose the objects of a shared tree are
     if operation["snapshot"]:

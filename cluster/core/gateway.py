@@ -14,11 +14,12 @@ from typing import TypeAlias
 
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
-from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, vid_of
+from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, is_vmstate, vid_of
 from sheepdog.cluster.core.inode import MAP_END
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
@@ -26,6 +27,8 @@ from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.script import Script, Step, run
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState
+from sheepdog.cluster.core.strip_reads import StripReads
+from sheepdog.cluster.core.striping import cut
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 ClientWrite: TypeAlias = Callable[[ObjectId, int, Buffer, bool, IoDone], None]
@@ -92,6 +95,7 @@ class Gateway:
         self._replica = replica
         self._everyone = everyone
         self.home: Home | None = None
+        self.strip_reads = StripReads(context, replica, lambda: self.home)
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
         self.inode_create: ClientWrite | None = None
         self.coherence: Coherence | None = None  # set by the node
@@ -292,9 +296,9 @@ class Gateway:
         return True
 
     def _refusal(self, state: ClusterState, oid: ObjectId) -> Result:
-        if is_data(oid):
+        if is_data(oid) or is_vmstate(oid):
             record = state.vdis.get(vid_of(oid))
-            if record is not None and record.snap_ctime:
+            if record is not None and record.snap_ctime and is_data(oid):
                 return Result.READONLY  # also when that snapshot is deleted already: the client goes on with its heir
             if record is None or record.deleted:
                 return Result.NO_VDI
@@ -315,6 +319,35 @@ class Gateway:
         self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
     ) -> None:
         """A change as SUBMIT describes it; `copies` 0: as the VDI table says."""
+        policy = self._context.policy_of(oid)
+        if policy is not None and not flags & (Flag.CREATE | Flag.REMOVE):
+            self._change_coded(policy, oid, flags, offset, bytes(length) if flags & Flag.PUNCH else data, done)
+        else:
+            self._change(oid, flags, offset, length, data, copies, done)
+
+    def _change_coded(
+        self, policy: Policy, oid: ObjectId, flags: int, offset: int, data: Buffer, done: IoDone
+    ) -> None:
+        """A write in parts that can be coded at once, each a request of its own; the last answer ends it."""
+        flags &= ~Flag.PUNCH
+        parts = cut(policy, offset, len(data))
+        if len(parts) == 1:
+            self._change(oid, flags, offset, 0, data, 0, done)
+            return
+        view, left, result = memoryview(data), len(parts), 0
+
+        def ended(one: int, _: Buffer) -> None:
+            nonlocal left, result
+            left, result = left - 1, result or one
+            if not left:
+                done(result, b"")
+
+        for start, length in parts:
+            self._change(oid, flags, start, 0, view[start - offset : start - offset + length], 0, ended)
+
+    def _change(
+        self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
+    ) -> None:
         self._next_number = number = self._next_number + 1
         request = _Request(self, number, False, oid, flags, offset, length, data, copies, done)
         self.pending[number] = request
@@ -329,7 +362,10 @@ class Gateway:
             return
         first, me = replicas[0], context.placement.me
         if request.reading:
-            if first == me:
+            policy = context.policy_of(oid)
+            if policy is not None:
+                self.strip_reads.read(oid, policy, request.offset, request.length, self._found(request))
+            elif first == me:
                 home.read(oid, request.offset, request.length, request.finish)
             elif me in replicas and self._replica.readable(oid, first, request.offset, request.length):
                 context.store.read(oid, request.offset, request.length, self._read_here(request))
@@ -368,10 +404,24 @@ class Gateway:
             )
             context.peers.request(node, message, request.answered)
 
+    def _found(self, request: _Request) -> Callable[[Buffer | None], None]:
+        fence = self._context.fence
+
+        def found(data: Buffer | None) -> None:
+            if data is not None:
+                request.finish(Result.SUCCESS, data)
+            elif self._context.fence == fence and request.number in self.pending:
+                self._read_at_home(request, 0)
+
+        return found
+
     def _read_at_home(self, request: _Request, flags: int) -> None:
         context = self._context
         home = context.placement.home(request.oid)
         assert home is not None
+        if home == context.placement.me and self.home is not None:
+            self.home.read(request.oid, request.offset, request.length, request.finish)
+            return
         message = Message(Kind.READ, context.fence, 0, request.oid, request.offset, request.length, flags)
         context.peers.request(context.placement.nodes[home], message, request.answered)
 

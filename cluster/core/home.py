@@ -17,16 +17,21 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
-from sheepdog.cluster.core.peering import Inventories, encode_oids
+from sheepdog.cluster.core.peering import Decision, Inventories, encode_oids
 from sheepdog.cluster.core.ports import Buffer, Timer
-from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.recovery import Recovery
+from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 from sheepdog.cluster.core.replica import note_origin, perform, touched
+from sheepdog.cluster.core.strip_home import StripHome
+from sheepdog.cluster.core.strip_peering import StripDecision
+from sheepdog.cluster.core.strip_replica import StripReplica
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 
@@ -42,6 +47,15 @@ class HomeHooks(Protocol):
 
     def completed_locally(self) -> None:
         """Everything this home is home of is recovered."""
+
+    def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
+        """PULL to this node."""
+
+    def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
+        """ROLLBACK to this node."""
+
+    def drop(self, oid: ObjectId) -> None:
+        """DROP to this node."""
 
 
 class Submission:
@@ -78,9 +92,23 @@ class Submission:
 class _Write:
     """A numbered write on its way to the replicas."""
 
-    __slots__ = ("end", "fresh", "home", "pending", "result", "sequence", "start", "submission", "waiting")
+    __slots__ = (
+        "end",
+        "fresh",
+        "home",
+        "pending",
+        "result",
+        "sequence",
+        "start",
+        "submission",
+        "tolerance",
+        "version",
+        "waiting",
+    )
 
     def __init__(self, home: Home, submission: Submission, sequence: int, pending: int, fresh: bool) -> None:
+        self.version = home.version_of(sequence)
+        self.tolerance = 0  # so many may fail (their bytes are rotten), and the write is still where it must be
         self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
         self.home = home
         self.submission = submission
@@ -115,7 +143,7 @@ class _Write:
 class Home:
     """See the module. `former` gives placements of earlier epochs."""
 
-    def __init__(self, context: Context, puller: Puller, former: Former, past: Past, hooks: HomeHooks) -> None:
+    def __init__(self, context: Context, strips: StripReplica, former: Former, past: Past, hooks: HomeHooks) -> None:
         self.context = context
         self.hooks = hooks
         self.active = False
@@ -134,11 +162,12 @@ class Home:
         self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
         self._flying: dict[int, _Write] = {}  # by sequence, ascending
         self._writing: dict[ObjectId, list[_Write]] = {}
-        self._lost: dict[ObjectId, None] = {}
+        self._lost: dict[ObjectId, list[ObjectId]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
         self._stable_timer: Timer | None = None
-        self.recovery = Recovery(context, self, puller)
+        self.recovery = Recovery(context, self)
+        self.strips = StripHome(context, self, strips)
 
     # -- peering -----------------------------------------------------------------------------------------------
 
@@ -169,22 +198,23 @@ class Home:
         complete = self._inventories.complete
         self._complete = complete
         self._knows_all = self._past.knows_all(complete)
-        decisions = self._inventories.decide(self._placement, self._former, self._past)
+        decisions = self._inventories.decide(self._placement, self._former, self._past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
         for decision in decisions:
-            for member in decision.missing:
-                missing[member].append(decision.oid)
-            if decision.stale:
-                for member in decision.sources:
-                    unequal[member].append(decision.oid)
-            if decision.version == NO_VERSION:
-                if decision.missing:
-                    self._lost[decision.oid] = None
-                    self.context.probe("home.object_lost")
-                    self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
-                self.recovery.drop(decision.oid, decision.surplus)
+            for member, oid in decision.lacking():
+                missing[member].append(oid)
+            for member, oid in decision.unequal():
+                unequal[member].append(oid)
+            if isinstance(decision, StripDecision) and decision.layout:
+                self.strips.assign(decision.oid, decision.layout)
+            if decision.needs_recovery:
+                self.recovery.add(self._job(decision))
+            elif decision.is_lost:
+                self._lost[decision.oid] = [oid for _, oid in decision.lacking()]
+                self.context.probe("home.object_lost")
+                self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
             else:
-                self.recovery.add(decision)
+                self.recovery.drop(decision.surplus_copies())
         self._inventories = Inventories(0)
         self.active = True
         for member, node in enumerate(self._placement.nodes):
@@ -204,6 +234,23 @@ class Home:
             call()
         self.recovery.begin()
 
+    def _job(self, decision: Decision | StripDecision) -> Job:
+        if isinstance(decision, Decision):
+            return Job.of(decision)
+        version, origins = decision.version, b""
+        if decision.adopt:
+            self.context.probe("home.strips_adopted")
+            self._sequence += 1
+            version = self.version_of(self._sequence)
+        elif decision.agree:
+            origins = encode_origins(self._inventories.origins_of(decision.oid, version))
+        return StripJob.decided(decision, self.strips, version, origins)
+
+    def new_job(self, oid: ObjectId) -> Job:
+        """For an object that was clean."""
+        policy = self.context.policy_of(oid)
+        return Job(oid) if policy is None else StripJob(oid, policy, self.strips)
+
     # -- writes ------------------------------------------------------------------------------------------------
 
     def submit(self, submission: Submission) -> None:
@@ -220,18 +267,28 @@ class Home:
         if self._contained and (submission.gateway, submission.number) in self._contained:
             self._done_before(submission)
             return
-        store = self.context.store
+        policy = self.context.policy_of(oid)
+        if flags & Flag.CREATE and not self.context.knows(oid):
+            submission.done(Result.AGAIN, b"")  # the gateway has heard of the VDI before this node; how many copies?
+            return
         if not flags & Flag.CREATE:
             if oid in self._lost:
                 submission.done(Result.EIO, b"")
                 return
-            if store.version(oid) is None:
+            if not self._exists(oid, policy):
                 missing = self._absent(oid)
                 submission.done(Result.SUCCESS if flags & Flag.REMOVE and missing == Result.NO_OBJ else missing, b"")
                 return
         elif self._lost:
             self._lost.pop(oid, None)
-        self._number(submission, self._replicas(submission))
+        if policy is None:
+            self._number(submission, self._replicas(submission))
+        else:
+            self.strips.submit(submission, policy)
+
+    def _exists(self, oid: ObjectId, policy: Policy | None) -> bool:
+        """There is a copy here, or strips of it somewhere."""
+        return self.context.store.version(oid) is not None if policy is None else self.strips.exists(oid, policy)
 
     def _absent(self, oid: ObjectId) -> Result:
         """What a request for an object is told that nobody here has."""
@@ -269,20 +326,33 @@ class Home:
             return self._placement.ring.replicas(submission.oid, submission.copies)
         return self._placement.replicas(submission.oid)
 
-    def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
-        context, placement = self.context, self._placement
+    def version_of(self, sequence: int) -> Version:
+        """The version that a write of this number gives to its object."""
+        return Version(self._epoch, self._term, sequence)
+
+    def open_write(self, submission: Submission, pending: int, fresh: bool) -> _Write:
+        """Gives the change its number; `pending` answers are to come."""
         oid = submission.oid
         self._sequence = sequence = self._sequence + 1
-        version = Version(self._epoch, self._term, sequence)
-        fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
-        write = _Write(self, submission, sequence, len(replicas), fresh)
+        write = _Write(self, submission, sequence, pending, fresh)
         self._flying[sequence] = write
         writing = self._writing.get(oid)
         if writing is None:
             self._writing[oid] = [write]
         else:
             writing.append(write)
-        watermark = next(iter(self._flying)) - 1
+        return write
+
+    def watermark(self) -> int:
+        """All writes up to this number are on all replicas."""
+        return next(iter(self._flying), self._sequence + 1) - 1
+
+    def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
+        context, placement = self.context, self._placement
+        oid = submission.oid
+        fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
+        write = self.open_write(submission, len(replicas), fresh)
+        version, sequence, watermark = write.version, write.sequence, self.watermark()
         note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor)
         for replica in replicas[1:]:
             message = Message(
@@ -319,7 +389,12 @@ class Home:
         """A replica could not apply a write: its copy differs now, and must be made equal again."""
         self.context.probe("home.replica_failed")
         oid = write.submission.oid
-        write.result = result
+        if write.tolerance and result == Result.EIO and not write.fresh:
+            write.tolerance -= 1  # the others have it, and this strip is made anew from them
+        else:
+            write.result = result
+        if self.context.policy_of(oid) is not None:
+            self.strips.note_version(oid, self._writing[oid][-1].version)
         node = self._placement.nodes[member]
         self.context.log(3, f"object {oid:016x}: {node} could not apply a write (result {result:#x})")
         if not write.fresh:
@@ -335,7 +410,9 @@ class Home:
         writing.remove(write)
         if not writing:
             del self._writing[oid]
-            self.recovery.quiet(oid)
+            if not self.strips.busy(oid):
+                self.recovery.quiet(oid)
+        self.strips.stable(self.watermark())
         if write.result and write.fresh:
             self._undo(write)
         else:
@@ -352,10 +429,17 @@ class Home:
         removal = Submission(
             submission.oid, Flag.REMOVE, 0, 0, b"", submission.copies, lambda *_: submission.done(result, b""), 0, 0, 0
         )
-        self._number(removal, self._replicas(removal))
+        policy = self.context.policy_of(removal.oid)
+        if policy is None:
+            self._number(removal, self._replicas(removal))
+        else:
+            self.strips.remove(removal, policy)
 
     def is_writing(self, oid: ObjectId) -> bool:
-        return oid in self._writing
+        return oid in self._writing or self.strips.busy(oid)
+
+    def is_writing_range(self, oid: ObjectId, start: int, end: int) -> bool:
+        return any(write.start < end and start < write.end for write in self._writing.get(oid, ()))
 
     def _push_watermark(self) -> None:
         """An idle home tells its replicas that all writes are everywhere, so that they may be read there."""
@@ -381,7 +465,8 @@ class Home:
         if oid in self._lost:
             done(Result.EIO, b"")
             return
-        if self.context.store.version(oid) is None:
+        policy = self.context.policy_of(oid)
+        if not self._exists(oid, policy):
             done(self._absent(oid), b"")
             return
 
@@ -395,7 +480,7 @@ class Home:
                 return  # fenced: the gateway asks again in the new epoch
             if not isinstance(data, StoreError):
                 deliver(data, self._sequence)
-            elif isinstance(data, Corrupt):
+            elif isinstance(data, Corrupt) and policy is None:
                 self.context.probe("home.corrupt")
                 self.context.log(3, f"object {oid:016x}: {data}; another copy answers")
                 self.recovery.suspect(oid, self.me)
@@ -403,7 +488,10 @@ class Home:
             else:
                 done(data.result, b"")
 
-        self.context.store.read(oid, offset, length, read)
+        if policy is None:
+            self.context.store.read(oid, offset, length, read)
+        else:
+            self.strips.read(oid, policy, offset, length, read)
 
     def _waits_for_write(self, oid: ObjectId, offset: int, length: int, begun: int, retry: Callable[[], None]) -> bool:
         """True if a write of these blocks, up to number `begun`, is on its way: `retry` is called after it.

@@ -35,6 +35,7 @@ MAX_EXPELLED = 64  # expelled incarnations remembered: each is gone from the eng
 STATE_CHUNK_BYTES = 512 * 1024  # of ordered messages: below the limit of every engine (1 MB)
 JOIN_HISTORY_EPOCHS = 256  # records that a joining node tells: 6 nodes take 100 KB; more than any outage makes
 MAX_EARLY_MESSAGES = 4096  # held for an epoch this node has not seen yet: peers get there within milliseconds
+REBUILD_CHUNK_BYTES = 256 * 1024  # of each of D strips at a time: 16 MiB in memory for the widest policy
 PULL_WINDOW = 2  # fetches of one restore in flight: the next is on its way while one is written
 RECOVERY_RETRY_NS = 200_000_000  # before a restore that failed is tried again: a disk or source may be back
 RECLAIM_PARALLEL = 64  # objects freed at a time: deleting a volume must not starve its neighbours

@@ -19,7 +19,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import NO_VERSION, Epoch, Member, NodeId, ObjectId, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, Epoch, Member, NodeId, ObjectId, plain_oid, vid_of
 from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import LEASE_NS, MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
@@ -31,6 +31,7 @@ from sheepdog.cluster.core.peering import Holding, Standing, decode_members, dec
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
 from sheepdog.cluster.core.puller import Puller
+from sheepdog.cluster.core.rebuilder import Rebuilder
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
 from sheepdog.cluster.core.vigil import Vigil
@@ -70,6 +71,7 @@ class Node:
         self.context.bind(self.machine)
         self.replica = Replica(self.context)
         self.puller = Puller(self.context)
+        self.rebuilder = Rebuilder(self.context, self.puller)
         self.everyone = Everyone(self.context)
         self.gateway = Gateway(self.context, self.replica, self.everyone)
         self.operations = Operations(self.context)
@@ -94,13 +96,14 @@ class Node:
             Kind.APPLY: self.replica.on_apply,
             Kind.STABLE: self.replica.on_stable,
             Kind.TABLE: self.puller.on_table,
-            Kind.FETCH: self.puller.on_fetch,
+            Kind.FETCH: self._on_fetch,
             Kind.SUBMIT: lambda sender, message: self._at_home().on_submit(sender, message),
-            Kind.READ: lambda sender, message: self._at_home().on_read(sender, message),
+            Kind.READ: self._on_read,
             Kind.INVENTORY: self._on_inventory,
             Kind.SETTLE: self._on_settle,
             Kind.PULL: self._on_pull,
             Kind.DROP: self._on_drop,
+            Kind.ROLLBACK: self._on_roll_back,
             Kind.COMPLETE: self._on_complete,
             Kind.FLUSH: self._on_flush,
             Kind.DRAIN: self._on_drain,
@@ -213,6 +216,7 @@ class Node:
         self._recorded = 0
         self._former.clear()
         self.context.origins.clear()
+        self.replica.strips.clear()
         self._lacking = {}
         self._settled = 0
         self._standing = Standing(0)
@@ -241,8 +245,9 @@ class Node:
         self.vigil.begin()
         self.replica.begin()
         self.puller.begin()
+        self.rebuilder.begin()
         past = Past(context.placement, self._former_placement, self._former_members, self._fewest_copies)
-        self.home = Home(context, self.puller, self._former_placement, past, self)
+        self.home = Home(context, self.replica.strips, self._former_placement, past, self)
         self.gateway.begin(self.home)
         self.everyone.begin()
         self._record()
@@ -329,6 +334,9 @@ class Node:
             if home is not None:
                 listed[oid] = None
                 by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
+                if oid >> STRIP_SHIFT:
+                    earlier = self.replica.strips.undo.earlier(oid, version)
+                    by_home[home].extend(Holding(oid, before, 0, True) for before in earlier)
         for oid in self._lacking:
             home = placement.home(oid)
             if oid not in listed and home is not None:
@@ -420,8 +428,6 @@ class Node:
         self.context.peers.answer(sender, message, Result.SUCCESS)
 
     def _on_pull(self, sender: NodeId, message: Message) -> None:
-        placement = self.context.placement
-        sources = [placement.nodes[index] for index in decode_members(_body(message), len(placement.nodes))]
         fence = self.context.fence
 
         def pulled(result: int) -> None:
@@ -430,12 +436,62 @@ class Node:
                     self.replica.missing.pop(message.oid, None)
                 self.context.peers.answer(sender, message, result)
 
-        self.puller.pull(message.oid, message.version, sources, bool(message.flags & Flag.REPAIR), pulled)
+        self.pull(message, pulled)
+
+    def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
+        """Restores a copy or a strip here."""
+        placement, oid = self.context.placement, message.oid
+        members = decode_members(_body(message), len(placement.nodes))
+        repair = bool(message.flags & Flag.REPAIR)
+        if not oid >> STRIP_SHIFT:
+            self.puller.pull(oid, message.version, [placement.nodes[index] for index in members], repair, pulled)
+            return
+        policy = self.context.policy_of(plain_oid(oid))
+        if policy is None or len(members) != policy.strips:
+            pulled(Result.INVALID_PARMS)
+        else:
+            self.replica.strips.undo.drop(oid)
+            self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled)
+
+    def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
+        strip, fence = message.oid, self.context.fence
+
+        def done(error: StoreError | None) -> None:
+            if self.context.fence != fence:
+                return
+            if error is None:
+                self.replica.missing.pop(strip, None)
+            agreed(Result.SUCCESS if error is None else error.result)
+
+        adopt = bool(message.flags & Flag.ADOPT)
+        self.replica.strips.agree(strip, message.version, _body(message), adopt, done)
+
+    def drop(self, oid: ObjectId) -> None:
+        if oid >> STRIP_SHIFT:
+            self.replica.strips.undo.drop(oid)
+            self.replica.missing.pop(oid, None)
+        else:
+            self.context.origins.forget(oid)
+        self.context.store.remove(oid, lambda _: None)
 
     def _on_drop(self, sender: NodeId, message: Message) -> None:
         self.context.peers.answer(sender, message, Result.SUCCESS)
-        self.context.origins.forget(message.oid)
-        self.context.store.remove(message.oid, lambda _: None)
+        self.drop(message.oid)
+
+    def _on_roll_back(self, sender: NodeId, message: Message) -> None:
+        self.agree(message, lambda result: self.context.peers.answer(sender, message, result))
+
+    def _on_fetch(self, sender: NodeId, message: Message) -> None:
+        if message.oid >> STRIP_SHIFT and message.version == NO_VERSION:
+            self.replica.strips.on_fetch(sender, message)
+        else:
+            self.puller.on_fetch(sender, message)
+
+    def _on_read(self, sender: NodeId, message: Message) -> None:
+        if message.oid >> STRIP_SHIFT:
+            self.gateway.strip_reads.on_read(sender, message)
+        else:
+            self._at_home().on_read(sender, message)
 
     def _on_complete(self, sender: NodeId, message: Message) -> None:
         self.context.peers.answer(sender, message, Result.SUCCESS)

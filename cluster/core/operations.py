@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid
 from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT
@@ -168,13 +169,14 @@ class Operations:
         if store_name not in STORE_NAMES:
             done(Result.NO_STORE)
             return
-        if policy:
-            done(Result.NO_SUPPORT)
+        coding = policy_of(policy)
+        if policy and coding is None:
+            done(Result.INVALID_PARMS)
             return
         command = {
             "t": "format",
             "ctime": ctime,
-            "copies": copies or DEFAULT_COPIES,
+            "copies": coding.strips if coding is not None else copies or DEFAULT_COPIES,
             "policy": policy,
             "flags": flags,
             "shift": shift or DEFAULT_SHIFT,

@@ -19,18 +19,23 @@ from collections.abc import Callable, Iterable, Sequence
 from struct import Struct
 from typing import NamedTuple
 
+from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid, strip_index
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
 from sheepdog.cluster.core.messages import Buffer, Flag
 from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
+from sheepdog.cluster.core.strip_peering import Held, StripDecision
+from sheepdog.cluster.core.strip_peering import decide as decide_strips
 
+PolicyOf = Callable[[ObjectId], Policy | None]
 _ENTRY = Struct("<QIIQIBB2x")
 _OIDS = Struct("<QB")
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
+NO_MEMBER = 0xFFFF  # in a list of members by strip: nobody has it
 
 
 class Holding(NamedTuple):
@@ -51,6 +56,25 @@ class Decision(NamedTuple):
     missing: tuple[int, ...]  # replicas without it
     surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
     stale: tuple[int, ...] = ()  # those of `missing` that hold another version
+
+    def lacking(self) -> list[tuple[int, ObjectId]]:
+        """(member, id) of the copies that must not be read until recovery says so."""
+        return [(member, self.oid) for member in self.missing]
+
+    def unequal(self) -> list[tuple[int, ObjectId]]:
+        """(member, id) of current copies that must be asked for through the home, because another one is older."""
+        return [(member, self.oid) for member in self.sources] if self.stale else []
+
+    def surplus_copies(self) -> list[tuple[int, ObjectId]]:
+        return [(member, self.oid) for member in self.surplus]
+
+    @property
+    def is_lost(self) -> bool:
+        return self.version == NO_VERSION and bool(self.missing)
+
+    @property
+    def needs_recovery(self) -> bool:
+        return self.version != NO_VERSION and bool(self.missing)
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:
@@ -88,11 +112,11 @@ def encode_members(members: Iterable[int]) -> bytes:
 
 
 def decode_members(body: Buffer, count: int) -> list[int]:
-    """Indexes of members of an epoch with `count` of them."""
+    """Indexes of members of an epoch with `count` of them; NO_MEMBER stays as it is."""
     if len(body) % _MEMBERS.size:
         raise PeerError("list of members of odd length")
     members = [member for (member,) in _MEMBERS.iter_unpack(body)]
-    if any(member >= count for member in members):
+    if any(member >= count and member != NO_MEMBER for member in members):
         raise PeerError("unknown member")
     return members
 
@@ -165,13 +189,29 @@ class Inventories:
     def missing_members(self) -> list[int]:
         return [member for member, ended in enumerate(self._ended) if not ended]
 
-    def decide(self, placement: Placement, former: Former, past: Past) -> list[Decision]:
+    def decide(
+        self, placement: Placement, former: Former, past: Past, policy_of: PolicyOf
+    ) -> list[Decision | StripDecision]:
         """Decisions for all objects whose copies are not equal and exactly where they belong."""
         copies: dict[ObjectId, list[tuple[int, Version, int]]] = {}
+        strips: dict[ObjectId, list[Held]] = {}
         for member, holdings in enumerate(self._holdings):
-            for oid, version, as_of, _ in holdings:
-                copies.setdefault(oid, []).append((member, version, as_of))
-        decisions = []
+            for oid, version, as_of, earlier in holdings:
+                if not oid >> STRIP_SHIFT:
+                    copies.setdefault(oid, []).append((member, version, as_of))
+                elif earlier:
+                    last = strips[plain_oid(oid)]
+                    last[-1] = last[-1]._replace(earlier=(*last[-1].earlier, version))
+                else:
+                    strips.setdefault(plain_oid(oid), []).append(Held(member, strip_index(oid), version, as_of, ()))
+        decisions: list[Decision | StripDecision] = []
+        facts = _Facts(self, placement, former, past)
+        for oid in sorted(strips):
+            policy = policy_of(oid)
+            if policy is not None:
+                decision = decide_strips(oid, policy, strips[oid], placement.replicas(oid), facts)
+                if decision is not None:
+                    decisions.append(decision)
         for oid in sorted(copies):
             held = copies[oid]
             replicas = placement.replicas(oid)
@@ -187,7 +227,14 @@ class Inventories:
             decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
         return decisions
 
-    def contained(self, decisions: Sequence[Decision]) -> dict[tuple[int, int], None]:
+    def origins_of(self, oid: ObjectId, version: Version) -> list[Origin]:
+        """The writes that a strip of this version contains, as a member with such a strip tells."""
+        for member, holdings in enumerate(self._holdings):
+            if any(plain_oid(one) == oid and at == version and not earlier for one, at, _, earlier in holdings):
+                return [origin for origin in self._origins[member] if origin.oid == oid]
+        return []
+
+    def contained(self, decisions: Sequence[Decision | StripDecision]) -> dict[tuple[int, int], None]:
         """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
 
         The origins that a member tells are those of its own copy, so they count if that is the current one.
@@ -196,16 +243,18 @@ class Inventories:
         if not asked:
             return {}
         decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
-        held: list[dict[ObjectId, Version]] = [
-            {oid: version for oid, version, _, _ in holdings if oid in asked} for holdings in self._holdings
-        ]
+        held: list[dict[ObjectId, list[Version]]] = [{} for _ in self._holdings]
+        for member, holdings in enumerate(self._holdings):
+            for oid, version, _, earlier in holdings:
+                if plain_oid(oid) in asked and not earlier:
+                    held[member].setdefault(plain_oid(oid), []).append(version)
         found: dict[tuple[int, int], None] = {}
         for member, origins in enumerate(self._origins):
             for oid, number, gateway in origins:
                 current = decided.get(oid)
                 if current is None:  # equal wherever it is, or nowhere at all
-                    current = next((versions[oid] for versions in held if oid in versions), None)
-                if current == NO_VERSION or held[member].get(oid) == current:
+                    current = next((versions[oid][0] for versions in held if oid in versions), None)
+                if current == NO_VERSION or current in held[member].get(oid, ()):
                     found[gateway, number] = None
         return found
 
@@ -220,7 +269,7 @@ class Inventories:
     ) -> Decision:
         best_as_of, best = max((as_of, version) for _, version, as_of in held)
         holders = {member for member, _, _ in held}
-        if self._deleted(oid, best_as_of, holders, placement, former):
+        if self.deleted(oid, best_as_of, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
         if best == NO_VERSION or past.superseded(oid, best_as_of):
             return Decision(oid, NO_VERSION, (), replicas, ())
@@ -230,7 +279,8 @@ class Inventories:
         stale = tuple(member for member, version, _ in held if version not in (best, NO_VERSION) and member in replicas)
         return Decision(oid, best, sources, missing, surplus, stale)
 
-    def _deleted(self, oid: ObjectId, best_as_of: int, holders: set[int], placement: Placement, former: Former) -> bool:
+    def deleted(self, oid: ObjectId, best_as_of: int, holders: set[int], placement: Placement, former: Former) -> bool:
+        """Some member that would have the object, had it lived on, has none."""
         for member, complete in enumerate(self.complete):
             if member in holders or complete <= best_as_of:
                 continue
@@ -241,3 +291,43 @@ class Inventories:
             if index is not None and index in then.replicas(oid):
                 return True
         return False
+
+
+class _Facts:
+    """`strip_peering.Facts` of one home."""
+
+    def __init__(self, inventories: Inventories, placement: Placement, former: Former, past: Past) -> None:
+        self._inventories = inventories
+        self._placement = placement
+        self._former = former
+        self._past = past
+
+    def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool:
+        return self._inventories.deleted(oid, as_of, holders, self._placement, self._former)
+
+    def superseded(self, oid: ObjectId, as_of: int) -> bool:
+        return self._past.superseded(oid, as_of)
+
+    def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
+        then = self._former(epoch)
+        if then is None:
+            return False
+        index = then.index_of.get(self._placement.nodes[member])
+        return index is not None and index in then.replicas(oid)
+
+    def never_stored(self, oid: ObjectId, epoch: int, holders: set[int]) -> bool:
+        return any(
+            member not in holders
+            and self._remembers(member, epoch)
+            and all(self.was_replica(oid, member, then) for then in range(epoch, self._placement.epoch))
+            for member in range(len(self._placement.nodes))
+        )
+
+    def _remembers(self, member: int, epoch: int) -> bool:
+        """The member's disks are those that it had in `epoch`."""
+        if self._inventories.complete[member]:
+            return True
+        then = self._former(epoch)
+        now = self._placement.members[member]
+        index = then.index_of.get(now.id) if then is not None else None
+        return then is not None and index is not None and then.members[index].incarnation == now.incarnation

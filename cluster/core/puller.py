@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
@@ -59,7 +59,7 @@ class Puller:
         except StoreError as error:
             context.peers.answer(sender, message, error.result)
             return
-        origins = encode_origins(context.origins.of(message.oid))
+        origins = encode_origins(context.origins.of(plain_oid(message.oid)))
         context.peers.answer(sender, message, Result.SUCCESS, table + origins, message.version, size)
 
     def on_fetch(self, sender: NodeId, message: Message) -> None:
@@ -141,7 +141,7 @@ class _Pull:
             mine = b""
         holes, self._ranges = difference(mine, self._table, size)
         self._repair = False  # a second source goes on where the first one ended
-        self._context.origins.forget(self.oid)
+        self._context.origins.forget(plain_oid(self.oid))
         store.restore_begin(self.oid, size)
         for offset, length in holes:
             store.restore_punch(self.oid, offset, length)

@@ -7,62 +7,29 @@ to all its replicas before it is clean; surplus copies are dropped only then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
 from sheepdog.cluster.core.limits import RECOVERY_PULLS, RECOVERY_RETRY_NS
-from sheepdog.cluster.core.messages import Flag, Kind, Message
-from sheepdog.cluster.core.peering import Decision, encode_members
-from sheepdog.cluster.core.puller import Puller
+from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
 
 
-class _Job:
-    """One object that is not clean."""
-
-    __slots__ = (
-        "failures",
-        "full",
-        "oid",
-        "repair",
-        "running",
-        "sources",
-        "stale",
-        "surplus",
-        "targets",
-        "version",
-        "waiting",
-    )
-
-    def __init__(self, oid: ObjectId, version: Version) -> None:
-        self.oid = oid
-        self.version = version
-        self.sources: list[int] = []
-        self.targets: dict[int, bool] = {}  # member -> a pull is under way
-        self.surplus: tuple[int, ...] = ()
-        self.stale: dict[int, None] = {}  # targets that still have an older copy as if it were good
-        self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
-        self.waiting: list[Callable[[], None]] = []
-        self.running = False
-        self.failures = 0
-        self.full = False
-
-
 class Recovery:
     """See the module. `finished` and `total` count objects, for `dog node recovery`."""
 
-    def __init__(self, context: Context, home: Home, puller: Puller) -> None:
+    def __init__(self, context: Context, home: Home) -> None:
         self._context = context
         self._home = home
-        self._puller = puller
         self._placement = context.placement
         self._fence = context.fence
-        self._jobs: dict[ObjectId, _Job] = {}
+        self._jobs: dict[ObjectId, Job] = {}
         self._queue: deque[ObjectId] = deque()
         self._running = 0
         self._begun = False
@@ -76,23 +43,15 @@ class Recovery:
     def unfinished(self) -> int:
         return len(self._jobs)
 
-    def add(self, decision: Decision) -> None:
+    def add(self, job: Job) -> None:
         """From peering: an object that is not equal and exactly where it belongs."""
-        if not decision.missing:
-            self.drop(decision.oid, decision.surplus)
-            return
-        job = _Job(decision.oid, decision.version)
-        job.sources = list(decision.sources)
-        job.targets = dict.fromkeys(decision.missing, False)
-        job.surplus = decision.surplus
-        job.stale = dict.fromkeys(decision.stale)
-        self._jobs[decision.oid] = job
+        self._jobs[job.oid] = job
 
     def begin(self) -> None:
         """Peering is over; starts restoring, the objects with the fewest current copies first."""
         self._begun = True
         self.total = len(self._jobs)
-        self._queue.extend(sorted(self._jobs, key=lambda oid: (len(self._jobs[oid].sources), oid)))
+        self._queue.extend(sorted(self._jobs, key=lambda oid: (self._jobs[oid].rank, oid)))
         self.run()
 
     def is_full(self, oid: ObjectId) -> bool:
@@ -107,7 +66,7 @@ class Recovery:
         taken back when, after further deaths, the older copy is all that is left.
         """
         job = self._jobs.get(oid)
-        if job is None or (reading and self._home.me not in job.targets and not job.stale):
+        if job is None or (reading and not job.holds_read(self._home.me)):
             return False
         self._context.probe("recovery.request_waits")
         job.waiting.append(retry)
@@ -115,15 +74,19 @@ class Recovery:
             self._start(job)
         return True
 
+    def strip_holders(self, oid: ObjectId) -> Mapping[int, int] | None:
+        """Of a coded object that is not clean: member by strip, of those that can be read."""
+        job = self._jobs.get(oid)
+        return job.holders if isinstance(job, StripJob) else None
+
     def suspect(self, oid: ObjectId, member: int) -> None:
         """The copy of `member` is not right any more: restore it from the others once no write is on its way."""
         job = self._jobs.get(oid)
         if job is None:
-            self._jobs[oid] = job = _Job(oid, NO_VERSION)
+            self._jobs[oid] = job = self._home.new_job(oid)
             self.total += 1
             self._reported = False
-        job.targets.setdefault(member, False)
-        job.repair[member] = None
+        job.suspect(member)
         if not self._home.is_writing(oid):
             self.quiet(oid)
 
@@ -132,15 +95,12 @@ class Recovery:
         job = self._jobs.get(oid)
         if job is None or job.running or job.version != NO_VERSION:
             return
-        replicas = self._placement.replicas(oid)
-        job.sources = [member for member in replicas if member not in job.targets]
-        job.version = self._context.store.version(oid) or NO_VERSION  # kept even where the bytes are rotten
-        if not job.sources or job.version == NO_VERSION:
+        if not job.find_sources(self._context):
             self._give_up(job)
             return
         self._start(job)
 
-    def _give_up(self, job: _Job) -> None:
+    def _give_up(self, job: Job) -> None:
         """No copy is left to restore from: requests see the error of the copy itself."""
         self._context.log(3, f"object {job.oid:016x}: no good copy is left to restore from")
         del self._jobs[job.oid]
@@ -177,55 +137,67 @@ class Recovery:
         if self._context.fence == self._fence:
             self.run()
 
-    def _start(self, job: _Job) -> None:
+    def _start(self, job: Job) -> None:
         if job.version == NO_VERSION:
             return  # suspected; `quiet` starts it
         job.running = True
         self._running += 1
-        self._pull(job)
+        if job.agree:
+            self._agree(job)
+        else:
+            self._pull(job)
 
-    def _pull(self, job: _Job) -> None:
-        """The home's own copy first: it serves the others' requests."""
-        me = self._home.me
-        targets = [me] if me in job.targets else list(job.targets)
-        for target in targets:
-            if job.targets[target]:
+    def _agree(self, job: Job) -> None:
+        """Strips become one state of the object before anything is decoded."""
+        assert isinstance(job, StripJob)
+        for strip, member in list(job.agree):
+            message = job.agreement(strip, self._fence)
+            agreed = self._agreed(job, strip, member)
+            if member == self._home.me:
+                self._home.hooks.agree(message, agreed)
+            else:
+                self._request(member, message, agreed)
+
+    def _agreed(self, job: StripJob, strip: int, member: int) -> Callable[[int], None]:
+        def agreed(result: int) -> None:
+            if self._context.fence != self._fence:
+                return
+            job.agreed(strip, member, not result)
+            if job.agree:
+                return
+            self._release(job)
+            if job.targets:
+                self._pull(job)
+            else:
+                self._done(job)
+
+        return agreed
+
+    def _request(self, member: int, message: Message, ended: Callable[[int], None]) -> None:
+        self._context.peers.request(self._placement.nodes[member], message, lambda answer: ended(answer.result))
+
+    def _pull(self, job: Job) -> None:
+        for target in job.order(self._home.me):
+            if job.targets.get(target, True):
                 continue
             job.targets[target] = True
-            repair = target in job.repair
-            if target == me:
-                sources = [self._placement.nodes[member] for member in job.sources]
-                self._puller.pull(job.oid, job.version, sources, repair, self._pulled(job, target))
-                continue
-            message = Message(
-                Kind.PULL,
-                self._fence,
-                oid=job.oid,
-                version=job.version,
-                flags=Flag.REPAIR if repair else 0,
-                body=encode_members(job.sources),
-            )
-            pulled = self._pulled(job, target)
-            self._context.peers.request(
-                self._placement.nodes[target],
-                message,
-                lambda answer, pulled=pulled: pulled(answer.result),  # type: ignore[misc]
-            )
+            message, pulled = job.pull(target, self._fence), self._pulled(job, target)
+            if target == self._home.me:
+                self._home.hooks.pull(message, pulled)
+            else:
+                self._request(target, message, pulled)
 
-    def _pulled(self, job: _Job, target: int) -> Callable[[int], None]:
+    def _pulled(self, job: Job, target: int) -> Callable[[int], None]:
         def pulled(result: int) -> None:
             if self._context.fence != self._fence:
                 return
             if result != Result.SUCCESS:
                 self._failed(job, target, result)
                 return
-            del job.targets[target]
+            job.restored(target)
             if target == self._home.me:
-                self._home.hooks.restored_locally(job.oid)
+                self._home.hooks.restored_locally(job.copy_on(target))
             job.full = False
-            job.repair.pop(target, None)
-            job.stale.pop(target, None)
-            job.sources.append(target)
             if not job.targets:
                 self._done(job)
             elif not any(job.targets.values()):
@@ -233,7 +205,7 @@ class Recovery:
 
         return pulled
 
-    def _failed(self, job: _Job, target: int, result: int) -> None:
+    def _failed(self, job: Job, target: int, result: int) -> None:
         """Tries again a little later, for as long as the epoch lasts."""
         job.failures += 1
         if result == Result.NO_SPACE and not job.full:
@@ -257,25 +229,24 @@ class Recovery:
         self._context.clock.after(RECOVERY_RETRY_NS, again)
         self.run()
 
-    def _done(self, job: _Job) -> None:
+    def _done(self, job: Job) -> None:
         del self._jobs[job.oid]
         self._running -= 1
         self.finished += 1
-        self.drop(job.oid, job.surplus)
+        self.drop(job.surplus)
         self._release(job)
         self.run()
 
-    def _release(self, job: _Job) -> None:
+    def _release(self, job: Job) -> None:
         waiting, job.waiting = job.waiting, []
         for retry in waiting:
             retry()
 
-    def drop(self, oid: ObjectId, holders: tuple[int, ...]) -> None:
-        """Surplus copies go: every replica has the object, or it was deleted."""
-        for member in holders:
+    def drop(self, copies: Iterable[tuple[int, ObjectId]]) -> None:
+        """Surplus copies (member, id) go: every replica has the object, or it was deleted."""
+        for member, oid in copies:
             if member == self._home.me:
-                self._context.origins.forget(oid)
-                self._context.store.remove(oid, lambda _: None)
+                self._home.hooks.drop(oid)
             else:
                 message = Message(Kind.DROP, self._fence, oid=oid)
                 self._context.peers.request(self._placement.nodes[member], message, lambda _: None)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.ports import Buffer, Done, Store
+from sheepdog.cluster.core.strip_replica import StripReplica
 
 _WHOLE = 1 << 62  # end of a range that covers any object
 
@@ -45,9 +46,9 @@ def touched(flags: int, offset: int, length: int) -> tuple[int, int]:
 def note_origin(context: Context, flags: int, oid: ObjectId, gateway: int, number: int, floor: int) -> None:
     """Remembers whose write a copy here contains from now on; number 0: a home takes back a creation that failed."""
     if number:
-        context.origins.add(gateway, number, floor, oid)
+        context.origins.add(gateway, number, floor, plain_oid(oid))
     elif flags & Flag.REMOVE:
-        context.origins.forget(oid)
+        context.origins.forget(plain_oid(oid))
 
 
 class Replica:
@@ -55,6 +56,7 @@ class Replica:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.strips = StripReplica(context)
         self.settled: list[bool] = []  # by home
         self.complete: list[bool] = []  # by home: it knows of all that exists
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
@@ -77,6 +79,7 @@ class Replica:
         self._applied = [0] * count
         self._unanswered = {}
         self._failed = {}
+        self.strips.begin()
 
     def settle(self, home: int, missing: Iterable[ObjectId], unequal: Iterable[ObjectId], complete: bool) -> None:
         """The home decided which copies here are current, and which of those may be served already."""
@@ -85,6 +88,7 @@ class Replica:
         self.unequal[home] = dict.fromkeys(unequal)
         self.complete[home] = complete
         self.settled[home] = True
+        self.strips.settled(home, self.missing)
 
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
@@ -135,17 +139,11 @@ class Replica:
         else:
             counters.peer_writes += 1
             counters.peer_rx += len(body)
-        fence = context.fence
-        perform(
-            context.store,
-            flags,
-            oid,
-            message.offset,
-            message.length,
-            body,
-            message.version,
-            self._answering(sender, message, key, fence),
-        )
+        answer = self._answering(sender, message, key, context.fence)
+        if oid >> STRIP_SHIFT:
+            self.strips.perform(flags, oid, message.offset, message.length, body, message.version, answer)
+        else:
+            perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)
 
     def _answering(
         self, sender: NodeId, message: Message, key: tuple[int, int], fence: int
@@ -172,6 +170,8 @@ class Replica:
         order = self._order[home]
         while order and order[0][0] <= watermark:
             sequence, oid = order.popleft()
+            if oid >> STRIP_SHIFT:
+                self.strips.undo.forget(oid, Version(self._context.epoch, self._context.state.term, sequence))
             ranges = self._unstable.get(oid)
             if ranges is None:
                 continue

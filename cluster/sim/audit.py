@@ -7,6 +7,7 @@ from collections.abc import Container, Sequence
 
 from sheepdog.cluster.core.ids import (
     NO_VERSION,
+    STRIP_SHIFT,
     NodeId,
     ObjectId,
     Vid,
@@ -15,12 +16,14 @@ from sheepdog.cluster.core.ids import (
     inode_oid,
     is_data,
     is_inode,
+    plain_oid,
     vid_of,
 )
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_OFFSET, InodeHeader, unpack_map
 from sheepdog.cluster.sim.cluster import SimCluster
 from sheepdog.cluster.sim.history import Violation
 from sheepdog.cluster.sim.store import Copy
+from sheepdog.cluster.sim.strip_audit import strips_fit
 
 
 def audit(cluster: SimCluster, doubtful: Container[ObjectId] = ()) -> None:
@@ -29,6 +32,7 @@ def audit(cluster: SimCluster, doubtful: Container[ObjectId] = ()) -> None:
     `doubtful`: objects that a client may have created without ever naming them.
     """
     copies_equal(cluster)
+    strips_fit(cluster)
     tables_equal(cluster)
     nothing_orphaned(cluster, doubtful)
 
@@ -38,7 +42,7 @@ def copies_equal(cluster: SimCluster) -> None:
     machines = cluster.machines
     held = {machine.id: machine.disk.copies() for machine in machines}
     placement = machines[0].node.context.placement
-    for oid in sorted({oid for copies in held.values() for oid in copies}):
+    for oid in sorted({oid for copies in held.values() for oid in copies if not oid >> STRIP_SHIFT}):
         holders = [node for node in placement.nodes if oid in held[node]]
         wanted = sorted(placement.nodes[index] for index in placement.replicas(oid))
         if holders != wanted:
@@ -79,7 +83,7 @@ def nothing_orphaned(cluster: SimCluster, doubtful: Container[ObjectId] = ()) ->
     """Every data object is named by an inode, every entry of a map names an object; inodes are in the table."""
     copies: dict[ObjectId, Copy] = {}
     for machine in cluster.machines:
-        copies.update(machine.disk.copies())
+        copies.update((plain_oid(oid), copy) for oid, copy in machine.disk.copies().items())
     vdis = cluster.machines[0].node.cluster.vdis
     named: dict[ObjectId, Vid] = {}
     for oid, copy in sorted(copies.items()):

@@ -103,13 +103,15 @@ class Volume:
         self.blocks = blocks  # of every object, those that clients use
 
 
-def make_volume(cluster: SimCluster, name: str, objects: int, blocks: tuple[int, ...], copies: int = 0) -> Volume:
+def make_volume(
+    cluster: SimCluster, name: str, objects: int, blocks: tuple[int, ...], copies: int = 0, policy: int = 0
+) -> Volume:
     """Creates a volume and all its objects while nothing goes wrong."""
     world = cluster.world
     gateway = cluster.machines[0].node.gateway
     made: list[tuple[Result, VdiRecord | None]] = []
     cluster.machines[0].node.operations.create_vdi(
-        name.encode(), objects * OBJECT_BYTES, Vid(0), copies, 0, 0, SHIFT, 0, lambda *answer: made.append(answer)
+        name.encode(), objects * OBJECT_BYTES, Vid(0), copies, policy, 0, SHIFT, 0, lambda *answer: made.append(answer)
     )
     world.run_until(lambda: bool(made), 10 * SECOND, "create a volume")
     result, record = made[0]

@@ -25,6 +25,7 @@ class Scenario:
     name: str
     machines: int = 3
     copies: int = 3
+    policy: int = 0  # of the clients' volume: 0 as many copies, else the byte of a D:P
     clients: int = 3
     objects: int = 3
     blocks: tuple[int, ...] = (0, 1, LAST_BLOCK)
@@ -66,7 +67,7 @@ class Run:
         scenario, cluster = self.scenario, self.cluster
         cluster.start_all()
         cluster.format(scenario.copies)
-        volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks)
+        volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks, policy=scenario.policy)
         self._start_clients(volume)
         self.nemesis.start()
         self._live(scenario.duration_ns)

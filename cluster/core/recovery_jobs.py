@@ -1,0 +1,182 @@
+"""What recovery knows of one object that is not clean: whole copies, or strips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import Policy
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
+from sheepdog.cluster.core.peering import NO_MEMBER, Decision, encode_members
+from sheepdog.cluster.core.strip_peering import NOBODY, StripDecision
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.core.strip_home import StripHome
+
+
+class Job:
+    """An object kept as whole copies."""
+
+    __slots__ = (
+        "agree",
+        "failures",
+        "full",
+        "oid",
+        "repair",
+        "running",
+        "sources",
+        "stale",
+        "surplus",
+        "targets",
+        "version",
+        "waiting",
+    )
+
+    def __init__(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
+        self.oid = oid
+        self.version = version
+        self.sources: list[int] = []
+        self.targets: dict[int, bool] = {}  # member -> a pull is under way
+        self.surplus: list[tuple[int, ObjectId]] = []
+        self.stale: dict[int, None] = {}  # targets that still have an older copy as if it were good
+        self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
+        self.agree: dict[tuple[int, int], bool] = {}  # (strip, member) that must become this version first: under way
+        self.waiting: list[Callable[[], None]] = []
+        self.running = False
+        self.failures = 0
+        self.full = False
+
+    @classmethod
+    def of(cls, decision: Decision) -> Job:
+        job = cls(decision.oid, decision.version)
+        job.sources = list(decision.sources)
+        job.targets = dict.fromkeys(decision.missing, False)
+        job.surplus = decision.surplus_copies()
+        job.stale = dict.fromkeys(decision.stale)
+        return job
+
+    @property
+    def rank(self) -> int:
+        """How many may be lost before the object is: the smallest is restored first."""
+        return len(self.sources)
+
+    def holds_read(self, me: int) -> bool:
+        """A read must wait: for the home's own copy, and until no replica has an older one (see Recovery.holds)."""
+        return me in self.targets or bool(self.stale)
+
+    def copy_on(self, member: int) -> ObjectId:
+        return self.oid
+
+    def suspect(self, member: int) -> None:
+        """The copy there is not right any more."""
+        self.targets.setdefault(member, False)
+        self.repair[member] = None
+
+    def find_sources(self, context: Context) -> bool:
+        """A suspected copy can be restored, no write is on its way; False if nothing is left to restore from."""
+        self.sources = [member for member in context.placement.replicas(self.oid) if member not in self.targets]
+        self.version = context.store.version(self.oid) or NO_VERSION  # kept even where the bytes are rotten
+        return bool(self.sources) and self.version != NO_VERSION
+
+    def order(self, me: int) -> list[int]:
+        """Whom to restore now: the home's own copy first, it serves the others' requests."""
+        return [me] if me in self.targets else list(self.targets)
+
+    def pull(self, target: int, fence: int) -> Message:
+        flags = Flag.REPAIR if target in self.repair else 0
+        return Message(
+            Kind.PULL, fence, oid=self.oid, version=self.version, flags=flags, body=encode_members(self.sources)
+        )
+
+    def restored(self, target: int) -> None:
+        del self.targets[target]
+        self.repair.pop(target, None)
+        self.stale.pop(target, None)
+        self.sources.append(target)
+
+
+class StripJob(Job):
+    """An erasure-coded object. `holders`: member by strip, of those that can be read."""
+
+    __slots__ = ("_adopt", "_layout", "_origins", "_policy", "_strips", "holders")
+
+    def __init__(self, oid: ObjectId, policy: Policy, strips: StripHome) -> None:
+        super().__init__(oid)
+        self._policy = policy
+        self._strips = strips
+        self._layout: Sequence[int] = strips.layout(oid, policy)
+        self._adopt = False
+        self._origins: Buffer = b""
+        self.holders: dict[int, int] = {strip: member for strip, member in enumerate(self._layout) if member != NOBODY}
+
+    @classmethod
+    def decided(cls, decision: StripDecision, strips: StripHome, version: Version, origins: Buffer) -> StripJob:
+        """`version` is new where strips are adopted; `origins`: the writes that the agreed state contains."""
+        job = cls(decision.oid, decision.policy, strips)
+        job.version = version
+        job._origins = origins
+        job._layout = decision.layout
+        job._adopt = decision.adopt
+        job.holders = dict(decision.holders)
+        job.targets = dict.fromkeys(decision.missing, False)
+        job.agree = dict.fromkeys(decision.agree, False)
+        job.surplus = decision.surplus_copies()
+        job.stale = dict.fromkeys(decision.stale)
+        return job
+
+    @property
+    def rank(self) -> int:
+        return len(self.holders) + len(self.agree) - self._policy.data
+
+    def holds_read(self, me: int) -> bool:
+        return bool(self.agree or self.stale) or len(self.holders) < self._policy.data
+
+    def copy_on(self, member: int) -> ObjectId:
+        return strip_of(self.oid, self._layout.index(member))
+
+    def suspect(self, member: int) -> None:
+        super().suspect(member)
+        self.holders = {strip: holder for strip, holder in self.holders.items() if holder != member}
+
+    def find_sources(self, context: Context) -> bool:
+        self.version = self._strips.last_version(self.oid, self._policy) or NO_VERSION
+        return len(self.holders) >= self._policy.data and self.version != NO_VERSION
+
+    def order(self, me: int) -> list[int]:
+        return list(self.targets)
+
+    def pull(self, target: int, fence: int) -> Message:
+        flags = Flag.REPAIR if target in self.repair else 0
+        sources = [self.holders.get(strip, NO_MEMBER) for strip in range(self._policy.strips)]
+        return Message(
+            Kind.PULL, fence, oid=self.copy_on(target), version=self.version, flags=flags, body=encode_members(sources)
+        )
+
+    def agreement(self, strip: int, fence: int) -> Message:
+        """ROLLBACK of one strip."""
+        return Message(
+            Kind.ROLLBACK,
+            fence,
+            oid=strip_of(self.oid, strip),
+            version=self.version,
+            flags=Flag.ADOPT if self._adopt else 0,
+            body=self._origins,
+        )
+
+    def agreed(self, strip: int, member: int, success: bool) -> None:
+        """One that could not is rebuilt if the strip belongs there."""
+        del self.agree[strip, member]
+        if success:
+            self.holders[strip] = member
+        elif self._layout[strip] == member:
+            self.targets[member] = False
+            self.repair[member] = None
+
+    def restored(self, target: int) -> None:
+        del self.targets[target]
+        self.repair.pop(target, None)
+        self.holders[self._layout.index(target)] = target
+        if not self.targets:
+            self.stale.clear()

@@ -1,0 +1,399 @@
+"""The home's part for erasure-coded objects: one order of writes for all strips of an object, reads that decode.
+
+ layout     which member holds which strip: strip i on the i-th replica, unless peering found the strips elsewhere
+ write      small: the old bytes of the data strips touched, then new bytes for those and deltas for the parity strips;
+            whole stripes: encoded at once. All strips get every version: equal versions are one state of the object
+ read       from the data strips; what is on none of the members is decoded from any D strips
+
+Between looking at old bytes and sending the change no other write of the same bytes may come: they are locked. Once the
+changes are sent the locks are free, because links and strips keep the order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.erasure import Policy
+from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
+from sheepdog.cluster.core.ids import ObjectId, Version, strip_index, strip_of
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
+from sheepdog.cluster.core.ports import ReadDone
+from sheepdog.cluster.core.range_locks import Lock, RangeLocks
+from sheepdog.cluster.core.replica import note_origin, touched
+from sheepdog.cluster.core.strip_replica import StripReplica
+from sheepdog.cluster.core.striping import (
+    NOTHING,
+    UNIT,
+    Change,
+    encode_creation,
+    encode_part,
+    encode_stripes,
+    gather,
+    pieces,
+    rows_to_range,
+    spans,
+    strip_size,
+    stripe_size,
+)
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.core.home import Home, Submission
+
+Layout: TypeAlias = tuple[int, ...]
+"""Member by strip; NOBODY where none has it."""
+NOBODY = -1
+_WHOLE = 1 << 62  # end of a range that covers any object
+
+
+class StripHome:
+    """Of one home, in one epoch."""
+
+    def __init__(self, context: Context, home: Home, strips: StripReplica) -> None:
+        self._context = context
+        self._home = home
+        self._strips = strips
+        self._placement = context.placement
+        self._me = context.placement.me
+        self._layouts: dict[ObjectId, Layout] = {}  # of objects whose strips are not where they would be put now
+        self._locks = RangeLocks()
+        self._order: deque[tuple[int, ObjectId]] = deque()  # writes of strips here that may not be everywhere
+        self._versions: dict[ObjectId, Version] = {}  # last one given to objects that are to be repaired
+
+    # -- layouts ---------------------------------------------------------------------------------------------------
+
+    def layout(self, oid: ObjectId, policy: Policy) -> Layout:
+        found = self._layouts.get(oid)
+        if found is None:
+            replicas = self._placement.replicas(oid)[: policy.strips]
+            found = replicas + (NOBODY,) * (policy.strips - len(replicas))
+        return found
+
+    def assign(self, oid: ObjectId, layout: Layout) -> None:
+        self._layouts[oid] = layout
+
+    def holders(self, oid: ObjectId, policy: Policy) -> Mapping[int, int]:
+        """Member by strip, of the strips that are current."""
+        found = self._home.recovery.strip_holders(oid)
+        if found is not None:
+            return found
+        return {strip: member for strip, member in enumerate(self.layout(oid, policy)) if member != NOBODY}
+
+    def own_strip(self, oid: ObjectId, policy: Policy) -> ObjectId | None:
+        """The strip that belongs on this node."""
+        layout = self.layout(oid, policy)
+        return strip_of(oid, layout.index(self._me)) if self._me in layout else None
+
+    def exists(self, oid: ObjectId, policy: Policy) -> bool:
+        if self._home.recovery.strip_holders(oid) is not None:
+            return True
+        strip = self.own_strip(oid, policy)
+        return strip is not None and self._context.store.version(strip) is not None
+
+    def last_version(self, oid: ObjectId, policy: Policy) -> Version | None:
+        """The version of the strips once no write is on its way."""
+        noted = self._versions.pop(oid, None)
+        strip = self.own_strip(oid, policy)
+        return noted if noted is not None or strip is None else self._context.store.version(strip)
+
+    def note_version(self, oid: ObjectId, version: Version) -> None:
+        """A strip failed: what the others have is more than the store here may say."""
+        self._versions[oid] = max(version, self._versions.get(oid, version))
+
+    # -- changes ---------------------------------------------------------------------------------------------------
+
+    def busy(self, oid: ObjectId) -> bool:
+        """A change is being prepared."""
+        return self._locks.locked(oid)
+
+    def submit(self, submission: Submission, policy: Policy) -> None:
+        """Takes a change of an object that no recovery works on. Writes come cut (striping.cut)."""
+        oid = submission.oid
+        start, end = touched(submission.flags, submission.offset, len(submission.data))
+        if end != _WHOLE and NOBODY in self.layout(oid, policy):  # what is missing may have to be decoded
+            size = stripe_size(policy)
+            start, end = submission.offset // size * size, -(-(submission.offset + len(submission.data)) // size) * size
+        self._locks.acquire(oid, start, end, lambda lock: self._begin(submission, policy, lock))
+
+    def _release(self, lock: Lock) -> None:
+        self._locks.release(lock)
+        if not self._home.is_writing(lock.oid):
+            self._home.recovery.quiet(lock.oid)
+
+    def _begin(self, submission: Submission, policy: Policy, lock: Lock) -> None:
+        oid, flags = submission.oid, submission.flags
+        if self._home.recovery.holds(oid, False, lambda: self._home.submit(submission)):
+            self._release(lock)
+            return
+        layout = self.layout(oid, policy)
+        exists = self.exists(oid, policy)
+        coder = self._context.coder
+        if flags & Flag.CREATE and sum(member != NOBODY for member in layout) < policy.data:
+            self._refuse(submission, Result.HALT, lock)
+        elif not exists and not flags & Flag.CREATE:  # it went while this waited
+            self._refuse(submission, Result.SUCCESS if flags & Flag.REMOVE else Result.NO_OBJ, lock)
+        elif flags & Flag.REMOVE:
+            self._send(submission, policy, layout, [NOTHING] * policy.strips, flags, lock)
+            self._layouts.pop(oid, None)
+        elif flags & Flag.CREATE and exists:
+            whole = bytearray(self._context.size_of(oid))
+            whole[submission.offset : submission.offset + len(submission.data)] = submission.data
+            self._send(submission, policy, layout, encode_stripes(coder, policy, 0, whole), flags & ~Flag.CREATE, lock)
+        elif flags & Flag.CREATE:
+            changes = encode_creation(coder, policy, submission.offset, submission.data)
+            self._send(submission, policy, layout, changes, flags, lock)
+        elif not submission.data:
+            self._send(submission, policy, layout, [NOTHING] * policy.strips, flags, lock)
+        elif submission.offset % stripe_size(policy) or len(submission.data) % stripe_size(policy):
+            self._update(submission, policy, layout, lock)
+        else:
+            changes = encode_stripes(coder, policy, submission.offset, submission.data)
+            self._send(submission, policy, layout, changes, flags, lock)
+
+    def _refuse(self, submission: Submission, result: Result, lock: Lock) -> None:
+        self._release(lock)
+        submission.done(result, b"")
+
+    def _update(self, submission: Submission, policy: Policy, layout: Layout, lock: Lock) -> None:
+        """A write within one stripe: looks at the old bytes first."""
+        parts = pieces(policy, submission.offset, len(submission.data))
+        old: list[Buffer] = [b""] * len(parts)
+        left, failed = len(parts), False
+
+        def looked(number: int) -> Callable[[Buffer | StoreError], None]:
+            def got(data: Buffer | StoreError) -> None:
+                nonlocal left, failed
+                left -= 1
+                if isinstance(data, StoreError):
+                    failed = True
+                else:
+                    old[number] = data
+                if left:
+                    return
+                if failed:  # the strip is being repaired, or its disk is gone: the write comes again
+                    self._refuse(submission, Result.AGAIN, lock)
+                    return
+                changes = encode_part(self._context.coder, policy, parts, submission.data, old)
+                self._send(submission, policy, layout, changes, submission.flags, lock)
+
+            return got
+
+        for number, part in enumerate(parts):
+            member = layout[part.strip]
+            if member == NOBODY:
+                self._decode(submission.oid, policy, part.strip, part.offset, part.length, looked(number))
+            else:
+                self._fetch(submission.oid, part.strip, member, part.offset, part.length, looked(number))
+
+    def _send(
+        self,
+        submission: Submission,
+        policy: Policy,
+        layout: Layout,
+        changes: Sequence[Change],
+        flags: int,
+        lock: Lock,
+    ) -> None:
+        """Numbers the change and hands every strip its part; those that it does not touch get the version."""
+        oid, context = submission.oid, self._context
+        members = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
+        fresh = bool(flags & Flag.CREATE)
+        write = self._home.open_write(submission, len(members), fresh)
+        write.tolerance = len(members) - policy.data
+        if self._home.recovery.strip_holders(oid) is not None:
+            self.note_version(oid, write.version)
+        note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor)
+        size = strip_size(policy, context.size_of(oid)) if fresh else 0
+        nodes, peers, fence, watermark = self._placement.nodes, context.peers, context.fence, self._home.watermark()
+        mine: tuple[int, Change, int] | None = None
+        for strip, member in members:
+            change = changes[strip]
+            own_flags = flags | Flag.XOR if change.delta and not fresh else flags
+            if member == self._me:
+                mine = strip, change, own_flags
+                continue
+            message = Message(
+                Kind.APPLY,
+                fence,
+                0,
+                strip_of(oid, strip),
+                change.offset,
+                size,
+                own_flags,
+                write.version,
+                write.sequence,
+                watermark,
+                0,
+                0,
+                change.data,
+                submission.number,
+                submission.floor,
+                submission.gateway,
+            )
+            peers.request(nodes[member], message, write.remote(member))
+        if mine is not None:
+            strip, change, own_flags = mine
+            oid_here = strip_of(oid, strip)
+            self._order.append((write.sequence, oid_here))
+            data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
+            self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, write.local)
+        self._release(lock)
+
+    def remove(self, submission: Submission, policy: Policy) -> None:
+        """Takes back a creation that failed; the strips that could be made go."""
+        self._locks.acquire(
+            submission.oid,
+            0,
+            _WHOLE,
+            lambda lock: self._send(
+                submission,
+                policy,
+                self.layout(submission.oid, policy),
+                [NOTHING] * policy.strips,
+                Flag.REMOVE,
+                lock,
+            ),
+        )
+
+    def stable(self, watermark: int) -> None:
+        """All strips have every write up to `watermark`."""
+        order = self._order
+        while order and order[0][0] <= watermark:
+            sequence, strip = order.popleft()
+            self._strips.undo.forget(strip, self._home.version_of(sequence))
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    def readable(self, strip: ObjectId, oid: ObjectId, policy: Policy, offset: int, length: int) -> bool:
+        """The strip here may be read directly: no write that some other strip may not have touches it."""
+        home = self._home
+        if not home.active or strip != self.own_strip(oid, policy) or home.recovery.strip_holders(oid) is not None:
+            return False
+        low = offset // UNIT * stripe_size(policy)
+        high = -(-(offset + length) // UNIT) * stripe_size(policy)
+        if length <= UNIT and offset // UNIT == (offset + length - 1) // UNIT:
+            low += strip_index(strip) * UNIT + offset % UNIT
+            high = low + length
+        return not home.is_writing_range(oid, low, high)
+
+    def read(self, oid: ObjectId, policy: Policy, offset: int, length: int, done: ReadDone) -> None:
+        """The bytes as all changes sent so far leave them; DiskError when fewer than D strips can be read."""
+        parts = pieces(policy, offset, length)
+        wanted = spans(parts)
+        found: dict[int, tuple[int, Buffer]] = {}
+        error: StoreError | None = None
+        holders = self.holders(oid, policy)
+
+        def got(strip: int, at: int, data: Buffer | StoreError) -> None:
+            nonlocal error
+            if isinstance(data, StoreError):
+                error = data
+                data = b""
+            found[strip] = at, data
+            if len(found) == len(wanted):
+                done(error if error is not None else gather(parts, found, length))
+
+        def fetched(strip: int, at: int, size: int) -> Callable[[Buffer | StoreError], None]:
+            def arrived(data: Buffer | StoreError) -> None:
+                if isinstance(data, StoreError):
+                    self._read_decoded(oid, policy, strip, at, size, lambda decoded: got(strip, at, decoded))
+                else:
+                    got(strip, at, data)
+
+            return arrived
+
+        for strip, (at, size) in wanted.items():
+            member = holders.get(strip)
+            if member is None:
+                fetched(strip, at, size)(DiskError("nobody has it"))
+            else:
+                self._fetch(oid, strip, member, at, size, fetched(strip, at, size))
+
+    def _read_decoded(
+        self, oid: ObjectId, policy: Policy, strip: int, offset: int, length: int, done: ReadDone
+    ) -> None:
+        """Decodes while no write changes the stripes."""
+        self._context.probe("strips.decoded")
+        start, size = rows_to_range(policy, offset, length)
+
+        def locked(lock: Lock) -> None:
+            def decoded(data: Buffer | StoreError) -> None:
+                self._release(lock)
+                done(data)
+
+            self._decode(oid, policy, strip, offset, length, decoded)
+
+        self._locks.acquire(oid, start, start + size, locked)
+
+    def _decode(self, oid: ObjectId, policy: Policy, wanted: int, offset: int, length: int, done: ReadDone) -> None:
+        """One strip's bytes from D others; the caller has locked the stripes."""
+        holders = self.holders(oid, policy)
+        left = sorted(
+            (strip for strip in holders if strip != wanted), key=lambda strip: (holders[strip] != self._me, strip)
+        )
+        have: dict[int, Buffer] = {}
+        under_way = 0
+        ended = False
+
+        def more() -> None:
+            nonlocal under_way, ended
+            while left and len(have) + under_way < policy.data:
+                strip = left.pop(0)
+                under_way += 1
+                self._fetch(oid, strip, holders[strip], offset, length, arrived(strip))
+            if ended:
+                return
+            if len(have) == policy.data:
+                ended = True
+                done(self._context.coder.decode(policy, have, [wanted])[0])
+            elif not under_way:
+                ended = True
+                done(DiskError(f"object {oid:016x}: {len(have)} strips are readable, {policy.data} are needed"))
+
+        def arrived(strip: int) -> Callable[[Buffer | StoreError], None]:
+            def got(data: Buffer | StoreError) -> None:
+                nonlocal under_way
+                under_way -= 1
+                if not isinstance(data, StoreError):
+                    have[strip] = data
+                more()
+
+            return got
+
+        more()
+
+    def _fetch(self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone) -> None:
+        """Present bytes of a strip; one that cannot be read is going to be repaired."""
+        context, fence = self._context, self._context.fence
+        strip_oid = strip_of(oid, strip)
+
+        def failed(error: StoreError) -> None:
+            if isinstance(error, Corrupt):
+                context.probe("strips.corrupt")
+                self._home.recovery.suspect(oid, member)
+            done(error)
+
+        def read(data: Buffer | StoreError) -> None:
+            if context.fence != fence:
+                return
+            if isinstance(data, StoreError):
+                failed(data)
+            else:
+                done(data)
+
+        def answered(answer: Message) -> None:
+            if answer.result == Result.SUCCESS:
+                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                done(answer.body)
+            elif answer.result == Result.EIO:
+                failed(Corrupt(f"{self._placement.nodes[member]} cannot read its strip"))
+            else:
+                failed(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
+
+        if member == self._me:
+            self._strips.read(strip_oid, offset, length, read)
+        else:
+            message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
+            context.peers.request(self._placement.nodes[member], message, answered)
