@@ -301,6 +301,8 @@ class _Redo:
             return copy is not None
         if plan.base == "holes" and (copy is None or copy.size != plan.size):
             copy = self._adopt(copy) or self._make(copy)
+        if plan.base == "restoring" and copy is None:
+            copy = self._make(None)  # its name was lost; that there is a copy must not be
         if copy is None or copy.size < 0 or (plan.base != "holes" and copies.open_now(copy) is not None):
             self._report.missing += 1
             return False

@@ -102,7 +102,7 @@ class SimDisk:
 
     def info(self, fd: int) -> FileInfo:
         data = self._open[fd].data
-        used = sum(1 for start in range(0, len(data), 4096) if any(data[start : start + 4096]))
+        used = sum(1 for start in range(0, len(data), 4096) if not _is_zero(data[start : start + 4096]))
         return FileInfo(len(data), used * 4096)
 
     def preadv(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int, /) -> int:
@@ -132,7 +132,7 @@ class SimDisk:
         return self.pwrite(fd, b"".join(buffers), offset)
 
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
-        return not any(self._open[fd].data[offset : offset + length])
+        return _is_zero(self._open[fd].data[offset : offset + length])
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         inode = self._open[fd]
@@ -286,6 +286,10 @@ def _rename(names: dict[str, int], name: Name) -> None:
         names[name.new] = name.inode
     else:
         names.pop(name.new, None)
+
+
+def _is_zero(data: bytearray) -> bool:
+    return data == bytes(len(data))
 
 
 def _resize(data: bytearray, length: int) -> None:
