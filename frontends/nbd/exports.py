@@ -18,7 +18,7 @@ from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES
-from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.ids import Vid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.strings import NAME_SIZE
@@ -161,6 +161,20 @@ class Exports:
                     self._leave(shared)
             finally:
                 self._drop(handle.export, shared)
+
+    def close_all(self) -> None:
+        """Flushes, closes and unlocks every volume, whoever uses it: the server ends. Raises the first failure."""
+        failure: Exception | None = None
+        with self._table:
+            everything = list(self._shared.values())
+        for shared in everything:
+            with shared.lock:
+                try:
+                    self._leave(shared)
+                except (OSError, PeerError) as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _join(self, export: Export, read_only: bool) -> Handle:
         with self._table:

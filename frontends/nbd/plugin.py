@@ -9,6 +9,10 @@ it well; the words after the script are those of `parameters`.
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -20,6 +24,7 @@ from sheepdog.frontends.nbd.exports import Exports, Handle, describe
 from sheepdog.frontends.nbd.parameters import Parameters
 
 API_VERSION = 2
+LEAVING_S = 0.3  # for requests under way and clients about to leave, when the server is stopped
 MINIMUM_BLOCK = 512  # what every client can live with; a volume of an odd size has no smallest block
 PREFERRED_BLOCK = 4096  # the unit of the store's hashes: smaller writes read the rest first
 
@@ -74,6 +79,27 @@ def config(key: str, value: str) -> None:
 def config_complete() -> None:
     global _exports
     _exports = Exports(_parameters)
+
+
+def after_fork() -> None:
+    """nbdkit waits for its clients to leave before it ends, idle ones too. We do not: see `_end`."""
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in all threads: they are yet to be made
+    threading.Thread(target=_end, args=(ends,), daemon=True).start()
+
+
+def _end(signals: Iterable[int]) -> None:
+    """Waits for a signal, then stops: volumes are flushed and unlocked, connections that are left are cut."""
+    signal.sigwait(signals)
+    nbdkit.shutdown()  # no new connection, no new request
+    time.sleep(LEAVING_S)
+    status = 0
+    try:
+        _door().close_all()
+    except Exception as error:
+        nbdkit.debug(f"closing: {error}")
+        status = 1
+    os._exit(status)
 
 
 def thread_model() -> int:

@@ -1,0 +1,591 @@
+"""NBD clients that nobody here wrote, against nbdkit with our plugin and real nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support import needs
+from tests.support.cluster import Cluster, started
+from tests.support.nbd import NbdServer, captive, certificates, export_info, holding, keys, nbd_map, nbdsh, release
+from tests.support.ports import BLOCK
+from tests.support.processes import environment, run, wait_until
+
+MIB = 1 << 20
+OBJECT = 4 * MIB
+HOLE = "hole,zero"
+TLS_PORT = BLOCK - 1  # of the cluster's own block
+
+
+@pytest.fixture(autouse=True)
+def tools() -> None:
+    needs.program("nbdkit", "nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+
+
+@pytest.fixture
+def serve(teardown: ExitStack, directory: Path) -> Callable[..., NbdServer]:
+    def start(cluster: Cluster, *words: str, node: int = 0, listen: str = "") -> NbdServer:
+        server = NbdServer(cluster, directory, *words, node=node, listen=listen)
+        teardown.callback(server.close)
+        return server
+
+    return start
+
+
+def content(cluster: Cluster, name: str, *words: str) -> bytes:
+    """A whole volume or snapshot by the native door, through another node."""
+    return cluster.try_dog("vdi", "read", *words, name, node=2, check=True).stdout
+
+
+def image(path: Path, size: int, seed: int) -> bytes:
+    """A sparse file with data in some places."""
+    chance = random.Random(seed)
+    data = bytearray(size)
+    for _ in range(6):
+        offset = chance.randrange(size - 300_000)
+        data[offset : offset + 300_000] = chance.randbytes(300_000)
+    path.write_bytes(data)
+    return bytes(data)
+
+
+def test_names_sizes_and_capabilities(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "web", "20M")
+    cluster3.dog("vdi", "create", "odd@name", str(8 * MIB + 100))
+    cluster3.dog("vdi", "snapshot", "-s", "monday", "web")
+    cluster3.dog("vdi", "snapshot", "web")
+    server = serve(cluster3)
+    listed = json.loads(run(["nbdinfo", "--list", "--json", server.uri("")]).stdout)["exports"]
+    assert sorted(export["export-name"] for export in listed) == ["odd@name", "web", "web@2", "web@monday"]
+    web = export_info(server.uri("web"))
+    assert web["export-size"] == 20 * MIB
+    assert str(web["description"]).startswith("Sheepdog volume, 20M, 3 copies, vid ")
+    assert not web["is_read_only"]
+    for ability in (
+        "can_cache",
+        "can_df",
+        "can_fast_zero",
+        "can_flush",
+        "can_fua",
+        "can_multi_conn",
+        "can_trim",
+        "can_zero",
+    ):
+        assert web[ability], ability
+    assert not web["is_rotational"]
+    assert [web[f"block_size_{kind}"] for kind in ("minimum", "preferred", "maximum")] == [512, 4096, OBJECT]
+    odd = export_info(server.uri("odd@name"))
+    assert (odd["export-size"], odd["block_size_minimum"]) == (8 * MIB + 100, 1)
+    for snapshot in ("web@monday", "web@2", "web@1"):
+        assert export_info(server.uri(snapshot))["is_read_only"], snapshot
+    for missing in ("nix", "web@tuesday", "web@9", "@", ""):
+        refused = run(["nbdinfo", server.uri(missing)], check=False)
+        assert refused.returncode != 0, missing
+    assert "there is no volume or snapshot web@tuesday" in server.text()
+    assert "Traceback" not in server.text()
+
+
+def test_a_server_of_named_volumes(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    for name in ("web", "db"):
+        cluster3.dog("vdi", "create", name, "8M")
+    server = serve(cluster3, "web", "--readonly", "--mode", "640", "--group", "root")
+    assert server.first_line == server.uri("web")
+    mode = server.socket.stat().st_mode
+    assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o640
+    assert export_info(server.uri(""))["description"] == export_info(server.uri("web"))["description"]
+    assert export_info(server.uri("web"))["is_read_only"]
+    assert run(["nbdinfo", server.uri("db")], check=False).returncode != 0
+    second = cluster3.try_dog("nbd", "serve", "web", "--socket", str(server.socket))
+    assert second.returncode != 0 and b"a server listens at" in second.stderr
+    assert server.stop() == 0
+    server = serve(cluster3, "web")  # the socket that was left behind is no obstacle
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o600
+    assert cluster3.try_dog("nbd", "serve", "nix", "--socket", str(directory / "x")).returncode == 1
+
+
+def test_what_uri_prints_works(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "web", "8M")
+    server = serve(cluster3, "web")
+    place = ("--socket", str(server.socket))
+    words = json.loads(cluster3.dog("nbd", "uri", "web", *place, "--json"))
+    assert words["uri"] == cluster3.dog("nbd", "uri", "web", *place, "-r").strip() == server.uri("web")
+    assert words["uri"] in cluster3.dog("nbd", "uri", "web", *place)
+    for way in ("qemu_drive", "qemu_blockdev"):
+        option, value = words[way].split(" ", 1)
+        fields = (
+            value.strip("'").removeprefix("if=virtio,").replace("node-name=disk0,", "").replace("format=", "driver=")
+        )
+        assert option == {"qemu_drive": "-drive", "qemu_blockdev": "-blockdev"}[way]
+        run(["qemu-io", "-c", "write -P 7 0 64k", "--image-opts", fields])
+    assert content(cluster3, "web")[: 64 << 10] == b"\7" * (64 << 10)
+    assert f"socket='{server.socket}'" in words["libvirt"].replace('"', "'")
+
+
+def test_copies_both_ways(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    size = 30 * MIB + 512
+    data = image(directory / "image", size, 1)
+    cluster3.dog("vdi", "create", "v", str(size))
+    server = serve(cluster3)
+    uri = server.uri("v")
+    run(["nbdcopy", str(directory / "image"), uri])
+    assert content(cluster3, "v") == data
+    run(["qemu-img", "compare", "-f", "raw", "-F", "raw", str(directory / "image"), uri])
+    cluster3.dog("vdi", "snapshot", "-s", "t", "v")
+    run(["nbdcopy", server.uri("v@t"), str(directory / "back")])
+    assert (directory / "back").read_bytes() == data
+    run(["nbdcopy", "--flush", server.uri("v@t"), "null:"])
+    cluster3.dog("vdi", "create", "w", str(size))
+    run(["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(directory / "image"), server.uri("w")])
+    assert content(cluster3, "w") == data
+    other = image(directory / "other", size, 2)
+    run(["nbdcopy", "--destination-is-zero", str(directory / "other"), uri], check=False)
+    run(["nbdcopy", str(directory / "other"), uri])
+    assert content(cluster3, "v") == other
+    assert content(cluster3, "v", "-s", "t") == data
+
+
+def test_thin_volumes_stay_thin(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    cluster3.dog("vdi", "create", "v", "20G")
+    server = serve(cluster3)
+    uri = server.uri("v")
+    assert nbd_map(uri) == [(0, 20 << 30, HOLE)]
+    nbdsh(uri, "h.pwrite(b'x' * 4096, 3 << 30)", "h.pwrite(b'y' * 10, (7 << 30) + 5)")
+    mapped = [(offset, length) for offset, length, kind in nbd_map(uri) if kind == "data"]
+    assert [offset // OBJECT for offset, _ in mapped] == [(3 << 30) // OBJECT, (7 << 30) // OBJECT]
+    assert sum(length for _, length in mapped) <= 2 * OBJECT
+    begin = time.monotonic()
+    run(["qemu-img", "convert", "-f", "raw", "-O", "raw", uri, str(directory / "thin")])
+    assert time.monotonic() - begin < 20, "20 GB of holes were read"
+    assert (directory / "thin").stat().st_size == 20 << 30
+    with (directory / "thin").open("rb") as file:
+        file.seek(3 << 30)
+        assert file.read(4097) == b"x" * 4096 + b"\0"
+        file.seek((7 << 30) + 4)
+        assert file.read(12) == b"\0" + b"y" * 10 + b"\0"
+    data = json.loads(run(["qemu-img", "map", "--output=json", "-f", "raw", uri]).stdout)
+    assert sum(part["length"] for part in data if part["data"]) <= 2 * OBJECT
+
+
+def test_fua_zero_trim_and_flush(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "v", "40M")
+    server = serve(cluster3)
+    nbdsh(
+        server.uri("v"),
+        "M = 1 << 20",
+        "model = bytearray(40 * M)",
+        "def write(offset, data, flags=0):",
+        "    h.pwrite(data, offset, flags); model[offset:offset + len(data)] = data",
+        "def zero(offset, length, flags=0):",
+        "    h.zero(length, offset, flags); model[offset:offset + length] = bytes(length)",
+        "def check():",
+        "    assert h.pread(40 * M, 0) == model"
+        if False
+        else "    assert b''.join(h.pread(4 * M, o) for o in range(0, 40 * M, 4 * M)) == bytes(model)",
+        "write(0, os.urandom(16 * M)); check()",
+        "write(20 * M + 100, os.urandom(5 * M), nbd.CMD_FLAG_FUA); check()",
+        "zero(4 * M, 8 * M); check()",
+        "zero(M, 512, nbd.CMD_FLAG_FUA); check()",
+        "zero(13 * M, 2 * M, nbd.CMD_FLAG_NO_HOLE); check()",
+        "zero(28 * M, 4 * M, nbd.CMD_FLAG_FAST_ZERO); check()",
+        "h.trim(8 * M, 20 * M); got = h.pread(4 * M, 20 * M); model[20 * M:24 * M] = bytes(4 * M)",
+        "assert got == bytes(4 * M), 'a whole object is given back'",
+        "model[24 * M:28 * M] = bytes(4 * M)",
+        "check(); h.flush(); h.cache(M, 0)",
+        "h.trim(4096, 4096, nbd.CMD_FLAG_FUA); assert h.pread(4096, 8192) == model[8192:12288]",
+        # A fast zero either happens or says that it would not be one, and then nothing has happened.
+        "try: zero(512, 5 * M, nbd.CMD_FLAG_FAST_ZERO)",
+        "except nbd.Error as e: assert e.errnum == errno.ENOTSUP",
+        "h.shutdown()",
+    )
+    # NO_HOLE keeps the space.
+    server_map = nbd_map(server.uri("v"))
+    assert (4 * MIB, 8 * MIB, HOLE) in server_map or any(
+        kind == HOLE and start <= 4 * MIB and start + length >= 12 * MIB for start, length, kind in server_map
+    )
+    nbdsh(server.uri("v"), "h.zero(8 << 20, 4 << 20, nbd.CMD_FLAG_NO_HOLE)")
+    assert any(
+        kind == "data" and start <= 4 * MIB and start + length >= 12 * MIB
+        for start, length, kind in nbd_map(server.uri("v"))
+    )
+
+
+def test_errors_reach_the_client(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "v", "8M")
+    cluster3.dog("vdi", "snapshot", "-s", "t", "v")
+    server = serve(cluster3)
+    nbdsh(
+        server.uri("v@t"),
+        "h.set_strict_mode(0)",
+        "for call in (lambda: h.pwrite(b'x' * 512, 0), lambda: h.zero(512, 0), lambda: h.trim(512, 0)):",
+        "    try: call()",
+        "    except nbd.Error as e: assert e.errnum == errno.EPERM, e",
+        "    else: assert False",
+        "for call in (lambda: h.pread(512, 8 << 20), lambda: h.pread(512, 1 << 40)):",
+        "    try: call()",
+        "    except nbd.Error as e: assert e.errnum == errno.EINVAL, e",
+        "    else: assert False",
+        "assert h.pread(512, 0) == bytes(512)",
+    )
+
+
+def test_a_flush_covers_all_connections(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """What makes multi-conn true: writes by one connection, a flush by another, then every node loses its power.
+
+    Here the power failure is that of the processes only; that a flush reaches every node is the store's to prove.
+    What is proven: all connections see each other's writes at once, and one volume is behind them all.
+    """
+    cluster3.dog("vdi", "create", "v", "40M")
+    server = serve(cluster3)
+    uri = server.uri("v")
+    nbdsh(
+        uri,
+        "others = []",
+        "for _ in range(4):",
+        f"    others.append(connect({uri!r}))",
+        "assert all(n.can_multi_conn() for n in others)",
+        "for turn in range(30):",
+        "    a, b, c = (others[(turn + i) % 4] for i in range(3))",
+        "    data = os.urandom(5000)",
+        "    place = turn * 1300000",
+        "    a.pwrite(data, place)",
+        "    assert b.pread(5000, place) == data",
+        "    c.flush()",
+        "    b.zero(100, place); assert a.pread(5000, place) == bytes(100) + data[100:]",
+        "for n in others: n.shutdown()",
+    )
+    stat_before = flushes(cluster3)
+    nbdsh(uri, "h.pwrite(b'1' * 512, 0)", f"n = connect({uri!r}); n.flush()")
+    assert flushes(cluster3) > stat_before, "the flush of a connection that wrote nothing was not passed on"
+
+
+def flushes(cluster: Cluster) -> int:
+    """Flushes that the gateway was asked for, as `dog node stat` counts them."""
+    table = cluster.dog("node", "stat", "-r")
+    numbers = [int(word) for word in table.split() if word.isdigit()]
+    assert numbers, table
+    return sum(numbers)
+
+
+def test_many_connections_create_the_same_objects(
+    cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path
+) -> None:
+    """Four connections with their own threads write interleaved blocks into objects that none of them has yet."""
+    cluster3.dog("vdi", "create", "v", "32M")
+    server = serve(cluster3)
+    nbdsh(
+        None,
+        f"uri = {server.uri('v')!r}",
+        "import threading",
+        "def work(me):",
+        "    n = connect(uri)",
+        "    for block in range(me, 512, 4):",
+        "        n.pwrite(bytes([me + 1]) * 65536, block * 65536)",
+        "    n.shutdown()",
+        "threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]",
+        "[t.start() for t in threads]; [t.join() for t in threads]",
+    )
+    expected = b"".join(bytes([block % 4 + 1]) * 65536 for block in range(512))
+    assert content(cluster3, "v") == expected
+
+
+def test_qemu(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    cluster3.dog("vdi", "create", "v", "64M")
+    server = serve(cluster3)
+    uri = server.uri("v")
+    chance = random.Random(5)
+    commands = []
+    for _ in range(15):
+        offset, length = chance.randrange(0, 60 * MIB), chance.randrange(1, 3 * MIB)
+        pattern = chance.randrange(1, 255)
+        commands += ["-c", f"write -P {pattern} {offset} {length}", "-c", f"read -P {pattern} {offset} {length}"]
+    commands += [
+        "-c",
+        "write -f -P 9 0 4k",
+        "-c",
+        "write -z -u 8M 8M",
+        "-c",
+        "read -P 0 8M 8M",
+        "-c",
+        "discard 16M 4M",
+        "-c",
+        "flush",
+    ]
+    done = run(["qemu-io", "-f", "raw", "-t", "writeback", *commands, uri])
+    assert b"verification failed" not in done.stdout and b"failed" not in done.stdout.lower(), done.stdout.decode()
+    run(
+        [
+            "qemu-img",
+            "bench",
+            "-f",
+            "raw",
+            "-c",
+            "500",
+            "-d",
+            "16",
+            "-s",
+            "4096",
+            "-w",
+            "--pattern=1",
+            "--flush-interval=100",
+            uri,
+        ]
+    )
+    run(["qemu-img", "create", "-f", "qcow2", uri, "32M"])
+    node = {"driver": "nbd", "server": {"type": "unix", "path": str(server.socket)}, "export": "v"}
+    qcow = "json:" + json.dumps({"driver": "qcow2", "file": node})
+    run(["qemu-io", "-c", "write -P 3 1M 5M", "-c", "read -P 3 1M 5M", qcow])
+    run(["qemu-img", "check", qcow])
+
+
+def test_a_live_volume_grows(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """Old connections keep their size (NBD has no word for it); a new one sees the new size, and all share the data."""
+    cluster3.dog("vdi", "create", "v", "8M")
+    server = serve(cluster3)
+    uri = server.uri("v")
+    nbdsh(
+        uri,
+        "import subprocess",
+        "h.pwrite(b'old', 0)",
+        f"subprocess.run({[*grow_command(cluster3, 'v', '50M')]!r}, check=True)",
+        f"n = connect({uri!r})",
+        "assert (h.get_size(), n.get_size()) == (8 << 20, 50 << 20)",
+        "n.pwrite(b'new', 45 << 20); h.pwrite(b'yes', 3)",
+        "assert n.pread(6, 0) == b'oldyes'",
+    )
+    data = content(cluster3, "v")
+    assert len(data) == 50 * MIB
+    assert data[:6] == b"oldyes" and data[45 * MIB : 45 * MIB + 3] == b"new"
+
+
+def grow_command(cluster: Cluster, name: str, size: str) -> list[str]:
+    from tests.support.processes import BIN
+
+    return [str(BIN / "dog"), "vdi", "resize", "-p", str(cluster.port(1)), name, size]
+
+
+def test_a_snapshot_under_load_is_followed(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "v", "16M")
+    server = serve(cluster3)
+    nbdsh(server.uri("v"), "h.pwrite(b'a' * 65536, 1 << 20)")
+    from tests.support.processes import BIN
+
+    snapshot = [str(BIN / "dog"), "vdi", "snapshot", "-p", str(cluster3.port(1)), "-s", "t", "v"]
+    nbdsh(
+        server.uri("v"),
+        "import subprocess",
+        "h.pwrite(b'b' * 65536, 1 << 20)",
+        f"subprocess.run({snapshot!r}, check=True)",
+        "h.pwrite(b'c' * 65536, (1 << 20) + 32768)",
+        "assert h.pread(65536 * 2, 1 << 20) == b'b' * 32768 + b'c' * 65536 + bytes(32768)",
+    )
+    assert content(cluster3, "v", "-s", "t")[MIB : MIB + 65536 * 2] == b"b" * 65536 + bytes(65536)
+    run(["nbdinfo", server.uri("v@t")])
+
+
+def test_locks_refuse_a_second_client(
+    new_cluster: Callable[..., Cluster], serve: Callable[..., NbdServer], directory: Path
+) -> None:
+    cluster = started(new_cluster(1))
+    cluster.format("-c", "1", "-l")
+    cluster.dog("vdi", "create", "v", "8M")
+    first = serve(cluster)
+    hold = holding(first.uri("v"))
+    try:
+        nbdsh(first.uri("v"), "h.pwrite(b'x' * 512, 0)")  # the same server: one volume, more connections
+        (directory / "second").mkdir()
+        second = NbdServer(cluster, directory / "second")
+        try:
+            refused = run(["nbdinfo", second.uri("v")], check=False)
+            assert refused.returncode != 0
+            assert "v is locked by another client" in second.text()
+            release(hold)
+            wait_until(lambda: run(["nbdinfo", second.uri("v")], check=False).returncode == 0, 10, "the lock is free")
+        finally:
+            second.close()
+    finally:
+        release(hold)
+    assert "v" not in cluster.dog("vdi", "lock", "list").split()
+
+
+def test_exclusive_refuses_a_second_connection(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "v", "8M")
+    server = serve(cluster3, "--exclusive")
+    uri = server.uri("v")
+    nbdsh(
+        uri,
+        "assert not h.can_multi_conn()",
+        f"try: connect({uri!r})",
+        "except nbd.Error: pass",
+        "else: assert False, 'two writers'",
+        "h.pwrite(b'x' * 512, 0); h.shutdown()",
+    )
+    assert "v is in use by another connection" in server.text()
+    wait_until(lambda: run(["nbdinfo", uri], check=False).returncode == 0, 10, "the next one is let in")
+
+
+def test_clean_shutdown_flushes(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "v", "8M")
+    server = serve(cluster3)
+    hold = holding(server.uri("v"), "h.pwrite(b'x' * 512, 0)")
+    try:
+        assert server.stop() == 0, server.text()
+    finally:
+        release(hold)
+    assert content(cluster3, "v")[:512] == b"x" * 512
+
+
+def test_tls_with_keys(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    needs.program("certtool")
+    cluster3.dog("vdi", "create", "v", "8M")
+    path = keys(directory)
+    server = serve(cluster3, "v", "--tls-psk", str(path))
+    uri = server.first_line
+    assert uri == f"nbds+unix://alice@/v?socket={server.socket}&tls-psk-file={path}"
+    nbdsh(uri, "assert h.get_tls_negotiated()", "h.pwrite(b'secret', 0)")
+    assert run(["nbdinfo", server.uri("v")], check=False).returncode != 0, "a client without TLS was let in"
+    words = json.loads(
+        cluster3.dog("nbd", "uri", "v", "--socket", str(server.socket), "--tls-psk", str(path), "--json")
+    )
+    _, credentials, _, drive = words["qemu_blockdev"].split(" ")
+    run(["qemu-io", "--object", credentials, "--image-opts", drive.replace("node-name=disk0,", ""), "-c", "read 0 4k"])
+    (directory / "wrong").mkdir()
+    wrong = keys(directory / "wrong")
+    assert run(["nbdinfo", uri.replace(str(path), str(wrong))], check=False).returncode != 0, "a wrong key was let in"
+    assert content(cluster3, "v")[:6] == b"secret"
+
+
+def test_tls_with_certificates(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    needs.program("certtool")
+    cluster3.dog("vdi", "create", "v", "8M")
+    pki = certificates(directory)
+    listen = f"localhost:{cluster3.ports[TLS_PORT]}"
+    server = serve(cluster3, "v", "--tls-certificates", str(pki), "--tls-verify-peer", listen=listen)
+    uri = f"nbds://{listen}/v?tls-certificates={pki}"
+    assert server.first_line == uri
+    nbdsh(uri, "assert h.get_tls_negotiated()", "h.pwrite(b'secret', 0)")
+    assert run(["nbdinfo", f"nbd://{listen}/v"], check=False).returncode != 0
+    (directory / "nobody").mkdir()
+    (directory / "nobody" / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+    assert run(["nbdinfo", uri.replace(str(pki), str(directory / "nobody"))], check=False).returncode != 0, (
+        "a client without a certificate was let in"
+    )
+    words = json.loads(cluster3.dog("nbd", "uri", "v", "--listen", listen, "--tls-certificates", str(pki), "--json"))
+    _, credentials, _, drive = words["qemu_blockdev"].split(" ")
+    run(["qemu-io", "--object", credentials, "--image-opts", drive.replace("node-name=disk0,", ""), "-c", "read 0 4k"])
+    assert content(cluster3, "v")[:6] == b"secret"
+
+
+def test_verified_load_while_a_sheep_dies(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    needs.program("fio")
+    cluster3.dog("vdi", "create", "v", "64M")
+    server = serve(cluster3)
+    fio = subprocess.Popen(
+        [
+            "fio", "--name=x", "--ioengine=nbd", f"--uri={server.uri('v')}", "--rw=randwrite", "--bs=4k-64k",
+            "--iodepth=16", "--size=32M", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--rate=6M,6M",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+    )  # fmt: skip
+    try:
+        time.sleep(1.5)
+        cluster3.kill(2, signal.SIGKILL)
+        time.sleep(1)
+        cluster3.start(2)
+        output, _ = fio.communicate(timeout=120)
+    finally:
+        fio.kill()
+        fio.wait(10)
+    assert fio.returncode == 0, output.decode()
+    assert re.search(rb"err= *0", output), output.decode()
+
+
+def test_the_gateway_restarts(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """Requests wait for it; nothing that was acknowledged is lost, no client sees an error."""
+    cluster3.dog("vdi", "create", "v", "16M")
+    server = serve(cluster3, node=1)
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            nbdsh(
+                server.uri("v"),
+                "import time",
+                "end = time.monotonic() + 6",
+                "turn = 0",
+                "while time.monotonic() < end:",
+                "    turn += 1",
+                "    data = b'%08d' % turn * 512",
+                "    h.pwrite(data, turn % 4096 * 4096, 0 if turn % 3 else nbd.CMD_FLAG_FUA)",
+                "    assert h.pread(4096, turn % 4096 * 4096) == data",
+                "print(turn)",
+            )
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    time.sleep(1.5)
+    cluster3.kill(1, signal.SIGKILL)
+    time.sleep(1)
+    cluster3.start(1)
+    thread.join(90)
+    assert not thread.is_alive() and not failures, failures
+
+
+def test_by_hand_and_behind_filters(cluster3: Cluster, directory: Path) -> None:
+    """nbdkit's own filters before the plugin: they check that it does what it announces."""
+    cluster3.dog("vdi", "create", "v", "16M")
+    data = image(directory / "image", 16 * MIB, 3)
+    source = directory / "image"
+    captive(cluster3, ["-e", "v"], f"nbdcopy {source} 'nbd+unix:///v?socket='$unixsocket")
+    assert content(cluster3, "v") == data
+    target = "'nbd+unix:///v?socket='$unixsocket"
+    captive(cluster3, ["--filter=checkwrite"], f"true || nbdcopy {source} {target}")
+    log = directory / "filter.log"
+    done = subprocess.run(
+        [
+            "nbdkit", "-f", "-U", "-", "--filter=log", "--filter=error", "--filter=delay", "python",
+            str(Path(__file__).resolve().parents[2] / "src/sheepdog/frontends/nbd/plugin.py"),
+            f"address=127.0.0.1:{cluster3.port(0)}", f"logfile={log}", "error-pread=EIO", "error-pread-rate=20%",
+            "delay-write=1ms", "--run", f"qemu-io -f raw -c 'write -P 1 0 1M' {target}",
+        ],
+        capture_output=True, timeout=60, check=False,
+        env={**environment(), "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert "Write" in log.read_text()
+    assert content(cluster3, "v")[:MIB] == b"\1" * MIB
+
+
+def test_nbdfuse(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path, teardown: ExitStack) -> None:
+    needs.program("nbdfuse", "fusermount3")
+    needs.fuse()
+    cluster3.dog("vdi", "create", "v", "16M")
+    server = serve(cluster3)
+    place = directory / "disk"
+    place.touch()
+    process = subprocess.Popen(["nbdfuse", str(place), server.uri("v")], env=environment())
+
+    def unmount() -> None:
+        run(["fusermount3", "-u", str(place)], check=False)
+        process.wait(20)
+
+    teardown.callback(unmount)
+    wait_until(lambda: place.stat().st_size == 16 * MIB, 20, "the volume appears")
+    with place.open("r+b") as file:
+        os.pwrite(file.fileno(), b"through a file".ljust(512), 5 * MIB)
+        os.fsync(file.fileno())
+        assert os.pread(file.fileno(), 1024, 5 * MIB) == b"through a file".ljust(512) + bytes(512)
+    assert content(cluster3, "v")[5 * MIB : 5 * MIB + 14] == b"through a file"
