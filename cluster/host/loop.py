@@ -26,6 +26,7 @@ COLLECT_BUSY_CHECKS = 60  # collect at least this often under load: cycles are r
 COLLECT_FULL_CHECKS = 600  # checks between two full collections
 MMAP_THRESHOLD_BYTES = 32 << 20  # the most glibc accepts: memory for bodies is kept, not unmapped and faulted in again
 TRIM_THRESHOLD_BYTES = 256 << 20  # free memory at the heap's end that is not given back
+_PR_SET_IO_FLUSHER = 57  # <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LOG_ERROR, _LOG_WARNING = 3, 4
 _Ts = TypeVarTuple("_Ts")
@@ -197,6 +198,9 @@ def prepare_process(log: Log) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+        # This host may keep a file system on a volume of ours (sheepfs): writing it back must not wait for itself.
+        # Inherited by the threads, so before them; only root may.
+        libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
     except (OSError, AttributeError):
         pass  # no glibc: only slower
     try:

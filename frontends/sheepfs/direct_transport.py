@@ -285,11 +285,17 @@ class DirectTransport:
         if size <= 0:
             raise error(errno.ENOSPC)
         durable = bool(flags & DURABLE_FLAGS)
+        lent = None
         if size <= COPY_BYTES:
-            file.submit_write(offset, bytes(data[:size]), durable, partial(self._have_written, unique, size, None))
+            payload: Buffer = bytes(data[:size])
         else:
-            lent = self._lend()
-            file.submit_write(offset, data[:size], durable, partial(self._have_written, unique, size, lent))
+            payload, lent = data[:size], self._lend()
+        try:
+            file.submit_write(offset, payload, durable, partial(self._have_written, unique, size, lent))
+        except BaseException:
+            if lent is not None:
+                self._give_back(lent)
+            raise
         return Verdict.LATER
 
     def _have_written(self, unique: int, size: int, lent: bytearray | None, problem: OSError | None) -> None:
