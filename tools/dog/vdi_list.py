@@ -69,14 +69,11 @@ def run(context: Context) -> None:
 
 def volumes(connection: Connection, name: bytes | None = None) -> Iterator[Row]:
     """Every volume (of this name) in ascending order of vid; one that cannot be read is named on stderr."""
-    for inode in headers(connection):
-        if name is not None and inode.name != name:
+    for found in admin.contents(connection, admin.volume_ids(connection, name=name), name):
+        if isinstance(found, admin.Unread):
+            unreadable(found.vid, found.result)
             continue
-        try:
-            entries = admin.read_map(connection, inode)
-        except SheepError as error:
-            unreadable(Vid(inode.vdi_id), error.result)
-            continue
+        inode, entries = found
         if isinstance(entries, array):
             own = entries.count(inode.vdi_id)
             shared = len(entries) - entries.count(0) - own
