@@ -48,7 +48,7 @@ class Copies:
         self.disk = disk
         self.workers = workers
         self.log = log
-        self._on_disk_failure = on_disk_failure
+        self.on_disk_failure = on_disk_failure
         self.homes: list[ObjectDirectory] = []
         self.by_oid: dict[ObjectId, Copy] = {}
         self.files = OpenFiles(disk, settle)
@@ -59,7 +59,7 @@ class Copies:
 
     def add_home(self, home: ObjectDirectory) -> None:
         """A disk and the copies on it. A copy that another disk has too is kept on the disk where the ring wants it."""
-        self.homes.append(home)
+        self.homes = [other for other in self.homes if other.path != home.path] + [home]
         self._arrange()
         for listed in home.load():
             copy = Copy(listed.oid, listed.size, listed.version, home)
@@ -77,12 +77,24 @@ class Copies:
         return self.home_for(copy.oid) is copy.home
 
     def remove_home(self, home: ObjectDirectory) -> list[ObjectId]:
-        """Takes a disk out; returns what was on it. Its files stay as they are."""
-        self.homes.remove(home)
+        """Takes a disk out of service; returns what was on it. Its files stay as they are."""
+        home.failed = True
         self._arrange()
-        lost = [oid for oid, copy in self.by_oid.items() if copy.home is home]
-        for oid in lost:
-            self.files.retire(self.by_oid.pop(oid))
+        return self._lose(home)
+
+    def _lose(self, home: ObjectDirectory) -> list[ObjectId]:
+        """The copies of a disk that is out: they have no version and are restored to another disk.
+
+        They do not just vanish: peering takes a missing copy of a current member for a deletion.
+        """
+        lost = []
+        for oid, copy in self.by_oid.items():
+            if copy.home is home:
+                copy.version = NO_VERSION
+                copy.size = -1
+                copy.restoring = True
+                self.files.forget(copy)  # so that every later operation meets the failure
+                lost.append(oid)
         return lost
 
     def home_for(self, oid: ObjectId) -> ObjectDirectory | None:
@@ -280,8 +292,6 @@ class Copies:
         home.failed = True
         self.log(2, f"{text}: the disk is out of service")
         self._arrange()
-        for copy in self.by_oid.values():
-            if copy.home is home:
-                self.files.forget(copy)  # so that every later operation meets the failure
-        self._on_disk_failure(home.path, text, not self._points)
+        self._lose(home)
+        self.on_disk_failure(home.path, text, not self._points)
         return DiskError(text)

@@ -166,6 +166,10 @@ class ObjectDirectory:
             self._disk.close(fd)
 
 
+def is_object_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def read_header(disk: Disk, fd: int, length: int, oid: ObjectId) -> trailer.Header:
     """Header of the object file `fd` of `length` bytes; Corrupt when it is none or another object's."""
     offset = trailer.offset_in_file(length)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
+from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
@@ -25,8 +25,10 @@ from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
 from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
+from sheepdog.cluster.host.reading import OutOfRange, Reads, in_range
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks, hashes_of
 from sheepdog.cluster.host.restore import Restores
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
@@ -35,7 +37,6 @@ from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
 from sheepdog.cluster.host.workers import Workers
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
-READ_RETRIES: Final = 8  # of a slow read that met a write of the same blocks; then it reads on the loop's thread
 JOURNALED_BYTES: Final = 64 << 10  # larger writes go to the file at once and leave only their hashes in the journal
 JOURNAL_PART: Final = 16  # without -j the journal takes 1/16 of the free space ...
 JOURNAL_MIN_BYTES: Final = 8 << 20  # ... but at least this: two segments that hold some hundred writes each
@@ -50,12 +51,6 @@ class StoreOptions:
     journal_bytes: int = 0
     journal_directory: str | None = None  # None: META
     journal_skip: bool = False
-
-
-class OutOfRange(StoreError):
-    """The range lies outside the object."""
-
-    result = Result.INVALID_PARMS
 
 
 class ObjectStore:
@@ -91,6 +86,7 @@ class ObjectStore:
         self._applier = Applier(self.copies, self._syncs, self._directory_syncs, options.nosync)
         self._journal_directory = options.journal_directory or metadata
         self._by_oid = self.copies.by_oid
+        self._reads = Reads(self.copies)
 
     # Life
 
@@ -101,6 +97,7 @@ class ObjectStore:
         if self._journal_directory != self._metadata:
             make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
+        self.disks = Disks(self.copies, self.node, self._open_disk)
         for directory in self._directories:
             self._open_disk(directory)
         found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
@@ -199,126 +196,18 @@ class ObjectStore:
         homes = [home for home in self.copies.homes if not home.failed]
         return sum(home.used for home in homes), sum(home.free() for home in homes)
 
-    # Reading
+    # Reading (reading.py)
 
     def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
-        copy = self._by_oid.get(oid)
-        if (
-            copy is not None
-            and length == BLOCK_SIZE
-            and copy.fd >= 0
-            and not copy.busy
-            and not offset & _BLOCK_MASK
-            and offset + length <= copy.size
-            and (offset >> 12) not in copy.pending
-        ):
-            entry = copy.entries[FIRST_ENTRY + (offset >> 12)]
-            if entry:
-                block = bytearray(BLOCK_SIZE)
-                try:
-                    count = self._disk.preadv_cached(copy.fd, (block,), offset)
-                except OSError:
-                    count = 0  # not cached, or an error that the slow way meets again
-                if count == BLOCK_SIZE and block_hash(block) == entry:
-                    self.copies.files.used(oid)
-                    done(block)
-                    return
-        self.copies.with_open(oid, lambda copy: self._read(copy, offset, length, done, 0), done)
+        self._reads.read(oid, offset, length, done)
 
-    def _read(self, copy: Copy, offset: int, length: int, done: ReadDone, tries: int) -> None:
-        if not self._in_range(copy, offset, length, done):
-            return
-        first = offset >> 12
-        last = (offset + length - 1) >> 12
-        start = first << 12
-        span = (last - first + 1) << 12
-        entries = copy.entries
-        if (
-            not copy.pending
-            and not any(entries[FIRST_ENTRY + first : FIRST_ENTRY + last + 1])
-            and self._disk.is_hole(copy.fd, start, span)
-        ):
-            done(bytes(length))
-            return
-        data = bytearray(span)
-        if copy.pending and all(block in copy.pending for block in range(first, last + 1)):
-            self._deliver(copy, data, offset, length, done)
-            return
-        try:
-            count = (
-                self._disk.preadv_cached(copy.fd, (data,), start)
-                if tries < READ_RETRIES
-                else self._disk.preadv(copy.fd, (data,), start)
-            )
-        except BlockingIOError:
-            count = 0
-        except OSError as error:
-            done(self.copies.fail(copy.home, error))
-            return
-        if count == span or tries >= READ_RETRIES:
-            self._deliver(copy, data, offset, length, done)
-            return
-        self._read_slowly(copy, data, offset, length, done, tries)
-
-    def _read_slowly(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone, tries: int) -> None:
-        changes = copy.changes
-        copy.pins += 1
-        fd = copy.fd
-
-        def finished(result: int | OSError) -> None:
-            copy.pins -= 1
-            if isinstance(result, OSError):
-                done(self.copies.fail(copy.home, result))
-            elif copy.fd < 0:
-                done(DiskError(f"{copy.home.path} is out of service"))
-            elif copy.changes != changes:
-                self._read(copy, offset, length, done, tries + 1)
-            else:
-                self._deliver(copy, data, offset, length, done)
-            if copy.gone:
-                self.copies.files.close_if_unused(copy)
-
-        self._workers.run(lambda: self._disk.preadv(fd, (data,), offset & ~_BLOCK_MASK), finished)
-
-    def _deliver(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone) -> None:
-        """Verifies the blocks of the file, lays pending ones over them and hands out the wanted part."""
-        first = offset >> 12
-        bad = trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + first)
-        pending = copy.pending
-        if pending:
-            bad = [position for position in bad if first + position not in pending]
-            for position in range(len(data) >> 12):
-                record = pending.get(first + position)
-                if record is not None:
-                    start = position << 12
-                    block = record.block(first + position) if record.hash(first + position) else trailer.ZERO_BLOCK
-                    data[start : start + len(block)] = block
-        if bad:
-            done(self._corrupt(copy, [first + position for position in bad]))
-        elif len(data) == length:
-            done(data)
-        else:
-            start = offset & _BLOCK_MASK
-            done(memoryview(data)[start : start + length])
-
-    def _corrupt(self, copy: Copy, blocks: list[int]) -> Corrupt:
-        self._log(3, f"{copy.path}: blocks {blocks} do not match their hashes")
-        return Corrupt(f"{copy.oid:016x}: blocks {blocks} are corrupt here", tuple(blocks))
-
-    @staticmethod
-    def _in_range(copy: Copy, offset: int, length: int, failed: Callable[[StoreError], object]) -> bool:
-        if offset < 0 or length <= 0 or offset + length > copy.size:
-            failed(OutOfRange(f"{offset}+{length} is not inside {copy.oid:016x} of {copy.size} bytes"))
-            return False
-        return True
+    # Writing
 
     def _may_write(self, copy: Copy, offset: int, length: int, failed: Done) -> bool:
         if copy.restoring:
             failed(NoObject(f"the copy of {copy.oid:016x} here is being restored"))
             return False
-        return self._in_range(copy, offset, length, failed)
-
-    # Writing
+        return in_range(copy, offset, length, failed)
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
         copy = self._by_oid.get(oid)
@@ -392,55 +281,13 @@ class ObjectStore:
         if end != stop and last not in edges:
             edges.append(last)
         for edge in edges:
-            block = self._edge(copy, edge, failed, again)
+            block = self._reads.block(copy, edge, failed, again)
             if block is None:
                 return None
             keep = min(BLOCK_SIZE, stop - edge)
             merged[edge - start : edge - start + keep] = memoryview(block)[:keep]
         merged[offset - start : end - start] = data
         return start, merged
-
-    def _edge(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
-        """Present bytes of the block at `offset`; None as `_merge` says."""
-        number = offset >> 12
-        record = copy.pending.get(number)
-        if record is not None:
-            return record.block(number) if record.hash(number) else trailer.ZERO_BLOCK
-        block = bytearray(BLOCK_SIZE)
-        try:
-            count = self._disk.preadv_cached(copy.fd, (block,), offset)
-        except BlockingIOError:
-            count = 0
-        except OSError as error:
-            failed(self.copies.fail(copy.home, error))
-            return None
-        if count < BLOCK_SIZE:
-            self._fetch(copy, offset, failed, again)
-            return None
-        if trailer.bad_blocks(block, copy.entries, FIRST_ENTRY + number):
-            failed(self._corrupt(copy, [number]))
-            return None
-        return block
-
-    def _fetch(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> None:
-        """Brings a block into the page cache; operations on the copy wait meanwhile."""
-        self.copies.close_gate(copy)
-        copy.pins += 1
-        fd = copy.fd
-
-        def fetched(result: int | OSError) -> None:
-            copy.pins -= 1
-            copy.gated = False
-            if isinstance(result, OSError):
-                failed(self.copies.fail(copy.home, result))
-            elif copy.fd < 0:
-                failed(DiskError(f"{copy.home.path} is out of service"))
-            else:
-                again()
-            if not copy.gated:
-                self.copies.open_gate(copy)
-
-        self._workers.run(lambda: self._disk.preadv(fd, (bytearray(BLOCK_SIZE),), offset), fetched)
 
     def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
         self.copies.with_open(
@@ -457,7 +304,7 @@ class ObjectStore:
             if copy.is_hole(block):  # zeros in a hole change nothing
                 edges[block] = None
                 continue
-            data = self._edge(
+            data = self._reads.block(
                 copy, block << 12, done, lambda: self._punch(copy, offset, length, version, durable, done)
             )
             if data is None:

@@ -1,0 +1,192 @@
+"""Reading copies: blocks of the file, verified, under those that are not in the file yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
+from sheepdog.cluster.core.ids import ObjectId
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
+from sheepdog.cluster.host import trailer
+from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.object_file import Copy
+from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
+
+_BLOCK_MASK: Final = BLOCK_SIZE - 1
+READ_RETRIES: Final = 8  # of a slow read that met a write of the same blocks; then it reads on the loop's thread
+
+
+class OutOfRange(StoreError):
+    """The range lies outside the object."""
+
+    result = Result.INVALID_PARMS
+
+
+def in_range(copy: Copy, offset: int, length: int, failed: Callable[[StoreError], object]) -> bool:
+    """Tells `failed` when a range is empty or not inside the object."""
+    if offset < 0 or length <= 0 or offset + length > copy.size:
+        failed(OutOfRange(f"{offset}+{length} is not inside {copy.oid:016x} of {copy.size} bytes"))
+        return False
+    return True
+
+
+class Reads:
+    """Reads on the loop's thread what the page cache has, the rest in another thread."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._by_oid = copies.by_oid
+        self._disk = copies.disk
+        self._workers = copies.workers
+
+    def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        copy = self._by_oid.get(oid)
+        if (
+            copy is not None
+            and length == BLOCK_SIZE
+            and copy.fd >= 0
+            and not copy.busy
+            and not offset & _BLOCK_MASK
+            and offset + length <= copy.size
+            and (offset >> 12) not in copy.pending
+        ):
+            entry = copy.entries[FIRST_ENTRY + (offset >> 12)]
+            if entry:
+                block = bytearray(BLOCK_SIZE)
+                try:
+                    count = self._disk.preadv_cached(copy.fd, (block,), offset)
+                except OSError:
+                    count = 0  # not cached, or an error that the slow way meets again
+                if count == BLOCK_SIZE and block_hash(block) == entry:
+                    self._copies.files.used(oid)
+                    done(block)
+                    return
+        self._copies.with_open(oid, lambda copy: self._read(copy, offset, length, done, 0), done)
+
+    def _read(self, copy: Copy, offset: int, length: int, done: ReadDone, tries: int) -> None:
+        if not in_range(copy, offset, length, done):
+            return
+        first = offset >> 12
+        last = (offset + length - 1) >> 12
+        start = first << 12
+        span = (last - first + 1) << 12
+        entries = copy.entries
+        if (
+            not copy.pending
+            and not any(entries[FIRST_ENTRY + first : FIRST_ENTRY + last + 1])
+            and self._disk.is_hole(copy.fd, start, span)
+        ):
+            done(bytes(length))
+            return
+        data = bytearray(span)
+        if copy.pending and all(block in copy.pending for block in range(first, last + 1)):
+            self._deliver(copy, data, offset, length, done)
+            return
+        try:
+            count = (
+                self._disk.preadv_cached(copy.fd, (data,), start)
+                if tries < READ_RETRIES
+                else self._disk.preadv(copy.fd, (data,), start)
+            )
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            done(self._copies.fail(copy.home, error))
+            return
+        if count == span or tries >= READ_RETRIES:
+            self._deliver(copy, data, offset, length, done)
+            return
+        self._read_slowly(copy, data, offset, length, done, tries)
+
+    def _read_slowly(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone, tries: int) -> None:
+        changes = copy.changes
+        copy.pins += 1
+        fd = copy.fd
+
+        def finished(result: int | OSError) -> None:
+            copy.pins -= 1
+            if isinstance(result, OSError):
+                done(self._copies.fail(copy.home, result))
+            elif copy.fd < 0:
+                done(DiskError(f"{copy.home.path} is out of service"))
+            elif copy.changes != changes:
+                self._read(copy, offset, length, done, tries + 1)
+            else:
+                self._deliver(copy, data, offset, length, done)
+            if copy.gone:
+                self._copies.files.close_if_unused(copy)
+
+        self._workers.run(lambda: self._disk.preadv(fd, (data,), offset & ~_BLOCK_MASK), finished)
+
+    def _deliver(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone) -> None:
+        """Verifies the blocks of the file, lays pending ones over them and hands out the wanted part."""
+        first = offset >> 12
+        bad = trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + first)
+        pending = copy.pending
+        if pending:
+            bad = [position for position in bad if first + position not in pending]
+            for position in range(len(data) >> 12):
+                record = pending.get(first + position)
+                if record is not None:
+                    start = position << 12
+                    block = record.block(first + position) if record.hash(first + position) else trailer.ZERO_BLOCK
+                    data[start : start + len(block)] = block
+        if bad:
+            done(self._corrupt(copy, [first + position for position in bad]))
+        elif len(data) == length:
+            done(data)
+        else:
+            start = offset & _BLOCK_MASK
+            done(memoryview(data)[start : start + length])
+
+    def _corrupt(self, copy: Copy, blocks: list[int]) -> Corrupt:
+        self._copies.log(3, f"{copy.path}: blocks {blocks} do not match their hashes")
+        return Corrupt(f"{copy.oid:016x}: blocks {blocks} are corrupt here", tuple(blocks))
+
+    def block(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
+        """Present bytes of the block at `offset`, verified.
+
+        None when that failed, or when it has to come from the disk first: then `again` is called later, and other
+        operations on the copy wait for that.
+        """
+        number = offset >> 12
+        record = copy.pending.get(number)
+        if record is not None:
+            return record.block(number) if record.hash(number) else trailer.ZERO_BLOCK
+        block = bytearray(BLOCK_SIZE)
+        try:
+            count = self._disk.preadv_cached(copy.fd, (block,), offset)
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            failed(self._copies.fail(copy.home, error))
+            return None
+        if count < BLOCK_SIZE:
+            self._fetch(copy, offset, failed, again)
+            return None
+        if trailer.bad_blocks(block, copy.entries, FIRST_ENTRY + number):
+            failed(self._corrupt(copy, [number]))
+            return None
+        return block
+
+    def _fetch(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> None:
+        """Brings a block into the page cache; operations on the copy wait meanwhile."""
+        self._copies.close_gate(copy)
+        copy.pins += 1
+        fd = copy.fd
+
+        def fetched(result: int | OSError) -> None:
+            copy.pins -= 1
+            copy.gated = False
+            if isinstance(result, OSError):
+                failed(self._copies.fail(copy.home, result))
+            elif copy.fd < 0:
+                failed(DiskError(f"{copy.home.path} is out of service"))
+            else:
+                again()
+            if not copy.gated:
+                self._copies.open_gate(copy)
+
+        self._workers.run(lambda: self._disk.preadv(fd, (bytearray(BLOCK_SIZE),), offset), fetched)

@@ -1,0 +1,111 @@
+"""Several disks of one node: shares, plug and unplug, foreign disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.stores import StoreDriver
+
+from sheepdog.cluster.core.errors import DiskError, UsageError
+from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid
+
+SIZE = 64 * 4096
+OIDS = [data_oid(Vid(1), index) for index in range(60)]
+
+
+def v(counter: int) -> Version:
+    return Version(1, 1, counter)
+
+
+def paths(tmp_path: Path, *names: str) -> list[str]:
+    return [str(tmp_path / name) for name in names]
+
+
+def filled(tmp_path: Path, *names: str) -> StoreDriver:
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, *names))
+    for number, oid in enumerate(OIDS):
+        driver.create(oid, SIZE, 0, bytes([number]) * 4096, v(1))
+    return driver
+
+
+def files(path: Path) -> int:
+    return sum(1 for entry in path.iterdir() if len(entry.name) == 16)
+
+
+def test_objects_are_spread_and_found_again(tmp_path: Path) -> None:
+    driver = filled(tmp_path, "d1", "d2", "d3")
+    shares = [files(tmp_path / name) for name in ("d1", "d2", "d3")]
+    assert sum(shares) == len(OIDS)
+    assert min(shares) >= 8
+    assert files(tmp_path / "meta" / "obj") == 0
+    assert [path for path, _, _ in driver.store.disks.listed()] == paths(tmp_path, "d1", "d2", "d3")
+    driver.close()
+    # Another order, and one more: everything stays where it is and is found.
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d4", "d3", "d2", "d1"))
+    for number, oid in enumerate(OIDS):
+        assert driver.read(oid, 0, 4096) == bytes([number]) * 4096
+    driver.crash()
+
+
+def test_unplug_and_plug(tmp_path: Path) -> None:
+    driver = filled(tmp_path, "d1", "d2")
+    lost = driver.store.disks.unplug(str(tmp_path / "d1"))
+    kept = files(tmp_path / "d1")
+    assert len(lost) == kept > 5
+    for oid in OIDS:
+        assert driver.store.version(oid) == (NO_VERSION if oid in lost else v(1))
+    with pytest.raises(DiskError):
+        driver.read(lost[0], 0, 4096)
+    for oid in lost:  # as recovery does
+        driver.store.restore_begin(oid, SIZE)
+        driver.restore_write(oid, 0, b"r" * 4096)
+        driver.restore_finish(oid, v(2))
+        assert driver.read(oid, 0, 4096) == b"r" * 4096
+    assert files(tmp_path / "d1") == kept
+    assert files(tmp_path / "d2") == len(OIDS)
+    with pytest.raises(UsageError, match="not in service"):
+        driver.store.disks.unplug(str(tmp_path / "d1"))
+    with pytest.raises(UsageError, match="already"):
+        driver.store.disks.plug(str(tmp_path / "d2"))
+    driver.store.disks.plug(str(tmp_path / "d1"))
+    assert files(tmp_path / "d1") == 0
+    more = [data_oid(Vid(2), index) for index in range(40)]
+    for oid in more:
+        driver.create(oid, SIZE, 0, b"m", v(1))
+    assert 5 < files(tmp_path / "d1") < 35
+    driver.close()
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1", "d2"))
+    assert {oid: version for oid, version in driver.store.inventory() if version != v(1)} == dict.fromkeys(lost, v(2))
+    assert not driver.failed
+    assert driver.store.disks.unplug(str(tmp_path / "d1"))
+    assert not driver.failed
+    driver.store.disks.unplug(str(tmp_path / "d2"))
+    assert driver.failed == ["the last disk was unplugged"]
+    driver.crash()
+
+
+def test_a_foreign_disk_is_refused_and_left_alone(tmp_path: Path) -> None:
+    filled(tmp_path, "d1").close()
+    before = sorted(entry.name for entry in (tmp_path / "d1").iterdir())
+    with pytest.raises(UsageError, match="belongs to the store of another node"):
+        StoreDriver(str(tmp_path / "other"), disks=paths(tmp_path, "d1"), seed=1)
+    driver = StoreDriver(str(tmp_path / "third"), disks=paths(tmp_path, "d9"), seed=2)
+    with pytest.raises(UsageError, match="belongs to the store of another node"):
+        driver.store.disks.plug(str(tmp_path / "d1"))
+    assert sorted(entry.name for entry in (tmp_path / "d1").iterdir()) == before
+    driver.crash()
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    from xxhash import xxh3_64_intdigest
+
+    filled(tmp_path, "d1").close()
+    for name in ("meta/superblock", "d1/.disk"):
+        path = tmp_path / name
+        data = path.read_bytes()
+        newer = data[:8] + (2).to_bytes(4, "little") + data[12:-8]
+        path.write_bytes(newer + xxh3_64_intdigest(newer).to_bytes(8, "little"))
+        with pytest.raises(UsageError, match="format 2, this version reads 1"):
+            StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1"))
+        path.write_bytes(data)
