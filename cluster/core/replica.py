@@ -130,7 +130,6 @@ class Replica:
         body = message.body
         assert isinstance(body, (bytes, bytearray, memoryview))
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
-        note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
         self._unstable.setdefault(oid, []).append((sequence, start, end))
         self._order[home].append((sequence, oid))
         counters = context.counters
@@ -141,8 +140,13 @@ class Replica:
             counters.peer_rx += len(body)
         answer = self._answering(sender, message, key, context.fence)
         if oid >> STRIP_SHIFT:
-            self.strips.perform(flags, oid, message.offset, message.length, body, message.version, answer)
+
+            def taken() -> None:
+                note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
+
+            self.strips.perform(flags, oid, message.offset, message.length, body, message.version, taken, answer)
         else:
+            note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
             perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)
 
     def _answering(

@@ -204,7 +204,6 @@ class StripHome:
         write.tolerance = len(members) - policy.data
         if self._home.recovery.strip_holders(oid) is not None:
             self.note_version(oid, write.version)
-        note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor)
         size = strip_size(policy, context.size_of(oid)) if fresh else 0
         nodes, peers, fence, watermark = self._placement.nodes, context.peers, context.fence, self._home.watermark()
         mine: tuple[int, Change, int] | None = None
@@ -238,7 +237,11 @@ class StripHome:
             oid_here = strip_of(oid, strip)
             self._order.append((write.sequence, oid_here))
             data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
-            self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, write.local)
+
+            def taken() -> None:
+                note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor)
+
+            self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, taken, write.local)
         self._release(lock)
 
     def remove(self, submission: Submission, policy: Policy) -> None:

@@ -114,10 +114,10 @@ def decide(
     for version in sorted({entry.version for entry in current}):
         good = [entry for entry in real if entry.reaches(version)]
         if len({entry.strip for entry in good}) >= policy.data:
-            return _arrange(oid, policy, version, good, real, replicas, adopt=False)
+            return _arrange(oid, policy, version, good, held, replicas, adopt=False)
     data = [entry for entry in current if entry.strip < policy.data]
     if len({entry.strip for entry in data}) == policy.data:
-        return _arrange(oid, policy, NO_VERSION, _newest(data), real, replicas, adopt=True)
+        return _arrange(oid, policy, NO_VERSION, _newest(data), held, replicas, adopt=True)
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     return StripDecision(oid, policy, NO_VERSION, lost=lost)
@@ -146,7 +146,7 @@ def _arrange(
     policy: Policy,
     version: Version,
     good: Sequence[Held],
-    real: Sequence[Held],
+    held: Sequence[Held],
     replicas: tuple[int, ...],
     adopt: bool,
 ) -> StripDecision:
@@ -164,8 +164,9 @@ def _arrange(
         strip = place if place < policy.strips and layout[place] == NOBODY else layout.index(NOBODY)
         layout[strip] = member
         missing.append(member)
-    surplus = tuple((entry.member, strip_of(oid, entry.strip)) for entry in real if layout[entry.strip] != entry.member)
+    surplus = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held if layout[entry.strip] != entry.member)
     fine = {(entry.member, entry.strip) for entry in good}
+    old = [entry for entry in held if entry.version != NO_VERSION and (entry.member, entry.strip) not in fine]
     return StripDecision(
         oid,
         policy,
@@ -175,7 +176,7 @@ def _arrange(
         agree=tuple((entry.strip, entry.member) for entry in used if adopt or entry.version != version),
         missing=tuple(missing),
         surplus=surplus,
-        stale=tuple(dict.fromkeys(entry.member for entry in real if (entry.member, entry.strip) not in fine)),
+        stale=tuple(dict.fromkeys(entry.member for entry in old)),
         adopt=adopt,
     )
 

@@ -52,25 +52,46 @@ class StripReplica:
     # -- changes -----------------------------------------------------------------------------------------------
 
     def perform(
-        self, flags: int, strip: ObjectId, offset: int, length: int, data: Buffer, version: Version, done: Done
+        self,
+        flags: int,
+        strip: ObjectId,
+        offset: int,
+        length: int,
+        data: Buffer,
+        version: Version,
+        taken: Callable[[], None],
+        done: Done,
     ) -> None:
-        """One numbered change, as APPLY describes it; without data only the version changes."""
+        """One numbered change, as APPLY describes it; without data only the version changes.
+
+        `taken` is called when the strip has it; until then it may still come to nothing, with the epoch.
+        """
         queue = self._queues.get(strip)
         if queue is not None:
-            queue.append(lambda: self._perform(flags, strip, offset, length, data, version, done))
+            queue.append(lambda: self._perform(flags, strip, offset, length, data, version, taken, done))
         else:
-            self._perform(flags, strip, offset, length, data, version, done)
+            self._perform(flags, strip, offset, length, data, version, taken, done)
 
     def _perform(
-        self, flags: int, strip: ObjectId, offset: int, length: int, data: Buffer, version: Version, done: Done
+        self,
+        flags: int,
+        strip: ObjectId,
+        offset: int,
+        length: int,
+        data: Buffer,
+        version: Version,
+        taken: Callable[[], None],
+        done: Done,
     ) -> None:
         store, durable = self._context.store, bool(flags & Flag.DURABLE)
         if flags & Flag.CREATE:
             self.undo.drop(strip)
+            taken()
             store.create(strip, length, offset, data, version, durable, done)
             return
         if flags & Flag.REMOVE:
             self.undo.drop(strip)
+            taken()
             store.remove(strip, done)
             return
         before = store.version(strip)
@@ -79,6 +100,7 @@ class StripReplica:
             return
         if not data:
             self.undo.keep(strip, Undo(before, version, 0, b""))
+            taken()
             store.stamp(strip, version, durable, done)
             return
         queue = self._queues[strip] = deque()
@@ -91,6 +113,7 @@ class StripReplica:
                 done(old)
             else:
                 self.undo.keep(strip, Undo(before, version, offset, old))
+                taken()
                 fresh = xor(old, data) if flags & Flag.XOR else data
                 store.write(strip, offset, fresh, version, durable, done)
             self._run(strip, queue)
