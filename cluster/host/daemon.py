@@ -152,6 +152,9 @@ class Daemon:
         )
         self.links.on_message = node.on_message
         self.links.on_link = node.on_link
+        if self.options.recovery is not None:
+            throttle = self.options.recovery
+            node.context.throttle = (throttle.objects, throttle.interval_ms * 1_000_000)
         node.on_exit = self._end
         node.on_lost = self._on_lost
         requests = Requests(node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._objects))

@@ -143,7 +143,6 @@ class Options:
         given = (
             ("-D", self.direct_io, "object files are read and written through the page cache"),
             ("-i", self.io_address is not None, "all traffic uses the node's one address"),
-            ("-R", self.recovery is not None, "recovery is throttled by itself"),
             ("-u", self.upgrade, "there is no older store layout to migrate"),
             ("-w", self.cache is not None, "there is no object cache: reads and writes go to the cluster"),
             ("-w", bool(self.threads), "thread numbers are chosen by the daemon"),
