@@ -9,9 +9,10 @@ patience   seconds that requests wait for a sheep that is gone before they fail
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
-from sheepdog.cluster.client.address import Address, describe
+from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.connection import PATIENCE_S
 from sheepdog.cluster.core.errors import UsageError
 
@@ -52,7 +53,7 @@ class Parameters:
 
     def words(self) -> list[str]:
         """`key=value` of everything that is not the default, for a command line."""
-        found = [f"address={describe(self.address)}"]
+        found = [f"address={address_text(self.address)}"]
         found += [f"volume={name}" for name in self.volumes]
         if self.default:
             found.append(f"default={self.default}")
@@ -68,8 +69,16 @@ def parse_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
     if "/" in text:
         return text
     host, colon, port = text.rpartition(":")
-    if not colon or (":" in host and not host.startswith("[")):  # a bare IPv6 address
+    if not colon or text.endswith("]") or (":" in host and not host.startswith("[")):  # without a port, perhaps IPv6
         return text.strip("[]"), default_port
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise UsageError(f"{text} is no address: HOST:PORT, or the path of a socket")
     return host.strip("[]"), int(port)
+
+
+def address_text(address: Address) -> str:
+    """What `parse_address` reads."""
+    if isinstance(address, str):
+        return os.path.abspath(address)
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

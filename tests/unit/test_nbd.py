@@ -1,0 +1,471 @@
+"""The NBD door without nbdkit: names, sharing, locks, what the plugin answers, what clients are told."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.support.fake_sheep import Answer, FakeSheep
+
+from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.core.errors import Result, UsageError
+from sheepdog.cluster.core.ids import is_data
+from sheepdog.cluster.wire import header as wire
+from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.frontends.nbd import exports as exports_module
+from sheepdog.frontends.nbd.endpoints import Endpoint, Tls, endpoint_of
+from sheepdog.frontends.nbd.exports import Export, Exports, Refused, readings
+from sheepdog.frontends.nbd.parameters import Parameters, parse_address
+from sheepdog.frontends.nbd.serve import Server, clear_away, environment
+
+MIB = 1 << 20
+SHIFT = 20
+PLUGIN = Path(exports_module.__file__).with_name("plugin.py")
+
+
+class Locks:
+    """LOCK_VDI and RELEASE_VDI of a cluster that enforces locks."""
+
+    def __init__(self, sheep: FakeSheep) -> None:
+        self.held: set[int] = set()
+        self._sheep = sheep
+        sheep.handlers[Opcode.LOCK_VDI] = self._lock
+        sheep.handlers[Opcode.RELEASE_VDI] = self._release
+
+    def _lock(self, header: bytes, payload: bytes) -> Answer:
+        request = wire.VDI_REQUEST.unpack(header)
+        found = self._sheep._vdi(request._replace(opcode=Opcode.GET_VDI_INFO), payload)
+        answer = wire.VDI_RESPONSE.unpack(found[0])
+        if not answer.result:
+            if answer.vdi_id in self.held:
+                answer = answer._replace(result=Result.VDI_LOCKED)
+            self.held.add(answer.vdi_id)
+        return wire.VDI_RESPONSE.pack(answer), b""
+
+    def _release(self, header: bytes, payload: bytes) -> Answer:
+        request = wire.VDI_REQUEST.unpack(header)
+        self.held.discard(request.base_vdi_id)
+        return self._sheep._vdi_answer(request, 0)
+
+
+@pytest.fixture
+def sheep() -> Iterator[FakeSheep]:
+    with FakeSheep() as fake:
+        fake.locks = Locks(fake)  # type: ignore[attr-defined]
+        yield fake
+
+
+def door(sheep: FakeSheep, *names: str, **settings: Any) -> Exports:
+    return Exports(Parameters(sheep.address, list(names), **settings))
+
+
+def held(sheep: FakeSheep) -> set[int]:
+    found: set[int] = sheep.locks.held  # type: ignore[attr-defined]
+    return found
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("web", [Export(b"web")]),
+        ("web@monday", [Export(b"web@monday"), Export(b"web", b"monday")]),
+        ("web@7", [Export(b"web@7"), Export(b"web", b"", 7)]),
+        ("web@0", [Export(b"web@0"), Export(b"web", b"0")]),
+        ("a@b@c", [Export(b"a@b@c"), Export(b"a@b", b"c")]),
+        ("@tag", [Export(b"@tag")]),
+        ("web@", [Export(b"web@")]),
+        ("", []),
+        ("x" * 256, []),
+        ("x" * 255, [Export(b"x" * 255)]),
+        ("x" * 200 + "@" + "t" * 100, [Export(b"x" * 200, b"t" * 100)]),
+        ("\udcff", [Export(b"\xff")]),
+    ],
+)
+def test_readings(text: str, found: list[Export]) -> None:
+    assert readings(text) == found
+
+
+def test_listing_and_default(sheep: FakeSheep) -> None:
+    sheep.create("web", 3 * MIB, shift=SHIFT)
+    sheep.snapshot("web", b"monday")
+    sheep.snapshot("web", b"2024")  # digits would be read as an id
+    sheep.create("a@b", MIB, shift=SHIFT)
+    names = [name for name, _ in door(sheep).listing()]
+    assert names == ["a@b", "web", "web@2", "web@monday"]
+    for name in names:
+        handle = door(sheep).open(name, True)
+        assert str(handle.export) == name
+    assert door(sheep).listing()[1][1].startswith("Sheepdog volume, 3M, 3 copies, vid ")
+    assert [name for name, _ in door(sheep, "web", "nix").listing()] == ["web", "nix"]
+    assert door(sheep).default() == ""
+    assert door(sheep, "web").default() == "web"
+    assert door(sheep, "web", "a@b").default() == ""
+    assert door(sheep, "web", "a@b", default="a@b").default() == "a@b"
+
+
+def test_what_is_refused(sheep: FakeSheep) -> None:
+    sheep.create("web", MIB, shift=SHIFT)
+    for exports, name in ((door(sheep), "nix"), (door(sheep), ""), (door(sheep), "web@t"), (door(sheep, "db"), "web")):
+        with pytest.raises(Refused) as caught:
+            exports.open(name, False)
+        assert caught.value.errno == errno.ENOENT
+    assert held(sheep) == set()
+    sheep.formatted = False
+    with pytest.raises(OSError) as other:
+        door(sheep).open("web", True)
+    assert not isinstance(other.value, Refused)
+
+
+# -- sharing and locks
+
+
+def test_connections_share_one_volume(sheep: FakeSheep) -> None:
+    vid = sheep.create("web", 4 * MIB, shift=SHIFT)
+    exports = door(sheep)
+    first, second = exports.open("web", False), exports.open("web", False)
+    assert first.volume is second.volume and held(sheep) == {vid}
+    first.volume.write(0, b"one map")
+    BlockingVolume.open(sheep.address, "web").resize(6 * MIB)
+    third = exports.open("web", False)
+    assert third.volume.size == 6 * MIB
+    before = sheep.flushes
+    exports.close(first)
+    exports.close(second)
+    assert held(sheep) == {vid}
+    exports.close(third)
+    assert held(sheep) == set() and sheep.flushes > before
+    again = exports.open("web", False)
+    assert again.volume is not first.volume and again.volume.read(0, 7) == b"one map"
+
+
+def test_a_locked_volume_is_refused_with_words(sheep: FakeSheep) -> None:
+    vid = sheep.create("web", MIB, shift=SHIFT)
+    sheep.snapshot("web", b"t")
+    (current,) = sheep.used - {vid}
+    one, other = door(sheep), door(sheep)
+    mine = one.open("web", False)
+    assert held(sheep) == {current}
+    with pytest.raises(Refused, match="web is locked by another client") as caught:
+        other.open("web", False)
+    assert caught.value.errno == errno.EBUSY
+    assert held(sheep) == {current}, "a refusal must not release the lock of another"
+    for name in ("web@t", "web"):
+        other.close(other.open(name, True))  # readers take no lock, and give none back
+    one.close(mine)
+    other.close(other.open("web", False))
+    assert held(sheep) == set()
+
+
+def test_a_failed_open_gives_the_lock_back(sheep: FakeSheep) -> None:
+    vid = sheep.create("web", MIB, shift=SHIFT)
+    exports = door(sheep, patience_s=0.1)
+    sheep.results[Opcode.READ_OBJ] = Result.EIO
+    with pytest.raises(OSError):
+        exports.open("web", False)
+    assert held(sheep) == set()
+    del sheep.results[Opcode.READ_OBJ]
+    exports.open("web", False)
+    assert held(sheep) == {vid}
+
+
+def test_exclusive(sheep: FakeSheep) -> None:
+    sheep.create("web", MIB, shift=SHIFT)
+    exports = door(sheep, exclusive=True)
+    handle = exports.open("web", False)
+    with pytest.raises(Refused, match="web is in use by another connection"):
+        exports.open("web", False)
+    exports.close(handle)
+    exports.close(exports.open("web", False))
+    readers = [exports.open("web", True) for _ in range(2)]
+    assert readers[0].volume is readers[1].volume
+
+
+def test_comings_and_goings_at_once(sheep: FakeSheep) -> None:
+    """Whoever opens while the last one closes gets a volume that is open and locked."""
+    vid = sheep.create("web", MIB, shift=SHIFT)
+    exports = door(sheep)
+    failures: list[BaseException] = []
+
+    def work(me: int) -> None:
+        try:
+            for turn in range(15):
+                handle = exports.open("web", False)
+                assert held(sheep) == {vid}
+                data = b"%d %d" % (me, turn)
+                handle.volume.write(100 * me, data)
+                assert handle.volume.read(100 * me, len(data)) == data
+                exports.close(handle)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(me,), daemon=True) for me in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failures == [] and held(sheep) == set()
+
+
+def test_close_all(sheep: FakeSheep) -> None:
+    for name in ("a", "b"):
+        sheep.create(name, MIB, shift=SHIFT)
+    exports = door(sheep)
+    handles = [exports.open(name, False) for name in ("a", "b", "a")]
+    handles[0].volume.write(0, b"x")
+    before = sheep.flushes
+    exports.close_all()
+    assert held(sheep) == set() and sheep.flushes >= before + 1
+    with pytest.raises(OSError):
+        handles[0].volume.read(0, 1)
+
+
+# -- zeros
+
+
+def test_zero_is_fast_where_no_data_is_written(sheep: FakeSheep) -> None:
+    sheep.create("web", 6 * MIB + 100, shift=SHIFT)
+    handle = door(sheep).open("web", False)
+    assert handle.zero_is_fast(5, 6 * MIB)
+    handle.volume.write(MIB, b"x" * MIB)
+    handle.volume.write(6 * MIB, b"tail")
+    for offset, length, fast in (
+        (MIB, MIB, True),
+        (0, 3 * MIB, True),
+        (0, MIB, True),
+        (MIB, MIB - 1, False),
+        (MIB + 1, MIB - 1, False),
+        (0, MIB + 1, False),
+        (2 * MIB - 1, MIB, False),
+        (2 * MIB, 4 * MIB, True),
+        (6 * MIB, 100, True),
+        (6 * MIB, 99, False),
+    ):
+        assert handle.zero_is_fast(offset, length) == fast, (offset, length)
+        count = len(sheep.log)
+        if fast:
+            handle.volume.zero(offset, length)
+            assert not [entry for entry in sheep.log[count:] if is_data(entry[2])], "data was written"  # type: ignore[arg-type]
+            handle.volume.write(MIB, b"x" * MIB)
+            handle.volume.write(6 * MIB, b"tail")
+
+
+def test_fill_keeps_the_space(sheep: FakeSheep) -> None:
+    vid = sheep.create("web", 4 * MIB, shift=SHIFT)
+    handle = door(sheep).open("web", False)
+    handle.fill(MIB - 10, 2 * MIB + 20, True)
+    assert list(sheep.entries(vid)[:4]) == [vid] * 4
+
+
+# -- the plugin
+
+
+@pytest.fixture
+def plugin(sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as nbdkit loads it, with a stand-in for nbdkit's module."""
+    fake = ModuleType("nbdkit")
+    fake.__dict__.update(
+        THREAD_MODEL_PARALLEL=3, FLAG_MAY_TRIM=1, FLAG_FUA=2, FLAG_FAST_ZERO=8, FUA_NATIVE=2, CACHE_EMULATE=1,
+        EXTENT_HOLE=1, EXTENT_ZERO=2, errors=[], export_name=lambda: "web", debug=lambda text: None,
+    )  # fmt: skip
+    fake.set_error = fake.errors.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nbdkit", fake)
+    monkeypatch.setattr(traceback, "format_exception", traceback.format_exception)
+    spec = importlib.util.spec_from_file_location("plugin_under_test", PLUGIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.config("address", f"{sheep.address[0]}:{sheep.address[1]}")
+    module.config("patience", "0.2")
+    module.config_complete()
+    return SimpleNamespace(module=module, nbdkit=fake)
+
+
+def test_plugin_requests(plugin: Any, sheep: FakeSheep) -> None:
+    vid = sheep.create("web", 5 * MIB, shift=SHIFT)
+    module, nbdkit = plugin.module, plugin.nbdkit
+    assert module.thread_model() == nbdkit.THREAD_MODEL_PARALLEL
+    handle = module.open(False)
+    assert module.get_size(handle) == 5 * MIB
+    assert module.block_size(handle) == (512, 4096, MIB)
+    assert module.can_write(handle) and module.can_multi_conn(handle) and module.can_extents(handle)
+    module.pwrite(handle, memoryview(b"data"), 3 * MIB, 0)
+    before = sheep.flushes
+    module.pwrite(handle, memoryview(b"more"), MIB, nbdkit.FLAG_FUA)
+    buffer = bytearray(6)
+    module.pread(handle, memoryview(buffer), MIB - 1, 0)
+    assert buffer == b"\0more\0"
+    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    assert list(module.extents(handle, 4 * MIB, 512, 0)) == [
+        (512, MIB - 512, hole), (MIB, MIB, 0), (2 * MIB, MIB, hole), (3 * MIB, MIB, 0), (4 * MIB, 512, hole)
+    ]  # fmt: skip
+    module.zero(handle, MIB, MIB, nbdkit.FLAG_MAY_TRIM | nbdkit.FLAG_FAST_ZERO)
+    assert sheep.entries(vid)[1] == 0
+    module.zero(handle, 100, 0, 0)
+    assert sheep.entries(vid)[0] == vid, "without MAY_TRIM the space is kept"
+    for flags in (nbdkit.FLAG_FAST_ZERO, nbdkit.FLAG_FAST_ZERO | nbdkit.FLAG_MAY_TRIM):
+        with pytest.raises(OSError):
+            module.zero(handle, 100, 3 * MIB, flags)
+        assert nbdkit.errors.pop() == errno.EOPNOTSUPP
+    module.trim(handle, 2 * MIB, 3 * MIB, nbdkit.FLAG_FUA)
+    assert sheep.entries(vid)[3] == 0 and sheep.flushes > before
+    before = sheep.flushes
+    module.flush(handle, 0)
+    assert sheep.flushes == before + 1
+    module.close(handle)
+
+
+def test_plugin_errors(plugin: Any, sheep: FakeSheep) -> None:
+    sheep.create("web", 5 * MIB, shift=SHIFT)
+    module, nbdkit = plugin.module, plugin.nbdkit
+    handle = module.open(False)
+    module.pwrite(handle, memoryview(b"x"), 0, 0)
+    for result, number in (
+        (Result.EIO, errno.EIO),
+        (Result.NO_SPACE, errno.ENOSPC),
+        (Result.INVALID_PARMS, errno.EINVAL),
+        (Result.HALT, errno.EIO),
+    ):
+        sheep.results[Opcode.WRITE_OBJ] = result
+        with pytest.raises(OSError):
+            module.pwrite(handle, memoryview(b"x"), 0, 0)
+        assert nbdkit.errors.pop() == number
+    frozen = module.open(True)
+    assert frozen.volume is handle.volume
+    with pytest.raises(OSError):
+        module.pwrite(handle, memoryview(b"x"), 5 * MIB, 0)
+    assert nbdkit.errors.pop() == errno.ENOSPC
+    module.close(frozen)
+    module.close(handle)
+    reader = module.open(True)
+    assert not module.can_write(reader)
+    with pytest.raises(OSError):
+        module.pwrite(reader, memoryview(b"x"), 0, 0)
+    assert nbdkit.errors.pop() == errno.EPERM, "EROFS is no error of NBD's"
+    begin = time.monotonic()
+    sheep.__exit__(None, None, None)
+    with pytest.raises(OSError):
+        module.pread(reader, memoryview(bytearray(1)), 0, 0)
+    assert nbdkit.errors.pop() == errno.EIO and time.monotonic() - begin < 10
+
+
+def test_plugin_messages_are_one_line(plugin: Any) -> None:
+    module = plugin.module
+    with pytest.raises(Refused) as caught:
+        module.open(False)
+    assert traceback.format_exception(Refused, caught.value, caught.tb) == ["there is no volume or snapshot web"]
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError as error:
+        assert len(traceback.format_exception(type(error), error, error.__traceback__)) > 1, "a bug keeps its trace"
+    with pytest.raises(UsageError):
+        module.config("adress", "x")
+
+
+# -- the command line
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.1:7001", ("10.0.0.1", 7001)),
+        ("host", ("host", 7000)),
+        ("[::1]:7001", ("::1", 7001)),
+        ("[::1]", ("::1", 7000)),
+        ("::1", ("::1", 7000)),
+        ("/run/sock", "/run/sock"),
+    ],
+)
+def test_addresses(text: str, address: object) -> None:
+    assert parse_address(text) == address
+
+
+def test_parameters_survive_the_command_line() -> None:
+    for parameters in (
+        Parameters(),
+        Parameters(("::1", 7001), ["a", "b=c"], "a", True, 2.5),
+        Parameters("/run/sock", patience_s=0),
+    ):
+        again = Parameters()
+        for word in parameters.words():
+            again.set(*word.split("=", 1))
+        assert again == parameters
+    for key, value in (("address", "x:y"), ("exclusive", "yes"), ("patience", "long"), ("x", "")):
+        with pytest.raises(UsageError):
+            Parameters().set(key, value)
+
+
+def test_nbdkit_command() -> None:
+    server = Server(endpoint_of("/run/s", "", "pki", "", True), Parameters(volumes=["v"]), True, threads=4, swap=True)
+    words = server.command()
+    assert words[:3] == ["nbdkit", "--foreground", "--log=stderr"]
+    for word in ("--readonly", "--threads=4", "--swap", "--tls=require", "--tls-verify-peer", "volume=v"):
+        assert word in words
+    assert f"--tls-certificates={Path('pki').absolute()}" in words
+    assert str(PLUGIN) in words
+    plain = Server(endpoint_of("", "", "", "", False)).command()
+    assert not [word for word in plain if "tls" in word]
+    assert environment({"PYTHONPATH": "/x"})["PYTHONPATH"].endswith(":/x")
+    assert environment({})["LISTEN_PID"] == str(os.getpid())
+
+
+def test_the_socket_has_its_permissions(directory: Path) -> None:
+    path = str(directory / "s")
+    server = Server(Endpoint(path), mode=0o640)
+    listener = server.listen()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+    with pytest.raises(OSError, match="a server listens"):
+        server.listen()
+    listener.close()
+    server.listen().close()  # what was left behind goes away
+    os.unlink(path)
+    Path(path).write_text("precious")
+    with pytest.raises(OSError, match="no socket"):
+        clear_away(path)
+    assert Path(path).read_text() == "precious"
+    with pytest.raises(UsageError, match="no group"):
+        Server(Endpoint(str(directory / "t")), group="no such group").listen()
+    assert not (directory / "t").exists()
+
+
+def test_uris() -> None:
+    assert Endpoint(("10.0.0.1", 10809)).uri("web@t") == "nbd://10.0.0.1/web@t"
+    assert Endpoint(("::1", 1)).uri("a/b c") == "nbd://[::1]:1/a%2Fb%20c"
+    assert Endpoint("/run/a b").uri("v") == "nbd+unix:///v?socket=/run/a%20b"
+    assert Endpoint(("h", 10809), Tls("/pki")).uri("v") == "nbds://h/v?tls-certificates=/pki"
+    assert Endpoint(("", 10809)).uri("v") == f"nbd://{socket.gethostname()}/v"
+
+
+def test_words_for_qemu_and_the_kernel(directory: Path) -> None:
+    keys = directory / "keys.psk"
+    keys.write_text("alice:00ff\nbob:11\n")
+    endpoint = Endpoint("/run/a,b", Tls(keys=str(keys)))
+    assert endpoint.uri("v") == f"nbds+unix://alice@/v?socket=/run/a%2Cb&tls-psk-file={keys}"
+    assert endpoint.drive("v,1") == [
+        "-object",
+        f"tls-creds-psk,id=tls0,endpoint=client,username=alice,dir={directory}",
+        "-drive",
+        "if=virtio,format=raw,discard=unmap,file.driver=nbd,file.server.type=unix,file.server.path=/run/a,,b,"
+        "file.export=v,,1,file.tls-creds=tls0",
+    ]
+    assert endpoint.blockdev("v")[-1].startswith("driver=nbd,node-name=disk0,discard=unmap,server.type=unix,")
+    assert "tls='yes'" in endpoint.libvirt("v")
+    assert 'name="a&lt;b"' in Endpoint(("h", 1)).libvirt("a<b")
+    assert Endpoint(("h", 1)).kernel("v")[:3] == ["nbd-client", "h", "1"]
+    with pytest.raises(UsageError):
+        endpoint_of("", "/run/x", "", "", False)
