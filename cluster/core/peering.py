@@ -243,6 +243,7 @@ class Inventories:
         if not asked:
             return {}
         decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
+        lost = {decision.oid for decision in decisions if decision.is_lost}  # nobody knows what comes back
         held: list[dict[ObjectId, list[Version]]] = [{} for _ in self._holdings]
         for member, holdings in enumerate(self._holdings):
             for oid, version, _, earlier in holdings:
@@ -251,6 +252,8 @@ class Inventories:
         found: dict[tuple[int, int], None] = {}
         for member, origins in enumerate(self._origins):
             for oid, number, gateway in origins:
+                if oid in lost:
+                    continue
                 current = decided.get(oid)
                 if current is None:  # equal wherever it is, or nowhere at all
                     current = next((versions[oid][0] for versions in held if oid in versions), None)

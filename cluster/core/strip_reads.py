@@ -110,7 +110,7 @@ class StripReads:
     def _readable(self, strip: ObjectId, offset: int, length: int) -> bool:
         context, oid = self._context, plain_oid(strip)
         home = context.placement.home(oid)
-        if home is None:
+        if home is None or strip in self._replica.missing:
             return False
         if home == context.placement.me:
             machine, policy = self._home(), context.policy_of(oid)
