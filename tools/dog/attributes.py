@@ -57,6 +57,11 @@ def get_attribute(context: Context) -> None:
         raise _missing(error, word) from error
     except Unreachable as error:
         raise Failure(code=MISSING) from error
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json({"name": os.fsdecode(name), "key": word, "value": os.fsdecode(found.value)})
+        return
     sys.stdout.buffer.write(found.value)
 
 

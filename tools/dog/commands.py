@@ -112,11 +112,11 @@ VDI = (
         "vdi_list:run",
         "[vdiname]",
     ),
-    Command("tree", (*NETWORK, *LAST), "show images in tree view format", "family:tree"),
+    Command("tree", (*NETWORK, *LAST, JSON), "show images in tree view format", "family:tree"),
     Command("graph", (*NETWORK, *LAST), "show images in Graphviz dot format", "family:graph"),
     Command(
         "object",
-        (INDEX, SNAPSHOT, *NETWORK, *LAST),
+        (INDEX, SNAPSHOT, *NETWORK, *LAST, JSON),
         "show the objects of an image",
         nested=(
             Command("location", (), "show where an object is stored", "objects:location", "<vdiname>"),
@@ -127,7 +127,7 @@ VDI = (
     ),
     Command(
         "track",
-        (INDEX, SNAPSHOT, OBJECT, *NETWORK, *LAST),
+        (INDEX, SNAPSHOT, OBJECT, *NETWORK, *LAST, JSON),
         "show the locations of an object in each epoch",
         "objects:track",
         "<vdiname>",
@@ -145,7 +145,11 @@ VDI = (
         "<vdiname> <key> [value]",
     ),
     Command(
-        "getattr", (*NETWORK, *LAST), "get an attribute of an image", "attributes:get_attribute", "<vdiname> <key>"
+        "getattr",
+        (*NETWORK, *LAST, JSON),
+        "get an attribute of an image",
+        "attributes:get_attribute",
+        "<vdiname> <key>",
     ),
     Command("resize", (*NETWORK, *LAST), "resize an image", "vdi:resize", "<vdiname> <new size>"),
     Command(
@@ -185,7 +189,7 @@ VDI = (
     ),
     Command(
         "lock",
-        (SNAPSHOT, *NETWORK, *LAST),
+        (SNAPSHOT, *NETWORK, *LAST, JSON),
         "show and break the locks of images",
         nested=(
             Command("list", (), "list locked images", "locks:list_locks"),
@@ -202,7 +206,7 @@ NODE = (
     Command("info", (*NETWORK, RAW, *LAST, JSON), "show the space of each node", "node:info"),
     Command(
         "stat",
-        (*NETWORK, RAW, Option("w", "watch", "show the counters every second"), *LAST),
+        (*NETWORK, RAW, Option("w", "watch", "show the counters every second"), *LAST, JSON),
         "show the request counters of a node",
         "node:stat",
     ),
@@ -234,6 +238,7 @@ NODE = (
             Option("A", "all", "show the disks of all nodes"),
             FORCE,
             *LAST,
+            JSON,
         ),
         "show and change the disks of a node",
         nested=(
@@ -245,7 +250,7 @@ NODE = (
     ),
     Command(
         "log",
-        (*NETWORK, *LAST),
+        (*NETWORK, *LAST, JSON),
         "show and set the log level of a node",
         nested=(
             Command(

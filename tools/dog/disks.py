@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
@@ -17,6 +18,9 @@ from sheepdog.tools.dog.output import caution, percent, size_text, text, warn
 def info(context: Context) -> None:
     """The disks of the addressed node, or of all."""
     nodes = context.nodes()
+    if context.json:
+        _print_json(context, nodes)
+        return
     if not context.raw:
         print("Id\tSize\tUsed\tAvail\tUse%\tPath")
     if not context.flag("all"):
@@ -28,6 +32,27 @@ def info(context: Context) -> None:
         return
     for number, node in enumerate(nodes):
         _print_node(context, number, node)
+
+
+def _print_json(context: Context, nodes: Sequence[Member]) -> None:
+    from sheepdog.tools.dog.records import print_json
+
+    found = []
+    places = (
+        [(str(node.id), node) for node in nodes] if context.flag("all") else [(f"{context.host}:{context.port}", None)]
+    )
+    for name, node in places:
+        try:
+            connection = context.node(node.id) if node else context.gateway()
+            disks = unpack_disks(admin.plain(connection, Opcode.MD_INFO, limit=MD_INFO_SIZE))
+        except (OSError, Unreachable) as error:
+            warn(f"failed to get multi-disk information from {name}: {error}")
+            continue
+        found += [
+            {"node": name, "disk": disk.number, "path": os.fsdecode(disk.path), "used": disk.used, "free": disk.free}
+            for disk in disks
+        ]
+    print_json(found)
 
 
 def _print_node(context: Context, number: int, node: Member) -> None:

@@ -17,6 +17,9 @@ _BOLD, _NORMAL = "\033[1m", "\033[0m"
 def tree(context: Context) -> None:
     """One root per name; a volume hangs on its parent only if that has the same name."""
     inodes = list(headers(context.gateway()))
+    if context.json:
+        _print_json(inodes)
+        return
     names = {inode.vdi_id: inode.name for inode in inodes}
     children: dict[int, list[InodeHeader]] = {}
     roots: dict[bytes, list[InodeHeader]] = {}
@@ -30,6 +33,25 @@ def tree(context: Context) -> None:
         title = os.fsdecode(name)
         for first in firsts:
             print("\n".join(_draw(title + "---", first, children, bold)))
+
+
+def _print_json(inodes: list[InodeHeader]) -> None:
+    """Flat: a tree of a thousand snapshots is deeper than JSON parsers go."""
+    from sheepdog.tools.dog.records import print_json
+
+    print_json(
+        [
+            {
+                "vdi_id": f"{inode.vdi_id:x}",
+                "parent": f"{inode.parent_vdi_id:x}",
+                "name": os.fsdecode(inode.name),
+                "tag": os.fsdecode(inode.tag),
+                "snapshot": inode.is_snapshot,
+                "created": inode.create_time >> 32,
+            }
+            for inode in inodes
+        ]
+    )
 
 
 def _draw(prefix: str, inode: InodeHeader, children: dict[int, list[InodeHeader]], bold: bool) -> list[str]:

@@ -35,6 +35,9 @@ def list_locks(context: Context) -> None:
     """The locked volumes and who holds them."""
     connection = context.gateway()
     states = lock_states(connection)
+    if context.json:
+        _print_json(connection, states)
+        return
     print("  Name         Id  VDI id  Tag            Owner node(s)")
     for row in volumes(connection):
         inode = row.inode
@@ -51,6 +54,21 @@ def list_locks(context: Context) -> None:
             f"{row.flag} {os.fsdecode(inode.name):<8}  {shown_id(inode):5d}  {inode.vdi_id:6x}  "
             f"{os.fsdecode(inode.tag):<13}  {owners}"
         )
+
+
+def _print_json(connection: Connection, states: dict[int, VdiState]) -> None:
+    from sheepdog.tools.dog.records import print_json
+    from sheepdog.tools.dog.vdi_list import record
+
+    found = []
+    for row in volumes(connection):
+        state = states.get(row.inode.vdi_id)
+        if state is None or state.lock_state == UNLOCKED:
+            continue
+        owners = [{"node": str(state.owner), "state": "locked"}] if state.owner else []
+        owners += [{"node": str(node), "state": _PARTICIPANT.get(kind, str(kind))} for kind, node in state.participants]
+        found.append({**record(row), "shared_lock": state.lock_state == SHARED, "owners": owners})
+    print_json(found)
 
 
 def unlock(context: Context) -> None:

@@ -17,11 +17,20 @@ def get(context: Context) -> None:
     level = int.from_bytes(data, "little")
     if level >= len(LEVELS):
         raise Failure(f"unknown loglevel: {level}", FAILED)
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json({"level": level, "name": LEVELS[level]})
+        return
     warn(f"{LEVELS[level]} ({level})")
 
 
 def list_levels(context: Context) -> None:
-    del context
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json([{"level": number, "name": name} for number, name in enumerate(LEVELS)])
+        return
     for number, name in enumerate(LEVELS):
         warn(f"{name}\t({number})")
 

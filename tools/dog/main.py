@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.options import TRY_HELP, USAGE_ERROR, Failure, Option, UsageFailure, parse
-from sheepdog.tools.dog.table import Command, run_of
+from sheepdog.tools.dog.table import JSON, Command, run_of
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -125,6 +125,8 @@ def usage(path: Sequence[str], command: Command, options: Sequence[Option]) -> s
     elif command.nested:
         parts.append("{" + "|".join(nested.name for nested in command.nested) + "}")
     for option in options:
+        if option is JSON:
+            continue  # newer than the texts that people compare with
         name = f"-{option.letter}" if option.letter else f"--{option.long}"
         parts.append(f"[{name} {option.long}]" if option.value else f"[{name}]")
     if command.arguments:

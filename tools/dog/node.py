@@ -132,6 +132,12 @@ def stat(context: Context) -> None:
     connection = context.gateway()
     watch = context.flag("watch")
     before: Statistics | None = None
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        counters = STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
+        print_json(counters._asdict())
+        return
     if not context.raw:
         print("Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD" + "\tWRBW\tRDBW\tRPS" * watch)
     while True:

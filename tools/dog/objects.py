@@ -50,6 +50,9 @@ def location(context: Context) -> None:
     nodes = context.nodes()
     volume = _open(context)
     copies = volume.inode.nr_copies
+    if context.json:
+        _location_json(context, nodes, volume)
+        return
     if not context.flag("index"):
         oid = inode_oid(volume.vid)
         print(f"Looking for the inode object 0x{volume.vid:x} with {len(nodes)} nodes\n")
@@ -76,6 +79,33 @@ def location(context: Context) -> None:
     print(" ".join(str(node) for node in placement(nodes, oid, copies)))
 
 
+def _object_of(context: Context, volume: Opened) -> ObjectId | None:
+    """The data object that -i names, or the inode; None for a hole."""
+    if not context.flag("index"):
+        return inode_oid(volume.vid)
+    index = _index(context, volume.inode)
+    owner = volume.owner(index)
+    return data_oid(owner, index) if owner else None
+
+
+def _location_json(context: Context, nodes: Sequence[Member], volume: Opened) -> None:
+    from sheepdog.tools.dog.records import print_json
+
+    oid = _object_of(context, volume)
+    if oid is None:
+        print_json({"oid": None, "holders": [], "expected": []})
+        return
+    holders = []
+    for node in nodes:
+        try:
+            if admin.object_exists(context.node(node.id), oid, context.epoch):
+                holders.append(str(node.id))
+        except (OSError, Unreachable) as error:
+            warn(f"{node.id}: {error}")
+    expected = [str(node) for node in placement(nodes, oid, volume.inode.nr_copies)]
+    print_json({"oid": f"{oid:016x}", "holders": holders, "expected": expected})
+
+
 def _say_whether_it_has(context: Context, node: Member, oid: ObjectId) -> None:
     try:
         has = admin.object_exists(context.node(node.id), oid, context.epoch)
@@ -93,6 +123,13 @@ def _say_whether_it_has(context: Context, node: Member, oid: ObjectId) -> None:
 def object_map(context: Context) -> None:
     """The allocated entries of a volume's map, or one entry."""
     volume = _open(context)
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        indexes = range(_index(context, volume.inode), 1 << 32)[:1] if context.flag("index") else None
+        entries = [(index, volume.owner(index)) for index in indexes] if indexes else admin.allocated(volume.entries)
+        print_json([{"index": index, "vdi_id": f"{owner:x}"} for index, owner in entries])
+        return
     print("Index       VID")
     if context.flag("index"):
         index = _index(context, volume.inode)
@@ -107,6 +144,9 @@ def track(context: Context) -> None:
     nodes = context.nodes()
     volume = _open(context)
     copies = volume.inode.nr_copies
+    if context.json:
+        _track_json(context, nodes, volume)
+        return
     if context.flag("oid"):
         oid = parse_oid(context.value("oid"))
         print(f"Tracking the object {oid:016x} (the inode vid 0x{volume.vid:x}) with {len(nodes)} nodes")
@@ -128,6 +168,20 @@ def track(context: Context) -> None:
         print(f"\n{title}\n{'-' * 51}")
         for node in placement(members, oid, copies):
             print(node)
+
+
+def _track_json(context: Context, nodes: Sequence[Member], volume: Opened) -> None:
+    from sheepdog.tools.dog.records import print_json
+
+    oid = parse_oid(context.value("oid")) if context.flag("oid") else _object_of(context, volume)
+    if oid is None:
+        print_json([])
+        return
+    records = admin.epoch_log(context.gateway(), len(nodes), context.epoch).records
+    places = [(epoch.epoch, placement(members, oid, volume.inode.nr_copies)) for epoch, members in records]
+    print_json(
+        [{"epoch": epoch, "oid": f"{oid:016x}", "nodes": [str(node) for node in found]} for epoch, found in places]
+    )
 
 
 def dump_inode(context: Context) -> None:

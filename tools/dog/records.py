@@ -9,6 +9,7 @@ from sheepdog.cluster.core.ids import Member
 
 
 def print_json(value: Any) -> None:
+    """The whole result of a command, as one JSON value."""
     print(json.dumps(value, indent=2))
 
 

@@ -97,6 +97,11 @@ def get_throttle(context: Context) -> None:
     except SheepError as error:
         raise Failure(text(error.result)) from error
     found = RECOVERY_THROTTLE.unpack(data)
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json({"max": found.max_exec, "interval_ms": found.interval_ms})
+        return
     warn(f"max ({found.max_exec}), interval ({found.interval_ms})")
 
 

@@ -1,0 +1,94 @@
+"""Transcripts: what `dog` says, to the letter, against a real cluster. `REWRITE=1` writes what it says now."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.cluster import Cluster, started
+from tests.support.processes import BIN, run
+
+GOLDEN = Path(__file__).parent / "golden" / "dog.txt"
+MASKS = (
+    (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "YYYY-MM-DD HH:MM:SS"),
+    (r"\b\d{4}-\d\d-\d\d \d\d:\d\d", "YYYY-MM-DD HH:MM"),
+    (r"\b[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}", "CTIME"),
+    (r"\b1[6-9]\d{8}\b", "TIME"),
+)
+
+
+PORTLESS = re.compile(r"vdi cache|--port")
+
+
+class Step(NamedTuple):
+    """One command of a transcript."""
+
+    stdin: str
+    command: str
+    output: list[str]
+
+
+def steps(text: str) -> list[Step]:
+    found: list[Step] = []
+    stdin = ""
+    for line in text.splitlines():
+        if line.startswith("#") or (not line and not found):
+            continue
+        if line.startswith("0> "):
+            stdin += line[3:] + "\n"
+        elif line.startswith("$ "):
+            found.append(Step(stdin, line[2:], []))
+            stdin = ""
+        else:
+            found[-1].output.append(line)
+    return found
+
+
+def said(cluster: Cluster, step: Step) -> list[str]:
+    """Output of a command in the form of a transcript."""
+    _, *words = shlex.split(step.command)
+    port = ["-p", str(cluster.port(0))] if len(words) > 1 and not PORTLESS.search(step.command) else []
+    done = run([BIN / "dog", *words[:2], *port, *words[2:]], stdin=step.stdin.encode(), check=False)
+    out = mask(cluster, done.stdout.decode())
+    if out.startswith("Usage: "):
+        out = "USAGE " + re.split(r" [\[<{]", out.removeprefix("Usage: "))[0] + "\n"
+    lines = out.splitlines() + [f"2> {line}" for line in mask(cluster, done.stderr.decode()).splitlines()]
+    return lines + ([f"[rc={done.returncode}]"] if done.returncode else [])
+
+
+def mask(cluster: Cluster, text: str) -> str:
+    for node in range(cluster.count):
+        text = text.replace(f":{cluster.port(node)}", f":{7000 + node}")
+    for pattern, name in MASKS:
+        text = re.sub(pattern, name, text)
+    return text
+
+
+def matches(expected: list[str], found: list[str]) -> bool:
+    """`...` stands for any lines."""
+    if "..." in expected:
+        place = expected.index("...")
+        tail = expected[place + 1 :]
+        return found[:place] == expected[:place] and found[len(found) - len(tail) :] == tail
+    return expected == found
+
+
+def test_dog_says_what_it_always_said(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = started(new_cluster(3))
+    text = GOLDEN.read_text()
+    wrong, lines = [], [line for line in text.splitlines() if line.startswith("#")] + [""]
+    for step in steps(text):
+        found = said(cluster, step)
+        good = matches(step.output, found)
+        if not good:
+            expected = "\n".join(step.output)
+            wrong.append(f"$ {step.command}\nexpected:\n{expected}\nsaid:\n" + "\n".join(found))
+        lines += [f"0> {line}" for line in step.stdin.splitlines()]
+        lines += [f"$ {step.command}", *(step.output if good else found)]
+    if os.environ.get("REWRITE"):
+        GOLDEN.write_text("\n".join(lines) + "\n")
+    assert not wrong, "\n\n".join(wrong)
