@@ -93,7 +93,8 @@ def decide(
     oid: ObjectId, policy: Policy, held: Sequence[Held], replicas: tuple[int, ...], facts: Facts
 ) -> StripDecision | None:
     """None: every strip is where it belongs, at one version."""
-    if _in_place(held, replicas) and not facts.superseded(oid, max(entry.as_of for entry in held)):
+    enough = len(replicas) >= policy.data
+    if enough and _in_place(held, replicas) and not facts.superseded(oid, max(entry.as_of for entry in held)):
         return None
     holders = {entry.member for entry in held}
     everything = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held)
@@ -104,7 +105,7 @@ def decide(
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders
     )
-    if not real or len(replicas) < policy.data or facts.superseded(oid, best_as_of):
+    if not real or not enough or facts.superseded(oid, best_as_of):
         return StripDecision(oid, policy, NO_VERSION, lost=lost)
     current = [
         entry
