@@ -33,7 +33,7 @@ LEASE_NS = 1_000_000_000  # others wait so long after losing a node; coming back
 CONNECT_PATIENCE_S = 10.0  # a daemon that is just starting answers "try again"
 CONNECT_RETRY_S = 0.1
 RETRY_S = 0.01  # when the daemon's queue is full: it empties within a token's round
-TICK_S = 0.5  # between looks at messages that are not acknowledged
+TICK_S = 0.1  # between looks at messages that are not acknowledged
 STOP_PATIENCE_S = 5.0  # for a daemon that does not answer at the end
 
 _logger = logging.getLogger(__name__)

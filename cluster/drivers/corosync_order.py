@@ -9,8 +9,9 @@ and each side of a broken network gets a valid stream of its own. So:
   them it counts as what followed it, unless a member that was gone in it is back: whose order is right then?
 * A message is delivered when a process of each member's node has acknowledged it (CPG would deliver a sender's own
   message before any other node has it, and a power failure could take it away again), or when the members that have
-  not are gone: the ring that follows has the same messages everywhere. A node whose processes are silent for MUTE_NS
-  is not waited for: its daemon has the message, or the token would not go round and the ring would have been left.
+  not are gone: the ring that follows has the same messages everywhere. A node whose processes are stopped is not
+  waited for once a BEAT has come back in the same ring that was sent ROUNDS_NS after the message: by then the daemons
+  of all nodes have it, or the token would not go round and the ring would have been left.
 
 CPG knows processes only by numbers. A process that wants to be a member announces itself (JOIN) and is *pending*
 until the oldest established member has sent the roster as of that JOIN (ROSTER). When nobody is established, the
@@ -31,7 +32,7 @@ from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Res
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
 FORMAT = 1  # of messages; others are ignored
-MUTE_NS = 2_000_000_000  # a stopped process; the token goes round a thousand times meanwhile
+ROUNDS_NS = 200_000_000  # the token goes round a hundred times meanwhile; each time a daemon may ask for what it lacks
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
 _HEADER = Struct(">BBQQQ")  # format, kind, sender's incarnation, sender's counter, origin of its order (0: pending)
 _REFERENCE = Struct(">QQ")
@@ -136,7 +137,6 @@ class Order:
         self._leaving: dict[Process, None] = {}  # whose Gone is in the queue
         self._references: dict[tuple[int, int], int] = {}  # message in the queue -> position
         self._acked: dict[int, int] = {}  # node -> position
-        self._mute: dict[int, None] = {}  # nodes that are not waited for
         self._lease: tuple[int, int] | None = None  # position in the queue before it, and its end
         self._to_ack: tuple[int, int] | None = None
         self._beats: dict[int, int] = {}  # counter -> time of sending
@@ -193,11 +193,11 @@ class Order:
         return bool(self._queue)
 
     def tick(self) -> None:
-        """Gives up waiting for nodes whose processes are silent."""
-        if self._queue and self._now_ns() - self._queue[0][1] > MUTE_NS:
-            position = self._queue[0][0]
-            self._mute.update(dict.fromkeys(node for node in self._needed() if self._acked.get(node, 0) < position))
-            self._drain()
+        """Asks whether the ring still lives when a message has waited for too long."""
+        if self._queue and self._may_deliver():
+            due_ns = self._queue[0][1] + ROUNDS_NS
+            if self._now_ns() >= due_ns and not any(sent_ns >= due_ns for sent_ns in self._beats.values()):
+                self.beat()
 
     def _acknowledge(self) -> None:
         if self._to_ack is not None and not self.lost:
@@ -321,7 +321,11 @@ class Order:
                 self.suspend("no quorum yet")
             return
         self.resume()
-        values = {**self._seat_values(Seat(self.me, self._lease_ns, False)), "ring": self._ring.sequence}
+        values = {
+            **self._seat_values(Seat(self.me, self._lease_ns, False)),
+            "ring": self._ring.sequence,
+            "present": sorted(self._present),
+        }
         self._order(Kind.JOIN, _encode(values, self._attempt))
 
     # --- messages --------------------------------------------------------------------------------------------------
@@ -343,7 +347,6 @@ class Order:
             self._on_beat(incarnation, counter)
         elif kind == Kind.ACK:
             position = self._references.get(_REFERENCE.unpack(body))
-            self._mute.pop(process.node, None)
             if position is not None:
                 self._acked[process.node] = max(self._acked.get(process.node, 0), position)
         else:
@@ -358,14 +361,20 @@ class Order:
             return
         sent_ns = self._beats[counter]
         self._beats = {number: when for number, when in self._beats.items() if number > counter}
-        if self.established:
-            self._lease = self._position, sent_ns + self._lease_ns
+        if not self.established:
+            return
+        self._lease = self._position, sent_ns + self._lease_ns
+        for position, arrived_ns, _ in self._queue:  # all in this ring: a change of it would have come before
+            if arrived_ns + ROUNDS_NS <= sent_ns:
+                self._stable_up_to = max(self._stable_up_to, position)
 
     def _while_pending(self, message: Ordered) -> bool:
         """True for a message that does not go into the queue: what comes after our last JOIN does."""
         if message.kind == Kind.JOIN:
             values, attempt = _decode(message.body)
-            if values["ring"] == self._ring.sequence:  # sent by somebody who knew that this ring is quorate
+            known = [Process(*process) for process in values["present"]]
+            if values["ring"] == self._ring.sequence and known == sorted(self._present):
+                # Sent by one that knew this ring to be quorate, and was pending when the group was as it is now.
                 self._announced[message.process] = self._seat(values)
             if message.process == self._process and attempt == self._attempt:
                 self._clear_queue()
@@ -435,9 +444,7 @@ class Order:
     def _needed(self) -> Iterator[int]:
         """Nodes that must have acknowledged a message."""
         for process in self._roster:
-            if process in self._leaving or process in self._undecided or process.node in self._mute:
-                continue
-            if process.node != self._process.node:
+            if process.node != self._process.node and process not in self._leaving and process not in self._undecided:
                 yield process.node
 
     def _drain(self) -> None:

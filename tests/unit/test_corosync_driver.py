@@ -1,0 +1,402 @@
+"""The machine of the corosync driver in a simulated corosync: rings break and meet, verdicts come late or never.
+
+The simulation does what extended virtual synchrony allows: a node delivers its own message before others have it;
+nodes that go from one ring to the next together have the same messages, others may lack the last ones; a ring may be
+over before the quorum's verdict; a process handles what its daemon has for it at any later time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
+from sheepdog.cluster.drivers.corosync_order import ROUNDS_NS, Order
+from sheepdog.cluster.drivers.cpg import Change, Process, Reason
+
+NODES = 3
+MILLISECOND = 1_000_000
+LEASE_NS = 1000 * MILLISECOND
+TOKEN_NS = 150 * MILLISECOND  # a daemon that has not got a message for so long leaves the ring
+Item = Callable[[Order], None]
+
+
+class Attachment:
+    """One incarnation of the process on a node, and what it was told."""
+
+    def __init__(self, world: World, node: int) -> None:
+        world.incarnations += 1
+        self.world = world
+        self.process = Process(node, 100 + world.incarnations)
+        self.alive = True
+        self.stream: deque[Item] = deque()  # from the daemon, not handled yet
+        self.verdicts: deque[Item] = deque()  # the other way
+        self.events: list[tuple[int, Event]] = []  # with times
+        self.outgoing: deque[bytes] = deque()
+        self.order = Order(
+            Peer(b"node%d" % node, 1000 * world.incarnations, b""),
+            self.process,
+            LEASE_NS,
+            self.outgoing.append,
+            lambda event: self.events.append((world.now_ns, event)),
+            lambda: world.now_ns,
+        )
+        self.order.votes = dict.fromkeys(range(1, NODES + 1), 1)
+        self.order.quorum = NODES // 2 + 1
+
+    @property
+    def lost(self) -> bool:
+        return any(isinstance(event, Lost) for _, event in self.events)
+
+    def members(self) -> list[int]:
+        views = [event for _, event in self.events if isinstance(event, View)]
+        return [peer.incarnation for peer in views[-1].members] if views else []
+
+    def ordered(self) -> dict[int, Event]:
+        return {event.sequence: event for _, event in self.events if isinstance(event, (View, Delivery))}
+
+
+class Ring:
+    """One configuration: its messages in their order."""
+
+    def __init__(self, sequence: int, nodes: tuple[int, ...]) -> None:
+        self.sequence = sequence
+        self.nodes = nodes
+        self.log: list[tuple[Process, bytes] | tuple[Process, Reason]] = []  # messages; joins and ends of processes
+        self.times: list[int] = []  # of the entries
+
+    def add(self, process: Process, content: bytes | Reason, now_ns: int) -> None:
+        self.log.append((process, content))  # type: ignore[arg-type]
+        self.times.append(now_ns)
+
+
+class World:
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.now_ns = MILLISECOND
+        self.incarnations = 0
+        self.all: list[Attachment] = []
+        self.at: list[Attachment | None] = [None] * NODES
+        first = Ring(1, tuple(range(1, NODES + 1)))
+        self.ring = dict.fromkeys(first.nodes, first)
+        self.last_sequence = 1
+        self.received = dict.fromkeys(first.nodes, 0)  # how much of its ring's log a node has
+        self.groups: dict[int, list[Process]] = {node: [] for node in first.nodes}  # as each daemon knows the group
+        self.sent = 0
+
+    # what daemons do
+
+    def attached(self, node: int) -> Attachment | None:
+        return self.at[node - 1]
+
+    def tell(self, node: int, item: Item) -> None:
+        """To the process, once it is in the group."""
+        attachment = self.attached(node)
+        if attachment is not None and attachment.process in self.groups[node]:
+            attachment.stream.append(item)
+
+    def announce_ring(self, node: int) -> None:
+        ring = self.ring[node]
+        self.tell(node, lambda order: order.on_ring(ring.sequence, ring.nodes))
+
+    def announce_verdict(self, node: int) -> None:
+        ring, attachment = self.ring[node], self.attached(node)
+        if attachment is not None:
+            quorate = 2 * len(ring.nodes) > NODES
+            attachment.verdicts.append(lambda order: order.on_quorum(quorate, ring.sequence))
+
+    def receive(self, node: int) -> bool:
+        """The daemon gets the next message of its ring."""
+        ring, position = self.ring[node], self.received[node]
+        if position == len(ring.log):
+            return False
+        self.received[node] = position + 1
+        process, content = ring.log[position]
+        group = self.groups[node]
+        if isinstance(content, bytes):
+            if process in group:
+                self.tell(node, lambda order: order.on_message(process, content))
+            return True
+        if content == Reason.JOIN:
+            group.append(process)
+            members = tuple(group)
+            self.tell(node, lambda order: order.on_change(Change(members, (), ((process, content),))))
+            attachment = self.attached(node)
+            if attachment is not None and attachment.process == process:
+                self.announce_ring(node)
+        elif process in group:
+            group.remove(process)
+            members = tuple(group)
+            self.tell(node, lambda order: order.on_change(Change(members, ((process, content),), ())))
+        return True
+
+    def reform(self, *parts: tuple[int, ...]) -> None:
+        """New rings. Nodes that come from one ring together have the same messages."""
+        old_rings = dict(self.ring)
+        for part in parts:
+            for node in part:
+                together = [other for other in part if old_rings[other] is old_rings[node]]
+                most = max(self.received[other] for other in together)
+                while self.received[node] < most:
+                    self.receive(node)
+        for part in parts:
+            self.last_sequence += self.random.randint(1, 4)
+            ring = Ring(self.last_sequence, part)
+            processes = [one.process for one in map(self.attached, part) if one is not None]
+            for node in part:  # daemons tell each other which processes they have
+                stay = [process for process in self.groups[node] if process in processes]
+                left = tuple(
+                    (process, Reason.PROCDOWN if process.node in part else Reason.NODEDOWN)
+                    for process in self.groups[node]
+                    if process not in stay
+                )
+                joined = tuple((process, Reason.NODEUP) for process in processes if process not in stay)
+                self.groups[node] = [*stay, *(process for process, _ in joined)]
+                self.ring[node], self.received[node] = ring, 0
+                if left or joined:
+                    change = Change(tuple(self.groups[node]), left, joined)
+                    self.tell(node, lambda order, change=change: order.on_change(change))  # type: ignore[misc]
+                self.announce_ring(node)
+
+    # what processes do
+
+    def start(self, node: int) -> None:
+        attachment = Attachment(self, node)
+        self.at[node - 1] = attachment
+        self.all.append(attachment)
+        self.ring[node].add(attachment.process, Reason.JOIN, self.now_ns)
+        self.announce_verdict(node)
+
+    def end(self, node: int, reason: Reason) -> None:
+        attachment = self.attached(node)
+        assert attachment is not None
+        attachment.alive = False
+        self.at[node - 1] = None
+        self.ring[node].add(attachment.process, reason, self.now_ns)
+
+    def send(self, node: int) -> bool:
+        """The daemon takes one message over and puts it into the order of its ring; it has it at once itself."""
+        attachment = self.attached(node)
+        if attachment is None or not attachment.outgoing:
+            return False
+        while self.receive(node):  # who sends has the token, and with it all messages
+            pass
+        self.ring[node].add(attachment.process, attachment.outgoing.popleft(), self.now_ns)
+        self.receive(node)
+        return True
+
+    def handle(self, node: int, verdicts: bool) -> bool:
+        attachment = self.attached(node)
+        if attachment is None or attachment.order.lost:
+            return False
+        source = attachment.verdicts if verdicts else attachment.stream
+        if not source:
+            return False
+        source.popleft()(attachment.order)
+        attachment.order.advance()
+        return True
+
+    def broadcast(self, node: int) -> None:
+        attachment = self.attached(node)
+        if attachment is not None and attachment.order.established and not attachment.order.lost:
+            self.sent += 1
+            attachment.order.broadcast(b"%d" % self.sent)
+
+    # the whole
+
+    def step(self) -> None:
+        random = self.random
+        self.now_ns += random.choice((0, 1, 1, 20, 300)) * MILLISECOND
+        for node, ring in self.ring.items():  # the token goes round
+            while self.received[node] < len(ring.log) and ring.times[self.received[node]] + TOKEN_NS < self.now_ns:
+                self.receive(node)
+        node = random.randint(1, NODES)
+        action = random.choices(
+            ("send", "receive", "handle", "verdict", "broadcast", "beat", "tick", "reform", "process"),
+            (60, 60, 60, 8, 8, 4, 4, 1, 1),
+        )[0]
+        attachment = self.attached(node)
+        if action == "send":
+            self.send(node)
+        elif action == "receive":
+            self.receive(node)
+        elif action in ("handle", "verdict"):
+            self.handle(node, action == "verdict")
+        elif action == "broadcast":
+            self.broadcast(node)
+        elif action == "beat" and attachment is not None and not attachment.order.lost:
+            attachment.order.beat()
+        elif action == "tick" and attachment is not None and not attachment.order.lost:
+            attachment.order.tick()
+        elif action == "reform":
+            self.reform(*random.choice(PARTITIONS))
+            for one in range(1, NODES + 1):
+                if random.random() < 0.8:  # else the ring is over before the quorum has a verdict
+                    self.announce_verdict(one)
+        elif action == "process":
+            if attachment is None:
+                self.start(node)
+            elif attachment.lost or random.random() < 0.3:
+                self.end(node, random.choice((Reason.LEAVE, Reason.PROCDOWN)))
+
+    def move(self, nodes: tuple[int, ...]) -> bool:
+        """Whether anything was on its way."""
+        moved = False
+        for node in nodes:
+            for action in (self.send, self.receive):
+                moved |= action(node)
+            for verdicts in (True, False):
+                moved |= self.handle(node, verdicts)
+        return moved
+
+    def settle(self) -> None:
+        """Everything works again: all that is on its way arrives, lost processes attach again."""
+        whole = tuple(range(1, NODES + 1))
+        self.reform(whole)
+        for node in whole:
+            self.announce_verdict(node)
+        for _ in range(50):
+            for node in whole:
+                attachment = self.attached(node)
+                if attachment is not None and attachment.lost:
+                    self.end(node, Reason.LEAVE)
+                if self.attached(node) is None:
+                    self.start(node)
+            while self.move(whole):
+                self.now_ns += MILLISECOND
+            self.now_ns += ROUNDS_NS
+            for node in whole:
+                attachment = self.attached(node)
+                if attachment is not None and not attachment.order.lost:
+                    attachment.order.tick()
+
+
+PARTITIONS = [((1, 2, 3),), ((1,), (2, 3)), ((1, 2), (3,)), ((1, 3), (2,)), ((1,), (2,), (3,))]
+
+
+def check(world: World) -> None:
+    one_order(world)
+    leases_end_in_time(world)
+    for attachment in world.all:
+        told = [event for _, event in attachment.events if isinstance(event, Delivery)]
+        data = [event.data for event in told]
+        assert len(data) == len(set(data)), "a message came twice"
+        present: tuple[Peer, ...] = ()
+        for _, event in attachment.events:
+            if isinstance(event, View):
+                present = event.members
+            elif isinstance(event, Delivery):
+                assert event.sender in present
+
+
+def one_order(world: World) -> None:
+    """Whoever is in an order has the same event at the same place of it."""
+    orders: dict[int, dict[int, Event]] = {}
+    for attachment in world.all:
+        order = orders.setdefault(attachment.order.origin, {})
+        for sequence, event in list(attachment.ordered().items())[1:]:
+            assert order.setdefault(sequence, event) == event
+    for attachment in world.all:
+        order = orders[attachment.order.origin]
+        for sequence, first in list(attachment.ordered().items())[:1]:  # what a newcomer was told: the view of then
+            earlier = [number for number, event in order.items() if number <= sequence and isinstance(event, View)]
+            if earlier:
+                view = order[max(earlier)]
+                assert isinstance(first, View) and isinstance(view, View)
+                assert view.members == first.members
+
+
+def leases_end_in_time(world: World) -> None:
+    until: dict[tuple[int, int], int] = {}  # by order and incarnation
+    for attachment in world.all:
+        leases = [event.until_ns for _, event in attachment.events if isinstance(event, Leased)]
+        until[attachment.order.origin, attachment.order.me.incarnation] = max(leases, default=0)
+    for attachment in world.all:
+        origin = attachment.order.origin
+        for when, event in attachment.events:
+            if isinstance(event, View) and event.grace_ns:
+                end_ns = when + event.grace_ns
+                assert all(until.get((origin, peer.incarnation), 0) <= end_ns for peer in event.left)
+
+
+def play(random: Random, steps: int) -> World:
+    world = World(random)
+    for node in range(1, NODES + 1):
+        world.start(node)
+    for _ in range(steps):
+        world.step()
+    return world
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 1 << 40))
+def test_there_is_one_order_whatever_happens(seed: int) -> None:
+    world = play(Random(seed), 1500)
+    check(world)
+    world.settle()
+    check(world)
+    present = [attachment for attachment in world.at if attachment is not None]
+    assert len({attachment.order.origin for attachment in present}) == 1
+    members = present[0].members()
+    assert sorted(members) == sorted(attachment.order.me.incarnation for attachment in present)
+    assert all(attachment.members() == members for attachment in present)
+    for node in range(1, NODES + 1):
+        world.broadcast(node)
+    world.settle()
+    last = {event.data for event in list(present[0].ordered().values())[-NODES:] if isinstance(event, Delivery)}
+    assert len(last) == NODES, "and it goes on"
+
+
+def test_the_simulation_is_rough_enough() -> None:
+    """Everything that the machine is made for happens in a few hundred runs."""
+    seen = dict.fromkeys(("lost", "suspended", "unproven", "messages", "later orders"), 0)
+    for seed in range(60):
+        world = play(Random(seed), 1500)
+        events = [event for attachment in world.all for _, event in attachment.events]
+        seen["lost"] += any(isinstance(event, Lost) for event in events)
+        seen["suspended"] += any(isinstance(event, Suspended) for event in events)
+        seen["unproven"] += any(isinstance(event, View) and event.grace_ns > 0 for event in events)
+        seen["messages"] += sum(isinstance(event, Delivery) for event in events) > 10
+        seen["later orders"] += len({attachment.order.origin for attachment in world.all} - {0}) > 1
+    assert min(seen.values()) > 15, seen
+
+
+def deliver_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: messages are not held until other nodes have them."""
+    monkeypatch.setattr(Order, "_needed", lambda _: iter(()))
+
+
+def trust_every_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: nobody asks for quorum."""
+    monkeypatch.setattr(Order, "on_quorum", lambda self, _, sequence: self._verdicts.__setitem__(sequence, True))
+
+
+def forget_who_was_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: members that come back from another ring are taken as if they had never been away."""
+    changed = Order._on_change
+
+    def on_change(self: Order, change: Change) -> None:
+        for process, _ in change.joined:
+            self._undecided.pop(process, None)
+        changed(self, change)
+
+    monkeypatch.setattr(Order, "_on_change", on_change)
+    monkeypatch.setattr(Order, "_verdict", lambda self: self._judge(self._ring, dict(self._undecided)))
+
+
+@pytest.mark.parametrize("plant", [deliver_at_once, trust_every_ring, forget_who_was_gone])
+def test_planted_bugs_are_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(400):
+            world = play(Random(seed), 1500)
+            check(world)
+            world.settle()
+            check(world)
+            present = [attachment for attachment in world.at if attachment is not None]
+            assert all(sorted(one.members()) == sorted(present[0].members()) for one in present)
