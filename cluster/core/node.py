@@ -82,7 +82,7 @@ class Node:
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
         self.home: Home | None = None
         self._standing = Standing(0)
-        self._lacking: dict[ObjectId, None] = {}  # objects this node should have had when its epoch ended
+        self._lacking: dict[ObjectId, int] = {}  # objects that existed in that epoch, and were not current here
         self._settled = 0
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
         self._early: list[tuple[NodeId, Message]] = []
@@ -264,7 +264,7 @@ class Node:
         settled = self.replica.all_settled()
         if settled:
             self._lacking = {}
-        self._lacking.update(self.replica.missing)
+        self._lacking.update(dict.fromkeys(self.replica.missing, context.epoch))
         self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
 
     def _fewest_copies(self) -> int:
@@ -328,19 +328,17 @@ class Node:
             return
         self._told = True
         by_home: list[list[Holding]] = [[] for _ in placement.members]
-        listed: dict[ObjectId, None] = {}
         for oid, version in context.store.inventory():
             home = placement.home(oid)
             if home is not None:
-                listed[oid] = None
                 by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
                 if oid >> STRIP_SHIFT:
                     earlier = self.replica.strips.undo.earlier(oid, version)
                     by_home[home].extend(Holding(oid, before, 0, True) for before in earlier)
-        for oid in self._lacking:
+        for oid, known in self._lacking.items():
             home = placement.home(oid)
-            if oid not in listed and home is not None:
-                by_home[home].append(Holding(oid, NO_VERSION, 0))
+            if home is not None:
+                by_home[home].append(Holding(oid, NO_VERSION, known))
         origins: list[list[Origin]] = [[] for _ in placement.members]
         for origin in context.origins:
             home = placement.home(origin.oid)

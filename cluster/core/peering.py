@@ -8,7 +8,8 @@ should have held then and does not list was deleted.
                      otherwise: the epoch of its last settling, or of the copy's last write if that is later
                      (a write is only ever applied to a current copy)
  best copy           the highest (as_of, version): its version is what all replicas must have
- deleted             some member, complete beyond the best copy's as_of, was a replica then and has no copy
+ lacking             a member that was told that it has no current copy says so, as of that epoch, without a version
+ deleted             some member, complete beyond all those epochs, was a replica then and has no copy
  superseded          in an epoch after the best copy's as_of all of the object's replicas were nodes that are away now:
                      they may have written it, so nothing here can be trusted until one of them is back (core.past)
 """
@@ -247,7 +248,7 @@ class Inventories:
         held: list[dict[ObjectId, list[Version]]] = [{} for _ in self._holdings]
         for member, holdings in enumerate(self._holdings):
             for oid, version, _, earlier in holdings:
-                if plain_oid(oid) in asked and not earlier:
+                if plain_oid(oid) in asked and not earlier and version != NO_VERSION:
                     held[member].setdefault(plain_oid(oid), []).append(version)
         found: dict[tuple[int, int], None] = {}
         for member, origins in enumerate(self._origins):
@@ -270,9 +271,11 @@ class Inventories:
         former: Former,
         past: Past,
     ) -> Decision:
-        best_as_of, best = max((as_of, version) for _, version, as_of in held)
+        real = [(as_of, version) for _, version, as_of in held if version != NO_VERSION]
+        best_as_of, best = max(real, default=(0, NO_VERSION))
         holders = {member for member, _, _ in held}
-        if self.deleted(oid, best_as_of, holders, placement, former):
+        known = max(as_of for _, _, as_of in held)
+        if self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
         if best == NO_VERSION or past.superseded(oid, best_as_of):
             return Decision(oid, NO_VERSION, (), replicas, ())
@@ -282,10 +285,10 @@ class Inventories:
         stale = tuple(member for member, version, _ in held if version not in (best, NO_VERSION) and member in replicas)
         return Decision(oid, best, sources, missing, surplus, stale)
 
-    def deleted(self, oid: ObjectId, best_as_of: int, holders: set[int], placement: Placement, former: Former) -> bool:
-        """Some member that would have the object, had it lived on, has none."""
+    def deleted(self, oid: ObjectId, known: int, holders: set[int], placement: Placement, former: Former) -> bool:
+        """Some member that would have the object, had it lived on after epoch `known`, has none."""
         for member, complete in enumerate(self.complete):
-            if member in holders or complete <= best_as_of:
+            if member in holders or complete <= known:
                 continue
             then = former(complete)
             if then is None:
