@@ -24,7 +24,7 @@ from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
-from sheepdog.cluster.core.peering import Decision, Inventories, encode_oids
+from sheepdog.cluster.core.peering import Decision, Inventories, Verdict
 from sheepdog.cluster.core.ports import Buffer, Timer
 from sheepdog.cluster.core.recovery import Recovery
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
@@ -39,8 +39,8 @@ IoDone: TypeAlias = Callable[[int, Buffer], None]
 class HomeHooks(Protocol):
     """What a home tells the replica side of its own node."""
 
-    def settled_locally(self, missing: list[ObjectId], complete: bool) -> None:
-        """Peering is over; these copies of this node are not current. `complete`: the home knows all that exists."""
+    def settled_locally(self, verdict: Verdict) -> None:
+        """Peering is over."""
 
     def restored_locally(self, oid: ObjectId) -> None:
         """This node's copy is current again."""
@@ -193,18 +193,17 @@ class Home:
 
     def _settle(self) -> None:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
-        missing: list[list[ObjectId]] = [[] for _ in self._placement.members]
-        unequal: list[list[ObjectId]] = [[] for _ in self._placement.members]
         complete = self._inventories.complete
         self._complete = complete
         self._knows_all = self._past.knows_all(complete)
+        verdicts = [Verdict([], [], [], self._knows_all) for _ in self._placement.members]
         decisions = self._inventories.decide(self._placement, self._former, self._past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
         for decision in decisions:
             for member, oid in decision.lacking():
-                missing[member].append(oid)
+                (verdicts[member].lost if decision.is_lost else verdicts[member].missing).append(oid)
             for member, oid in decision.unequal():
-                unequal[member].append(oid)
+                verdicts[member].unequal.append(oid)
             if isinstance(decision, StripDecision) and decision.layout:
                 self.strips.assign(decision.oid, decision.layout)
             if decision.needs_recovery:
@@ -219,16 +218,9 @@ class Home:
         self.active = True
         for member, node in enumerate(self._placement.nodes):
             if member == self.me:
-                self.hooks.settled_locally(missing[member], self._knows_all)
-                continue
-            message = Message(
-                Kind.SETTLE,
-                self._fence,
-                flags=Flag.COMPLETE if self._knows_all else 0,
-                length=len(missing[member]),
-                body=encode_oids([*missing[member], *unequal[member]]),
-            )
-            self.context.peers.request(node, message, _ignore)
+                self.hooks.settled_locally(verdicts[member])
+            else:
+                self.context.peers.request(node, verdicts[member].encode(self._fence), _ignore)
         held, self._held = self._held, []
         for call in held:
             call()

@@ -27,7 +27,7 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.past import Past
-from sheepdog.cluster.core.peering import Holding, Standing, decode_members, decode_oids, parts
+from sheepdog.cluster.core.peering import Holding, Standing, Verdict, decode_members, parts
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
 from sheepdog.cluster.core.puller import Puller
@@ -82,7 +82,7 @@ class Node:
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
         self.home: Home | None = None
         self._standing = Standing(0)
-        self._lacking: dict[ObjectId, int] = {}  # objects that existed in that epoch, and were not current here
+        self._lacking: dict[ObjectId, int] = {}  # no current copy here of these; they existed in that epoch
         self._settled = 0
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
         self._early: list[tuple[NodeId, Message]] = []
@@ -264,7 +264,11 @@ class Node:
         settled = self.replica.all_settled()
         if settled:
             self._lacking = {}
-        self._lacking.update(dict.fromkeys(self.replica.missing, context.epoch))
+        for oid in self.replica.missing:
+            if oid in self.replica.lost:
+                self._lacking.setdefault(oid, 0)
+            else:
+                self._lacking[oid] = context.epoch
         self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
 
     def _fewest_copies(self) -> int:
@@ -369,8 +373,8 @@ class Node:
 
     # -- from the home machine of this node ------------------------------------------------------------------------
 
-    def settled_locally(self, missing: list[ObjectId], complete: bool) -> None:
-        self.replica.settle(self.context.placement.me, missing, (), complete)
+    def settled_locally(self, verdict: Verdict) -> None:
+        self.replica.settle(self.context.placement.me, verdict)
 
     def completed_locally(self) -> None:
         self._home_done(self.context.me)
@@ -420,9 +424,7 @@ class Node:
         self._at_home().on_inventory(sender, message)
 
     def _on_settle(self, sender: NodeId, message: Message) -> None:
-        oids, count = decode_oids(_body(message)), message.length
-        home = self.context.placement.index_of[sender]
-        self.replica.settle(home, oids[:count], oids[count:], bool(message.flags & Flag.COMPLETE))
+        self.replica.settle(self.context.placement.index_of[sender], Verdict.decode(message))
         self.context.peers.answer(sender, message, Result.SUCCESS)
 
     def _on_pull(self, sender: NodeId, message: Message) -> None:

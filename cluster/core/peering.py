@@ -24,7 +24,7 @@ from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid, strip_index
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
-from sheepdog.cluster.core.messages import Buffer, Flag
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
@@ -76,6 +76,32 @@ class Decision(NamedTuple):
     @property
     def needs_recovery(self) -> bool:
         return self.version != NO_VERSION and bool(self.missing)
+
+
+class Verdict(NamedTuple):
+    """What a home tells a member at the end of peering."""
+
+    missing: list[ObjectId]  # it has no current copy of these; another member has
+    lost: list[ObjectId]  # nobody here has
+    unequal: list[ObjectId]  # its copy is current, but another replica has an older one yet
+    complete: bool  # the home knows of all its objects that exist
+
+    def encode(self, fence: int) -> Message:
+        return Message(
+            Kind.SETTLE,
+            fence,
+            offset=len(self.missing),
+            length=len(self.lost),
+            flags=Flag.COMPLETE if self.complete else 0,
+            body=encode_oids([*self.missing, *self.lost, *self.unequal]),
+        )
+
+    @classmethod
+    def decode(cls, message: Message) -> Verdict:
+        assert isinstance(message.body, (bytes, bytearray, memoryview))
+        oids = decode_oids(message.body)
+        missing, lost = message.offset, message.offset + message.length
+        return cls(oids[:missing], oids[missing:lost], oids[lost:], bool(message.flags & Flag.COMPLETE))
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:

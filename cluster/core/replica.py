@@ -8,13 +8,14 @@ A copy is readable here without asking its home when, in this epoch,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Buffer, Done, Store
 from sheepdog.cluster.core.strip_replica import StripReplica
 
@@ -60,6 +61,7 @@ class Replica:
         self.settled: list[bool] = []  # by home
         self.complete: list[bool] = []  # by home: it knows of all that exists
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
+        self.lost: dict[ObjectId, None] = {}  # those of them that are not current anywhere
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
@@ -74,6 +76,7 @@ class Replica:
         self.complete = [False] * count
         self.unequal = [{} for _ in range(count)]
         self.missing = {}
+        self.lost = {}
         self._unstable = {}
         self._order = [deque() for _ in range(count)]
         self._applied = [0] * count
@@ -81,12 +84,12 @@ class Replica:
         self._failed = {}
         self.strips.begin()
 
-    def settle(self, home: int, missing: Iterable[ObjectId], unequal: Iterable[ObjectId], complete: bool) -> None:
+    def settle(self, home: int, verdict: Verdict) -> None:
         """The home decided which copies here are current, and which of those may be served already."""
-        for oid in missing:
-            self.missing[oid] = None
-        self.unequal[home] = dict.fromkeys(unequal)
-        self.complete[home] = complete
+        self.missing.update(dict.fromkeys([*verdict.missing, *verdict.lost]))
+        self.lost.update(dict.fromkeys(verdict.lost))
+        self.unequal[home] = dict.fromkeys(verdict.unequal)
+        self.complete[home] = verdict.complete
         self.settled[home] = True
         self.strips.settled(home, self.missing)
 
