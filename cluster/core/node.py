@@ -262,13 +262,10 @@ class Node:
         if not context.epoch:
             return
         settled = self.replica.all_settled()
-        if settled:
-            self._lacking = {}
+        known = self._lacking
+        self._lacking = {} if settled else dict(known)
         for oid in self.replica.missing:
-            if oid in self.replica.lost:
-                self._lacking.setdefault(oid, 0)
-            else:
-                self._lacking[oid] = context.epoch
+            self._lacking[oid] = known.get(oid, 0) if oid in self.replica.lost else context.epoch
         self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
 
     def _fewest_copies(self) -> int:
