@@ -134,7 +134,6 @@ class VolumeOwner(Asking):
         # Beside a Snapshotter it only reads and writes: a snapshot of what is not the working VDI any more means
         # "roll back" (protocol.md 8.3), and a discard that races with a snapshot changes the frozen map.
         self.alone = True
-        self.doubtful: dict[ObjectId, None] = {}  # perhaps created, and then not needed: nobody named them
         self.progress = Progress()
         self.images: list[Image] = []  # snapshots of this owner's own
         self.operations = 0
@@ -207,8 +206,6 @@ class VolumeOwner(Asking):
                     oid, source, offset, data, durable, done
                 )
             result, _ = yield from self.ask(request)
-            if owner != vid and self.lost and result:
-                self.doubtful[oid] = None
             if result == Result.READONLY:
                 yield from self._follow()
                 continue
