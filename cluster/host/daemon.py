@@ -21,6 +21,7 @@ from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.drivers import registry
 from sheepdog.cluster.drivers.base import Driver
 from sheepdog.cluster.host import lifecycle
+from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
@@ -112,6 +113,7 @@ class Daemon:
         driver = registry.create(options.driver)
         self.address = resolve(options.my_address or driver.local_address() or "127.0.0.1")
         self._workers = ThreadWorkers(self._call_soon)
+        self._coder = best_coder(self._log)
         disk = RealDisk()
         self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
         self._state.open()
@@ -150,6 +152,7 @@ class Daemon:
             self._log,
             self.options.vnodes is not None,
         )
+        node.context.coder = self._coder
         self.links.on_message = node.on_message
         self.links.on_link = node.on_link
         if self.options.recovery is not None:
