@@ -8,6 +8,7 @@ import mmap
 import os
 import pwd
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -271,15 +272,18 @@ def test_the_page_cache_can_be_switched_on(mount: MemoryMount) -> None:
 def test_a_filesystem_on_a_loop_device(mount: MemoryMount, directory: Path, teardown: ExitStack) -> None:
     needs.loop_devices()
     volume = mount.volume()
+    source = shutil.copytree(
+        REPOSITORY / "frontends", directory / "source", ignore=shutil.ignore_patterns("__pycache__")
+    )
     run(["mkfs.ext4", "-q", volume])
     for option in ("rw", "ro"):
         loop = LoopMount(volume, directory / "mnt", option)
         teardown.callback(loop.close)
         tree = loop.place / "tree"
         if option == "rw":
-            run(["cp", "-r", REPOSITORY / "frontends", tree])
+            run(["cp", "-r", source, tree])
             run(["sync", "-f", tree])
-        run(["diff", "-r", REPOSITORY / "frontends", tree])
+        run(["diff", "-r", source, tree])
         loop.unmount()
     run(["e2fsck", "-fn", volume])
     wait_until(lambda: _try_unmount(mount), 10, "unmount of a closed volume")
