@@ -1,9 +1,11 @@
 """`make bench`: three nodes, three copies, QEMU 5.2's `qemu-img bench` as the client; C Sheepdog's figures beside it.
 
+With `--coded`: six nodes, 4:2, without syncs, and the same cluster's own three copies beside it.
+
 Prints for each workload operations (or bytes) per second and the CPU time of all daemons per operation: medians of
 several runs. The second figure is the one to compare: the first drifts with whatever else the machine does.
 
-    python -m tests.bench.run [--durable] [--runs N] [--seconds S] [--only TEXT] [--no-load]
+    python -m tests.bench.run [--durable | --coded] [--runs N] [--seconds S] [--only TEXT] [--no-load]
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tests.support.cluster import Cluster, started
 from tests.support.processes import run
 
 NODES = 3
+CODED_NODES = 6
 KIB, MIB = 1 << 10, 1 << 20
 VOLUME_BYTES = 256 * MIB
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
@@ -63,6 +66,21 @@ WORKLOADS = (
 )
 
 
+CODED = {  # C Sheepdog with 4:2 on six nodes
+    "4k read depth 1": (2235, 0.54),
+    "4k read depth 16": (3004, 0.51),
+    "4k write depth 1": (1502, 0.84),
+    "4k write depth 16": (2462, 0.70),
+    "64k write depth 16": (1524, 1.00),
+    "1M read depth 8": (595, 0.0),
+    "1M write depth 8": (442, 0.0),
+    "4M read depth 4": (358, 0.0),
+    "4M write depth 4": (289, 0.0),
+    "first 4k write of an object, depth 1": (132, 0.0),
+    "first 4k write of an object, depth 16": (246, 0.0),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     seconds: float
@@ -73,28 +91,30 @@ class Result:
 class Bench:
     """A cluster with a written volume, and the measuring of one run of a client against it."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, name: str = "bench", redundancy: str = "3") -> None:
         self.cluster = cluster
+        self.name = name
+        self.redundancy = redundancy
         self.fresh = 0
-        cluster.dog("vdi", "create", "bench", str(VOLUME_BYTES))
-        cluster.dog("vdi", "write", "bench", "0", str(VOLUME_BYTES), stdin=os.urandom(VOLUME_BYTES), seconds=300)
+        cluster.dog("vdi", "create", "-c", redundancy, name, str(VOLUME_BYTES))
+        cluster.dog("vdi", "write", name, "0", str(VOLUME_BYTES), stdin=os.urandom(VOLUME_BYTES), seconds=300)
 
     def cpu_seconds(self) -> float:
         """User and system time of all daemons so far."""
         ticks = 0
-        for node in range(NODES):
+        for node in range(self.cluster.count):
             for pid in self.cluster.pids(node):
                 fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
                 ticks += int(fields[11]) + int(fields[12])
         return ticks * TICK_SECONDS
 
     def once(self, work: Workload, count: int) -> Result:
-        name = "bench"
+        name = self.name
         step = work.size
         if work.fresh:
             self.fresh += 1
-            name, step = f"fresh{self.fresh}", 4 * MIB
-            self.cluster.dog("vdi", "create", name, str(count * step))
+            name, step = f"{self.name}{self.fresh}", 4 * MIB
+            self.cluster.dog("vdi", "create", "-c", self.redundancy, name, str(count * step))
         before = self.cpu_seconds()
         output = run(
             [
@@ -130,8 +150,21 @@ def row(work: Workload, rate: float, cpu_ms: float, peer: tuple[float, float] | 
     return f"{work.name:38}{speed:>10.0f} {unit}{cpu_ms:>9.3f}   {peer_speed}{peer_cpu}{ratio}"
 
 
+def measure_coded(cluster: Cluster, runs: int, seconds: float, only: str) -> None:
+    """4:2 against C's 4:2 and against three copies on the same nodes."""
+    benches = Bench(cluster, "coded", "4:2"), Bench(cluster, "copied", "3")
+    print(f"Six nodes, never durable; qemu-img bench, medians of {runs} runs.\n")
+    print(f"{'':38}{'4:2':>15}{'CPU ms':>9}   {'C 4:2':>8}{'CPU ms':>8}{'ratio':>8}{'3 copies':>10}{'CPU ms':>9}")
+    for work in WORKLOADS:
+        if only in work.name and work.name in CODED:
+            (rate, cpu_ms), (copied, copied_cpu_ms) = [bench.measure(work, runs, seconds) for bench in benches]
+            own = copied * work.size / 1e6 if work.in_megabytes else copied
+            print(row(work, rate, cpu_ms, CODED[work.name]) + f"{own:>10.0f}{copied_cpu_ms:>9.3f}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench ARGS='...'", description="Measure three nodes with three copies.")
+    parser.add_argument("--coded", action="store_true", help="six nodes and a volume of 4:2")
     parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
@@ -144,9 +177,13 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
-        cluster = Cluster(NODES, directory, options=() if arguments.durable else ("-n",))
+        nodes = CODED_NODES if arguments.coded else NODES
+        cluster = Cluster(nodes, directory, options=() if arguments.durable else ("-n",))
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
+        if arguments.coded:
+            measure_coded(cluster, arguments.runs, arguments.seconds, arguments.only)
+            return 0
         bench = Bench(cluster)
         mode = "every write durable" if arguments.durable else "-n: never durable"
         print(f"Three nodes, three copies, {mode}; qemu-img bench, medians of {arguments.runs} runs.\n")
