@@ -24,10 +24,6 @@ def connection_number(mountpoint: str, mountinfo: str) -> int | None:
     return found
 
 
-def is_mounted(mountpoint: str) -> bool:
-    return connection_number(mountpoint, MOUNTINFO.read_text()) is not None
-
-
 def raise_limits(mountpoint: str) -> None:
     """Lift the kernel's 12 requests in flight where we may; else say so and go on."""
     directory = _connection(mountpoint)

@@ -20,7 +20,6 @@ from functools import partial
 
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.frontends.sheepfs import fuse_wire as wire
-from sheepdog.frontends.sheepfs.connection import is_mounted
 from sheepdog.frontends.sheepfs.files import DURABLE_FLAGS, VolumeHandle
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.fuse_wire import IN_HEADER, IN_SIZE, OUT_HEADER, OUT_SIZE, Opcode
@@ -78,6 +77,7 @@ class DirectTransport:
         self._lent = 0
         self._unanswered = 0
         self._paused = False
+        self._attached = False  # to the mount point; once it is not, what is mounted there belongs to somebody else
         self._tasks: set[asyncio.Task[None]] = set()
         self._inline: dict[int, Inline] = {
             Opcode.READ: self._read,
@@ -129,6 +129,7 @@ class DirectTransport:
             self._device = -1
             raise MountError(f"cannot mount on {options.mountpoint}: {problem_text}")
         self._mountpoint = options.mountpoint
+        self._attached = True
         self._debug = options.debug
 
     async def serve(self, files: FileSystem) -> None:
@@ -152,12 +153,14 @@ class DirectTransport:
     def close(self) -> None:
         if self._device < 0:
             return
-        if is_mounted(self._mountpoint):
-            self._detach()
+        self._detach()
         os.close(self._device)  # the kernel fails whatever still waits
         self._device = -1
 
     def _detach(self) -> None:
+        if not self._attached:
+            return
+        self._attached = False
         if self._libc.umount2(os.fsencode(self._mountpoint), MNT_DETACH):
             log.warning("unmount %s: %s", self._mountpoint, os.strerror(ctypes.get_errno()))
 
@@ -182,10 +185,12 @@ class DirectTransport:
             except OSError as problem:
                 if problem.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                     continue  # interrupted before it was read
-                if problem.errno != errno.ENODEV:
+                if problem.errno == errno.ENODEV:
+                    self._attached = False
+                else:
                     log.critical("reading %s: %s", DEVICE, problem)
                 self._loop.remove_reader(self._device)
-                self._end()  # ENODEV: unmounted
+                self._end()
                 return
             self._take(memoryview(self._buffer)[:length])
             if self._paused:

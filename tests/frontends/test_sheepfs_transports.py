@@ -301,6 +301,19 @@ def test_a_signal_unmounts(mount: MemoryMount, number: signal.Signals) -> None:
         os.close(file)
 
 
+def test_the_next_mount_is_left_alone(make_mount: Callable[..., MemoryMount]) -> None:
+    """A server that is still flushing after `umount` must not take down what was mounted there since."""
+    first = make_mount(latency_ms=1500)
+    first.volume()
+    run(["umount", first.place], seconds=START_SECONDS)
+    second = make_mount()
+    assert first.process.poll() is None, "ended before the second mount: this run shows nothing"
+    assert first.process.wait(START_SECONDS) == 0
+    assert mounted(second.place)
+    assert (second.place / "cluster/info").read_text()
+    second.unmount()
+
+
 def test_a_killed_server_hangs_nobody(make_mount: Callable[..., MemoryMount]) -> None:
     mount = make_mount(latency_ms=60_000)
     file = os.open(mount.volume(), os.O_RDWR)
