@@ -19,6 +19,7 @@ from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.ids import Vid, inode_oid
 from sheepdog.cluster.core.messages import Buffer, Kind
+from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.script import Script, Step
 from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord
@@ -27,14 +28,20 @@ from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord
 class Coherence:
     """Of one node."""
 
-    def __init__(self, context: Context, everyone: Everyone) -> None:
+    def __init__(self, context: Context, everyone: Everyone, operations: Operations) -> None:
         self._context = context
+        self._operations = operations
         self._everyone = everyone
         self._me = node_key(context.me)
         self._watching: list[tuple[Vid, int, Callable[[int, Buffer], None]]] = []
 
     def _shared(self, vid: Vid) -> VdiRecord | None:
-        record = self._context.state.vdis.get(vid)
+        """The shared volume that a client means by a vid: it says the frozen one as long as it has not noticed a
+        snapshot, unless that is what it has opened."""
+        vdis = self._context.state.vdis
+        record = vdis.get(vid)
+        if record is not None and record.is_snapshot and vid not in self._operations.opened_snapshots:
+            record = vdis.heir(vid)
         return record if record is not None and record.lock == LockState.SHARED else None
 
     def is_invalidated(self, vid: Vid) -> bool:
@@ -42,18 +49,21 @@ class Coherence:
         record = self._shared(vid)
         return record is not None and record.sharing_of(self._me) == Sharing.INVALIDATED
 
-    def refresh(self, vid: Vid, done: Callable[[Result], None]) -> None:
-        """The client is about to read the inode: a map write from now on invalidates it again."""
-        self._context.machine.propose({"t": "coherence", "vid": vid, "write": False}, lambda answer: done(answer[0]))
+    def refresh(self, vid: Vid, done: Callable[[Result, Vid], None]) -> None:
+        """The client is about to read the inode: a map write from now on invalidates it again. Tells whose it gets."""
+        record = self._shared(vid)
+        current = vid if record is None else record.vid
+        command = {"t": "coherence", "vid": current, "write": False}
+        self._context.machine.propose(command, lambda answer: done(answer[0], current))
 
     def claim(self, vid: Vid) -> Script[int]:
         """Before and after a map write: nobody else holds the newest map; all of them know that theirs is old."""
         record = self._shared(vid)
         while record is not None and not record.is_modified_by(self._me):
-            result, round_number = yield self._invalidate_others(vid)
+            result, round_number = yield self._invalidate_others(record.vid)
             if result:
                 return int(result)
-            yield self._until_applied(vid, round_number)
+            yield self._until_applied(record.vid, round_number)
             record = self._shared(vid)
         return int(Result.SUCCESS)
 
@@ -85,8 +95,8 @@ class Coherence:
         """The table of VDIs is another: some questions may have their answer."""
         watching, self._watching = self._watching, []
         for vid, round_number, answered in watching:
-            record = self._shared(vid)
-            if record is None or record.rounds >= round_number:
+            record = self._context.state.vdis.get(vid)
+            if record is None or record.lock != LockState.SHARED or record.rounds >= round_number:
                 answered(Result.SUCCESS, b"")
             else:
                 self._watching.append((vid, round_number, answered))

@@ -63,6 +63,7 @@ def _move_lock(state: ClusterState, source: int, target: int) -> None:
     old, new = state.vdis.get(Vid(source)), state.vdis.get(Vid(target))
     if old is not None and new is not None:
         new.take_lock(old)
+        new.sharing = [Sharing.INVALIDATED for _ in new.sharing]  # each of them has to learn the new vid
         old.take_lock(VdiRecord(old.vid, b""))
 
 

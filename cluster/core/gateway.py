@@ -20,7 +20,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, is_vmstate, vid_of
-from sheepdog.cluster.core.inode import MAP_END
+from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
@@ -199,6 +199,27 @@ class Gateway:
 
         return write
 
+    def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None:
+        """Makes a range of an existing object read as zeros; whole blocks of it become holes."""
+        if self._may_change(oid, done, lambda: self.zero(oid, offset, length, durable, done)):
+            self._context.counters.writes += 1
+            self.change(oid, Flag.PUNCH | (Flag.DURABLE if durable else 0), offset, length, b"", 0, done)
+
+    def block_map(self, oid: ObjectId, done: IoDone) -> None:
+        """Which blocks of an object hold data (core.blocks); NO_SUPPORT for one that is erasure-coded."""
+        refusal = self._context.state.result()
+        if refusal:
+            done(refusal, b"")
+        elif self.gate.suspended:
+            self._held.append(lambda: self.block_map(oid, done))
+        elif self._context.policy_of(oid) is not None:
+            done(Result.NO_SUPPORT, b"")
+        else:
+            self._next_number = number = self._next_number + 1
+            request = _Request(self, number, True, oid, Flag.MAP, 0, self._context.size_of(oid), b"", 0, done)
+            self.pending[number] = request
+            self._route(request)
+
     def remove(self, oid: ObjectId, done: IoDone) -> None:
         """Drops one object; an object that is not there is success."""
         if self._may_change(oid, done, lambda: self.remove(oid, done)):
@@ -214,10 +235,17 @@ class Gateway:
         coherence, vid = self.coherence, vid_of(oid)
         if coherence is None or not coherence.is_invalidated(vid):
             return False
-        if is_inode(oid) and not offset and length == MAP_END:
-            coherence.refresh(vid, lambda result: self.read(oid, 0, length, done) if not result else done(result, b""))
-        else:
+        if not is_inode(oid) or offset or length not in (HEADER_SIZE, MAP_END):
             done(Result.INODE_INVALIDATED, b"")
+        elif length == HEADER_SIZE:
+            return (
+                False  # after READONLY tgt reads the header of the volume that goes on, and then asks for its objects
+            )
+        else:
+            coherence.refresh(
+                vid,
+                lambda result, current: done(result, b"") if result else self.read(inode_oid(current), 0, length, done),
+            )
         return True
 
     def flush(self, vid: Vid, done: IoDone) -> None:

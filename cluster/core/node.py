@@ -75,7 +75,7 @@ class Node:
         self.everyone = Everyone(self.context)
         self.gateway = Gateway(self.context, self.replica, self.everyone)
         self.operations = Operations(self.context)
-        self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone)
+        self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone, self.operations)
         inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
         self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)

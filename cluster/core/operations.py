@@ -32,6 +32,7 @@ class Operations:
         self._context = context
         self._number = context.clock.wall_ns()  # operation numbers must not repeat after a restart of this node
         self._waiting: dict[int, Callable[[Values], None]] = {}
+        self.opened_snapshots: dict[Vid, int] = {}  # by clients of this node, and how often
 
     # -- queued operations -----------------------------------------------------------------------------------------
 
@@ -152,9 +153,24 @@ class Operations:
         if self._refused(done):
             return
         command = {"t": "lock", "shared": shared, **_target(name, tag, snap_id)}
-        self._context.machine.propose(command, lambda answer: done(*answer))
+
+        def locked(answer: tuple[Result, VdiRecord | None]) -> None:
+            result, record = answer
+            if record is not None and record.is_snapshot:
+                self.opened_snapshots[record.vid] = self.opened_snapshots.get(record.vid, 0) + 1
+            done(result, record)
+
+        self._context.machine.propose(command, locked)
 
     def release_vdi(self, vid: Vid, shared: bool, done: ResultDone) -> None:
+        """There is nothing to release of a snapshot that a client of this node has opened; a vid that was frozen under
+        its client means the lock of the volume that goes on."""
+        opened = self.opened_snapshots.pop(vid, 0)
+        if opened > 1:
+            self.opened_snapshots[vid] = opened - 1
+        if opened:
+            done(Result.SUCCESS)
+            return
         self._context.machine.propose({"t": "release", "vid": vid, "shared": shared}, done)
 
     def add_vdi(self, vid: Vid, copies: int, policy: int, shift: int, use: bool, done: ResultDone) -> None:

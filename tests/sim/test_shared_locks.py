@@ -9,7 +9,7 @@ from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, w
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
-from sheepdog.cluster.core.inode import MAP_END, map_offset, unpack_map
+from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END, InodeHeader, map_offset, unpack_map
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.script import Script, run
 from sheepdog.cluster.core.state import ClusterFlag, node_key
@@ -119,6 +119,11 @@ def test_the_lock_goes_with_the_volume() -> None:
             lambda done, shared=shared: operations.lock_vdi(NAME, b"", 1, shared, done),  # type: ignore[misc]
         )
         assert (result, record.vid) == (0, vid)
+    # `qemu-img info image#tag` beside the guest: what it opens and releases is not the guest's.
+    guest = cluster.machines[0].node.operations
+    wait_for(cluster.world, lambda done: guest.lock_vdi(NAME, b"", 1, False, done))
+    release(cluster, 0, vid, shared=False)
+    lock(cluster, 1, shared=False, expected=Result.VDI_LOCKED)
     release(cluster, 0, vid, shared=False)
     lock(cluster, 1, shared=False)
     release(cluster, 1, heir, shared=False)
@@ -134,6 +139,32 @@ def test_a_lock_ends_with_the_incarnation_that_took_it() -> None:
     cluster.machines[0].start()
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     lock(cluster, 1, shared=False)
+
+
+def test_paths_follow_a_snapshot() -> None:
+    """A path that has not noticed a snapshot reads nothing old; a client of the snapshot itself is left alone."""
+    cluster = enforcing(5)
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0)
+    for node in (0, 1):
+        lock(cluster, node, shared=True)
+    write_map(cluster, vid, 0, vid, by=0)
+    heir = new_vdi(cluster, vid, snapshot=True, by=2)
+    assert sharing(cluster, heir) == {0: Sharing.INVALIDATED, 1: Sharing.INVALIDATED}
+    for node in (0, 1):
+        assert tgt_read(cluster, node, data_oid(vid, 0), 1)[0] == Result.INODE_INVALIDATED
+        assert tgt_read(cluster, node, inode_oid(heir), HEADER_SIZE)[0] == Result.SUCCESS
+    operations = cluster.machines[1].node.operations
+    result, record = wait_for(cluster.world, lambda done: operations.lock_vdi(NAME, b"", 1, True, done))
+    assert (result, record.vid) == (0, vid)
+    assert tgt_read(cluster, 1, data_oid(vid, 0), 1)[0] == Result.SUCCESS
+    release(cluster, 1, vid, shared=True)  # of the snapshot
+    assert sharing(cluster, heir) == {0: Sharing.INVALIDATED, 1: Sharing.INVALIDATED}
+    release(cluster, 1, vid, shared=True)  # of what it was when it was opened first
+    assert sharing(cluster, heir) == {0: Sharing.INVALIDATED}
+    result, data = tgt_read(cluster, 0, inode_oid(vid), MAP_END)
+    assert InodeHeader.unpack(data).vdi_id == heir
+    assert sharing(cluster, heir) == {0: Sharing.SHARED}
 
 
 class Path:
