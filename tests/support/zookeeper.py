@@ -89,7 +89,7 @@ class Server:
     def _ask(self, word: str) -> str:
         if self.prefix:  # in a namespace of its own
             done = subprocess.run(
-                [*self.prefix, "sh", "-c", f"exec 3<>/dev/tcp/{self.host}/{self.port}; echo {word} >&3; cat <&3"],
+                [*self.prefix, "bash", "-c", f"exec 3<>/dev/tcp/{self.host}/{self.port}; echo {word} >&3; cat <&3"],
                 capture_output=True, env=environment(), timeout=5, check=False,
             )  # fmt: skip
             return done.stdout.decode(errors="replace")

@@ -1,0 +1,291 @@
+"""Three machines on a real engine, in namespaces of their own, and everything that may happen to them.
+
+Faults hit the sheep, the engine's members and the network, one after the other, under clients that check every block
+they read. Whatever it was: no acknowledged write is lost, no two sides both acknowledge, a node that was cut off or
+stopped answers nothing that is not true any more, and at the end all is healthy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support import trees
+from tests.support.machines import SESSION_MS, Machines
+from tests.support.processes import wait_until
+from tests.support.registers import VOLUME, WORKER_BYTES, Worker, check_all
+
+MACHINES = 3
+WORKERS = 3
+MIB = 1 << 20
+SMALL = 4 * MIB
+ROUNDS, SOAK_ROUNDS = 5, int(os.environ.get("SOAK_ROUNDS", "20"))
+DETECT_SECONDS = 30.0  # until the others go on without a machine: 4 s with corosync, 3 s with a session of 2 s
+BEYOND_SESSION_SECONDS = 2.5 * SESSION_MS / 1000
+PATIENCE_SECONDS = 120.0  # of clients: they sit on one machine, whatever happens to it
+ENGINES = ("zookeeper", "corosync")
+
+
+@pytest.fixture(params=ENGINES)
+def machines(request: pytest.FixtureRequest, directory: Path, teardown: ExitStack) -> Iterator[Machines]:
+    """A formatted cluster of three machines, each object on all of them."""
+    made = Machines(request.param, directory, MACHINES)
+    teardown.callback(made.close)
+    made.start_engine()
+    made.start()
+    made.wait_members(MACHINES, range(MACHINES))
+    made.format("-c", str(MACHINES))
+    yield made
+    if request.session.testsfailed:
+        print(made.logs())
+
+
+class Ask:
+    """A `dog` command in the background."""
+
+    def __init__(self, machines: Machines, node: int, *words: str, stdin: bytes = b"") -> None:
+        self.status: int | None = None
+        self.output = b""
+
+        def work() -> None:
+            try:
+                done = machines.try_dog(*words, node=node, stdin=stdin, seconds=100.0)
+                self.output, self.status = done.stdout, done.returncode
+            except AssertionError:
+                self.status = -1
+
+        self._thread = threading.Thread(target=work)
+        self._thread.start()
+
+    def wait(self, seconds: float = 110.0) -> int:
+        self._thread.join(seconds)
+        assert self.status is not None, "no answer"
+        return self.status
+
+
+def written(machines: Machines, number: int, node: int = 0) -> bytes:
+    data = trees.pattern(number, SMALL)
+    machines.dog("vdi", "write", "v", "0", str(SMALL), node=node, stdin=data)
+    return data
+
+
+def shown(machines: Machines, node: int) -> bytes:
+    return machines.try_dog("vdi", "read", "v", "0", str(SMALL), node=node, check=True).stdout
+
+
+def test_a_machine_is_cut_off_with_a_client_on_each_side(machines: Machines) -> None:
+    machines.dog("vdi", "create", "v", str(SMALL))
+    old = written(machines, 1)
+    assert shown(machines, 2) == old
+    machines.network.cut(2)
+    lonely = Ask(machines, 2, "vdi", "write", "v", "0", str(SMALL), stdin=trees.pattern(99, SMALL))
+    machines.wait_members(2, [0, 1], DETECT_SECONDS)
+    new = written(machines, 2)
+    reader = Ask(machines, 2, "vdi", "read", "v", "0", str(SMALL))
+    time.sleep(1.0)
+    assert lonely.status is None or lonely.status > 0, "a minority has acknowledged a write"
+    assert reader.status is None or reader.status > 0, "a minority has answered a read"
+    assert shown(machines, 0) == shown(machines, 1) == new
+    machines.network.mend(2)
+    machines.healthy()
+    lonely.wait()
+    reader.wait()
+    assert reader.output in (b"", new, trees.pattern(99, SMALL)), "the past was read"
+    last = shown(machines, 0)
+    assert shown(machines, 1) == shown(machines, 2) == last
+    assert last == new or lonely.status == 0, "what was not acknowledged, and is not tried again, is not there"
+
+
+def test_a_stopped_sheep_does_not_answer_from_the_past(machines: Machines) -> None:
+    machines.dog("vdi", "create", "v", str(SMALL))
+    written(machines, 1)
+    (pid,) = machines.pids(2)
+    shown(machines, 2)
+    machines.kill(2, signal.SIGSTOP)
+    reader = Ask(machines, 2, "vdi", "read", "v", "0", str(SMALL))  # waits in its socket
+    new = written(machines, 2)  # goes on when the others have given it up
+    machines.wait_members(2, [0, 1], DETECT_SECONDS)
+    time.sleep(BEYOND_SESSION_SECONDS)
+    machines.kill(2, signal.SIGCONT)
+    reader.wait()
+    assert reader.output in (b"", new)
+    machines.healthy()
+    assert machines.pids(2) == [pid], "the same process is a member again"
+    assert shown(machines, 2) == new
+
+
+def test_the_engine_goes_away_and_comes_back(machines: Machines) -> None:
+    """Nothing is acknowledged meanwhile; what was asked for is answered when it is back, without anybody's help."""
+    machines.dog("vdi", "create", "v", str(SMALL))
+    old = written(machines, 1)
+    pids = [machines.pids(node) for node in range(MACHINES)]
+    for member in machines.members:
+        member.stop()
+    time.sleep(3.0)
+    writer = Ask(machines, 0, "vdi", "write", "v", "0", str(SMALL), stdin=trees.pattern(2, SMALL))
+    time.sleep(2.0)
+    assert writer.status is None or writer.status > 0, "acknowledged without a membership"
+    machines.start_engine()
+    machines.healthy(seconds=90.0)
+    writer.wait()
+    assert [machines.pids(node) for node in range(MACHINES)] == pids, "no sheep had to be started again"
+    assert shown(machines, 1) == (trees.pattern(2, SMALL) if writer.status == 0 else old) or writer.status != 0
+    log = machines.log(0).read_text()
+    assert "out of reach" in log or "lost the cluster" in log, "the log says why"
+
+
+def test_a_member_of_the_engine_dies(machines: Machines) -> None:
+    machines.dog("vdi", "create", "v", str(SMALL))
+    written(machines, 1)
+    victim = machines.leader()
+    machines.members[victim].stop()
+    others = [node for node in range(MACHINES) if node != victim]
+    new = written(machines, 2, others[0])
+    machines.start_engine(victim)
+    machines.healthy()
+    assert [shown(machines, node) for node in range(MACHINES)] == [new] * MACHINES
+
+
+def test_everything_starts_cold_in_any_order(machines: Machines) -> None:
+    machines.dog("vdi", "create", "v", str(SMALL))
+    data = written(machines, 1)
+    for node in range(MACHINES):
+        machines.kill(node)
+    for member in machines.members:
+        member.stop()
+    chance = random.Random(machines.engine)
+    order = [*(("engine", node) for node in range(MACHINES)), *(("sheep", node) for node in range(MACHINES))]
+    chance.shuffle(order)
+    for what, node in order:
+        if what == "engine":
+            machines.members[node].start()
+        else:
+            machines.start(node)
+        time.sleep(chance.uniform(0.0, 1.0))
+    machines.wait_engine()
+    wait_until(lambda: all_run(machines), 30.0, "all sheep run", 0.5)
+    machines.healthy(seconds=90.0)
+    assert [shown(machines, node) for node in range(MACHINES)] == [data] * MACHINES
+
+
+def all_run(machines: Machines) -> bool:
+    """A sheep that gave up because its engine was not there yet is started again, as systemd does."""
+    missing = [node for node in range(MACHINES) if not machines.pids(node)]
+    for node in missing:
+        machines.start(node)
+    return not missing
+
+
+# --- random faults ---------------------------------------------------------------------------------------------------
+
+
+def kill_sheep(machines: Machines, chance: random.Random) -> None:
+    node = chance.randrange(MACHINES)
+    machines.kill(node)
+    time.sleep(chance.uniform(0.0, 6.0))
+    machines.start(node)
+
+
+def stop_sheep(machines: Machines, chance: random.Random) -> None:
+    node = chance.randrange(MACHINES)
+    machines.kill(node, signal.SIGSTOP)
+    time.sleep(chance.uniform(0.5, 10.0))
+    machines.kill(node, signal.SIGCONT)
+
+
+def kill_engine(machines: Machines, chance: random.Random) -> None:
+    victim = chance.choice((machines.leader(), chance.randrange(MACHINES)))
+    machines.members[victim].stop()
+    time.sleep(chance.uniform(0.0, 6.0))
+    machines.start_engine(victim)
+
+
+def stop_engine(machines: Machines, chance: random.Random) -> None:
+    victim = chance.choice((machines.leader(), chance.randrange(MACHINES)))
+    machines.members[victim].send(signal.SIGSTOP)
+    time.sleep(chance.uniform(0.5, 8.0))
+    machines.members[victim].send(signal.SIGCONT)
+
+
+def partition(machines: Machines, chance: random.Random) -> None:
+    away = chance.sample(range(MACHINES), chance.choice((1, 1, 1, MACHINES)))
+    machines.network.cut(*away)
+    time.sleep(chance.uniform(0.2, 10.0))
+    machines.network.mend(*away)
+
+
+def one_way(machines: Machines, chance: random.Random) -> None:
+    node = chance.randrange(MACHINES)
+    machines.network.mute(node)
+    time.sleep(chance.uniform(0.5, 8.0))
+    machines.network.unmute(node)
+
+
+def kill_everything(machines: Machines, chance: random.Random) -> None:
+    for node in chance.sample(range(MACHINES), MACHINES):
+        machines.kill(node)
+    for member in machines.members:
+        member.stop()
+    machines.start_engine()
+    for node in chance.sample(range(MACHINES), MACHINES):
+        machines.start(node)
+        time.sleep(chance.uniform(0.0, 0.5))
+
+
+FAULTS: tuple[Callable[[Machines, random.Random], None], ...] = (
+    kill_sheep,
+    stop_sheep,
+    kill_engine,
+    stop_engine,
+    partition,
+    one_way,
+    kill_everything,
+)
+
+
+async def play(machines: Machines, rounds: int, chance: random.Random, done: list[str]) -> list[Worker]:
+    workers = [Worker(index, chance.randrange(1 << 30), PATIENCE_SECONDS) for index in range(WORKERS)]
+    stop = asyncio.Event()
+    for worker in workers:
+        await worker.open(str(machines.socket(worker.index)))
+    tasks = [asyncio.create_task(worker.run(stop)) for worker in workers]
+    faults = [fault for _ in range(rounds) for fault in chance.sample(FAULTS, len(FAULTS))][:rounds]
+    try:
+        for fault in faults:
+            before = [worker.done for worker in workers]
+            done.append(fault.__name__)
+            await asyncio.to_thread(fault, machines, chance)
+            await asyncio.to_thread(wait_until, lambda: all_run(machines), 60.0, "all sheep run", 0.5)
+            await asyncio.to_thread(machines.healthy, None, 90.0)
+            async with asyncio.timeout(60.0):  # everybody goes on
+                while any(worker.done == count for worker, count in zip(workers, before, strict=True)):
+                    await asyncio.sleep(0.1)
+    finally:
+        stop.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return workers
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("rounds", "seed"), [(ROUNDS, 1), pytest.param(SOAK_ROUNDS, 2, marks=pytest.mark.soak)])
+def test_random_faults(machines: Machines, rounds: int, seed: int) -> None:
+    machines.dog("vdi", "create", VOLUME, str(WORKERS * WORKER_BYTES))
+    done: list[str] = []
+    try:
+        workers = asyncio.run(play(machines, rounds, random.Random(f"{machines.engine} {seed}"), done))
+    finally:
+        print("faults:", ", ".join(done))
+    machines.healthy()
+    for node in range(MACHINES):
+        check_all(workers, machines.try_dog("vdi", "read", VOLUME, node=node, check=True).stdout)
