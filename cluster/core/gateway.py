@@ -238,9 +238,8 @@ class Gateway:
         if not is_inode(oid) or offset or length not in (HEADER_SIZE, MAP_END):
             done(Result.INODE_INVALIDATED, b"")
         elif length == HEADER_SIZE:
-            return (
-                False  # after READONLY tgt reads the header of the volume that goes on, and then asks for its objects
-            )
+            # After READONLY tgt reads the header of the volume that goes on; else it asks for ever.
+            return False
         else:
             coherence.refresh(
                 vid,
