@@ -279,6 +279,9 @@ class Gateway:
         if home is None or me not in replicas:
             done(Result.NO_OBJ, b"")
             return
+        if context.policy_of(oid) is not None:
+            self._repair_strip(oid, home, replicas[0], done)
+            return
         if replicas[0] == me:
             home.recovery.suspect(oid, me)
             self.raw_read(oid, 0, 1, lambda result, _: done(result, b""))  # waits for the home's own copy
@@ -305,6 +308,15 @@ class Gateway:
 
         message = Message(Kind.READ, context.fence, 0, oid, 0, 1, Flag.REPAIR)
         context.peers.request(context.placement.nodes[replicas[0]], message, answered)
+
+    def _repair_strip(self, oid: ObjectId, home: Home, first: int, done: IoDone) -> None:
+        """Makes this node's strip anew from the others."""
+        context = self._context
+        if first == context.placement.me:
+            home.repair_strip(oid, first, done)
+            return
+        message = Message(Kind.READ, context.fence, 0, oid, 0, 0, Flag.REPAIR)
+        context.peers.request(context.placement.nodes[first], message, lambda answer: done(answer.result, b""))
 
     def _may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
         """False if the request was answered or is held."""

@@ -199,6 +199,7 @@ class Home:
         verdicts = [Verdict([], [], [], self._knows_all) for _ in self._placement.members]
         decisions = self._inventories.decide(self._placement, self._former, self._past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
+        surplus: list[tuple[int, ObjectId]] = []
         for decision in decisions:
             for member, oid in decision.lacking():
                 (verdicts[member].lost if decision.is_lost else verdicts[member].missing).append(oid)
@@ -213,7 +214,7 @@ class Home:
                 self.context.probe("home.object_lost")
                 self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
             else:
-                self.recovery.drop(decision.surplus_copies())
+                surplus += decision.surplus_copies()
         self._inventories = Inventories(0)
         self.active = True
         for member, node in enumerate(self._placement.nodes):
@@ -221,6 +222,7 @@ class Home:
                 self.hooks.settled_locally(verdicts[member])
             else:
                 self.context.peers.request(node, verdicts[member].encode(self._fence), _ignore)
+        self.recovery.drop(surplus)
         held, self._held = self._held, []
         for call in held:
             call()
@@ -561,6 +563,12 @@ class Home:
 
     def on_read(self, sender: NodeId, message: Message) -> None:
         """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
+        if message.flags & Flag.REPAIR and self.context.policy_of(message.oid) is not None:
+            member = self._placement.index_of[sender]
+            self.repair_strip(
+                message.oid, member, lambda result, _: self.context.peers.answer(sender, message, result)
+            )
+            return
         if message.flags & Flag.REPAIR and self.active:
             self.recovery.suspect(message.oid, self._placement.index_of[sender])
 
@@ -568,6 +576,20 @@ class Home:
             self.context.peers.answer(sender, message, result, data)
 
         self.read(message.oid, message.offset, message.length, done)
+
+
+    def repair_strip(self, oid: ObjectId, member: int, done: IoDone) -> None:
+        """The strip of `member` is made anew from the others; done when the object is clean."""
+        if not self.active:
+            self._held.append(lambda: self.repair_strip(oid, member, done))
+            return
+        policy = self.context.policy_of(oid)
+        if policy is None or oid in self._lost or not self.strips.exists(oid, policy):
+            done(Result.NO_OBJ, b"")
+            return
+        self.recovery.suspect(oid, member)
+        if not self.recovery.holds(oid, False, lambda: done(Result.SUCCESS, b"")):
+            done(Result.SUCCESS, b"")
 
 
 def _ignore(_: Message) -> None:

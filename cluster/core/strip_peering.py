@@ -100,7 +100,8 @@ def decide(
     everything = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held)
     real = [entry for entry in held if entry.version != NO_VERSION]
     best_as_of, best = max(((entry.as_of, entry.version) for entry in real), default=(0, NO_VERSION))
-    if facts.deleted(oid, best_as_of, holders):
+    known = max(entry.as_of for entry in held)  # a member may lack it that knows that it was there
+    if facts.deleted(oid, known, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders

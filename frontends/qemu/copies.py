@@ -15,6 +15,7 @@ from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, REPAIR_R
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
 from sheepdog.frontends.qemu.connection import Call
 from sheepdog.frontends.qemu.requests import Handler
+from sheepdog.frontends.qemu.strips import StripCheck, held_strip
 
 HASH_CHUNK_BYTES = 512 * 1024  # hashed between two turns of the loop: 0.3 ms of SHA-1
 HASH_TRIES = 5  # an object that is written meanwhile is hashed again; one that is always written fails the check
@@ -37,11 +38,14 @@ class Copies:
             Opcode.OIDS_EXIST: self._all_exist,
             Opcode.GET_HASH: self._hash,
             Opcode.READ_PEER: self._read_strip,
-            Opcode.CREATE_AND_WRITE_PEER: _no_support,
+            Opcode.CREATE_AND_WRITE_PEER: self._repair_strip,
             Opcode.REPAIR_REPLICA: self._repair,
         }
 
     def _has(self, oid: ObjectId) -> bool:
+        policy = self._node.context.policy_of(oid)
+        if policy is not None:
+            return held_strip(self._store, oid, policy) is not None
         return self._store.version(oid) not in (None, NO_VERSION)
 
     def _exists(self, call: Call) -> None:
@@ -64,6 +68,10 @@ class Copies:
         """The node that dog would fetch from does not matter: core knows which copies are good."""
         self._node.gateway.repair(ObjectId(REPAIR_REQUEST.unpack(call.buffer, call.start).oid), call.written)
 
+    def _repair_strip(self, call: Call) -> None:
+        """The bytes that dog made are not needed (and cut otherwise): core makes the strip anew from the others."""
+        self._node.gateway.repair(ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid), call.written)
+
     def _hash(self, call: Call) -> None:
         oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
 
@@ -82,10 +90,13 @@ class Copies:
         """A replicated object is its own single strip; its size is the client's room."""
         fields = OBJECT_REQUEST.unpack(call.buffer, call.start)
         oid = ObjectId(fields.oid)
+        policy = self._node.context.policy_of(oid)
         if call.epoch > fields.epoch:
             call.fail(Result.OLD_NODE_VER)
         elif call.flags & Flags.WRITE:
             call.fail(Result.INVALID_PARMS)
+        elif policy is not None:
+            StripCheck(self._node, self._store, oid, policy, fields.ec_index, call.read).start()
         elif not self._has(oid):
             call.fail(Result.NO_OBJ)
         elif fields.offset + call.length > self._store.size(oid):
@@ -156,6 +167,3 @@ class _Hashing:
         self._offset += len(data)
         self._later(self._chunk)
 
-
-def _no_support(call: Call) -> None:
-    call.fail(Result.NO_SUPPORT)

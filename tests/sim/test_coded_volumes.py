@@ -1,0 +1,103 @@
+"""Erasure-coded volumes in the simulated world: nodes die at any point, up to the parity and beyond, and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sheepdog.cluster.core.ids import ObjectId, Version, strip_index
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.strip_replica import StripReplica
+from sheepdog.cluster.core.strip_undo import Undo, UndoLog
+from sheepdog.cluster.sim.nemesis import Faults
+from sheepdog.cluster.sim.run import Failure, Run, Scenario
+from sheepdog.cluster.sim.world import SECOND
+
+BLOCKS = (0, 1, 16, 17, 255)  # of two data strips of 4:2, and the last one
+SEEDS = 24
+SEEDS_PER_TEST = 8
+
+
+def scenario(name: str, policy: int, machines: int, make_node: Callable[..., Node] = Node, kill: float = 1) -> Scenario:
+    return Scenario(
+        name, machines=machines, policy=policy, blocks=BLOCKS, faults=Faults(kill=kill), make_node=make_node
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "machines"), [(0x22, 6), (0x22, 4), (0x11, 3), (0x12, 5), (0x43, 11)], ids=lambda value: f"{value:#x}"
+)
+def test_calm(policy: int, machines: int) -> None:
+    calm = scenario("calm", policy, machines, kill=0)
+    calm.duration_ns = SECOND
+    run = Run(calm, seed=1)
+    run.execute()
+    assert run.history.operations > 300
+    assert not run.errors
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
+@pytest.mark.parametrize(("policy", "machines"), [(0x22, 6), (0x22, 8), (0x12, 5)], ids=lambda value: f"{value:#x}")
+def test_nodes_are_killed_and_started_again(policy: int, machines: int, first: int) -> None:
+    """Every acknowledged write is readable, no read goes back, and in the end the parity of everything fits."""
+    for seed in range(first, first + SEEDS_PER_TEST):
+        run = Run(scenario("kills", policy, machines), seed)
+        run.execute()
+        assert run.history.operations > 100, f"seed {seed}: nothing was tested"
+
+
+def test_rare_paths_are_taken() -> None:
+    """What the seeds above are about really happens in them."""
+    probes: dict[str, int] = {}
+    for seed in range(12):
+        run = Run(scenario("kills", 0x22, 6), seed)
+        run.execute()
+        for name, count in run.cluster.probes().items():
+            probes[name] = probes.get(name, 0) + count
+    for name in ("strips.rolled_back", "strips.decoded", "rebuilder.rebuilt", "strips.not_readable_here"):
+        assert probes.get(name), f"{name} was never reached: {probes}"
+
+
+class _ForgetsAtOnce(UndoLog):
+    """Planted bug: what a write replaced is dropped before the write is everywhere."""
+
+    def keep(self, strip: ObjectId, undo: Undo) -> None:
+        pass
+
+
+class _LeavesParity(StripReplica):
+    """Planted bug: going back leaves parity strips with the bytes of the version that was taken back."""
+
+    def roll_back(self, strip: ObjectId, target: Version, origins: Buffer, done: Done) -> None:
+        policy = self._context.policy_of(ObjectId(strip & (1 << 64) - 1))
+        if policy is not None and strip_index(strip) >= policy.data:
+            self.undo.drop(strip)
+            self._context.store.stamp(strip, target, True, done)
+        else:
+            super().roll_back(strip, target, origins, done)
+
+
+def _forgetful(*arguments: Any) -> Node:
+    node = Node(*arguments)
+    node.replica.strips.undo = _ForgetsAtOnce()
+    return node
+
+
+def _with_wrong_parity(*arguments: Any) -> Node:
+    node = Node(*arguments)
+    node.replica.strips = _LeavesParity(node.context)
+    return node
+
+
+@pytest.mark.parametrize("make_node", [_forgetful, _with_wrong_parity])
+def test_planted_bugs_are_found(make_node: Callable[..., Node]) -> None:
+    for seed in range(SEEDS):
+        try:
+            Run(scenario("planted", 0x22, 6, make_node), seed).execute()
+        except Failure:
+            return
+    pytest.fail(f"not found in {SEEDS} seeds")
