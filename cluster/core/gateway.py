@@ -364,9 +364,7 @@ class Gateway:
         else:
             self._change(oid, flags, offset, length, data, copies, done)
 
-    def _change_coded(
-        self, policy: Policy, oid: ObjectId, flags: int, offset: int, data: Buffer, done: IoDone
-    ) -> None:
+    def _change_coded(self, policy: Policy, oid: ObjectId, flags: int, offset: int, data: Buffer, done: IoDone) -> None:
         """A write in parts that can be coded at once, each a request of its own; the last answer ends it."""
         flags &= ~Flag.PUNCH
         parts = cut(policy, offset, len(data))

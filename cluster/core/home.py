@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, version_of, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
@@ -322,7 +322,7 @@ class Home:
 
     def version_of(self, sequence: int) -> Version:
         """The version that a write of this number gives to its object."""
-        return Version(self._epoch, self._term, sequence)
+        return version_of(self._epoch, self._term, sequence)
 
     def open_write(self, submission: Submission, pending: int, fresh: bool) -> _Write:
         """Gives the change its number; `pending` answers are to come."""

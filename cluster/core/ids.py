@@ -103,7 +103,9 @@ class Version(NamedTuple):
     """Write number of an object: equal versions mean equal bytes.
 
     `epoch` is the membership in which the write was numbered, `term` the start of the cluster
-    (raised at every start after a full stop), `counter` counts the writes of the object.
+    (raised at every start after a full stop), `counter` counts the writes of the object's home, in steps of
+    2^VERSION_STEP_BITS: what lies between belongs to copies of which a power failure cut a large write
+    (cluster/host/replay.py), each unlike every other.
     """
 
     epoch: int
@@ -112,6 +114,12 @@ class Version(NamedTuple):
 
 
 NO_VERSION = Version(0, 0, 0)
+VERSION_STEP_BITS = 16
+
+
+def version_of(epoch: int, term: int, sequence: int) -> Version:
+    """The version that write number `sequence` of a home gives."""
+    return Version(epoch, term, sequence << VERSION_STEP_BITS)
 
 
 class NodeId(NamedTuple):

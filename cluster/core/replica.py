@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
-from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
+from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.peering import Verdict
@@ -178,7 +178,7 @@ class Replica:
         while order and order[0][0] <= watermark:
             sequence, oid = order.popleft()
             if oid >> STRIP_SHIFT:
-                self.strips.undo.forget(oid, Version(self._context.epoch, self._context.state.term, sequence))
+                self.strips.undo.forget(oid, version_of(self._context.epoch, self._context.state.term, sequence))
             ranges = self._unstable.get(oid)
             if ranges is None:
                 continue

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, VERSION_STEP_BITS, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host import trailer
@@ -34,7 +34,7 @@ from sheepdog.cluster.host.records import (
 )
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, ZERO_BLOCK, block_count
 
-VERSION_GAP: Final = 1 << 16  # home counts in these steps; what lies between belongs to torn copies
+VERSION_GAP: Final = 1 << VERSION_STEP_BITS  # home counts in these steps; what lies between belongs to torn copies
 
 _MAGIC_BYTES: Final = RECORD_MAGIC.to_bytes(4, "little")
 _MAGIC_OFFSET: Final = 8  # in a record
