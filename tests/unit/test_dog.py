@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from zlib import crc32
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
@@ -543,7 +544,8 @@ def test_object_map_and_tree(dog: Dog, sheep: FakeSheep) -> None:
     )
 
 
-def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("original", [False, True])
+def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch, original: bool) -> None:
     sheep.create("a", 10 * MIB)
     dog("vdi", "write", "a", "0", "9M", stdin=b"a" * 9 * MIB)
     dog("vdi", "snapshot", "-s", "t1", "a")
@@ -557,7 +559,8 @@ def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.Monk
         assert main(["vdi", "backup", "a", "-F", "t1", "-s", "t2"]) == 0
         stream = out.getvalue()
     assert len(stream) == 8 + 16 + 512 + 16
-    assert stream[:24] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000 00000000")
+    assert stream[:20] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000")
+    assert stream[20:24] == crc32(stream[24:536], crc32(stream[:20])).to_bytes(4, "little")
     assert dog("vdi", "restore", "a")[::2] == (
         64,
         "We can restore a backup file only to snapshots\nPlease specify the '-s' option\n",
@@ -566,10 +569,15 @@ def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.Monk
     before = dog("vdi", "list", "-r")
     assert dog("vdi", "restore", "-s", "t1", "a", stdin=b"garbage!") == (1, "", "The backup file is corrupted\n")
     assert dog("vdi", "list", "-r") == before
-    for cut in (stream[:30], stream[:-1]):
+    flipped = [
+        stream[:at] + bytes([stream[at] ^ 4]) + stream[at + 1 :] for at in (8, 13, 17, 21, 24, 535, 537, 545, 551)
+    ]
+    for cut in (stream[:30], stream[:-1], *flipped):
         assert dog("vdi", "restore", "-s", "t1", "a", stdin=cut)[::2] == (1, "The backup file is corrupted\n")
         assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
         assert len(dog("vdi", "list", "-r")[1].splitlines()) == 3
+    if original:  # Sheepdog 1.0 wrote no checks
+        stream = stream[:20] + bytes(4) + stream[24:540] + bytes(12)
     assert dog("vdi", "restore", "-s", "t1", "a", stdin=stream) == (0, "", "")
     assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
     rows = [row.split(" ") for row in dog("vdi", "list", "-r")[1].splitlines()]

@@ -1,7 +1,10 @@
 """`dog vdi backup|restore`: the difference between two snapshots as a stream (cli.md 2.6).
 
-Stream, little-endian: u32 version 1, u32 magic; for each changed object u32 index, u32 offset, u32 length, u32 0 and
-`length` bytes; at the end index 0xffffffff and zeros. Equal 512-byte sectors at both ends of an object are left out.
+Stream, little-endian: u32 version 1, u32 magic; for each changed object, ascending, u32 index, u32 offset, u32 length,
+u32 check and `length` bytes; at the end u32 index 0xffffffff, u32 0, u32 number of objects, u32 check. Equal 512-byte
+sectors at both ends of an object are left out. `check` is the CRC-32 of the header and of all records so far without
+their checks, this one with its bytes included: a stream that lost, repeated or changed anything is refused.
+Sheepdog 1.0 wrote zeros for the number and every check, and reads ours; nothing but zeros there is taken as its stream.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from struct import Struct
 from typing import BinaryIO
+from zlib import crc32
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
@@ -31,6 +35,12 @@ END = 0xFFFFFFFF
 SECTOR = 512
 _HEADER = Struct("<II")
 _RECORD = Struct("<IIII")
+_FIELDS = Struct("<III")  # of a record, what its check covers
+
+
+def _check(fields: bytes, data: Buffer = b"", before: int = 0) -> int:
+    """CRC-32 of what came before, of a record's fields and of its data."""
+    return crc32(data, crc32(fields, before))
 
 
 # -- backup
@@ -48,6 +58,7 @@ def backup(context: Context) -> None:
     old = open_volume(connection, name, old_tag, old_id)
     new = open_volume(connection, name, tag, snap_id)
     out = sys.stdout.buffer
+    check, count = _check(_HEADER.pack(VERSION, MAGIC)), 0
     out.write(_HEADER.pack(VERSION, MAGIC))
     size = new.inode.object_size
     for index in range(max(old.inode.object_count, new.inode.object_count)):
@@ -56,9 +67,11 @@ def backup(context: Context) -> None:
         before, after = (_object(connection, one, index, size) for one in (old, new))
         start, end = _changed(before, after)
         if start < end:
-            out.write(_RECORD.pack(index, start, end - start, 0))
+            count += 1
+            check = _check(_FIELDS.pack(index, start, end - start), after[start:end], check)
+            out.write(_RECORD.pack(index, start, end - start, check))
             out.write(after[start:end])
-    out.write(_RECORD.pack(END, 0, 0, 0))
+    out.write(_RECORD.pack(END, 0, count, _check(_FIELDS.pack(END, 0, count), b"", check)))
     out.flush()
 
 
@@ -174,13 +187,21 @@ def _apply(context: Context, name: bytes, source: BinaryIO, base: InodeHeader) -
 
 
 def _records(source: BinaryIO, base: InodeHeader) -> Iterator[tuple[int, int, Buffer]]:
+    count, check, unchecked = 0, _check(_HEADER.pack(VERSION, MAGIC)), True
     while True:
-        index, offset, length, _ = _RECORD.unpack(_take(source, _RECORD.size))
-        if index == END:
-            return
-        if index >= base.object_count or offset + length > base.object_size:
+        index, offset, length, said = _RECORD.unpack(_take(source, _RECORD.size))
+        ends = index == END
+        if not ends and (index >= base.object_count or offset + length > base.object_size):
             raise Failure("The backup file is corrupted")
-        yield index, offset, _take(source, length)
+        data = b"" if ends else _take(source, length)
+        check = _check(_FIELDS.pack(index, offset, length), data, check)
+        unchecked = unchecked and not said and not (ends and length)
+        if (said != check and not unchecked) or (ends and not unchecked and length != count):
+            raise Failure("The backup file is corrupted")
+        if ends:
+            return
+        count += 1
+        yield index, offset, data
 
 
 def _take(source: BinaryIO, size: int) -> bytes:
