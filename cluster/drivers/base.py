@@ -43,7 +43,10 @@ class Driver(Protocol):
         """
 
     def local_address(self) -> str | None:
-        """The address under which the other members reach this host; None: the loopback will do. Before `open`."""
+        """The address under which the other members reach this host; None: the loopback will do. Before `open`.
+
+        It is part of the node's identity, so it is not guessed: UsageError when it cannot be told now.
+        """
 
     def renew(self) -> None:
         """Asks for a `Leased` event, if this engine gives leases."""

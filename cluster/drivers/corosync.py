@@ -67,15 +67,15 @@ class CorosyncDriver:
         self._flushed = asyncio.Event()
 
     def local_address(self) -> str | None:
-        """The address of this node's first ring."""
+        """The address of this node's first ring. UsageError while corosync does not run."""
         try:
             group = cpg.Group()
             try:
                 return cpg.node_address(group.local_node())
             finally:
                 group.close()
-        except cpg.CorosyncError:
-            return None
+        except cpg.CorosyncError as error:
+            raise UsageError(f"corosync driver: {error}") from error
 
     # --- attaching -------------------------------------------------------------------------------------------------
 

@@ -97,16 +97,22 @@ class ZooKeeperDriver:
 
     def local_address(self) -> str | None:
         """The address by which this host talks to the servers: the other members reach it there, too."""
+        problem: OSError | None = None
         for server in self._servers.split(","):
             host, _, port = server.rpartition(":")
-            with contextlib.suppress(OSError):
+            try:
                 found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
                 family, _, _, _, target = found[0]
                 with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                    probe.connect(target)
+                    probe.connect(target)  # sends nothing: the kernel chooses a route
                     address: str = probe.getsockname()[0]
-                if not (address == "::1" or address.startswith("127.")):
-                    return address
+            except OSError as error:
+                problem = error
+                continue
+            if not (address == "::1" or address.startswith("127.")):
+                return address
+        if problem is not None:  # the network is not up yet, or names are not resolved
+            raise UsageError(f"zookeeper driver: {self._servers}: {problem.strerror}; -y ADDRESS tells it who it is")
         return None
 
     # --- attaching -------------------------------------------------------------------------------------------------
