@@ -6,10 +6,11 @@ an answer that makes no sense.
 
 from __future__ import annotations
 
+import json
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
@@ -75,6 +76,9 @@ class Disk(NamedTuple):
 # -- requests of no fields of their own
 
 
+DETAILS_SIZE = 4096  # of what a node says of itself: some words
+
+
 def plain(connection: Connection, opcode: Opcode, payload: bytes = b"", limit: int = 0, flags: int = 0) -> Buffer:
     """Any request that is only an opcode and perhaps a payload; its answer's data."""
     if payload:
@@ -119,6 +123,15 @@ def disk_usage(connection: Connection) -> Disk:
     reply = connection.call(bytearray(wire.REQUEST.pack(fields)))
     answer = wire.NODE_RESPONSE.unpack(reply.header)
     return Disk(answer.store_size, answer.store_free)
+
+
+def node_details(connection: Connection) -> dict[str, Any]:
+    """What the node says of itself; empty for a daemon that does not know the question (the original's)."""
+    try:
+        found = json.loads(bytes(plain(connection, Opcode.NODE_DETAILS, limit=DETAILS_SIZE)))
+    except SheepError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def format_cluster(connection: Connection, fields: wire.ClusterRequest, store: str) -> None:
@@ -291,6 +304,36 @@ def missing_objects(connection: Connection, oids: list[ObjectId]) -> list[Object
     if reply.result:
         raise SheepError(reply.result)
     return []
+
+
+def read_strip(connection: Connection, oid: ObjectId, index: int, length: int, epoch: int) -> Buffer | None:
+    """A strip of a coded object, in the original's layout, from the node that the connection leads to; None without."""
+    reply = connection.ask(_strip_request(Opcode.READ_PEER, oid, index, length, 0, epoch), b"", length)
+    if reply.result == Result.NO_OBJ:
+        return None
+    if reply.result:
+        raise SheepError(reply.result)
+    return reply.data
+
+
+def write_strip(connection: Connection, oid: ObjectId, index: int, strip: Buffer, epoch: int) -> None:
+    """The node that the connection leads to gets its strip back."""
+    header = _strip_request(Opcode.CREATE_AND_WRITE_PEER, oid, index, len(strip), Flags.WRITE, epoch)
+    connection.call(header, strip)
+
+
+def _strip_request(opcode: Opcode, oid: ObjectId, index: int, length: int, flags: int, epoch: int) -> bytearray:
+    fields = wire.ObjectRequest(
+        version=protocol_version(opcode),
+        opcode=opcode,
+        flags=flags,
+        epoch=epoch,
+        data_length=length,
+        oid=oid,
+        ec_index=index,
+        tgt_epoch=epoch,
+    )
+    return bytearray(wire.OBJECT_REQUEST.pack(fields))
 
 
 def repair_object(connection: Connection, oid: ObjectId, source: NodeId) -> None:

@@ -82,6 +82,7 @@ class Opcode(IntEnum):
     SET_RECOVERY = 0xCB
     SET_VNODES = 0xCC
     GET_VNODES = 0xCD
+    NODE_DETAILS = 0xE0  # ours: what a node says of itself, as JSON
 
 
 OBJECT_IO: Final = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -83,6 +84,7 @@ class Administration:
             Opcode.SET_LOGLEVEL: self._set_log_level,
             Opcode.MD_INFO: self._disks,
             Opcode.SET_VNODES: self._set_vnodes,
+            Opcode.NODE_DETAILS: self._details,
             Opcode.ALTER_CLUSTER_COPY: self._alter_copies,
             Opcode.MD_PLUG: _no_support,
             Opcode.MD_UNPLUG: _no_support,
@@ -251,6 +253,9 @@ class Administration:
         wanted = RECOVERY_THROTTLE.unpack(call.payload)
         self._node.context.throttle = (wanted.max_exec, wanted.interval_ms * _NS_PER_MS)
         call.done(Result.SUCCESS)
+
+    def _details(self, call: Call) -> None:
+        self._fixed(call, json.dumps({"coder": self._node.context.coder.name}).encode())
 
     def _log_level(self, call: Call) -> None:
         self._fixed(call, self._logs.level.to_bytes(4, "little", signed=True))

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid, is_data
 from sheepdog.cluster.core.ring import Ring
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import text, warn
+from sheepdog.tools.dog.strip_check import check_strips
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.vdi_list import headers
 from sheepdog.tools.dog.volumes import Opened, name_of, open_volume
@@ -59,14 +61,16 @@ def _objects(opened: Opened) -> Iterator[ObjectId]:
 
 
 def _repair(context: Context, nodes: Sequence[Member], opened: Opened) -> None:
-    if opened.inode.copy_policy:
-        raise Failure(
-            "checking the strips of an erasure coded VDI is not supported, the nodes check them by themselves"
-        )
     ring = Ring(nodes)
+    policy = policy_of(opened.inode.copy_policy)
+    if policy is not None and ring.zones < policy.strips:
+        raise Failure("ABORT: Not enough active zones for consistency-checking erasure coded VDI")
     for oid in _objects(opened):
         homes = [nodes[index].id for index in ring.replicas(oid, opened.inode.nr_copies)]
-        _repair_object(context, oid, homes)
+        if policy is not None and is_data(oid):
+            check_strips(context, oid, homes, policy, 1 << opened.inode.block_size_shift)
+        else:
+            _repair_object(context, oid, homes)
 
 
 def _repair_object(context: Context, oid: ObjectId, homes: list[NodeId]) -> None:

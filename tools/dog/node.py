@@ -69,7 +69,10 @@ def info(context: Context) -> None:
 
         print_json(
             {
-                "nodes": [{"node": str(node.id), "size": disk.size, "free": disk.free} for node, disk in rows],
+                "nodes": [
+                    {"node": str(node.id), "size": disk.size, "free": disk.free, "coder": _coder(context, node)}
+                    for node, disk in rows
+                ],
                 "virtual_size": virtual,
             }
         )
@@ -86,6 +89,15 @@ def info(context: Context) -> None:
     else:
         print("Total", _space(total, raw), sep="\t")
         print(f"\nTotal virtual image size\t{size_text(virtual, raw)}")
+    if context.verbose:
+        print("\nErasure coding by")
+        for node, _ in rows:
+            print(f"{node.id}\t{_coder(context, node)}")
+
+
+def _coder(context: Context, node: Member) -> str:
+    """What encodes and decodes on the node; - for a daemon that does not say."""
+    return str(admin.node_details(context.node(node.id)).get("coder", "-"))
 
 
 def _space(disk: admin.Disk, raw: bool) -> str:
