@@ -13,17 +13,21 @@ from contextlib import suppress
 
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import PATIENCE_S, Connection
+from sheepdog.cluster.client.connection import PATIENCE_S, Answer, Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation
 from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
-from sheepdog.cluster.client.machine import Extent, VolumeMachine
-from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write
-from sheepdog.cluster.client.requests import Request, read_header, write_header
+from sheepdog.cluster.client.machine import Extent, Piece, VolumeMachine
+from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write, Zero
+from sheepdog.cluster.client.requests import Request, map_header, read_header, write_header
+from sheepdog.cluster.core.blocks import map_size, runs
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer
+
+EXTENT_OBJECTS = 64  # whose blocks are looked at in one call: some milliseconds of the gateway's time
 
 
 class BlockingVolume:
@@ -155,14 +159,36 @@ class BlockingVolume:
         self._drive(Discard(self._machine, offset, length))
 
     def zero(self, offset: int, length: int, durable: bool = False) -> None:
-        """The range reads as zeros afterwards: whole objects are given back, allocated parts of others overwritten."""
+        """The range reads as zeros afterwards: whole objects are given back, parts of others become holes."""
+        machine = self._machine
         self.discard(offset, length)
         with self._lock:
-            chunks = list(self._machine.allocated_chunks(offset, length, ZERO_CHUNK_BYTES))
+            chunks = list(machine.allocated_chunks(offset, length, ZERO_CHUNK_BYTES))
         for start, size in chunks:
-            self.write(start, bytes(size))
+            self._drive(Zero(machine, start, size, False))
         if durable:
             self.flush()
+
+    def zero_is_fast(self, offset: int, length: int) -> bool:
+        """`zero` of the range would neither send nor copy data."""
+        machine = self._machine
+        with self._lock:
+            return all(
+                machine.is_ours_to_punch(edge.number) or not machine.entries[edge.number]
+                for edge in machine.edges(offset, length)
+            )
+
+    def trim(self, offset: int, length: int) -> None:
+        """`discard`, and what is only part of an object becomes a hole in it where that is cheap."""
+        machine = self._machine
+        self.discard(offset, length)
+        with self._lock:
+            edges = [edge for edge in machine.edges(offset, length) if machine.is_ours_to_punch(edge.number)]
+        for edge in edges:
+            begin = -(-edge.offset // BLOCK_SIZE) * BLOCK_SIZE
+            end = (edge.offset + edge.length) // BLOCK_SIZE * BLOCK_SIZE
+            if begin < end:
+                self._drive(Zero(machine, edge.number * machine.object_size + begin, end - begin, False))
 
     def resize(self, size: int) -> None:
         """Grows the volume; EINVAL for less than its size, EFBIG for more than its map can hold."""
@@ -176,6 +202,31 @@ class BlockingVolume:
         """What is allocated in a range, by whole objects."""
         with self._lock:
             return iter(list(self._machine.extents(offset, length)))
+
+    def block_extents(self, offset: int, length: int, objects: int = EXTENT_OBJECTS) -> list[Extent]:
+        """What holds data in a range, by blocks; only the range's beginning, if more than `objects` exist in it."""
+        machine = self._machine
+        with self._lock:
+            pieces = machine.pieces(offset, max(0, min(length, machine.size - offset)))
+            owners = [machine.entries[piece.number] for piece in pieces]
+        size = map_size(machine.object_size)
+        maps: dict[int, Buffer] = {}
+        requests: list[Request] = []
+        for place, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
+            if owner and len(requests) == objects:
+                del pieces[place:]
+                break
+            if owner:
+                requests.append(Request(map_header(data_oid(Vid(owner), piece.number), size), b"", size, piece.number))
+
+        def answer(request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
+            if not result and len(data) == size:
+                maps[request.step] = data
+            return []  # otherwise all of the object counts as data, as that of an erasure-coded volume does
+
+        if requests:
+            self._exchange(requests, answer)
+        return _merged(offset, pieces, owners, maps)
 
     def close(self) -> None:
         """As `Volume.close`; no thread may use the volume any more."""
@@ -195,6 +246,13 @@ class BlockingVolume:
         except IndexError:
             return Connection(self._address, self._patience_s)
 
+    def _exchange(self, requests: list[Request], answer: Answer) -> None:
+        connection = self._borrow()
+        try:
+            connection.exchange(requests, answer)
+        finally:
+            self._idle.append(connection)
+
     def _drive(self, operation: Operation) -> None:
         """Carries an operation to its end; raises its error."""
         event = threading.Event()
@@ -209,12 +267,32 @@ class BlockingVolume:
             with self._lock:
                 requests = operation.resume()
             if requests:
-                connection = self._borrow()
-                try:
-                    connection.exchange(requests, answer)
-                finally:
-                    self._idle.append(connection)
+                self._exchange(requests, answer)
             elif not operation.finished:
                 event.wait()
         if operation.error:
             raise operation.error
+
+
+def _merged(offset: int, pieces: list[Piece], owners: list[int], maps: dict[int, Buffer]) -> list[Extent]:
+    """Extents of consecutive pieces that begin at `offset`; an object without a map is all data."""
+    found: list[Extent] = []
+
+    def add(start: int, length: int, data: bool) -> None:
+        if found and found[-1].allocated == data:
+            found[-1] = found[-1]._replace(length=found[-1].length + length)
+        else:
+            found.append(Extent(start, length, data))
+
+    for piece, owner in zip(pieces, owners, strict=False):
+        start, end = piece.offset, piece.offset + piece.length
+        base = offset + piece.position - start
+        blocks = maps.get(piece.number)
+        if not owner or blocks is None:
+            add(base + start, piece.length, bool(owner))
+            continue
+        for first, count, data in runs(blocks, -(-end // BLOCK_SIZE)):
+            low, high = max(first * BLOCK_SIZE, start), min((first + count) * BLOCK_SIZE, end)
+            if low < high:
+                add(base + low, high - low, data)
+    return found

@@ -113,6 +113,20 @@ class VolumeMachine:
                 for start in range(extent.offset, end, limit):
                     yield start, min(limit, end - start)
 
+    def edges(self, offset: int, length: int) -> list[Piece]:
+        """The parts of a range that are less than an object; the volume's last object ends with the volume."""
+        pieces = self.pieces(offset, length)
+        ends = pieces[:1] + pieces[1:][-1:]
+        return [
+            piece
+            for piece in ends
+            if piece.offset or (piece.length < self.object_size and offset + piece.position + piece.length < self.size)
+        ]
+
+    def is_ours_to_punch(self, index: int) -> bool:
+        """A hole can be made in the object without sending or reading data."""
+        return self.entries[index] == self.vid and not self.header.copy_policy
+
     # -- holds
 
     def hold_in_place(self, index: int) -> bool:

@@ -6,18 +6,25 @@ import errno
 from typing import Final
 
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.client.follow import MAP, MAX_ROUNDS, Follower, Operation, os_error
+from sheepdog.cluster.client.follow import HEADER, MAP, MAX_ROUNDS, Follower, Operation, inode_of, os_error
 from sheepdog.cluster.client.machine import Claim, Piece, VolumeMachine
-from sheepdog.cluster.client.requests import Request, create_header, flush_header, read_header, write_header
+from sheepdog.cluster.client.requests import (
+    Request,
+    create_header,
+    flush_header,
+    read_header,
+    write_header,
+    zero_header,
+)
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
-from sheepdog.cluster.core.inode import map_offset, pack_map
+from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader, map_offset, pack_map
 from sheepdog.cluster.core.messages import Buffer
 
 DISCARD_BATCH: Final = 4096  # objects whose entries one request clears: 16 KiB of map, held exclusively meanwhile
-ZERO_CHUNK_BYTES: Final = 1 << 20  # zeros written in one request where an object is kept
+ZERO_CHUNK_BYTES: Final = 4 << 20  # zeroed at a time where objects are kept: where one is shared, so much is sent
 
-_QUEUED, _ACTIVE, _RELOADING, _MAPPING, _REMAPPING, _FLUSHING, _WAITING = range(7)
+_QUEUED, _ACTIVE, _RELOADING, _MAPPING, _REMAPPING, _FLUSHING, _WAITING, _LOOKING = range(8)
 _SUCCESS: Final = int(Result.SUCCESS)
 _READONLY: Final = int(Result.READONLY)
 _NO_OBJ: Final = int(Result.NO_OBJ)
@@ -146,23 +153,29 @@ class Write(Follower):
         return self._record() if self._state == _REMAPPING else []
 
     def _send(self) -> list[Request]:
-        machine, data, durable = self._machine, self._data, self._durable
+        machine = self._machine
         self._state = _ACTIVE
         self._vid = vid = machine.vid
         requests = []
         for piece in self._pending:
-            number, offset, length, position = piece
-            owner = machine.entries[number]
-            oid = data_oid(vid, number)
-            if owner == vid:
-                header = write_header(oid, offset, length, durable)
-            else:
-                # Nothing of the ancestor's object shows through a whole one.
-                source = data_oid(Vid(owner), number) if owner and length < machine.object_size else 0
-                header = create_header(oid, source, offset, length, durable)
-            requests.append(Request(header, data[position : position + length], 0, piece))
+            owner = machine.entries[piece.number]
+            request = self._write(piece, vid) if owner == vid else self._create(piece, vid, owner)
+            if request is not None:
+                requests.append(request)
         self._outstanding = len(requests)
-        return requests
+        return requests or self._record()
+
+    def _write(self, piece: Piece, vid: Vid) -> Request:
+        number, offset, length, position = piece
+        header = write_header(data_oid(vid, number), offset, length, self._durable)
+        return Request(header, self._data[position : position + length], 0, piece)
+
+    def _create(self, piece: Piece, vid: Vid, owner: int) -> Request | None:
+        number, offset, length, position = piece
+        # Nothing of the ancestor's object shows through a whole one.
+        source = data_oid(Vid(owner), number) if owner and length < self._machine.object_size else 0
+        header = create_header(data_oid(vid, number), source, offset, length, self._durable)
+        return Request(header, self._data[position : position + length], 0, piece)
 
     def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
         if self._state == _ACTIVE:
@@ -238,6 +251,21 @@ class Write(Follower):
         return self._finish(error)
 
 
+class Zero(Write):
+    """Makes a range read as zeros by holes in objects of our own; objects that do not exist stay away."""
+
+    __slots__ = ()
+
+    def __init__(self, machine: VolumeMachine, offset: int, length: int, durable: bool) -> None:
+        super().__init__(machine, offset, bytes(length), durable)  # sent only where an object is shared
+
+    def _write(self, piece: Piece, vid: Vid) -> Request:
+        return Request(zero_header(data_oid(vid, piece.number), piece.offset, piece.length, self._durable), step=piece)
+
+    def _create(self, piece: Piece, vid: Vid, owner: int) -> Request | None:
+        return super()._create(piece, vid, owner) if owner else None
+
+
 class Flush(Operation):
     """Everything acknowledged before is durable once finished."""
 
@@ -261,9 +289,12 @@ class Discard(Follower):
     """Gives back the objects that lie wholly in a range: they read as zeros afterwards (protocol.md 7.4).
 
     The parts of objects at its ends keep their bytes, as with QEMU. The volume's last object counts as whole.
+
+    Zeros in the map of a volume that was frozen meanwhile would take the objects from the snapshot, and the gateway
+    cannot tell them from the snapshot's deletion; so the inode is looked at before.
     """
 
-    __slots__ = ("_claim", "_end", "_next", "_state")
+    __slots__ = ("_claim", "_end", "_next", "_rounds", "_state")
 
     def __init__(self, machine: VolumeMachine, offset: int, length: int) -> None:
         super().__init__(machine)
@@ -272,6 +303,7 @@ class Discard(Follower):
         self._next = -(-offset // size)
         self._end = -(-end // size) if end == machine.size else end // size
         self._claim = Claim(0, 0, True, self._wake)
+        self._rounds = 0
         self._state = _QUEUED
         if machine.read_only:
             self._finish(os_error(errno.EROFS))
@@ -282,6 +314,8 @@ class Discard(Follower):
         machine, claim = self._machine, self._claim
         if self._state == _REMAPPING:
             return self._clear()
+        if self._state == _RELOADING:
+            return self._reload()
         while not self.finished and self._state == _QUEUED:
             if self._next >= self._end:
                 return self._finish()
@@ -289,10 +323,34 @@ class Discard(Follower):
             if not machine.acquire(claim):
                 return []
             if any(machine.entries[claim.first : claim.last + 1]):
-                return self._clear()
+                return self._look()
             machine.release(claim)
             self._next = claim.last + 1
         return []
+
+    def _look(self) -> list[Request]:
+        self._state = _LOOKING
+        self._vid = self._machine.vid
+        return [Request(read_header(inode_oid(self._vid), 0, HEADER_SIZE), b"", HEADER_SIZE, HEADER)]
+
+    def _looked(self, result: int, data: Buffer) -> list[Request]:
+        inode = inode_of(result, data)
+        if not isinstance(inode, InodeHeader):
+            return self._give_up(inode)
+        if not inode.is_snapshot:
+            return self._clear()
+        self._rounds += 1
+        if self._rounds > MAX_ROUNDS:
+            return self._give_up(os_error(errno.EIO))
+        self._state = _RELOADING
+        return self._reload()
+
+    def _reloaded(self) -> list[Request]:
+        return self._give_up(self.error) if self.error else self._look()
+
+    def _give_up(self, error: OSError) -> list[Request]:
+        self._machine.release(self._claim)
+        return self._finish(error)
 
     def _clear(self) -> list[Request]:
         """Zeroes the entries of the claim in the inode that is current."""
@@ -308,6 +366,10 @@ class Discard(Follower):
 
     def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
         machine, claim = self._machine, self._claim
+        if self._state == _LOOKING:
+            return self._looked(result, data)
+        if self._state == _RELOADING:
+            return self._reload_answer(request, result, data, header)
         if result == _SUCCESS and self._unsettled(self._vid):
             return self._clear()
         if result == _SUCCESS:

@@ -13,6 +13,7 @@ from sheepdog.cluster.wire.structures import pack_names
 _pack_object = OBJECT_REQUEST.struct.pack
 _READ, _WRITE = int(Opcode.READ_OBJ), int(Opcode.WRITE_OBJ)
 _CREATE, _FLUSH = int(Opcode.CREATE_AND_WRITE_OBJ), int(Opcode.FLUSH_VDI)
+_ZERO, _MAP = int(Opcode.ZERO_OBJ), int(Opcode.MAP_OBJ)
 
 
 class Request:
@@ -27,7 +28,7 @@ class Request:
         self.step = step
 
 
-# The next three run once per client I/O and pack straight into the wire's layout. Copy counts and policy stay 0:
+# The next ones run once per client I/O and pack straight into the wire's layout. Copy counts and policy stay 0:
 # the server goes by its own record (protocol.md 2.3).
 
 
@@ -46,6 +47,16 @@ def create_header(oid: ObjectId, cow_oid: int, offset: int, length: int, durable
     if cow_oid:
         flags |= Flags.COW
     return bytearray(_pack_object(GATEWAY_VERSION, _CREATE, flags, 0, 0, length, oid, cow_oid, 0, 0, 0, 0, offset))
+
+
+def zero_header(oid: ObjectId, offset: int, length: int, durable: bool) -> bytearray:
+    flags = 0 if durable else Flags.CACHE
+    return bytearray(_pack_object(GATEWAY_VERSION, _ZERO, flags, 0, 0, length, oid, 0, 0, 0, 0, 0, offset))
+
+
+def map_header(oid: ObjectId, length: int) -> bytearray:
+    """`length` must be `core.blocks.map_size` of the object."""
+    return bytearray(_pack_object(GATEWAY_VERSION, _MAP, 0, 0, 0, length, oid, 0, 0, 0, 0, 0, 0))
 
 
 def flush_header(vid: Vid) -> bytearray:

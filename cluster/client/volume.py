@@ -20,7 +20,7 @@ from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation, os_error
 from sheepdog.cluster.client.lifecycle import Open, Resize, Settle
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
-from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write
+from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write, Zero
 from sheepdog.cluster.client.requests import Request, read_header, write_header
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.core.errors import Result
@@ -98,10 +98,10 @@ class Volume:
         await _run(self._session, Discard(self._machine, offset, length))
 
     async def zero(self, offset: int, length: int, durable: bool = False) -> None:
-        """The range reads as zeros afterwards: whole objects are given back, allocated parts of others overwritten."""
+        """The range reads as zeros afterwards: whole objects are given back, parts of others become holes."""
         await self.discard(offset, length)
         for start, size in self._machine.allocated_chunks(offset, length, ZERO_CHUNK_BYTES):
-            await self.write(start, bytes(size))
+            await _run(self._session, Zero(self._machine, start, size, False))
         if durable:
             await self.flush()
 

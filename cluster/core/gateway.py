@@ -403,7 +403,9 @@ class Gateway:
             if policy is not None:
                 self.strip_reads.read(oid, policy, request.offset, request.length, self._found(request))
             elif first == me:
-                home.read(oid, request.offset, request.length, request.finish)
+                home.read(oid, request.offset, request.length, request.finish, request.flags)
+            elif request.flags & Flag.MAP:
+                self._read_at_home(request, Flag.MAP)
             elif me in replicas and self._replica.readable(oid, first, request.offset, request.length):
                 context.store.read(oid, request.offset, request.length, self._read_here(request))
             else:
@@ -457,7 +459,7 @@ class Gateway:
         home = context.placement.home(request.oid)
         assert home is not None
         if home == context.placement.me and self.home is not None:
-            self.home.read(request.oid, request.offset, request.length, request.finish)
+            self.home.read(request.oid, request.offset, request.length, request.finish, flags)
             return
         message = Message(Kind.READ, context.fence, 0, request.oid, request.offset, request.length, flags)
         context.peers.request(context.placement.nodes[home], message, request.answered)

@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from sheepdog.cluster.core.blocks import block_map
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, version_of, vid_of
-from sheepdog.cluster.core.limits import STABLE_DELAY_NS
+from sheepdog.cluster.core.limits import BLOCK_SIZE, STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
@@ -447,14 +448,19 @@ class Home:
 
     # -- reads -------------------------------------------------------------------------------------------------
 
-    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
-        """Reads from the own copy, or, if that is rotten, from another one (and has it repaired)."""
+    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
+        """Reads from the own copy, or, if that is rotten, from another one (and has it repaired).
+
+        With MAP in `flags`: which of its blocks hold data (core.blocks).
+        """
+
+        def again() -> None:
+            self.read(oid, offset, length, done, flags)
+
         if not self.active:
-            self._held.append(lambda: self.read(oid, offset, length, done))
+            self._held.append(again)
             return
-        if self.recovery.holds(oid, True, lambda: self.read(oid, offset, length, done)):
-            return
-        if self._waits_for_write(oid, offset, length, self._sequence, lambda: self.read(oid, offset, length, done)):
+        if self.recovery.holds(oid, True, again) or self._waits_for_write(oid, offset, length, self._sequence, again):
             return
         if oid in self._lost:
             done(Result.EIO, b"")
@@ -482,10 +488,20 @@ class Home:
             else:
                 done(data.result, b"")
 
-        if policy is None:
+        if flags & Flag.MAP and policy is not None:  # no node has the whole table: all of it may be data
+            done(Result.SUCCESS, b"\xff" * (length // BLOCK_SIZE // 8))
+        elif flags & Flag.MAP:
+            self._answer_map(oid, done)
+        elif policy is None:
             self.context.store.read(oid, offset, length, read)
         else:
             self.strips.read(oid, policy, offset, length, read)
+
+    def _answer_map(self, oid: ObjectId, done: IoDone) -> None:
+        try:
+            done(Result.SUCCESS, block_map(self.context.store.table(oid)))
+        except StoreError as error:
+            done(error.result, b"")
 
     def _waits_for_write(self, oid: ObjectId, offset: int, length: int, begun: int, retry: Callable[[], None]) -> bool:
         """True if a write of these blocks, up to number `begun`, is on its way: `retry` is called after it.
@@ -565,9 +581,7 @@ class Home:
         """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
         if message.flags & Flag.REPAIR and self.context.policy_of(message.oid) is not None:
             member = self._placement.index_of[sender]
-            self.repair_strip(
-                message.oid, member, lambda result, _: self.context.peers.answer(sender, message, result)
-            )
+            self.repair_strip(message.oid, member, lambda result, _: self.context.peers.answer(sender, message, result))
             return
         if message.flags & Flag.REPAIR and self.active:
             self.recovery.suspect(message.oid, self._placement.index_of[sender])
@@ -575,8 +589,7 @@ class Home:
         def done(result: int, data: Buffer) -> None:
             self.context.peers.answer(sender, message, result, data)
 
-        self.read(message.oid, message.offset, message.length, done)
-
+        self.read(message.oid, message.offset, message.length, done, message.flags)
 
     def repair_strip(self, oid: ObjectId, member: int, done: IoDone) -> None:
         """The strip of `member` is made anew from the others; done when the object is clean."""

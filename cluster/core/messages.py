@@ -53,6 +53,7 @@ class Flag:
     ADOPT: Final = 16  # ROLLBACK: the bytes stay, only the version changes
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
+    MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)
     ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 
 

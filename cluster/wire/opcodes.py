@@ -20,6 +20,8 @@ class Opcode(IntEnum):
     WRITE_OBJ = 0x03
     REMOVE_OBJ = 0x04
     DISCARD_OBJ = 0x05
+    ZERO_OBJ = 0x06  # this and the next are ours: no other client knows them
+    MAP_OBJ = 0x07
     NEW_VDI = 0x11
     LOCK_VDI = 0x12
     RELEASE_VDI = 0x13
@@ -93,6 +95,8 @@ OBJECT_IO: Final = frozenset(
         Opcode.WRITE_OBJ,
         Opcode.REMOVE_OBJ,
         Opcode.DISCARD_OBJ,
+        Opcode.ZERO_OBJ,
+        Opcode.MAP_OBJ,
         Opcode.CREATE_AND_WRITE_PEER,
         Opcode.READ_PEER,
     )

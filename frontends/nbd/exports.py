@@ -78,17 +78,6 @@ class Handle(NamedTuple):
     volume: BlockingVolume
     writable: bool
 
-    def zero_is_fast(self, offset: int, length: int) -> bool:
-        """Zeroing the range writes no data: what is allocated in it are whole objects."""
-        size = self.volume.object_size
-        end = offset + length
-        for extent in self.volume.extents(offset, length):
-            if extent.allocated:
-                stop = extent.offset + extent.length
-                if extent.offset % size or (stop == end and end % size and end != self.volume.size):
-                    return False
-        return True
-
     def fill(self, offset: int, length: int, durable: bool) -> None:
         """Writes zeros as data: the range keeps, or gets, its space."""
         zeros = bytes(min(length, ZERO_CHUNK_BYTES))

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import nbdkit  # type: ignore[import-not-found]  # exists inside nbdkit only
 
+from sheepdog.cluster.client.blocking import EXTENT_OBJECTS
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, describe
 from sheepdog.frontends.nbd.parameters import Parameters
@@ -210,7 +211,7 @@ def flush(h: Handle, flags: int) -> None:
 
 @_told
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
-    h.volume.discard(offset, count)
+    h.volume.trim(offset, count)
     if flags & nbdkit.FLAG_FUA:
         h.volume.flush()
 
@@ -222,8 +223,8 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
         if flags & nbdkit.FLAG_FAST_ZERO:
             raise OSError(errno.EOPNOTSUPP, "zeros that keep their space are written like data")
         h.fill(offset, count, durable)
-    elif flags & nbdkit.FLAG_FAST_ZERO and not h.zero_is_fast(offset, count):
-        raise OSError(errno.EOPNOTSUPP, "parts of objects are overwritten like data")
+    elif flags & nbdkit.FLAG_FAST_ZERO and not h.volume.zero_is_fast(offset, count):
+        raise OSError(errno.EOPNOTSUPP, "parts of objects that are shared or coded are written like data")
     else:
         h.volume.zero(offset, count, durable)
 
@@ -231,6 +232,6 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
 @_told
 def extents(h: Handle, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-    return [
-        (extent.offset, extent.length, 0 if extent.allocated else hole) for extent in h.volume.extents(offset, count)
-    ]
+    objects = 1 if flags & nbdkit.FLAG_REQ_ONE else EXTENT_OBJECTS
+    found = h.volume.block_extents(offset, count, objects)
+    return [(extent.offset, extent.length, 0 if extent.allocated else hole) for extent in found]

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
 
+from sheepdog.cluster.core.blocks import map_size
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import (
     ObjectId,
@@ -57,6 +58,10 @@ class Gateway(Protocol):
         self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone
     ) -> None: ...
 
+    def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None: ...
+
+    def block_map(self, oid: ObjectId, done: IoDone) -> None: ...
+
     def remove(self, oid: ObjectId, done: IoDone) -> None: ...
 
     def flush(self, vid: Vid, done: IoDone) -> None: ...
@@ -78,6 +83,8 @@ class Requests:
             Opcode.READ_OBJ: self._read,
             Opcode.WRITE_OBJ: self._write,
             Opcode.DISCARD_OBJ: self._discard,
+            Opcode.ZERO_OBJ: self._zero,
+            Opcode.MAP_OBJ: self._map,
             Opcode.FLUSH_VDI: self._flush,
             **operations,
         }
@@ -167,6 +174,22 @@ class Requests:
             self._gateway.remove(oid, call.written)
         else:
             call.fail(Result.INVALID_PARMS)
+
+    def _zero(self, call: Call) -> None:
+        """As a read, length and offset are the header's and no payload comes; flags as of a write."""
+        oid, offset = _object_of(call)
+        if not is_data(oid) or call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
+            call.fail(Result.INVALID_PARMS)
+        else:
+            self._gateway.zero(oid, offset, call.length, _durable(call), call.written)
+
+    def _map(self, call: Call) -> None:
+        """The answer has one bit for each 4096 bytes of the object, lowest bits first; set: they hold data."""
+        oid, _ = _object_of(call)
+        if not is_data(oid) or call.flags & Flags.WRITE or call.length != map_size(self._size_of(oid)):
+            call.fail(Result.INVALID_PARMS)
+        else:
+            self._gateway.block_map(oid, call.read)
 
     def _flush(self, call: Call) -> None:
         oid, _ = _object_of(call)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
 
+from sheepdog.cluster.core.blocks import map_size
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import (
@@ -117,6 +118,12 @@ class FakeSheep:
 
     def inode(self, vid: int) -> InodeHeader:
         return InodeHeader.unpack(self.objects[inode_oid(Vid(vid))])
+
+    def vid(self, name: str) -> int:
+        """Of the working volume."""
+        found = self._lookup(name.encode(), b"", 0)
+        assert isinstance(found, InodeHeader)
+        return found.vdi_id
 
     def entries(self, vid: int) -> array[int]:
         count = self.inode(vid).object_count
@@ -293,6 +300,13 @@ class FakeSheep:
             if oid not in self.objects or oid in self.unreadable:
                 return self._answer(request, Result.NO_OBJ)
             return self._answer(request, 0, bytes(self.objects[oid][offset : offset + request.data_length]))
+        if request.opcode == Opcode.MAP_OBJ:
+            if oid not in self.objects:
+                return self._answer(request, Result.NO_OBJ)
+            assert request.data_length == map_size(size)
+            blocks = (self.objects[oid][start : start + 4096] for start in range(0, size, 4096))
+            bits = sum(1 << number for number, block in enumerate(blocks) if any(block))
+            return self._answer(request, 0, bits.to_bytes(map_size(size), "little"))
         if is_data(ObjectId(oid)) and self.inode(vid_of(ObjectId(oid))).is_snapshot:
             return self._answer(request, Result.READONLY)
         if request.opcode == Opcode.CREATE_AND_WRITE_OBJ:
@@ -303,7 +317,9 @@ class FakeSheep:
             self.objects[oid] = bytearray(self.objects[request.cow_oid]) if request.cow_oid else bytearray(size)
         elif oid not in self.objects:
             return self._answer(request, Result.NO_OBJ)
-        if is_inode(ObjectId(oid)):
+        if request.opcode == Opcode.ZERO_OBJ:
+            self.objects[oid][offset : offset + request.data_length] = bytes(request.data_length)
+        elif is_inode(ObjectId(oid)):
             self._write_inode(vid_of(ObjectId(oid)), offset, payload)
         else:
             self.objects[oid][offset : offset + len(payload)] = payload

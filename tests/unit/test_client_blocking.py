@@ -173,3 +173,86 @@ def test_connections_are_shared_by_all_threads() -> None:
             thread.join()
         assert sheep.accepted == before
         volume.close()
+
+
+def test_extents_by_blocks() -> None:
+    with FakeSheep() as sheep:
+        vid = sheep.create("v", 6 * MIB + 5000, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        size = volume.size
+
+        def seen(offset: int, length: int, objects: int = 100) -> list[tuple[int, int, bool]]:
+            return [tuple(extent) for extent in volume.block_extents(offset, length, objects)]  # type: ignore[misc]
+
+        assert seen(0, size) == [(0, size, False)]
+        assert seen(size, 10) == seen(5, 0) == []
+        volume.write(MIB + 5000, b"x")
+        volume.write(2 * MIB - 1, b"over the border")
+        volume.write(6 * MIB + 4096, b"end")
+        assert seen(0, size) == [
+            (0, MIB + 4096, False),
+            (MIB + 4096, 4096, True),
+            (MIB + 8192, MIB - 3 * 4096, False),
+            (2 * MIB - 4096, 8192, True),
+            (2 * MIB + 4096, 4 * MIB, False),
+            (6 * MIB + 4096, 904, True),
+        ]
+        assert seen(MIB + 4097, 2) == [(MIB + 4097, 2, True)]
+        assert seen(MIB + 1, 4096) == [(MIB + 1, 4095, False), (MIB + 4096, 1, True)]
+        assert seen(0, size, 1) == seen(0, 2 * MIB), "as far as one object's blocks are known"
+        sheep.snapshot("v", b"t")
+        assert BlockingVolume.open(sheep.address, "v", b"t").block_extents(0, size) == volume.block_extents(0, size)
+        sheep.results[Opcode.MAP_OBJ] = Result.NO_SUPPORT
+        assert seen(0, size) == [
+            (0, MIB, False), (MIB, 2 * MIB, True), (3 * MIB, 3 * MIB, False), (6 * MIB, 5000, True)
+        ]  # fmt: skip
+        assert sheep.entries(vid)[1] == vid
+
+
+def test_trim_makes_holes_of_parts() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        volume.write(0, b"x" * 4 * MIB)
+        volume.trim(MIB - 10_000, 2 * MIB + 20_000)
+        assert volume.read(0, 4 * MIB) == (b"x" * (MIB - 8192) + bytes(8192 + 2 * MIB + 8192) + b"x" * (MIB - 8192)), (
+            "the blocks that lie wholly in the range"
+        )
+        volume.trim(100, 200)
+        assert volume.read(0, 4096) == b"x" * 4096
+        sheep.snapshot("v", b"t")
+        volume.write(0, b"y")
+        count = len(sheep.log)
+        volume.trim(3 * MIB + 8192, MIB // 2)
+        assert volume.read(3 * MIB + 8192, 4096) == b"x" * 4096, "a part of a shared object is not worth a copy"
+        assert {entry[0] for entry in sheep.log[count:]} == {Opcode.READ_OBJ}
+
+
+def test_zero_of_parts_sends_no_data() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        volume.write(0, b"x" * 4 * MIB)
+        count = len(sheep.log)
+        volume.zero(5, 3 * MIB)
+        assert volume.read(0, 4 * MIB) == b"x" * 5 + bytes(3 * MIB) + b"x" * (MIB - 5)
+        assert [entry[0] for entry in sheep.log[count:] if is_data(entry[2])] == [  # type: ignore[arg-type]
+            Opcode.ZERO_OBJ, Opcode.ZERO_OBJ, Opcode.READ_OBJ, Opcode.READ_OBJ,
+        ]  # fmt: skip
+        volume.write(0, b"z" * 4 * MIB)
+        sheep.snapshot("v", b"t")
+        volume.zero(100, 2 * MIB, durable=True)
+        assert volume.read(0, 4 * MIB) == b"z" * 100 + bytes(2 * MIB) + b"z" * (2 * MIB - 100)
+        assert BlockingVolume.open(sheep.address, "v", b"t").read(0, 4 * MIB) == b"z" * 4 * MIB
+
+
+def test_a_discard_takes_nothing_from_an_unnoticed_snapshot() -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=SHIFT)
+        volume = BlockingVolume.open(sheep.address, "v")
+        volume.write(0, b"x" * 4 * MIB)
+        sheep.snapshot("v", b"t")
+        volume.discard(MIB, 2 * MIB)
+        assert volume.read(0, 4 * MIB) == b"x" * MIB + bytes(2 * MIB) + b"x" * MIB
+        assert BlockingVolume.open(sheep.address, "v").read(0, 4 * MIB) == volume.read(0, 4 * MIB)
+        assert BlockingVolume.open(sheep.address, "v", b"t").read(0, 4 * MIB) == b"x" * 4 * MIB

@@ -21,7 +21,7 @@ from tests.support.fake_sheep import Answer, FakeSheep
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.core.errors import Result, UsageError
-from sheepdog.cluster.core.ids import is_data
+from sheepdog.cluster.core.ids import ObjectId, is_data
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.frontends.nbd import exports as exports_module
@@ -241,28 +241,36 @@ def test_close_all(sheep: FakeSheep) -> None:
 def test_zero_is_fast_where_no_data_is_written(sheep: FakeSheep) -> None:
     sheep.create("web", 6 * MIB + 100, shift=SHIFT)
     handle = door(sheep).open("web", False)
-    assert handle.zero_is_fast(5, 6 * MIB)
+    assert handle.volume.zero_is_fast(5, 6 * MIB)
+    handle.volume.write(3 * MIB, b"shared with a snapshot")
+    sheep.snapshot("web", b"t")
     handle.volume.write(MIB, b"x" * MIB)
     handle.volume.write(6 * MIB, b"tail")
     for offset, length, fast in (
         (MIB, MIB, True),
         (0, 3 * MIB, True),
         (0, MIB, True),
-        (MIB, MIB - 1, False),
-        (MIB + 1, MIB - 1, False),
-        (0, MIB + 1, False),
-        (2 * MIB - 1, MIB, False),
-        (2 * MIB, 4 * MIB, True),
         (6 * MIB, 100, True),
-        (6 * MIB, 99, False),
+        (3 * MIB, MIB - 1, False),
+        (3 * MIB + 1, MIB - 1, False),
+        (2 * MIB, MIB + 1, False),
+        (4 * MIB - 1, MIB, False),
+        (MIB, MIB - 1, True),
+        (MIB + 1, MIB - 1, True),
+        (6 * MIB, 99, True),
+        (3 * MIB, MIB, True),
+        (2 * MIB, 4 * MIB, True),
     ):
-        assert handle.zero_is_fast(offset, length) == fast, (offset, length)
+        assert handle.volume.zero_is_fast(offset, length) == fast, (offset, length)
         count = len(sheep.log)
-        if fast:
-            handle.volume.zero(offset, length)
-            assert not [entry for entry in sheep.log[count:] if is_data(entry[2])], "data was written"  # type: ignore[arg-type]
-            handle.volume.write(MIB, b"x" * MIB)
-            handle.volume.write(6 * MIB, b"tail")
+        handle.volume.zero(offset, length)
+        assert handle.volume.read(offset, length) == bytes(length)
+        sent = [entry for entry in sheep.log[count:] if entry[0] in (Opcode.WRITE_OBJ, Opcode.CREATE_AND_WRITE_OBJ)]
+        assert fast != any(is_data(ObjectId(entry[2])) for entry in sent), "data was sent, or not"
+        if not fast:
+            sheep.snapshot("web")
+        handle.volume.write(MIB, b"x" * MIB)
+        handle.volume.write(6 * MIB, b"tail")
 
 
 def test_fill_keeps_the_space(sheep: FakeSheep) -> None:
@@ -281,7 +289,7 @@ def plugin(sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = ModuleType("nbdkit")
     fake.__dict__.update(
         THREAD_MODEL_PARALLEL=3, FLAG_MAY_TRIM=1, FLAG_FUA=2, FLAG_FAST_ZERO=8, FUA_NATIVE=2, CACHE_EMULATE=1,
-        EXTENT_HOLE=1, EXTENT_ZERO=2, errors=[], export_name=lambda: "web", debug=lambda text: None,
+        FLAG_REQ_ONE=4, EXTENT_HOLE=1, EXTENT_ZERO=2, errors=[], export_name=lambda: "web", debug=lambda text: None,
     )  # fmt: skip
     fake.set_error = fake.errors.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nbdkit", fake)
@@ -312,18 +320,24 @@ def test_plugin_requests(plugin: Any, sheep: FakeSheep) -> None:
     assert buffer == b"\0more\0"
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
     assert list(module.extents(handle, 4 * MIB, 512, 0)) == [
-        (512, MIB - 512, hole), (MIB, MIB, 0), (2 * MIB, MIB, hole), (3 * MIB, MIB, 0), (4 * MIB, 512, hole)
+        (512, MIB - 512, hole), (MIB, 4096, 0), (MIB + 4096, 2 * MIB - 4096, hole), (3 * MIB, 4096, 0),
+        (3 * MIB + 4096, MIB - 4096 + 512, hole),
+    ]  # fmt: skip
+    assert list(module.extents(handle, 4 * MIB, MIB, nbdkit.FLAG_REQ_ONE)) == [
+        (MIB, 4096, 0), (MIB + 4096, 2 * MIB - 4096, hole)
     ]  # fmt: skip
     module.zero(handle, MIB, MIB, nbdkit.FLAG_MAY_TRIM | nbdkit.FLAG_FAST_ZERO)
     assert sheep.entries(vid)[1] == 0
     module.zero(handle, 100, 0, 0)
     assert sheep.entries(vid)[0] == vid, "without MAY_TRIM the space is kept"
+    sheep.snapshot("web", b"t")
     for flags in (nbdkit.FLAG_FAST_ZERO, nbdkit.FLAG_FAST_ZERO | nbdkit.FLAG_MAY_TRIM):
+        module.pwrite(handle, memoryview(b"x"), MIB, 0)  # learns of the snapshot
         with pytest.raises(OSError):
             module.zero(handle, 100, 3 * MIB, flags)
         assert nbdkit.errors.pop() == errno.EOPNOTSUPP
     module.trim(handle, 2 * MIB, 3 * MIB, nbdkit.FLAG_FUA)
-    assert sheep.entries(vid)[3] == 0 and sheep.flushes > before
+    assert sheep.entries(sheep.vid("web"))[3] == 0 and sheep.flushes > before
     before = sheep.flushes
     module.flush(handle, 0)
     assert sheep.flushes == before + 1

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sheepdog.cluster.core.blocks import map_size
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, ObjectId, Vid, attribute_oid, data_oid, inode_oid, vmstate_oid
 from sheepdog.cluster.core.limits import INODE_SIZE
@@ -83,6 +84,15 @@ class MemoryGateway:
         content[offset : offset + len(data)] = data
         self.objects[oid] = content
         self.answer(done, 0)
+
+    def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None:
+        self.write(oid, offset, bytes(length), durable, done)
+
+    def block_map(self, oid: ObjectId, done: IoDone) -> None:
+        if oid not in self.objects:
+            self.answer(done, Result.NO_OBJ)
+        else:
+            self.answer(done, 0, bytes([0b101]).ljust(map_size(SIZE), b"\0"))
 
     def remove(self, oid: ObjectId, done: IoDone) -> None:
         self.answer(done, 0 if self.objects.pop(oid, None) is not None else Result.NO_OBJ)
@@ -289,6 +299,19 @@ def test_flush_and_discard(world: World) -> None:
     assert client.ask(Opcode.DISCARD_OBJ, inode_oid(VID)).header.result == Result.INVALID_PARMS
 
 
+def test_zero_and_map(world: World) -> None:
+    client = Client(world)
+    world.gateway.objects[DATA] = bytearray(b"x" * SIZE)
+    assert client.ask(Opcode.ZERO_OBJ, DATA, 10, length=20, flags=Flags.CACHE).header.result == 0
+    assert client.ask(Opcode.ZERO_OBJ, DATA, SIZE - 5, length=5).header == Response(0, 6, 0, EPOCH, 0, 0, 0)
+    assert world.gateway.objects[DATA] == b"x" * 10 + bytes(20) + b"x" * (SIZE - 35) + bytes(5)
+    assert world.gateway.durable == [False, True]
+    answer = client.ask(Opcode.MAP_OBJ, DATA, length=map_size(SIZE))
+    assert answer.header.result == 0 and answer.data == bytes([5]).ljust(map_size(SIZE), b"\0")
+    for opcode, length in ((Opcode.ZERO_OBJ, 1), (Opcode.MAP_OBJ, map_size(SIZE))):
+        assert client.ask(opcode, data_oid(VID, 1), length=length).header.result == Result.NO_OBJ
+
+
 def test_the_part_beyond_a_data_object_is_dropped(world: World) -> None:
     client = Client(world)
     world.gateway.objects[DATA] = bytearray(SIZE)
@@ -313,6 +336,12 @@ def test_the_part_beyond_a_data_object_is_dropped(world: World) -> None:
         (Opcode.CREATE_AND_WRITE_OBJ, DATA, SIZE, {"payload": b"1"}),
         (Opcode.CREATE_AND_WRITE_OBJ, vmstate_oid(VID, 1), SIZE, {"payload": b"1"}),
         (Opcode.REMOVE_OBJ, DATA, 0, {}),
+        (Opcode.ZERO_OBJ, DATA, SIZE - 1, {"length": 2}),
+        (Opcode.ZERO_OBJ, DATA, 0, {"payload": b"12345678"}),
+        (Opcode.ZERO_OBJ, inode_oid(VID), 0, {"length": 1}),
+        (Opcode.MAP_OBJ, DATA, 0, {"length": 1}),
+        (Opcode.MAP_OBJ, DATA, 0, {"length": 0xFFFFFFFF}),
+        (Opcode.MAP_OBJ, inode_oid(VID), 0, {"length": 128}),
         (0x7E, 0, 0, {"payload": b"12345678"}),
         (0xB6, 0, 0, {}),
         (0xA1, 0, 0, {"length": 100}),
