@@ -80,13 +80,17 @@ class Asking:
         """Everything once more, at the end."""
         raise NotImplementedError
 
-    def ask(self, request: Request, retried: tuple[Result, ...] = RETRIED) -> Script[tuple[int, Any]]:
-        """Asks until there is an answer that says something."""
+    def ask(
+        self, request: Request, retried: tuple[Result, ...] = RETRIED, once: bool = False
+    ) -> Script[tuple[int, Any]]:
+        """Asks until there is an answer that says something. `once`: not again when the gateway died over it."""
         self.lost = False
         while True:
             result, value = yield lambda done: self.door.ask(request, done)
             if result == LOST:
                 self.lost = True
+                if once:
+                    return LOST, None
             elif result not in retried:
                 return int(result), value
             yield lambda done: self.world.after(RETRY_NS, lambda: done(None))  # type: ignore[misc]
@@ -327,9 +331,14 @@ def take_snapshot(who: Asking, name: bytes, objects: int) -> Script[Image | None
             name, objects * OBJECT_BYTES, record.vid, 0, 0, 0, SHIFT, 1, done
         ),
         (*RETRIED, *BASE_TROUBLE),
+        once=True,  # a second snapshot of what is frozen by then would mean "roll back" (protocol.md 8.3)
     )
-    if who.lost or result in (Result.NO_VDI, Result.VDI_EXIST):
-        return None  # perhaps taken twice, or deleted meanwhile
+    if who.lost:
+        # Others finish what the dead gateway has begun: wait for their turn in the queue of operations.
+        yield from who.ask(lambda process, done: process.node.operations.delete_vdi(b"nobody", b"", 0, done))
+        return None
+    if result in (Result.NO_VDI, Result.VDI_EXIST):
+        return None  # deleted meanwhile
     if result:
         raise Violation(f"{who.door.name}: snapshot of {name!r}: result {result:#x}")
     return Image(name, record.vid, record.snap_id, [])
