@@ -30,7 +30,9 @@ MAX_FORMER_COPIES = 8  # changes of redundancy remembered of one VDI: more than 
 
 
 def apply_command(state: ClusterState, sender: str, command: Command) -> Any:
-    """Applies one command; returns what its proposer is told."""
+    """Applies one command; returns what its proposer is told (AGAIN: the VDI table is not here yet)."""
+    if command["t"] in _NEED_TABLE and state.status == Status.RUNNING and not state.loaded:
+        return Result.AGAIN
     return _HANDLERS[command["t"]](state, sender, command)
 
 
@@ -178,6 +180,7 @@ def _nothing(_: ClusterState, __: str, ___: Command) -> Result:
     return Result.SUCCESS
 
 
+_NEED_TABLE = ("find", "lock", "release", "add")
 _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "vdis": _vdis,
     "header": _header,

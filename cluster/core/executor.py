@@ -6,6 +6,7 @@ Each script may be run again from its start by another node after a crash at any
  create  the new inode is written, then the base is frozen: that write is what a cold start goes by
  delete  the inode loses its name first, then what it named is freed, then its map is emptied
  late    entries written into a frozen map reach the map of the VDI that goes on; nobody writes that meanwhile
+ bury    after a cold start: finishes a deletion, or undoes a snapshot that was never committed
  load    after a cold start: the VDI table is collected from the inode objects of all members
 """
 
@@ -92,6 +93,7 @@ class Executor:
             "delete": self._delete,
             "attribute": self._attribute,
             "late": self._late,
+            "bury": self._bury,
             "load": self._load,
         }
 
@@ -214,11 +216,30 @@ class Executor:
         )
         if isinstance(record, Result):
             return {"result": int(record)}
-        oid = inode_oid(record.vid)
         yield self._freeze(record.vid)
+        if (yield from self._erase(record)):
+            return {"result": int(Result.VDI_WRITE)}
+        changes: Values = {"put": [_tombstone(record)]}
+        if len(self._context.state.vdis.named(record.name)) == 1:
+            vid = vid_of_name(record.name)
+            changes["attributes"] = [vid, (yield from self._free_attributes(vid, record.name))]
+        return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": changes}
+
+    def _bury(self, operation: Values) -> Script[Values]:
+        """A cold start found the rest of a deletion or of a snapshot that was never committed."""
+        record = self._context.state.vdis.get(Vid(operation["vid"]))
+        if record is None or not record.deleted:
+            return {"result": int(Result.SUCCESS)}
+        if (yield from self._erase(record)):
+            return {"result": int(Result.VDI_WRITE)}
+        return {"result": int(Result.SUCCESS), "changes": {"put": [_tombstone(record)]}}
+
+    def _erase(self, record: VdiRecord) -> Script[int]:
+        """The inode loses its name, then what it named is freed, then its map is emptied and its size 0."""
+        oid = inode_oid(record.vid)
         result, _ = yield self._change(oid, 0, 0, bytes(256))
         if result:
-            return {"result": int(Result.VDI_WRITE)}
+            return int(result)
         if record.store_policy:
             yield from self._free_tree(record)
         else:
@@ -229,13 +250,8 @@ class Executor:
                 yield from self._inodes.reclaim(record.vid, dropped)
                 yield self._change(oid, Flag.PUNCH, map_offset(0), length=len(entries))
         yield from self._free_vmstate(record)
-        yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
-        tombstone = {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
-        changes: Values = {"put": [tombstone]}
-        if len(self._context.state.vdis.named(record.name)) == 1:
-            vid = vid_of_name(record.name)
-            changes["attributes"] = [vid, (yield from self._free_attributes(vid, record.name))]
-        return {"result": int(Result.SUCCESS), "vid": record.vid, "changes": changes}
+        result, _ = yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
+        return int(result)
 
     def _free_vmstate(self, record: VdiRecord) -> Script[None]:
         """QEMU writes the chunks in order, and only at the end how many they are: an interrupted savevm leaves more."""
@@ -405,11 +421,12 @@ class Executor:
                 rank = (as_of, tuple(version))
                 if vid not in best or rank > best[vid][0]:
                     best[vid] = (rank, InodeHeader.unpack(bytes.fromhex(text)))
-        table = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
+        table, unfinished = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
         for owner, place in sorted(attributes):
             table.attributes.setdefault(owner, []).append(place)
         self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")
-        return {"result": int(Result.SUCCESS), "changes": {"table": table.to_json()}}
+        burials = [{"op": "bury", "owner": "", "number": vid, "vid": vid} for vid in unfinished]
+        return {"result": int(Result.SUCCESS), "changes": {"table": table.to_json()}, "next": burials}
 
     def _ask_inodes(self) -> Step:
         return lambda done: self._everyone.ask(
@@ -448,6 +465,11 @@ class Executor:
             return None
         header.vdi_id = vid_of(oid)
         return header
+
+
+def _tombstone(record: VdiRecord) -> Values:
+    """What remains of a deleted VDI: its vid stays in use (protocol.md 6.3)."""
+    return {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
 
 
 def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | None) -> Result:

@@ -450,6 +450,7 @@ class ClusterMachine:
         apply_command(self.state, "", {"t": "vdis", **command["changes"]})
         if self._executing == _name(operation):
             self._executing = None
+        queue.extend(command.get("next", ()))
         if "epoch" in command["changes"]:
             self._new_epoch(command["changes"]["epoch"], quiet)
         if not quiet:

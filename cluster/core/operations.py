@@ -15,7 +15,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid
-from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT
+from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT, RETRY_DELAY_NS
 from sheepdog.cluster.core.state import STORE_NAMES, Status, node_key
 from sheepdog.cluster.core.vdi import VdiRecord
 
@@ -135,6 +135,25 @@ class Operations:
 
     # -- one-step changes --------------------------------------------------------------------------------------------
 
+    def _once_loaded(self, command: Values, answered: Callable[[Any], None]) -> None:
+        """After a cold start the VDI table comes a moment after the first requests: those are ordered again."""
+
+        def looked(answer: Any) -> None:
+            if answer != Result.AGAIN:
+                answered(answer)
+                return
+            self._context.probe("operations.not_loaded")
+            self._context.clock.after(RETRY_DELAY_NS, again)
+
+        def again() -> None:
+            refusal = self._context.state.result()
+            if refusal:
+                answered(refusal)
+            else:
+                self._context.machine.propose(dict(command), looked)
+
+        self._context.machine.propose(dict(command), looked)
+
     def find_vdi(self, name: bytes, tag: bytes, snap_id: int, done: VdiDone) -> None:
         """GET_VDI_INFO: a lookup in the order of all events."""
         if self._refused(done):
@@ -146,7 +165,7 @@ class Operations:
             else:
                 done(answer, None)
 
-        self._context.machine.propose({"t": "find", **_target(name, tag, snap_id)}, found)
+        self._once_loaded({"t": "find", **_target(name, tag, snap_id)}, found)
 
     def lock_vdi(self, name: bytes, tag: bytes, snap_id: int, shared: bool, done: VdiDone) -> None:
         """LOCK_VDI: lookup, and the lock if the cluster enforces locks (protocol.md 8.5)."""
@@ -154,13 +173,13 @@ class Operations:
             return
         command = {"t": "lock", "shared": shared, **_target(name, tag, snap_id)}
 
-        def locked(answer: tuple[Result, VdiRecord | None]) -> None:
-            result, record = answer
+        def locked(answer: Any) -> None:
+            result, record = answer if isinstance(answer, tuple) else (answer, None)
             if record is not None and record.is_snapshot:
                 self.opened_snapshots[record.vid] = self.opened_snapshots.get(record.vid, 0) + 1
             done(result, record)
 
-        self._context.machine.propose(command, locked)
+        self._once_loaded(command, locked)
 
     def release_vdi(self, vid: Vid, shared: bool, done: ResultDone) -> None:
         """There is nothing to release of a snapshot that a client of this node has opened; a vid that was frozen under
@@ -171,12 +190,12 @@ class Operations:
         if opened:
             done(Result.SUCCESS)
             return
-        self._context.machine.propose({"t": "release", "vid": vid, "shared": shared}, done)
+        self._once_loaded({"t": "release", "vid": vid, "shared": shared}, done)
 
     def add_vdi(self, vid: Vid, copies: int, policy: int, shift: int, use: bool, done: ResultDone) -> None:
         """NOTIFY_VDI_ADD: registers a vid before its inode is written (`cluster snapshot load`)."""
         command = {"t": "add", "vid": vid, "copies": copies, "policy": policy, "shift": shift, "use": use}
-        self._context.machine.propose(command, done)
+        self._once_loaded(command, done)
 
     def format(
         self, ctime: int, copies: int, policy: int, flags: int, shift: int, store_name: str, done: ResultDone

@@ -297,18 +297,26 @@ class VdiTable:
         return table
 
     @classmethod
-    def of_inodes(cls, inodes: Iterable[InodeHeader]) -> VdiTable:
-        """The table that a set of inode objects describes, after a cold start.
+    def of_inodes(cls, inodes: Iterable[InodeHeader]) -> tuple[VdiTable, list[Vid]]:
+        """The table that a set of inode objects describes, after a cold start, and the vids that have to be buried.
 
-        Of two working VDIs of one name where one is the other's parent, the child is the rest of a
-        snapshot that was never committed (its parent was not frozen yet): nobody ever wrote to it.
+        Of several working VDIs of one name all but the oldest are rests of snapshots that were never committed (the
+        oldest was not frozen yet): nobody ever wrote to them. A deleted VDI of some size is the rest of a deletion.
         """
         table = cls()
         records = [VdiRecord.of_inode(inode) for inode in inodes]
-        working = {record.vid: record for record in records if not record.is_snapshot and not record.deleted}
+        oldest: dict[bytes, VdiRecord] = {}
         for record in records:
-            parent = working.get(record.parent)
-            if record.vid in working and parent is not None and parent.name == record.name:
+            if not record.is_snapshot and not record.deleted:
+                other = oldest.get(record.name)
+                if other is None or (record.create_time, record.vid) < (other.create_time, other.vid):
+                    oldest[record.name] = record
+        unfinished = []
+        for record in records:
+            rest = not record.is_snapshot and not record.deleted and oldest[record.name] is not record
+            if rest:
                 record.deleted, record.name = True, b""
+            if rest or (record.deleted and record.size):
+                unfinished.append(record.vid)
             table.put(record)
-        return table
+        return table, unfinished

@@ -22,3 +22,16 @@ def test_a_snapshot_is_one_instant_of_its_volume(seed: int) -> None:
     run = Run(Scenario("snapshots", clients=1, owners=1, snapshotters=1), seed)
     run.execute()
     assert run.snapshotters[0].images
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_full_stops_in_the_middle_of_operations(seed: int) -> None:
+    """Every volume is whole after any cold start: deletions are finished, snapshots there or not."""
+    faults = Faults(kill=1, link=0.5, everybody=0.4)
+    Run(Scenario("cold starts", clients=1, owners=2, faults=faults), seed).execute()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_what_was_durable_survives_power_loss_of_all(seed: int) -> None:
+    faults = Faults(kill=0.5, power=1, everybody=0.2, blackout=0.4)
+    Run(Scenario("blackouts", clients=2, owners=1, durable_chance=1.0, faults=faults), seed).execute()

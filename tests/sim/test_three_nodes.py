@@ -33,6 +33,22 @@ def test_nodes_are_killed_and_started_again(first: int) -> None:
         assert run.history.operations > 200, f"seed {seed}: nothing was tested"
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        Scenario("links", faults=Faults(kill=0.5, link=2, mean_ns=SECOND // 10)),
+        Scenario("leaves", faults=Faults(kill=1, link=1, leave=1)),
+        Scenario("full stops", faults=Faults(kill=1, everybody=0.5)),
+        Scenario("five nodes, two copies", machines=5, copies=2, faults=Faults(kill=1, link=0.5)),
+        Scenario("two nodes", machines=2, copies=2, faults=Faults(kill=1, max_down=1)),
+    ],
+    ids=lambda scenario: scenario.name.replace(" ", "-"),
+)
+def test_other_faults(scenario: Scenario) -> None:
+    for seed in range(12):
+        Run(scenario, seed).execute()
+
+
 def trace(seed: int) -> str:
     """Hash of everything that happens in a world."""
     run = Run(Scenario("kills", duration_ns=SECOND // 2), seed)
