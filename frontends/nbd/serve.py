@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -26,6 +27,7 @@ DEFAULT_MODE = 0o600
 BACKLOG = 128
 FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 MAX_THREADS = 256
+SWAP_STACK_BYTES = 512 << 10  # a request of the plugin uses some 30 KiB
 PACKAGES = "nbdkit and nbdkit-plugin-python"
 
 
@@ -67,6 +69,10 @@ class Server:
         if program is None:
             raise UsageError(f"nbdkit is not installed (Debian: {PACKAGES})")
         command, variables = self.command(program), environment(os.environ)
+        if self.swap:
+            # Everything that is mapped gets locked, also the stacks: 16 for each connection, 8 MiB by default.
+            _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+            resource.setrlimit(resource.RLIMIT_STACK, (SWAP_STACK_BYTES, hard))
         if listener.fileno() != FIRST_DESCRIPTOR:
             os.dup2(listener.fileno(), FIRST_DESCRIPTOR)
         os.set_inheritable(FIRST_DESCRIPTOR, True)
