@@ -121,6 +121,7 @@ class Node:
         self._standing = Standing(self._settled)
         self._executor.begin(self._settled)
         self._recorded = self.cluster.epoch
+        self.replica.strips.undo.load(self._disk, self.context.store.version)
 
     def stop(self, done: Callable[[], None]) -> None:
         """Leaves the cluster orderly. Nothing is answered any more: the others go on without this node at once."""

@@ -137,6 +137,15 @@ class NodeState(Protocol):
 
     def load_settled(self) -> int: ...
 
+    def append_undo(self, record: bytes) -> None:
+        """Adds to what strips need to go back (core.strip_undo). At the return it survives a kill -9; no more."""
+
+    def replace_undo(self, records: bytes) -> None:
+        """These are all that is needed of it."""
+
+    def load_undo(self) -> bytes:
+        """All that was added since the last replacement; the end may be torn."""
+
 
 class Engine(Protocol):
     """Ordered broadcast of the membership engine, as core sees it (cluster/drivers/base.py)."""

@@ -4,9 +4,10 @@
     config    the cluster's configuration as core encoded it
     epoch/    one file per epoch, named by its number in 8 decimal digits
     settled   the newest epoch in which every copy here was proven current
+    undo      what strips need to go back, appended (core/strip_undo.py); never synced
 
-Every file but the lock is replaced atomically and sealed with a checksum. Changes become durable in call order, also
-with `-n`: they are rare, and a cold start depends on them.
+Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
+order, also with `-n`: they are rare, and a cold start depends on them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Final
 from sheepdog.cluster.core.errors import Corrupt, DiskError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Done, Log
-from sheepdog.cluster.host.directory import make_directory, read_file, write_file
+from sheepdog.cluster.host.directory import make_directory, read_file, write_all, write_file
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.workers import Workers
 
@@ -73,11 +74,45 @@ class NodeStateFiles:
         self._log = log
         self._queue: deque[tuple[Callable[[], None], Done]] = deque()
         self._running = False
+        self._undo = -1  # descriptor
+        self._undo_end = 0
 
     def open(self) -> None:
         """Makes the directories; UsageError."""
         make_directory(self._disk, self._directory)
         make_directory(self._disk, self._epochs)
+
+    def append_undo(self, record: bytes) -> None:
+        try:
+            if self._undo < 0:
+                self._undo = self._disk.open(f"{self._directory}/undo", os.O_RDWR | os.O_CREAT)
+                self._undo_end = self._disk.info(self._undo).length
+            write_all(self._disk, self._undo, record, self._undo_end)
+            self._undo_end += len(record)
+        except OSError as error:
+            self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
+
+    def replace_undo(self, records: bytes) -> None:
+        try:
+            descriptor = self._disk.open(f"{self._directory}/undo.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if self._undo >= 0:
+                self._disk.close(self._undo)
+            self._undo, self._undo_end = descriptor, len(records)
+            write_all(self._disk, descriptor, records, 0)
+            self._disk.rename(f"{self._directory}/undo.new", f"{self._directory}/undo")
+        except OSError as error:
+            self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
+
+    def load_undo(self) -> bytes:
+        try:
+            descriptor = self._disk.open(f"{self._directory}/undo", os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        try:
+            data = bytearray(self._disk.info(descriptor).length)
+            return bytes(data[: self._disk.preadv(descriptor, [data], 0)]) if data else b""
+        finally:
+            self._disk.close(descriptor)
 
     def save_config(self, config: bytes, done: Done) -> None:
         data = _CONFIG.pack(_CONFIG_MAGIC, _FORMAT, len(config)) + config

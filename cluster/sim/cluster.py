@@ -146,8 +146,10 @@ class Machine:
             self.cluster.world.say(f"{self.name} {'loses power' if power else 'is killed'}")
             self.process.end()
             self.disk.crash(power)
+            self.state.crash(power)
         elif power:
             self.disk.crash(power)
+            self.state.crash(power)
 
     def serves(self) -> bool:
         """Joined a running cluster, and of its present epoch."""

@@ -17,6 +17,11 @@ class SimStateDisk:
         self.config: bytes | None = None
         self.epochs: dict[int, EpochRecord] = {}
         self.settled = 0
+        self.undo = bytearray()
+
+    def crash(self, power: bool) -> None:
+        if power:
+            del self.undo[self.random.randrange(len(self.undo) + 1) :]
 
 
 class SimNodeState:
@@ -62,3 +67,14 @@ class SimNodeState:
 
     def load_settled(self) -> int:
         return self._disk.settled
+
+    def append_undo(self, record: bytes) -> None:
+        if self.alive:
+            self._disk.undo += record
+
+    def replace_undo(self, records: bytes) -> None:
+        if self.alive:
+            self._disk.undo = bytearray(records)
+
+    def load_undo(self) -> bytes:
+        return bytes(self._disk.undo)

@@ -50,6 +50,15 @@ def test_nodes_are_killed_and_started_again(policy: int, machines: int, first: i
         assert run.history.operations > 100, f"seed {seed}: nothing was tested"
 
 
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
+def test_everybody_is_killed_while_some_are_down(first: int) -> None:
+    """No memory is left of what was on its way: the files must do."""
+    for seed in range(first, first + SEEDS_PER_TEST):
+        everybody = scenario("everybody", 0x22, 6)
+        everybody.faults = Faults(kill=0.5, everybody=1, link=0.5, leave=0.3)
+        Run(everybody, seed).execute()
+
+
 def test_rare_paths_are_taken() -> None:
     """What the seeds above are about really happens in them."""
     probes: dict[str, int] = {}

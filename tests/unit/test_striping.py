@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from sheepdog.cluster.core.erasure import PlainCoder, Policy, xor
 from sheepdog.cluster.core.ids import Version, Vid, data_oid, strip_of
+from sheepdog.cluster.core.ports import NodeState
 from sheepdog.cluster.core.strip_undo import Undo, UndoLog
 from sheepdog.cluster.core.striping import (
     UNIT,
@@ -166,3 +168,41 @@ def test_undo_goes_back_step_by_step_and_forgets_from_below() -> None:
     assert log.back_to(strip, versions[1], versions[4]) is None
     log.forget(strip, versions[4])
     assert log.strips() == []
+
+
+class _State:
+    """As much of a node's state as an undo log uses."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def append_undo(self, record: bytes) -> None:
+        self.data += record
+
+    def replace_undo(self, records: bytes) -> None:
+        self.data = records
+
+    def load_undo(self) -> bytes:
+        return self.data
+
+
+def test_undo_survives_the_process() -> None:
+    state, strip = _State(), strip_of(data_oid(Vid(1), 0), 2)
+    versions = [Version(1, 1, number) for number in range(4)]
+    log = UndoLog()
+    log.load(cast("NodeState", state), lambda _: None)
+    for number, (before, after) in enumerate(itertools.pairwise(versions)):
+        log.keep(strip, Undo(before, after, number * 4096, bytes([number]) * 100))
+    for torn in (0, 1, 50):
+        later, left = UndoLog(), _State()
+        left.data = state.data[: len(state.data) - torn]
+        now = versions[3] if not torn else versions[2]
+        later.load(cast("NodeState", left), lambda _, now=now: now)  # type: ignore[misc]
+        assert later.earlier(strip, now) == [version for version in versions[::-1] if version < now]
+    killed = UndoLog()
+    killed.load(cast("NodeState", state), lambda _: versions[2])  # the last record came, its write did not
+    steps = killed.back_to(strip, versions[1], versions[2])
+    assert steps is not None
+    assert [bytes(step.old) for step in steps] == [b"\x01" * 100]
+    log.clear()
+    assert state.data == b""
