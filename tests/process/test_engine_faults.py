@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from tests.support import trees
+from tests.support import native, trees
 from tests.support.machines import SESSION_MS, Machines
 from tests.support.processes import wait_until
 from tests.support.registers import VOLUME, WORKER_BYTES, Worker, check_all
@@ -28,6 +28,7 @@ WORKERS = 3
 MIB = 1 << 20
 SMALL = 4 * MIB
 ROUNDS, SOAK_ROUNDS = 5, int(os.environ.get("SOAK_ROUNDS", "20"))
+HEAL_SECONDS = 90.0  # after the last fault, on a busy machine
 DETECT_SECONDS = 30.0  # until the others go on without a machine: 4 s with corosync, 3 s with a session of 2 s
 BEYOND_SESSION_SECONDS = 2.5 * SESSION_MS / 1000
 PATIENCE_SECONDS = 120.0  # of clients: they sit on one machine, whatever happens to it
@@ -134,7 +135,7 @@ def test_the_engine_goes_away_and_comes_back(machines: Machines) -> None:
     time.sleep(2.0)
     assert writer.status is None or writer.status > 0, "acknowledged without a membership"
     machines.start_engine()
-    machines.healthy(seconds=90.0)
+    machines.healthy(seconds=HEAL_SECONDS)
     writer.wait()
     assert [machines.pids(node) for node in range(MACHINES)] == pids, "no sheep had to be started again"
     assert shown(machines, 1) == (trees.pattern(2, SMALL) if writer.status == 0 else old) or writer.status != 0
@@ -171,17 +172,21 @@ def test_everything_starts_cold_in_any_order(machines: Machines) -> None:
             machines.start(node)
         time.sleep(chance.uniform(0.0, 1.0))
     machines.wait_engine()
-    wait_until(lambda: all_run(machines), 30.0, "all sheep run", 0.5)
-    machines.healthy(seconds=90.0)
+    all_healthy(machines)
     assert [shown(machines, node) for node in range(MACHINES)] == [data] * MACHINES
 
 
-def all_run(machines: Machines) -> bool:
+def all_healthy(machines: Machines) -> None:
     """A sheep that gave up because its engine was not there yet is started again, as systemd does."""
-    missing = [node for node in range(MACHINES) if not machines.pids(node)]
-    for node in missing:
-        machines.start(node)
-    return not missing
+
+    def together() -> bool:
+        missing = [node for node in range(MACHINES) if not machines.pids(node)]
+        for node in missing:
+            machines.start(node)
+        return not missing and all(native.member_count(machines.socket(node)) == MACHINES for node in range(MACHINES))
+
+    wait_until(together, HEAL_SECONDS, "all sheep are members", 1.0)
+    machines.healthy(seconds=HEAL_SECONDS)
 
 
 # --- random faults ---------------------------------------------------------------------------------------------------
@@ -263,8 +268,7 @@ async def play(machines: Machines, rounds: int, chance: random.Random, done: lis
             before = [worker.done for worker in workers]
             done.append(fault.__name__)
             await asyncio.to_thread(fault, machines, chance)
-            await asyncio.to_thread(wait_until, lambda: all_run(machines), 60.0, "all sheep run", 0.5)
-            await asyncio.to_thread(machines.healthy, None, 90.0)
+            await asyncio.to_thread(all_healthy, machines)
             async with asyncio.timeout(60.0):  # everybody goes on
                 while any(worker.done == count for worker, count in zip(workers, before, strict=True)):
                     await asyncio.sleep(0.1)
