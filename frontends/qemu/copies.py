@@ -166,4 +166,3 @@ class _Hashing:
         self._digest.update(data)
         self._offset += len(data)
         self._later(self._chunk)
-

@@ -143,16 +143,18 @@ def test_check_finds_a_strip_that_rotted_or_is_wrong(cluster: Cluster) -> None:
     """`dog vdi check` reads every strip on its node, and what is not right is made anew."""
     volume = Volume(cluster, "vol", "4:2")
     assert "fixed" not in cluster.dog("vdi", "check", "vol")
+    good = {}
     for node in (1, 4):
         path = strips_of(cluster, node)[0]
-        table = offset_in_file(path.stat().st_size)
-        assert table is not None
+        size = offset_in_file(path.stat().st_size)
+        good[path] = path.read_bytes()[:size]
         with path.open("r+b") as file:
             file.seek(70_000)
             file.write(b"rot" * 100)
-    printed = cluster.dog("vdi", "check", "vol")
-    assert printed.count("fixed missing") == 2, printed
+    assert "fixed missing" in cluster.dog("vdi", "check", "vol")  # reading the first may have repaired the second
     assert "fixed" not in cluster.dog("vdi", "check", "vol")
+    for path, data in good.items():
+        assert path.read_bytes()[: len(data)] == data
     volume.check(node=1)
 
 
