@@ -37,7 +37,7 @@ logs = Logs(options.log, options.metadata)
 if options.upgrade:
     sys.exit("ended before it was ready")
 startup.done(options.metadata)
-print("nobody reads this")
+print("nobody reads this", flush=True)
 logs.write(6, f"daemon {os.getpid()} of session {os.getsid(0)} in {os.getcwd()} started")
 try:
     pid_file = lifecycle.PidFile(options.pid_file) if options.pid_file else None
