@@ -6,7 +6,6 @@ an answer that makes no sense.
 
 from __future__ import annotations
 
-import json
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
@@ -127,6 +126,8 @@ def disk_usage(connection: Connection) -> Disk:
 
 def node_details(connection: Connection) -> dict[str, Any]:
     """What the node says of itself; empty for a daemon that does not know the question (the original's)."""
+    import json
+
     try:
         found = json.loads(bytes(plain(connection, Opcode.NODE_DETAILS, limit=DETAILS_SIZE)))
     except SheepError:
