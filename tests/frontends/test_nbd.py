@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster, started
-from tests.support.nbd import NbdServer, captive, certificates, export_info, holding, keys, nbd_map, nbdsh, release
+from tests.support.nbd import (
+    SYSTEM_PYTHON,
+    NbdServer,
+    captive,
+    certificates,
+    export_info,
+    holding,
+    keys,
+    nbd_map,
+    nbdsh,
+    release,
+)
 from tests.support.ports import BLOCK
 from tests.support.processes import environment, run, wait_until
 
@@ -31,6 +42,8 @@ TLS_PORT = BLOCK - 1  # of the cluster's own block
 @pytest.fixture(autouse=True)
 def tools() -> None:
     needs.program("nbdkit", "nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
+        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
 
 
 @pytest.fixture
