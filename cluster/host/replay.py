@@ -8,6 +8,7 @@ bytes are equal to no other copy's.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from sheepdog.cluster.host.trailer import FIRST_ENTRY, ZERO_BLOCK, block_count
 
 VERSION_GAP: Final = 1 << VERSION_STEP_BITS  # home counts in these steps; what lies between belongs to torn copies
 
+READ_STEP_BYTES: Final = 4 << 20  # larger than any record: reading a mostly empty segment whole took seconds
+DAMAGE_SEARCH_BYTES: Final = 16 << 20  # what the journal lets be unsynced is less: a later record is nearer
+_NOTHING: Final = memoryview(bytes(READ_STEP_BYTES))
 _MAGIC_BYTES: Final = RECORD_MAGIC.to_bytes(4, "little")
 _MAGIC_OFFSET: Final = 8  # in a record
 
@@ -95,11 +99,19 @@ def _read(disk: Disk, path: str) -> memoryview | None:
     except FileNotFoundError:
         return None
     try:
-        data = bytearray(disk.info(fd).length)
-        count = disk.preadv(fd, [data], 0) if data else 0
+        length = disk.info(fd).length
+        if not length:
+            return memoryview(b"")
+        data = memoryview(mmap.mmap(-1, length))  # zeros that take no memory until they are touched
+        for start in range(0, length, READ_STEP_BYTES):
+            piece = data[start : start + READ_STEP_BYTES]
+            if disk.preadv(fd, [piece], start) < len(piece):
+                return data[:start]  # cut short: no segment of ours
+            if piece == _NOTHING[: len(piece)]:
+                break  # no record has so many zeros: what follows was never written in this segment's time
     finally:
         disk.close(fd)
-    return memoryview(data)[:count]
+    return data
 
 
 def _scan_segment(data: memoryview, number: int, log: Log) -> tuple[list[Parsed], bool]:
@@ -117,7 +129,7 @@ def _scan_segment(data: memoryview, number: int, log: Log) -> tuple[list[Parsed]
 
 def _report_damage(data: memoryview, number: int, position: int, log: Log) -> None:
     """Tells rot from a torn tail: a later record that knew this place to be durable proves rot."""
-    raw = bytes(data[position:])
+    raw = bytes(data[position : position + DAMAGE_SEARCH_BYTES])
     lsn = number << SEGMENT_SHIFT | position
     at = raw.find(_MAGIC_BYTES, _MAGIC_OFFSET)
     while at >= 0:
