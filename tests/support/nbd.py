@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.cluster import Cluster
-from tests.support.processes import BIN, alive, end, environment, run, shown, wait_until
+from tests.support.processes import BIN, end, environment, run, shown
 
 START_SECONDS = 30.0
 SYSTEM_PYTHON = "/usr/bin/python3"  # Debian's: it has libnbd's module
@@ -102,17 +102,16 @@ def export_info(uri: str) -> dict[str, object]:
     return export
 
 
-def captive(cluster: Cluster, words: Sequence[str], command: str, node: int = 0) -> subprocess.CompletedProcess[bytes]:
-    """nbdkit by hand, as docs/nbd.md shows it: `words` stand before the plugin, `command` runs with $uri set."""
+def captive(cluster: Cluster, words: Sequence[str], parameters: Sequence[str], command: str) -> None:
+    """nbdkit by hand, as docs/nbd.md shows it: `command` runs with $unixsocket set, and must succeed."""
     argv = [
         "nbdkit", "-f", "-U", "-", *words, "python", str(NBDKIT_PLUGIN),
-        f"address=127.0.0.1:{cluster.port(node)}", "--run", command,
+        f"address={cluster.socket(0)}", *parameters, "--run", command,
     ]  # fmt: skip
     variables = {**environment(), "PYTHONPATH": str(NBDKIT_PLUGIN.parents[3])}
     done = subprocess.run(argv, capture_output=True, timeout=120, env=variables, check=False)
     if done.returncode:
         raise AssertionError(f"{' '.join(argv)}: {shown(done.stdout)}\n{shown(done.stderr)}")
-    return done
 
 
 def holding(uri: str, *lines: str) -> subprocess.Popen[bytes]:
@@ -139,10 +138,6 @@ def release(process: subprocess.Popen[bytes]) -> None:
     process.wait(START_SECONDS)
     if process.stdout is not None:
         process.stdout.close()
-
-
-def wait_gone(pid: int) -> None:
-    wait_until(lambda: not alive(pid), START_SECONDS, f"end of process {pid}")
 
 
 def keys(directory: Path, user: str = "alice") -> Path:
