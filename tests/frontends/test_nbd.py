@@ -229,6 +229,26 @@ def test_fua_zero_trim_and_flush(cluster3: Cluster, serve: Callable[..., NbdServ
     assert used(cluster3, "v") == before
 
 
+def test_erasure_coded_volumes(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    cluster3.dog("vdi", "create", "-c", "2:1", "v", "16M")
+    server = serve(cluster3)
+    uri = server.uri("v")
+    nbdsh(
+        uri,
+        "model = bytearray(16 << 20)",
+        "for turn in range(40):",
+        "    offset = int.from_bytes(os.urandom(3), 'little') % (15 << 20); data = os.urandom(1 + turn * 2500)",
+        "    h.pwrite(data, offset, turn % 2 * nbd.CMD_FLAG_FUA); model[offset:offset + len(data)] = data",
+        "    h.zero(5000, offset + 100); model[offset + 100:offset + 5100] = bytes(5000)",
+        "h.zero(6 << 20, 3 << 20); model[3 << 20:9 << 20] = bytes(6 << 20)",
+        "assert b''.join(h.pread(4 << 20, o << 20) for o in range(0, 16, 4)) == bytes(model)",
+        "h.trim(4 << 20, 12 << 20); assert h.pread(4 << 20, 12 << 20) == bytes(4 << 20)",
+        "h.flush()",
+    )
+    assert (4 * MIB, 4 * MIB, HOLE) in nbd_map(uri) and (12 * MIB, 4 * MIB, HOLE) in nbd_map(uri)
+    assert (0, 4 * MIB, "data") in nbd_map(uri)
+
+
 def used(cluster: Cluster, name: str) -> int:
     """Bytes of the objects that a volume owns."""
     return int(cluster.dog("vdi", "list", "-r", name).split()[4])
