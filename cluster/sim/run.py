@@ -32,7 +32,9 @@ class Scenario:
     duration_ns: int = 2 * SECOND
     faults: Faults = field(default_factory=Faults)
     make_node: NodeFactory = Node
+    think_ns: int = 2 * MILLISECOND  # the longest pause of a client between two requests
     durable_chance: float = 0.3
+    flushes: bool = False  # owners make their writes durable by flushes
     owners: int = 0  # clients with a volume of their own, which snapshot, clone, discard and delete
     snapshotters: int = 0  # for each owner somebody else who takes snapshots of its volume
     tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
@@ -89,6 +91,7 @@ class Run:
             door = Door(self.cluster, f"client{number}", number % self.scenario.machines)
             client = BlockClient(door, volume, self.history, values, self.errors)
             client.durable_chance = self.scenario.durable_chance
+            client.think_ns = self.scenario.think_ns
             self.doors.append(door)
             self.clients.append(client)
             client.start()
@@ -99,7 +102,8 @@ class Run:
         scenario = self.scenario
         door = Door(self.cluster, f"owner{number}", number)
         owner = VolumeOwner(door, f"own{number}", scenario.objects, scenario.blocks, values)
-        owner.durable = scenario.durable_chance >= 1
+        owner.flushes = scenario.flushes
+        owner.durable = scenario.durable_chance >= 1 and not scenario.flushes
         self.doors.append(door)
         self.owners.append(owner)
         if number < scenario.snapshotters:

@@ -135,6 +135,7 @@ class VolumeOwner(Asking):
         super().__init__(door)
         self.name = name.encode()
         self.durable = True
+        self.flushes = False  # writes are made durable by a flush of their own
         # Beside a Snapshotter it only reads and writes: a snapshot of what is not the working VDI any more means
         # "roll back" (protocol.md 8.3), and a discard that races with a snapshot changes the frozen map.
         self.alone = True
@@ -195,8 +196,23 @@ class VolumeOwner(Asking):
         self._values[0] += 1
         value = self._values[0]
         self.progress.begun += 1
-        yield from self._put(index, block * BLOCK_SIZE, block_of(value))
+        yield from self._put_flushed(index, block * BLOCK_SIZE, block_of(value))
         self._change({**self.content, (index, block): value})
+
+    def _put_flushed(self, index: int, offset: int, data: bytes) -> Script[None]:
+        """With `flushes`: written, and then made durable; from the start again if a gateway died in between."""
+        while True:
+            yield from self._put(index, offset, data)
+            if not self.flushes:
+                return
+            vid = self._vid
+            result, _ = yield lambda done: self.door.ask(
+                lambda process, answer: process.node.gateway.flush(vid, answer),  # noqa: B023
+                done,
+            )
+            if result == Result.SUCCESS:
+                return
+            yield lambda done: self.world.after(RETRY_NS, lambda: done(None))  # type: ignore[misc]
 
     def _put(self, index: int, offset: int, data: bytes) -> Script[None]:
         durable = self.durable

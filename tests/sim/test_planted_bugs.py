@@ -1,0 +1,222 @@
+"""The simulator finds bugs that are planted in the core, each within its budget of seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import sheepdog.cluster.core.home as home_module
+import sheepdog.cluster.core.replica as replica_module
+from sheepdog.cluster.core.executor import Executor
+from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.ids import NO_VERSION
+from sheepdog.cluster.core.membership import ClusterMachine
+from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.core.past import Past
+from sheepdog.cluster.core.peering import Decision, Inventories, Standing
+from sheepdog.cluster.core.recovery_jobs import Job
+from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.sim.nemesis import Faults
+from sheepdog.cluster.sim.run import Failure, Run, Scenario
+from sheepdog.cluster.sim.world import MILLISECOND
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+KILLS = Scenario("kills")
+LINKS = Scenario("links", faults=Faults(kill=0.5, link=2, mean_ns=100 * MILLISECOND))
+STOPS = Scenario("full stops", faults=Faults(kill=1, everybody=0.5))
+FIVE = Scenario("five nodes, two copies", machines=5, copies=2, faults=Faults(kill=1, link=0.5))
+HOT = Scenario("one hot block", clients=6, objects=1, blocks=(0,), think_ns=MILLISECOND // 2)
+CHURN = Scenario(
+    "churn",
+    machines=5,
+    copies=3,
+    clients=8,
+    objects=1,
+    blocks=(0, 1),
+    think_ns=MILLISECOND // 2,
+    durable_chance=0.8,
+    faults=Faults(link=1, mean_ns=60 * MILLISECOND, max_outage_ns=100 * MILLISECOND),
+)
+AWAY = Scenario(
+    "many away",
+    machines=5,
+    copies=2,
+    clients=6,
+    think_ns=MILLISECOND,
+    faults=Faults(mean_ns=80 * MILLISECOND, max_outage_ns=400 * MILLISECOND, max_down=3),
+)
+SNAPSHOTS = Scenario("snapshots", clients=0, owners=1, snapshotters=1)
+BLACKOUTS = Scenario("blackouts", durable_chance=1.0, faults=Faults(kill=0.5, power=1, everybody=0.2, blackout=0.8))
+FLUSHES = Scenario(
+    "flushes", clients=0, owners=1, flushes=True, durable_chance=1.0, faults=Faults(kill=0.5, power=1, blackout=1)
+)
+
+
+@dataclass(slots=True)
+class Bug:
+    """What is wrong, and how many seeds of which scenario may pass before it is found."""
+
+    plant: Patch
+    scenario: Scenario
+    seeds: int
+
+
+def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
+    write = home_module._Write
+    local = write.local
+
+    def early(self: Any, error: Any) -> None:
+        done, self.submission.done = self.submission.done, lambda result, data: None
+        done(0, b"")
+        local(self, error)
+
+    patch.setattr(write, "local", early)
+
+
+def fence_not_checked(patch: pytest.MonkeyPatch) -> None:
+    on_message = Node.on_message
+
+    def unfenced(self: Node, sender: Any, message: Message) -> None:
+        message.fence = max(message.fence, self.context.fence)
+        on_message(self, sender, message)
+
+    patch.setattr(Node, "on_message", unfenced)
+
+
+def watermark_too_high(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Replica,
+        "readable",
+        lambda self, oid, home, offset, length: self.settled[home] and oid not in self.missing,
+    )
+
+
+def read_of_a_value_in_flight(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Home, "_waits_for_write", lambda *_: False)
+
+
+def recovery_trusts_the_first_copy(patch: pytest.MonkeyPatch) -> None:
+    decide_one = Inventories._decide_one
+
+    def first(self: Any, oid: Any, held: Any, *rest: Any) -> Decision:
+        real = [entry for entry in held if entry[1] != NO_VERSION]
+        raised = [(member, version, 1 << 30 if real and member == real[0][0] else 0) for member, version, _ in real]
+        return decide_one(self, oid, raised or held, *rest)
+
+    patch.setattr(Inventories, "_decide_one", first)
+
+
+def all_copies_claim_to_be_current(patch: pytest.MonkeyPatch) -> None:
+    """Recovery from a stale epoch."""
+    patch.setattr(Standing, "as_of", lambda self, oid, version: 0 if version == NO_VERSION else 1)
+    patch.setattr(Past, "superseded", lambda *_: False)
+
+
+def old_copies_served_when_newer_are_away(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Past, "superseded", lambda *_: False)
+
+
+def read_while_another_replica_is_stale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Job, "holds_read", lambda self, me: me in self.targets)
+
+
+def unknown_means_absent(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Past, "knows_all", lambda *_: True)
+
+
+def write_executed_again_after_an_epoch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Inventories, "contained", lambda *_: {})
+
+
+def repeated_submission_executed_again(patch: pytest.MonkeyPatch) -> None:
+    on_submit = Home.on_submit
+
+    def forgetful(self: Home, sender: Any, message: Message) -> None:
+        self._seen.clear()
+        on_submit(self, sender, message)
+
+    patch.setattr(Home, "on_submit", forgetful)
+
+
+def replica_applies_twice(patch: pytest.MonkeyPatch) -> None:
+    on_apply = Replica.on_apply
+
+    def forgetful(self: Replica, sender: Any, message: Message) -> None:
+        self._applied[self._context.placement.index_of[sender]] = 0
+        on_apply(self, sender, message)
+
+    patch.setattr(Replica, "on_apply", forgetful)
+
+
+def cold_start_without_the_newest_member(patch: pytest.MonkeyPatch) -> None:
+    def impatient(self: ClusterMachine, time_s: int, quiet: bool) -> None:
+        if self.state.ctime and self.state.epochs and len(self.state.missing_members()) <= 1:
+            self.start(time_s, quiet)
+
+    patch.setattr(ClusterMachine, "_try_start", impatient)
+
+
+def snapshot_without_freeze(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Executor, "_freeze", lambda self, vid: lambda done: done(0))
+
+
+def replica_ignores_durability(patch: pytest.MonkeyPatch) -> None:
+    perform = replica_module.perform
+
+    def lazy(store: Any, flags: int, *rest: Any) -> None:
+        perform(store, flags & ~Flag.DURABLE, *rest)
+
+    patch.setattr(home_module, "perform", lazy)
+    patch.setattr(replica_module, "perform", lazy)
+
+
+def flush_that_skips_other_nodes(patch: pytest.MonkeyPatch) -> None:
+    def lying(self: Gateway, vid: Any, done: Any) -> None:
+        done(0, b"")
+
+    patch.setattr(Gateway, "flush", lying)
+
+
+BUGS = [
+    Bug(acknowledged_after_the_first_copy, KILLS, 20),
+    Bug(fence_not_checked, KILLS, 20),
+    Bug(watermark_too_high, HOT, 20),
+    Bug(read_of_a_value_in_flight, KILLS, 20),
+    Bug(recovery_trusts_the_first_copy, KILLS, 20),
+    Bug(all_copies_claim_to_be_current, KILLS, 20),
+    Bug(old_copies_served_when_newer_are_away, KILLS, 60),
+    Bug(read_while_another_replica_is_stale, AWAY, 60),
+    Bug(unknown_means_absent, AWAY, 60),
+    Bug(write_executed_again_after_an_epoch, CHURN, 40),
+    Bug(repeated_submission_executed_again, LINKS, 60),
+    Bug(replica_applies_twice, LINKS, 20),
+    Bug(cold_start_without_the_newest_member, STOPS, 40),
+    Bug(snapshot_without_freeze, SNAPSHOTS, 20),
+    Bug(replica_ignores_durability, BLACKOUTS, 20),
+    Bug(flush_that_skips_other_nodes, FLUSHES, 20),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.plant.__name__)
+def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.plant(monkeypatch)
+    for seed in range(bug.seeds):
+        try:
+            Run(bug.scenario, seed).execute()
+        except Failure:
+            return
+    pytest.fail(f"not found in {bug.seeds} seeds")
+
+
+@pytest.mark.parametrize(
+    "scenario", [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, CHURN, AWAY], ids=lambda scenario: scenario.name
+)
+def test_nothing_is_found_without_bugs(scenario: Scenario) -> None:
+    for seed in range(8):
+        Run(scenario, seed).execute()
