@@ -36,7 +36,7 @@ set -eu
 mkfs.ext4 -q /dev/vda; mkdir -p /srv/n /run/m; mount /dev/vda /srv/n; cd /srv/n
 for i in 0 1 2; do sheep /srv/n/s$i -c local:/srv/n/shm -z $i -p 700$i; done
 for n in $(seq 200); do [ "$(dog node list -r 2>/dev/null | wc -l)" = 3 ] && break; sleep 0.3; done
-dog cluster format >/dev/null; dog vdi create v 600M
+dog cluster format >/dev/null; dog vdi create v 400M
 dog nbd serve v --socket /run/n.sock --swap &
 for n in $(seq 200); do [ -S /run/n.sock ] && break; sleep 0.3; done
 eval "$(dog nbd uri v --socket /run/n.sock --json | sed 's/.*"nbd_client": "\([^"]*\)".*/\1/')"
@@ -45,9 +45,9 @@ cd /sys/block/nbd0/queue; echo queue $(cat write_cache) fua $(cat fua) block $(c
 mkfs.ext4 -q /dev/nbd0; mount /dev/nbd0 /run/m
 cp -r /usr/share/doc/bash /usr/share/doc/coreutils /run/m/
 (cd /run/m; find . -type f | sort | xargs md5sum) > /run/sums
-echo heavy; timeout 400 dd if=/dev/urandom of=/run/m/heavy bs=1M count=300 conv=fsync 2>/dev/null; echo written
+echo heavy; timeout 400 dd if=/dev/urandom of=/run/m/heavy bs=1M count=150 conv=fsync 2>/dev/null; echo written
 used() { dog vdi list -r v | cut -d' ' -f5; }
-full=$(used); rm /run/m/heavy; fstrim /run/m; echo freed $((full - $(used)))
+full=$(used); rm /run/m/heavy; sync; fstrim /run/m; echo freed $((full - $(used)))
 umount /run/m; e2fsck -fn /dev/nbd0 >/dev/null 2>&1 && echo clean
 mount -o ro /dev/nbd0 /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same; umount /run/m
 nbd-client -d /dev/nbd0 >/dev/null; kill %1; wait %1; echo end
@@ -91,7 +91,7 @@ def test_a_machine_boots_from_a_volume(cluster3: Cluster, serve: Callable[..., N
 
 @pytest.mark.timeout(GUEST_SECONDS + 60)
 def test_the_kernel_uses_a_volume_of_its_own_host() -> None:
-    """mkfs, files, fstrim and fsck on /dev/nbd0, and more dirty data than half of the memory, while the sheep that
+    """mkfs, files, fstrim and fsck on /dev/nbd0, and more dirty data than there is free memory, while the sheep that
     store it, on their disk, and the server live in the same small memory: writing back must not wait for itself."""
     needs.root()
     needs.program("nbdkit", "qemu-system-x86_64", "busybox", "nbd-client", "mkfs.ext4", "fstrim")
@@ -99,8 +99,8 @@ def test_the_kernel_uses_a_volume_of_its_own_host() -> None:
         pytest.skip("needs a kernel in /boot (packaging/install-packages test)")
     done = run(
         [
-            GUEST_RUN, "--mem", "640M", "--disk", "3G", "--timeout", str(GUEST_SECONDS), "--hung-task", "300",
-            "--env", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "--", "sh", "-c", IN_GUEST,
+            GUEST_RUN, "--mem", "512M", "--disk", "3G", "--timeout", str(GUEST_SECONDS), "--hung-task", "300",
+            "--env", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "--", "/bin/bash", "-c", IN_GUEST,
         ],
         check=False,
         seconds=GUEST_SECONDS + 30,
@@ -110,5 +110,5 @@ def test_the_kernel_uses_a_volume_of_its_own_host() -> None:
     lines = output.splitlines()
     assert "queue write back fua 1 block 4096" in lines, output
     freed = next(int(line.split()[1]) for line in lines if line.startswith("freed "))
-    assert freed >= 250 << 20, "fstrim gave no objects back"
+    assert freed >= 120 << 20, "fstrim gave no objects back"
     assert lines[-3:] == ["clean", "same", "end"], output
