@@ -7,7 +7,7 @@ _dog() {
     *) path="${COMP_WORDS[1]} ${COMP_WORDS[2]}" ;;
     esac
     case $path in
-    "") words="vdi node cluster vm benchmark upgrade nbd help" ;;
+    "") words="vdi node cluster vm benchmark upgrade nbd store help" ;;
     vdi) words="check create snapshot clone delete rollback list tree graph object track setattr getattr resize read write backup restore alter-copy lock export import" ;;
     "vdi check") words="-s --snapshot -e --exist -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi create") words="-P --prealloc -y --hyper -c --copies -a --address -p --port -h --help -r --raw -v --verbose -z --block_size_shift -T --time"; volumes=1 ;;
@@ -62,6 +62,9 @@ _dog() {
     nbd) words="serve uri" ;;
     "nbd serve") words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly --exclusive --mode --group --threads --swap -a --address -p --port -h --help" ;;
     "nbd uri") words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer -a --address -p --port -r --raw -h --help -T --time --json" ;;
+    store) words="check salvage" ;;
+    "store check") words="-j --journal -h --help -T --time --json" ;;
+    "store salvage") words="-V --vdi -s --snapshot -j --journal -r --raw -h --help -T --time --json" ;;
     esac
     case ${COMP_WORDS[COMP_CWORD]} in
     -*) volumes= ;;

@@ -13,7 +13,9 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import MAP_OFFSET, InodeHeader, pack_map
 from sheepdog.cluster.core.limits import INODE_SIZE
-from sheepdog.cluster.host.store_check import Salvage, check
+from sheepdog.cluster.host.salvage import Salvage
+from sheepdog.cluster.host.store_check import check
+from sheepdog.tools.dog.store import StreamImage
 
 SIZE = 1 << 20
 VID = Vid(0x42)
@@ -63,7 +65,7 @@ def test_a_check_finds_planted_damage_and_changes_nothing(tmp_path: Path, crash:
     flip(obj / f"{data_oid(VID, 3):016x}", SIZE + 512 + 8 * 50)  # an entry of the table
     flip(obj / f"{data_oid(VID, 4):016x}", SIZE + 33)  # the header
     summary = check(str(tmp_path), said.append)
-    found = {line.split(":")[0].rsplit("/", 1)[1]: line.split(": ", 1)[1] for line in summary.damaged}
+    found = {damage.object_name: damage.problem for damage in summary.damaged}
     assert found[f"{data_oid(VID, 1):016x}"] == "blocks 100-101 do not match their hashes"
     if crash:  # holes, tables and headers are made anew by the journal
         assert len(found) == 1
@@ -87,6 +89,15 @@ def volume(driver: StoreDriver, content: bytes, owners: list[int]) -> None:
         if vid:
             data = content[index * SIZE : (index + 1) * SIZE]
             driver.create(data_oid(Vid(vid), index), SIZE, 0, data, v(3))
+
+
+def write_image(salvage: Salvage, path: Path) -> bool:
+    with path.open("wb") as file:
+        image = StreamImage(file.fileno())
+        header = salvage.find(b"web")
+        complete = salvage.write_volume(header, image)
+        image.finish(header.vdi_size)
+    return complete
 
 
 def test_a_volume_is_rebuilt_from_damaged_stores(tmp_path: Path) -> None:
@@ -115,10 +126,9 @@ def test_a_volume_is_rebuilt_from_damaged_stores(tmp_path: Path) -> None:
     said: list[str] = []
     salvage = Salvage([str(path) for path in paths], said.append)
     assert [(header.name, header.vdi_size) for header in salvage.volumes()] == [(b"web", VOLUME_BYTES)]
-    with (tmp_path / "image").open("w+b") as image:
-        assert salvage.write_volume(b"web", 0, image), said
-        with pytest.raises(UsageError, match="no volume"):
-            salvage.write_volume(b"other", 0, image)
+    with pytest.raises(UsageError, match="no volume other"):
+        salvage.find(b"other")
+    assert write_image(salvage, tmp_path / "image"), said
     assert (tmp_path / "image").read_bytes() == bytes(content[:VOLUME_BYTES])
     salvage.close()
 
@@ -131,8 +141,7 @@ def test_what_no_store_has_is_named(tmp_path: Path) -> None:
     flip(tmp_path / "obj" / f"{data_oid(VID, 3):016x}", 9 * 4096)
     (tmp_path / "obj" / f"{data_oid(VID, 4):016x}").unlink()
     salvage = Salvage([str(tmp_path)], lambda text: None)
-    with (tmp_path / "image").open("w+b") as image:
-        assert not salvage.write_volume(b"web", 0, image)
+    assert not write_image(salvage, tmp_path / "image")
     assert len(salvage.lost) == 2
     assert f"{data_oid(VID, 3):016x} (from byte {3 * SIZE}): blocks 9 are lost" in salvage.lost[0]
     salvage.close()

@@ -5,7 +5,7 @@ Nothing here imports the code of a command.
 
 from __future__ import annotations
 
-from sheepdog.tools.dog.more_commands import BENCHMARK, CLUSTER_SNAPSHOT, EXPORT, IMPORT, UPGRADE, VM
+from sheepdog.tools.dog.more_commands import BENCHMARK, CLUSTER_SNAPSHOT, EXPORT, IMPORT, STORE, UPGRADE, VM
 from sheepdog.tools.dog.options import Option
 from sheepdog.tools.dog.table import (
     BATCH,
@@ -371,4 +371,5 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmark": BENCHMARK,
     "upgrade": UPGRADE,
     "nbd": NBD,
+    "store": STORE,
 }

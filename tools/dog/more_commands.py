@@ -71,3 +71,27 @@ UPGRADE = (
         "<epoch file> <oid>",
     ),
 )
+_JOURNAL = Option("j", "journal", "the journals' directories, in the order of the stores (sheep -j dir=)", True)
+STORE = (
+    Command(
+        "check",
+        (_JOURNAL, *LAST, JSON),
+        "verify every block of the stores of sheep that do not run",
+        "store:check",
+        "<meta[,disk...]>...",
+    ),
+    Command(
+        "salvage",
+        (
+            Option("V", "vdi", "write this image to stdout (default: list the images)", True),
+            SNAPSHOT,
+            _JOURNAL,
+            RAW,
+            *LAST,
+            JSON,
+        ),
+        "get an image out of the stores of sheep that do not run",
+        "store:salvage",
+        "<meta[,disk...]>...",
+    ),
+)
