@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from struct import Struct
 from typing import Any, Protocol
 
 from sheepdog.cluster.core.commands import apply_command
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.fragments import Fragments, Key
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
-from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED, STATE_CHUNK_BYTES
+from sheepdog.cluster.core.join_rules import learn, refusal
+from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED
 from sheepdog.cluster.core.ports import (
     Clock,
     Delivery,
@@ -42,20 +43,16 @@ from sheepdog.cluster.core.ports import (
 )
 from sheepdog.cluster.core.state import (
     PROTOCOL_VERSION,
-    ClusterFlag,
     ClusterState,
     Status,
     member_from_json,
     member_to_json,
     node_key,
-    record_from_json,
     record_to_json,
 )
 
 Command = dict[str, Any]
 Answer = Callable[[Any], None]
-Key = tuple[bytes, int]  # a process: id and incarnation
-_FRAGMENT = Struct("<BIHH")  # kind (0 whole, 1 part), id, index, total
 
 
 class Listener(Protocol):
@@ -111,7 +108,7 @@ class ClusterMachine:
         self._answered: set[Key] = set()  # answered by this coordinator; membership tests only
         self._struck: set[Key] = set()  # members this node proposed to strike out; membership tests only
         self._history: list[tuple[int, Key, Command]] = []  # since attach, until joined
-        self._fragments: dict[tuple[Key, int], list[bytes]] = {}
+        self._fragments = Fragments()
         self._waiting: dict[int, Answer] = {}
         self._next_id = 0
         self._executing: Any = None
@@ -125,31 +122,8 @@ class ClusterMachine:
             self._next_id += 1
             command["id"] = self._next_id
             self._waiting[self._next_id] = answer
-        self._broadcast(json.dumps(command).encode())
-
-    def _broadcast(self, data: bytes) -> None:
-        if len(data) <= STATE_CHUNK_BYTES:
-            self._engine.broadcast(_FRAGMENT.pack(0, 0, 0, 1) + data)
-            return
-        self._next_id += 1
-        parts = [data[i : i + STATE_CHUNK_BYTES] for i in range(0, len(data), STATE_CHUNK_BYTES)]
-        for index, part in enumerate(parts):
-            self._engine.broadcast(_FRAGMENT.pack(1, self._next_id, index, len(parts)) + part)
-
-    def _whole(self, sender: Key, data: bytes) -> Command | None:
-        """The command that this delivery completes."""
-        kind, fragment, index, total = _FRAGMENT.unpack_from(data)
-        body = data[_FRAGMENT.size :]
-        if kind:
-            parts = self._fragments.setdefault((sender, fragment), [])
-            if index != len(parts):
-                return None  # the beginning was sent before this node attached
-            parts.append(body)
-            if len(parts) < total:
-                return None
-            body = b"".join(self._fragments.pop((sender, fragment)))
-        command: Command = json.loads(body)
-        return command
+        for part in self._fragments.cut(json.dumps(command).encode()):
+            self._engine.broadcast(part)
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -158,9 +132,9 @@ class ClusterMachine:
             self._on_view(event)
         elif isinstance(event, Delivery):
             sender = (event.sender.id, event.sender.incarnation)
-            command = self._whole(sender, event.data)
-            if command is not None:
-                self._on_command(event.sequence, sender, command)
+            data = self._fragments.whole(sender, event.data)
+            if data is not None:
+                self._on_command(event.sequence, sender, json.loads(data))
         elif isinstance(event, Suspended):
             self._listener.suspended(True, event.reason)
         elif isinstance(event, Resumed):
@@ -174,8 +148,7 @@ class ClusterMachine:
             key = _key(peer)
             self._accepted.pop(key, None)
             self._joins.pop(key, None)
-            for fragment in [name for name in self._fragments if name[0] == key]:
-                del self._fragments[fragment]
+            self._fragments.forget(key)
         mine = next((key for key in self._view if key[0] == _id_bytes(self.me)), None)
         if mine is None:
             return
@@ -263,8 +236,8 @@ class ClusterMachine:
             self._coordinate()
             return
         if kind in ("accept", "reject"):
-            if not self._is_expelled(sender):
-                self._on_verdict(sequence, command)
+            # Also of a coordinator that is expelled and does not know it yet: who has not joined cannot tell.
+            self._on_verdict(sequence, command)
         elif self.joined:
             self._apply(sender, command)
         else:
@@ -469,41 +442,6 @@ class ClusterMachine:
         if mine:
             self._executing = _name(head)
             self._listener.operation_due(head)
-
-
-def refusal(state: ClusterState, join: Command) -> str | None:
-    """Why a node may not join (cli.md 1.7); None when it may."""
-    if join["protocol"] != PROTOCOL_VERSION:
-        return f"it speaks version {join['protocol']} of the protocol between sheep, the cluster {PROTOCOL_VERSION}"
-    config = json.loads(join["config"]) if join["config"] is not None else None
-    if state.ctime and config is not None and config["ctime"] != state.ctime:
-        return "its store belongs to another cluster (different creation time)"
-    last = join["epochs"][-1][0] if join["epochs"] else 0
-    if state.status == Status.RUNNING and last > state.epoch:
-        return f"its epoch {last} is newer than the cluster's {state.epoch}"
-    storing = member_from_json(join["member"]).vnodes > 0
-    automatic = bool(state.flags & ClusterFlag.AUTO_VNODES)
-    if state.ctime and storing and join["fixed"] == automatic:
-        return "its vnodes are fixed (-V), the cluster's automatic" if automatic else "it has no fixed vnodes (-V)"
-    if state.status == Status.SHUTDOWN:
-        return "the cluster is shutting down"
-    return None
-
-
-def learn(state: ClusterState, join: Command) -> None:
-    """A waiting cluster takes over what a formatted joiner remembers, if it is newer."""
-    config = json.loads(join["config"])
-    epochs = [record_from_json(value) for value in join["epochs"]]
-    newest = epochs[-1].epoch if epochs else 0
-    term = max(state.term, config["term"])
-    if not state.ctime or newest > state.epoch:
-        for name, value in config.items():
-            setattr(state, name, value)
-        known = {record.epoch: record for record in state.epochs}
-        known.update({record.epoch: record for record in epochs})
-        state.epochs = [known[number] for number in sorted(known)]
-        state.members = state.weighted(state.members)
-    state.term = term
 
 
 def _places(members: tuple[Member, ...]) -> list[tuple[Any, ...]]:

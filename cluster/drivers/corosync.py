@@ -24,7 +24,8 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer
 from sheepdog.cluster.drivers import cpg
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
-from sheepdog.cluster.drivers.corosync_order import HEADER_BYTES, Order
+from sheepdog.cluster.drivers.corosync_messages import HEADER_BYTES
+from sheepdog.cluster.drivers.corosync_order import Order
 
 DEFAULT_GROUP = "sheepdog"
 MAX_GROUP_BYTES = 127  # cpg.h

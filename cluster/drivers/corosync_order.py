@@ -20,31 +20,28 @@ pending ones found the roster, in the order in which they announced themselves s
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from enum import Enum, IntEnum
-from struct import Struct, error
+from dataclasses import replace
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.drivers.corosync_messages import (
+    REFERENCE,
+    Kind,
+    Seat,
+    decode,
+    encode,
+    header,
+    parse,
+    seat_of,
+    seat_values,
+)
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
-FORMAT = 1  # of messages; others are ignored
 ROUNDS_NS = 200_000_000  # the token goes round a hundred times meanwhile; each time a daemon may ask for what it lacks
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
-_HEADER = Struct(">BBQQQ")  # format, kind, sender's incarnation, sender's counter, origin of its order (0: pending)
-_REFERENCE = Struct(">QQ")
-HEADER_BYTES = _HEADER.size
-
-
-class Kind(IntEnum):
-    JOIN = 1
-    ROSTER = 2
-    DATA = 3
-    ACK = 4  # of a message and of all before it
-    BEAT = 5  # comes back to its sender: it still is in the ring
 
 
 class Ring(NamedTuple):
@@ -76,15 +73,6 @@ class Verdict(Enum):
     NO = "not quorate"
     OPEN = "not known yet"
     LOST = "another order may have gone on"
-
-
-@dataclass(slots=True)
-class Seat:
-    """A member. `established`: it has the roster."""
-
-    peer: Peer
-    lease_ns: int
-    established: bool
 
 
 Item: TypeAlias = "Ring | Change | tuple[Process, bytes]"
@@ -168,7 +156,7 @@ class Order:
         """Asks for a lease."""
         self._counter += 1
         self._beats[self._counter] = self._now_ns()
-        self._send(_HEADER.pack(FORMAT, Kind.BEAT, self.me.incarnation, self._counter, self.origin))
+        self._send(header(Kind.BEAT, self.me.incarnation, self._counter, self.origin))
 
     def advance(self) -> None:
         """Handles what has come in, as far as may be; to be called after any of the above."""
@@ -203,8 +191,7 @@ class Order:
         if self._to_ack is not None and not self.lost:
             reference, self._to_ack = self._to_ack, None
             if any(process.node != self._process.node for process in self._present):
-                header = _HEADER.pack(FORMAT, Kind.ACK, self.me.incarnation, 0, self.origin)
-                self._send(header + _REFERENCE.pack(*reference))
+                self._send(header(Kind.ACK, self.me.incarnation, 0, self.origin) + REFERENCE.pack(*reference))
 
     def suspend(self, reason: str) -> None:
         """Until `resume`, or until the present doubt about the ring is over."""
@@ -322,31 +309,29 @@ class Order:
             return
         self.resume()
         values = {
-            **self._seat_values(Seat(self.me, self._lease_ns, False)),
+            **seat_values(Seat(self.me, self._lease_ns, False)),
             "ring": self._ring.sequence,
             "present": sorted(self._present),
         }
-        self._order(Kind.JOIN, _encode(values, self._attempt))
+        self._order(Kind.JOIN, encode(values, self._attempt))
 
     # --- messages --------------------------------------------------------------------------------------------------
 
     def _order(self, kind: Kind, body: bytes) -> None:
         self._counter += 1
-        self._send(_HEADER.pack(FORMAT, kind, self.me.incarnation, self._counter, self.origin) + body)
+        self._send(header(kind, self.me.incarnation, self._counter, self.origin) + body)
 
     def _on_data(self, process: Process, data: bytes) -> None:
-        try:
-            form, number, incarnation, counter, origin = _HEADER.unpack_from(data)
-            kind = Kind(number)
-        except (error, ValueError):
+        parsed = parse(data)
+        if parsed is None:
             return
-        body = data[_HEADER.size :]
-        if form != FORMAT or (self.established and origin not in (0, self.origin)):
+        kind, incarnation, counter, origin, body = parsed
+        if self.established and origin not in (0, self.origin):
             return  # of another order: its members are lost, and do not know it yet
         if kind == Kind.BEAT:
             self._on_beat(incarnation, counter)
         elif kind == Kind.ACK:
-            position = self._references.get(_REFERENCE.unpack(body))
+            position = self._references.get(REFERENCE.unpack(body))
             if position is not None:
                 self._acked[process.node] = max(self._acked.get(process.node, 0), position)
         else:
@@ -371,11 +356,11 @@ class Order:
     def _while_pending(self, message: Ordered) -> bool:
         """True for a message that does not go into the queue: what comes after our last JOIN does."""
         if message.kind == Kind.JOIN:
-            values, attempt = _decode(message.body)
+            values, attempt = decode(message.body)
             known = [Process(*process) for process in values["present"]]
             if values["ring"] == self._ring.sequence and known == sorted(self._present):
                 # Sent by one that knew this ring to be quorate, and was pending when the group was as it is now.
-                self._announced[message.process] = self._seat(values)
+                self._announced[message.process] = seat_of(values)
             if message.process == self._process and attempt == self._attempt:
                 self._clear_queue()
             if self._process in self._present and all(process in self._announced for process in self._present):
@@ -383,7 +368,7 @@ class Order:
                 return True
             return message.process == self._process
         if message.kind == Kind.ROSTER:
-            values, attempt = _decode(message.body)
+            values, attempt = decode(message.body)
             if Process(*values["for"]) == self._process:
                 if attempt == self._attempt:
                     self._adopt(values)
@@ -414,7 +399,7 @@ class Order:
         self.established = self._clear = True
         self._whole = self._ring.nodes
         self._sequence, self.origin = values["sequence"], values["origin"]
-        self._roster = {Process(*row["process"]): self._seat(row) for row in values["members"]}
+        self._roster = {Process(*row["process"]): seat_of(row) for row in values["members"]}
         self._roster[self._process].established = True
         self._announced.clear()
         self._emit_event(View(self._sequence, self._peers(), (self.me,), ()))
@@ -478,7 +463,7 @@ class Order:
         if seat is None or seat.peer.incarnation != message.incarnation:
             return
         if message.kind == Kind.ROSTER:
-            values, _ = _decode(message.body)
+            values, _ = decode(message.body)
             newcomer = self._roster.get(Process(*values["for"]))
             if newcomer is not None:
                 newcomer.established = True
@@ -487,8 +472,8 @@ class Order:
             self._emit_event(Delivery(self._sequence, seat.peer, message.body))
 
     def _on_join(self, message: Ordered) -> None:
-        values, attempt = _decode(message.body)
-        process, seat = message.process, self._seat(values)
+        values, attempt = decode(message.body)
+        process, seat = message.process, seat_of(values)
         self._coming.pop(process, None)
         if any(other.peer.id == seat.peer.id and which != process for which, other in self._roster.items()):
             return  # a twin waits until the other one is gone
@@ -498,9 +483,9 @@ class Order:
             self._take_seat(process, seat)
         able = (which for which, other in self._roster.items() if other.established and which != process)
         if next(able, None) == self._process:
-            rows = [{"process": which, **self._seat_values(other)} for which, other in self._roster.items()]
+            rows = [{"process": which, **seat_values(other)} for which, other in self._roster.items()]
             roster = {"for": process, "sequence": self._sequence, "origin": self.origin, "members": rows}
-            self._order(Kind.ROSTER, _encode(roster, attempt))
+            self._order(Kind.ROSTER, encode(roster, attempt))
 
     def _remove(self, gone: Gone) -> None:
         seats = [self._roster.pop(process) for process in gone.processes if process in self._roster]
@@ -511,30 +496,3 @@ class Order:
         grace_ns = 0 if gone.proven else max(seat.lease_ns for seat in seats) * GRACE_PERCENT // 100
         self._sequence += 1
         self._emit_event(View(self._sequence, self._peers(), (), tuple(seat.peer for seat in seats), grace_ns))
-
-    # --- encoding --------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _seat_values(seat: Seat) -> dict[str, Any]:
-        peer = seat.peer
-        return {
-            "id": peer.id.hex(),
-            "incarnation": peer.incarnation,
-            "payload": peer.payload.hex(),
-            "lease": seat.lease_ns,
-            "established": seat.established,
-        }
-
-    @staticmethod
-    def _seat(values: dict[str, Any]) -> Seat:
-        peer = Peer(bytes.fromhex(values["id"]), values["incarnation"], bytes.fromhex(values["payload"]))
-        return Seat(peer, values["lease"], values["established"])
-
-
-def _encode(values: dict[str, Any], attempt: int) -> bytes:
-    return json.dumps([values, attempt]).encode()
-
-
-def _decode(body: bytes) -> tuple[dict[str, Any], int]:
-    values, attempt = json.loads(body)
-    return values, attempt

@@ -14,11 +14,9 @@ may write, whereas reads and pings are answered by servers that are cut off.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import random
-import socket
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -29,9 +27,8 @@ from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.cluster.core.limits import LEASE_NS
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
-from sheepdog.cluster.drivers.zookeeper_argument import parse
+from sheepdog.cluster.drivers.zookeeper_argument import own_address, parse
 from sheepdog.cluster.drivers.zookeeper_client import (
-    BadVersionError,
     Client,
     Connection,
     KazooException,
@@ -41,6 +38,7 @@ from sheepdog.cluster.drivers.zookeeper_client import (
     Unreachable,
     ZnodeStat,
 )
+from sheepdog.cluster.drivers.zookeeper_collect import shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
     MAX_ENTRY_MESSAGES,
     MESSAGE_OVERHEAD_BYTES,
@@ -97,23 +95,7 @@ class ZooKeeperDriver:
 
     def local_address(self) -> str | None:
         """The address by which this host talks to the servers: the other members reach it there, too."""
-        problem: OSError | None = None
-        for server in self._servers.split(","):
-            host, _, port = server.rpartition(":")
-            try:
-                found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
-                family, _, _, _, target = found[0]
-                with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                    probe.connect(target)  # sends nothing: the kernel chooses a route
-                    address: str = probe.getsockname()[0]
-            except OSError as error:
-                problem = error
-                continue
-            if not (address == "::1" or address.startswith("127.")):
-                return address
-        if problem is not None:  # the network is not up yet, or names are not resolved
-            raise UsageError(f"zookeeper driver: {self._servers}: {problem.strerror}; -y ADDRESS tells it who it is")
-        return None
+        return own_address(self._servers)
 
     # --- attaching -------------------------------------------------------------------------------------------------
 
@@ -435,36 +417,12 @@ class ZooKeeperDriver:
             if next(iter(self._roster.members), 0) != self._me.incarnation:
                 self._checkpoint = self._position - CHECKPOINT_ENTRIES // 2  # look again a little later
                 continue
+            position = self._position
             try:
-                await self._collect()
+                if await shorten(self._there, self._base, position, self._roster.encode(position)):
+                    self._checkpoint = position
             except Unreachable:
                 await self._up.wait()
-
-    async def _collect(self) -> None:
-        client, path = self._there, f"{self._base}/checkpoint"
-        position, data = self._position, self._roster.encode(self._position)
-        try:
-            old, stat = await client.get(path)
-            if Roster.decode(old)[1] < position:
-                await client.set(path, data, stat.version)
-        except NoNodeError:
-            with contextlib.suppress(NodeExistsError):
-                await client.create(path, data)
-            return  # the next round finds it
-        except BadVersionError:
-            return  # somebody else is at it
-        self._checkpoint = position
-        keep = position
-        for name in await client.children(f"{self._base}/members"):
-            with contextlib.suppress(NoNodeError):
-                data, _ = await client.get(f"{self._base}/members/{name}")
-                read_up_to = json.loads(data)["position"]
-                if read_up_to is None:
-                    return
-                keep = min(keep, read_up_to)
-        for name in await client.children(f"{self._base}/queue"):
-            if (int(name.removeprefix("e-")) - keep) % (1 << 32) >= 1 << 31:  # the counter has 32 bits
-                await client.delete(f"{self._base}/queue/{name}")
 
     # --- the end ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from sheepdog.cluster.core.errors import UsageError
 
 DEFAULT_BASE = "/sheepdog"
@@ -41,3 +43,24 @@ def parse(argument: str) -> tuple[str, str, int]:
             "-c zookeeper:HOST:PORT[,HOST:PORT...][/CLUSTER_ID][,timeout=MS]"
         )
     return ",".join(listed), base, timeout_ms
+
+
+def own_address(servers: str) -> str | None:
+    """The address by which this host talks to the servers; None if that is its loopback. UsageError: not known now."""
+    problem: OSError | None = None
+    for server in servers.split(","):
+        host, _, port = server.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+            family, _, _, _, target = found[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(target)  # sends nothing: the kernel chooses a route
+                address: str = probe.getsockname()[0]
+        except OSError as error:
+            problem = error
+            continue
+        if not (address == "::1" or address.startswith("127.")):
+            return address
+    if problem is not None:  # the network is not up yet, or names are not resolved
+        raise UsageError(f"zookeeper driver: {servers}: {problem.strerror}; -y ADDRESS tells it who it is")
+    return None

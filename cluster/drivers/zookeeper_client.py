@@ -29,6 +29,7 @@ from kazoo.protocol.states import KazooState, ZnodeStat
 from kazoo.retry import KazooRetry
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # between rounds over all servers: an election takes about a second
+RETRY_PART = 4  # of a session: several rounds must fit, since servers that come back all at once count it from then on
 UNSIGNED = (1 << 64) - 1  # sessions are numbers with a sign in Java
 
 __all__ = [
@@ -73,7 +74,9 @@ class Client:
         self._kazoo = KazooClient(
             servers,
             timeout=timeout_s,
-            connection_retry=KazooRetry(max_tries=-1, delay=RETRY_FIRST_S, max_delay=RETRY_MAX_S, backoff=2),
+            connection_retry=KazooRetry(
+                max_tries=-1, delay=RETRY_FIRST_S, max_delay=min(RETRY_MAX_S, timeout_s / RETRY_PART), backoff=2
+            ),
             logger=_quiet,
         )
         self._kazoo.add_listener(self._changed)

@@ -5,7 +5,10 @@ With `--coded`: six nodes, 4:2, without syncs, and the same cluster's own three 
 Prints for each workload operations (or bytes) per second and the CPU time of all daemons per operation: medians of
 several runs. The second figure is the one to compare: the first drifts with whatever else the machine does.
 
-    python -m tests.bench.run [--durable | --coded] [--runs N] [--seconds S] [--only TEXT] [--no-load]
+With `--administration`: what `dog` commands cost, with up to a thousand volumes and snapshots.
+
+    python -m tests.bench.run [--durable | --coded | --administration] [--runs N] [--seconds S] [--only TEXT]
+                              [--no-load]
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from tests.bench import load
+from tests.bench import administration, load
 from tests.support.cluster import Cluster, started
 from tests.support.processes import run
 
@@ -28,7 +31,6 @@ NODES = 3
 CODED_NODES = 6
 KIB, MIB = 1 << 10, 1 << 20
 VOLUME_BYTES = 256 * MIB
-TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 FIRST_COUNT = 64  # requests of the run that finds out how many fill the wanted time
 QEMU_IMG = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog") / "bin/qemu-img"
 
@@ -101,12 +103,7 @@ class Bench:
 
     def cpu_seconds(self) -> float:
         """User and system time of all daemons so far."""
-        ticks = 0
-        for node in range(self.cluster.count):
-            for pid in self.cluster.pids(node):
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks * TICK_SECONDS
+        return administration.cpu_seconds(self.cluster)
 
     def once(self, work: Workload, count: int) -> Result:
         name = self.name
@@ -165,13 +162,14 @@ def measure_coded(cluster: Cluster, runs: int, seconds: float, only: str) -> Non
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench ARGS='...'", description="Measure three nodes with three copies.")
     parser.add_argument("--coded", action="store_true", help="six nodes and a volume of 4:2")
+    parser.add_argument("--administration", action="store_true", help="the cost of dog commands")
     parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
     arguments = parser.parse_args()
-    if not QEMU_IMG.exists():
+    if not QEMU_IMG.exists() and not arguments.administration:
         print(f"{QEMU_IMG} is missing: make qemu52 builds it", file=sys.stderr)
         return 1
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
@@ -181,6 +179,9 @@ def main() -> int:
         cluster = Cluster(nodes, directory, options=() if arguments.durable else ("-n",))
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
+        if arguments.administration:
+            administration.measure(cluster)
+            return 0
         if arguments.coded:
             measure_coded(cluster, arguments.runs, arguments.seconds, arguments.only)
             return 0

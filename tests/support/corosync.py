@@ -59,13 +59,14 @@ class Daemon:
 
     def start(self) -> None:
         assert self.process is None
+        # In a chroot `/` is no mount point: there the mounts stay as they are, which are private unless systemd ran.
         script = (
-            "mount --make-rprivate / && mount -t tmpfs tmpfs /run"
+            "mount --make-rprivate / 2>/dev/null; mount -t tmpfs tmpfs /run"
             f" && exec corosync -f -c {self.directory}/corosync.conf"
         )
         with open(self.directory / "output", "ab") as output:
             self.process = subprocess.Popen(
-                [*self.enter, "unshare", "--mount", "sh", "-c", script],
+                [*self.enter, "unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -79,9 +80,14 @@ class Daemon:
         return values.get("Quorate", "").strip() == "Yes", int(values.get("Total votes", "0"))
 
     def wait_votes(self, votes: int) -> float:
-        return wait_until(
-            lambda: self.quorum() == (True, votes), START_SECONDS, f"corosync {self.number} has {votes} votes\n", 0.1
-        )
+        def there() -> bool:
+            assert self.process is not None and self.process.poll() is None, self.output()
+            return self.quorum() == (True, votes)
+
+        try:
+            return wait_until(there, START_SECONDS, f"corosync {self.number} has {votes} votes", 0.1)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output()}") from None
 
     def output(self) -> str:
         texts = [path.read_text(errors="replace") for path in sorted(self.directory.glob("[lo]*")) if path.is_file()]

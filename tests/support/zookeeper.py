@@ -160,7 +160,14 @@ class Ensemble:
         """The server that leads (a single one leads itself)."""
         if len(self.servers) == 1:
             return self.servers[0]
-        return next(server for server in self.servers if server.process is not None and server.is_leader())
+        found: list[Server] = []
+
+        def look() -> bool:
+            found.extend(server for server in self.servers if server.process is not None and server.is_leader())
+            return bool(found)
+
+        wait_until(look, START_SECONDS, "the ensemble has a leader", 0.05)
+        return found[0]
 
     def close(self) -> None:
         try:

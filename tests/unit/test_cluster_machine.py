@@ -135,7 +135,9 @@ class Process:
         self.due.append(operation)
 
     def operation_ended(self, operation: Command) -> None:
-        self.ended.append(operation["operation"])
+        done = operation["operation"]
+        assert (done["owner"], done["number"]) in self.world.executed, "an operation has ended that nobody executed"
+        self.ended.append(done)
 
     def state_changed(self, command: Command) -> None:
         self._remember()
@@ -176,6 +178,7 @@ class Process:
         outcome: Command = {"t": "commit", "operation": name, "changes": {}, "result": 0}
         if operation["op"] == "load":
             outcome["changes"] = {"table": {"records": [], "attributes": []}}
+        self.world.executed.add((operation["owner"], operation["number"]))
         self.machine.propose(outcome)
         return True
 
@@ -189,6 +192,7 @@ class World:
         self.dying: list[Process] = []  # killed; the engine has not noticed
         self.states: dict[int, str] = {}
         self.numbers = 0
+        self.executed: set[tuple[str, int]] = set()
         self.formats = 0
         self.happened: dict[str, int] = {}
 
@@ -325,12 +329,16 @@ class World:
                 process = self.processes[number]
                 if process is None or not process.alive or process.refusal:
                     self.start(number)
-            moved = True
-            while moved:
-                moved = False
-                for process in self.processes:
-                    moved |= self._move(process)
+            self.run()
         return [process for process in self.processes if process is not None]
+
+    def run(self) -> None:
+        """Everything that is on its way arrives."""
+        moved = True
+        while moved:
+            moved = False
+            for process in self.processes:
+                moved |= self._move(process)
 
     def _move(self, process: Process | None) -> bool:
         if process is None:
@@ -415,6 +423,36 @@ def test_planted_bugs_are_found(plant: Callable[[pytest.MonkeyPatch], None], mon
     with pytest.raises(AssertionError):
         for seed in range(300):
             check_the_end(play(seed))
+
+
+def test_the_last_verdict_of_an_expelled_coordinator_counts_alike_for_all() -> None:
+    """It lets somebody in, and is expelled before that: who is let in knows nothing of expulsions yet."""
+    world = World(Random(1))
+    for number in range(NODES):
+        world.start(number)
+    coordinator, other, *_ = world.settle()
+    world.format(other)
+    world.run()
+    assert coordinator.machine.is_coordinator()
+    world.kill(NODES - 1)
+    world.engine.strike(world.dying.pop())
+    world.run()
+    world.start(NODES - 1)
+    newcomer = world.processes[NODES - 1]
+    assert newcomer is not None
+    while newcomer.step():
+        pass
+    assert world.engine.accept(newcomer)
+    while coordinator.step():
+        pass
+    state = other.machine.state
+    who = [node_key(coordinator.node), coordinator.peer.incarnation]
+    other.machine.propose({"t": "expel", "who": who, "epoch": state.epoch, "time": 1})
+    assert world.engine.accept(other)
+    assert world.engine.accept(coordinator), "its verdict about the newcomer comes right after its expulsion"
+    world.run()
+    assert newcomer.machine.joined
+    check_the_end(world)
 
 
 def test_large_commands_arrive_whole() -> None:
