@@ -75,7 +75,7 @@ class Disk(NamedTuple):
 # -- requests of no fields of their own
 
 
-DETAILS_SIZE = 4096  # of what a node says of itself: some words
+DETAILS_SIZE = 1 << 18  # of what a node says of itself or of an object: names of thousands of nodes
 
 
 def plain(connection: Connection, opcode: Opcode, payload: bytes = b"", limit: int = 0, flags: int = 0) -> Buffer:
@@ -135,9 +135,18 @@ def node_details(connection: Connection) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def format_cluster(connection: Connection, fields: wire.ClusterRequest, store: str) -> None:
+def object_details(connection: Connection, oid: ObjectId, epoch: int) -> dict[str, Any]:
+    """What the node holds of an object (core.health.object_report)."""
+    import json
+
+    header = object_request(Opcode.OBJECT_DETAILS, oid, length=DETAILS_SIZE, epoch=epoch)
+    found: dict[str, Any] = json.loads(bytes(connection.call(header, limit=DETAILS_SIZE).data))
+    return found
+
+
+def format_cluster(connection: Connection, fields: wire.ClusterRequest, store: str, recovery_delay_s: int = 0) -> None:
     """MAKE_FS with the fields given; version, opcode and payload are filled in here."""
-    payload = store.encode() + b"\0"
+    payload = store.encode() + b"\0" + (recovery_delay_s.to_bytes(4, "little") if recovery_delay_s else b"")
     fields = fields._replace(
         version=protocol_version(Opcode.MAKE_FS), opcode=Opcode.MAKE_FS, flags=Flags.WRITE, data_length=len(payload)
     )

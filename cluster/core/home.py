@@ -192,6 +192,22 @@ class Home:
         """Members whose inventory has not come yet."""
         return [] if self.active else [self._placement.nodes[i] for i in self._inventories.missing_members()]
 
+    @property
+    def lost(self) -> int:
+        """Objects of which no member has a current copy."""
+        return len(self._lost)
+
+    @property
+    def knows_all(self) -> bool:
+        """False: there may be objects of which nobody here has heard; requests for unknown ones fail."""
+        return self._knows_all or not self.active
+
+    def state_of(self, oid: ObjectId) -> str:
+        """What a request for the object meets here: clean, recovering, lost, peering."""
+        if not self.active:
+            return "peering"
+        return "lost" if oid in self._lost else "recovering" if self.recovery.knows(oid) else "clean"
+
     def _settle(self) -> None:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
         complete = self._inventories.complete

@@ -288,6 +288,7 @@ class ClusterMachine:
         if len(others) < len(state.members):  # back before it was struck out
             state.vdis.unlock_node(node_key(member.id))
         state.members = state.weighted([*others, member])
+        state.note_return(member.id)
         if state.status == Status.RUNNING:
             self._new_epoch(time_s, quiet)
             return
@@ -308,6 +309,7 @@ class ClusterMachine:
         state.status = Status.RUNNING
         state.term += 1
         state.loaded = False
+        state.away = []  # with everybody back, or given up by an administrator, there is nobody to wait for
         state.queue = [{"op": "load", "owner": "", "number": 0}]
         if _places(state.members) != _places(state.epochs[-1].members):
             self._new_epoch(time_s, quiet)
@@ -364,6 +366,7 @@ class ClusterMachine:
         state.members = state.weighted([member for member in state.members if member not in gone])
         for member in gone:
             state.vdis.unlock_node(node_key(member.id))
+        state.note_leave(gone, command["time"])
         if state.status == Status.RUNNING:
             self._new_epoch(command["time"], quiet)
 
@@ -385,6 +388,7 @@ class ClusterMachine:
         state.expelled = [*state.expelled, command["who"]][-MAX_EXPELLED:]
         state.members = state.weighted([one for one in state.members if one != member])
         state.vdis.unlock_node(node_key(member.id))
+        state.note_leave([member], command["time"])
         if not quiet:
             self._log(4, f"{member.id} was expelled: it did not answer")
             self._listener.expelled(member)
@@ -401,6 +405,7 @@ class ClusterMachine:
             shift=command["shift"],
             flags=command["flags"],
             store_name=command["store_name"],
+            recovery_delay_s=command.get("recovery_delay_s", 0),
             era=state.era + 1,
             term=1,
             loaded=True,

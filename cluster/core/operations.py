@@ -198,7 +198,15 @@ class Operations:
         self._once_loaded(command, done)
 
     def format(
-        self, ctime: int, copies: int, policy: int, flags: int, shift: int, store_name: str, done: ResultDone
+        self,
+        ctime: int,
+        copies: int,
+        policy: int,
+        flags: int,
+        shift: int,
+        store_name: str,
+        done: ResultDone,
+        recovery_delay_s: int = 0,
     ) -> None:
         """MAKE_FS: everything is wiped, epoch 1 begins; done when this node's part of it is durable."""
         if store_name not in STORE_NAMES:
@@ -216,6 +224,7 @@ class Operations:
             "flags": flags,
             "shift": shift or DEFAULT_SHIFT,
             "store_name": store_name,
+            "recovery_delay_s": recovery_delay_s,
             "time": self._context.clock.wall_ns() // 1_000_000_000,
         }
         self._context.machine.propose(command, done)

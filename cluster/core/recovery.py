@@ -2,18 +2,23 @@
 
 What client requests wait for comes first, then the objects with the fewest current copies. An object is restored
 to all its replicas before it is clean; surplus copies are dropped only then.
+
+Where the cluster gives nodes time to come back (format --recovery-delay), an object that is short of one copy only, on
+a node that has none yet, waits until then. It is read meanwhile; a write has it restored at once, so that whatever is
+acknowledged is on all its replicas.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
-from sheepdog.cluster.core.limits import RECOVERY_PULLS, RECOVERY_RETRY_NS
+from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 
@@ -31,6 +36,8 @@ class Recovery:
         self._fence = context.fence
         self._jobs: dict[ObjectId, Job] = {}
         self._queue: deque[ObjectId] = deque()
+        self._delayed: list[ObjectId] = []  # begun when the nodes that are away have had their time
+        self._delayed_until_ns = 0
         self._running = 0
         self._begun = False
         self._pausing = False
@@ -51,8 +58,44 @@ class Recovery:
         """Peering is over; starts restoring, the objects with the fewest current copies first."""
         self._begun = True
         self.total = len(self._jobs)
-        self._queue.extend(sorted(self._jobs, key=lambda oid: (self._jobs[oid].rank, oid)))
+        self._jobs = dict(sorted(self._jobs.items(), key=lambda item: (item[1].rank, item[0])))
+        wait_ns = self._context.state.recovery_wait_ns(self._context.clock.wall_ns())
+        if wait_ns:
+            self._delayed = [oid for oid, job in self._jobs.items() if job.may_wait]
+            self._delayed_until_ns = self._context.clock.now_ns() + wait_ns
+            self._context.clock.after(wait_ns, self._end_delay)
+        late = frozenset(self._delayed)
+        self._queue.extend(oid for oid in self._jobs if oid not in late)
         self.run()
+
+    def _end_delay(self) -> None:
+        if self._context.fence == self._fence:
+            self._context.probe("recovery.delay_ended")
+            self._queue.extend(self._delayed)
+            self._delayed = []
+            self.run()
+
+    def waits_ns(self) -> int:
+        """So long some objects still wait for nodes that are away."""
+        waiting = any(oid in self._jobs for oid in self._delayed)
+        return max(0, self._delayed_until_ns - self._context.clock.now_ns()) if waiting else 0
+
+    def sole(self) -> dict[str, int]:
+        """By node: how many objects would have no current copy left without it. Of very many, the neediest count."""
+        counts: dict[str, int] = {}
+        for job in islice(self._jobs.values(), HEALTH_JOBS):
+            for member in job.essential(self._placement.replicas(job.oid)):
+                node = str(self._placement.nodes[member])
+                counts[node] = counts.get(node, 0) + 1
+        return counts
+
+    def full(self) -> int:
+        """Objects that cannot be restored, and are refused writes, because some node has no space."""
+        return sum(job.full for job in islice(self._jobs.values(), HEALTH_JOBS))
+
+    def knows(self, oid: ObjectId) -> bool:
+        """The object is not clean."""
+        return oid in self._jobs
 
     def is_full(self, oid: ObjectId) -> bool:
         """A replica of the object could not be restored for want of space: writes are refused meanwhile."""

@@ -62,6 +62,16 @@ class Job:
         """How many may be lost before the object is: the smallest is restored first."""
         return len(self.sources)
 
+    @property
+    def may_wait(self) -> bool:
+        """One copy is missing altogether, the others are current."""
+        return len(self.targets) == 1 and not self.stale and not self.repair
+
+    def essential(self, replicas: Sequence[int]) -> list[int]:
+        """Members without which nothing current would be left."""
+        holders = [member for member in self.sources or replicas if member not in self.targets]
+        return holders if len(holders) == 1 else []
+
     def holds_read(self, me: int) -> bool:
         """A read must wait: for the home's own copy, and until no replica has an older one (see Recovery.holds)."""
         return me in self.targets or bool(self.stale)
@@ -129,6 +139,15 @@ class StripJob(Job):
     @property
     def rank(self) -> int:
         return len(self.holders) + len(self.agree) - self._policy.data
+
+    @property
+    def may_wait(self) -> bool:
+        return len(self.holders) >= self._policy.strips - 1 and not (self.agree or self.stale or self.repair)
+
+    def essential(self, replicas: Sequence[int]) -> list[int]:
+        if self.rank > 0:
+            return []
+        return [*self.holders.values(), *(member for _, member in self.agree)]
 
     def holds_read(self, me: int) -> bool:
         return bool(self.agree or self.stale) or len(self.holders) < self._policy.data

@@ -7,7 +7,7 @@ A ring never changes; each epoch has its own.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Final
 
@@ -54,6 +54,18 @@ class Ring:
             self._cache.clear()  # filling it again is cheaper than keeping an order of use on every hit
         placed = self._cache[key] = self._place(object_hash(oid), min(copies, self.zones))
         return placed
+
+    def walk(self, oid: ObjectId, copies: int) -> Iterator[tuple[int, int, bool]]:
+        """Why these nodes: (point, member at it, takes a copy) from the object's own point on, until all are taken."""
+        left, start = list(self.replicas(oid, copies)), bisect_left(self._points, object_hash(oid))
+        for step in range(len(self._points)):
+            if not left:
+                return
+            position = (start + step) % len(self._points)
+            owner = self._owners[position]
+            yield self._points[position], owner, owner == left[0]
+            if owner == left[0]:
+                left.pop(0)
 
     def _place(self, point: int, copies: int) -> tuple[int, ...]:
         owners = self._owners

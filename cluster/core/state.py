@@ -54,6 +54,7 @@ class ClusterState:
     flags: int = ClusterFlag.AUTO_VNODES
     store_name: str = ""
     disable_recovery: bool = False
+    recovery_delay_s: int = 0  # so long a node that left may come back before others take over what it held
     era: int = 0  # counts formats: epochs begin again at 1 with each
     forced: int = 0  # epochs before this one are not waited for any more (cluster recover force)
     term: int = 0  # raised at every start of the cluster
@@ -63,6 +64,7 @@ class ClusterState:
     loaded: bool = False  # the VDI table has been collected since the start
     expelled: list[list[Any]] = field(default_factory=list)  # [node, incarnation] of those that must not be heard
     queue: list[dict[str, Any]] = field(default_factory=list)  # ordered operations; the first one runs
+    away: list[list[Any]] = field(default_factory=list)  # [node, Unix time of its leave] of those that may come back
 
     @property
     def epoch(self) -> Epoch:
@@ -90,6 +92,24 @@ class ClusterState:
         present = {member.id for member in self.members}
         return [member.id for member in self.epochs[-1].members if member.id not in present] if self.epochs else []
 
+    def note_leave(self, members: Sequence[Member], time_s: int) -> None:
+        """Storing members left; recovery waits for them as long as it was told to when the cluster was formatted."""
+        left = [[node_key(member.id), time_s] for member in members if member.vnodes]
+        names = [key for key, _ in left]
+        known = [one for one in self.away if one[0] not in names and one[1] + self.recovery_delay_s > time_s]
+        self.away = [*known, *left] if self.recovery_delay_s else []
+
+    def note_return(self, node: NodeId) -> None:
+        self.away = [one for one in self.away if one[0] != node_key(node)]
+
+    def recovery_wait_ns(self, wall_ns: int) -> int:
+        """So long recovery still waits for nodes that are away; `wall_ns` is Unix time."""
+        ends_s = max((time_s + self.recovery_delay_s for _, time_s in self.away), default=0)
+        return min(max(0, ends_s * 1_000_000_000 - wall_ns), self.recovery_delay_s * 1_000_000_000)
+
+    def away_nodes(self) -> list[NodeId]:
+        return [node_from_key(key) for key, _ in self.away]
+
     def weighted(self, members: Sequence[Member]) -> tuple[Member, ...]:
         """The members with the vnodes that the strategy gives them, ascending by id (protocol.md 10.2)."""
         ordered = sorted(members, key=lambda member: member.id)
@@ -110,6 +130,7 @@ class ClusterState:
                 "flags": int(self.flags),
                 "store_name": self.store_name,
                 "disable_recovery": self.disable_recovery,
+                "recovery_delay_s": self.recovery_delay_s,
                 "era": self.era,
                 "term": self.term,
                 "forced": self.forced,
@@ -132,6 +153,7 @@ class ClusterState:
             "loaded": self.loaded,
             "expelled": self.expelled,
             "queue": self.queue,
+            "away": self.away,
         }
         return zlib.compress(json.dumps(values).encode()).decode("latin-1")
 

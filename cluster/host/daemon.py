@@ -101,6 +101,7 @@ class Daemon:
         self._log = logs.write
         self._loop = new_loop(self._log)
         self._status = 1
+        self._failed_disks: list[str] = []  # since the start
         self._serving = False  # clients are let in once this node has joined
         self._ending: asyncio.Future[None] = self._loop.create_future()
         self._pid_file: lifecycle.PidFile | None = None
@@ -160,7 +161,9 @@ class Daemon:
             node.context.throttle = (throttle.objects, throttle.interval_ms * 1_000_000)
         node.on_exit = self._end
         node.on_lost = self._on_lost
-        requests = Requests(node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._objects))
+        requests = Requests(
+            node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._objects, self._failed_disks)
+        )
         self._clients = Clients(
             self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log
         )
@@ -301,6 +304,7 @@ class Daemon:
         self.node.stop(lambda: self._end(0, signal_name))
 
     def _disk_failed(self, directory: str, reason: str, last: bool) -> None:
+        self._failed_disks.append(directory)
         if last:
             self._log(2, f"{directory} failed and is out of service: {reason}; leaving the cluster")
             self._end(1, "the disk failed")

@@ -177,12 +177,12 @@ class SimCluster:
             if not machine.up:
                 self.world.after(random.randrange(spread_ns), machine.start)
 
-    def format(self, copies: int, flags: int = 4) -> None:
+    def format(self, copies: int, flags: int = 4, recovery_delay_s: int = 0) -> None:
         """Waits until all machines have joined, then formats."""
         self.world.run_until(self.all_joined, HEALTH_LIMIT_NS, "all nodes join")
         results: list[int] = []
         node = self.machines[0].node
-        node.operations.format(WALL_START_NS, copies, 0, flags, 20, "plain", results.append)
+        node.operations.format(WALL_START_NS, copies, 0, flags, 20, "plain", results.append, recovery_delay_s)
         self.world.run_until(lambda: bool(results), HEALTH_LIMIT_NS, "format")
         assert results == [0], results
         self.world.run_until(self.healthy, HEALTH_LIMIT_NS, "health after format")

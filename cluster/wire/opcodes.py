@@ -84,7 +84,8 @@ class Opcode(IntEnum):
     SET_RECOVERY = 0xCB
     SET_VNODES = 0xCC
     GET_VNODES = 0xCD
-    NODE_DETAILS = 0xE0  # ours: what a node says of itself, as JSON
+    NODE_DETAILS = 0xE0  # ours, as the next: what a node says of itself, as JSON (core.health)
+    OBJECT_DETAILS = 0xE1  # ... and of its copies of one object
 
 
 OBJECT_IO: Final = frozenset(
@@ -132,6 +133,7 @@ SERVED_WHILE_WAITING: Final = frozenset(
         Opcode.READ_DEL_VDIS,
         Opcode.GET_RECOVERY,
         Opcode.SET_RECOVERY,
+        Opcode.NODE_DETAILS,
     )
 )
 """Operations answered although the cluster waits for its format or for members ("F" in protocol.md 3.1)."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.health import report
 from sheepdog.cluster.core.ids import Member
-from sheepdog.cluster.core.limits import DEFAULT_SHIFT, MAX_COPIES, MAX_NODES
+from sheepdog.cluster.core.limits import DEFAULT_SHIFT, MAX_COPIES, MAX_NODES, MAX_RECOVERY_DELAY_S
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
 from sheepdog.cluster.core.state import PROTOCOL_VERSION, STORE_NAMES, ClusterFlag
@@ -54,12 +55,13 @@ class Logs(Protocol):
 class Administration:
     """Of one sheep."""
 
-    def __init__(self, node: Node, store: Store, logs: Logs, store_path: str) -> None:
+    def __init__(self, node: Node, store: Store, logs: Logs, store_path: str, failed_disks: Sequence[str]) -> None:
         self._node = node
         self._me = node.context.me
         self._store = store
         self._logs = logs
         self._store_path = store_path.encode()
+        self._failed_disks = failed_disks  # the daemon adds to it
 
     def handlers(self) -> dict[int, Handler]:
         operations = self._node.operations
@@ -182,14 +184,20 @@ class Administration:
         if fields.copies > MAX_COPIES or not valid_shift(shift) or not fields.ctime:
             call.fail(Result.INVALID_PARMS)
             return
+        store = until_nul(call.payload)
+        delay_s = int.from_bytes(call.payload[len(store) + 1 :][:4], "little")  # ours: after the name's end
+        if delay_s > MAX_RECOVERY_DELAY_S:
+            call.fail(Result.INVALID_PARMS)
+            return
         self._node.operations.format(
             fields.ctime,
             fields.copies,
             fields.copy_policy,
             fields.cluster_flags,
             shift,
-            until_nul(call.payload).decode("latin-1"),
+            store.decode("latin-1"),
             call.written,
+            delay_s,
         )
 
     def _store_list(self, call: Call) -> None:
@@ -255,7 +263,8 @@ class Administration:
         call.done(Result.SUCCESS)
 
     def _details(self, call: Call) -> None:
-        self._fixed(call, json.dumps({"coder": self._node.context.coder.name}).encode())
+        found = report(self._node, self._failed_disks, call.clients)
+        self._fixed(call, json.dumps({"coder": self._node.context.coder.name, **found.to_json()}).encode())
 
     def _log_level(self, call: Call) -> None:
         self._fixed(call, self._logs.level.to_bytes(4, "little", signed=True))

@@ -83,6 +83,11 @@ class Call:
         return self._connection.statistics() if self._connection is not None else Statistics(*[0] * 15)
 
     @property
+    def clients(self) -> int:
+        """Connections that this sheep has now, this one among them."""
+        return self._connection.clients() if self._connection is not None else 0
+
+    @property
     def pending(self) -> bool:
         """Not answered yet."""
         return self._connection is not None
@@ -252,6 +257,9 @@ class Connection:
 
     def statistics(self) -> Statistics:
         return self._clients.statistics()
+
+    def clients(self) -> int:
+        return len(self._clients.connections)
 
     def close_politely(self) -> None:
         """At the end of the daemon: the answers that wait leave first, as far as the socket takes them."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable
 
 from sheepdog.cluster.core.errors import Corrupt, NoObject, Result, StoreError
+from sheepdog.cluster.core.health import object_report
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.node import Node
@@ -40,6 +42,7 @@ class Copies:
             Opcode.READ_PEER: self._read_strip,
             Opcode.CREATE_AND_WRITE_PEER: self._repair_strip,
             Opcode.REPAIR_REPLICA: self._repair,
+            Opcode.OBJECT_DETAILS: self._details,
         }
 
     def _has(self, oid: ObjectId) -> bool:
@@ -51,6 +54,14 @@ class Copies:
     def _exists(self, call: Call) -> None:
         oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
         call.done(Result.SUCCESS if self._has(oid) else Result.NO_OBJ)
+
+    def _details(self, call: Call) -> None:
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+        data = json.dumps(object_report(self._node, oid)).encode()
+        if call.flags & Flags.WRITE or call.length < len(data):
+            call.fail(Result.INVALID_PARMS)
+        else:
+            call.done(Result.SUCCESS, data)
 
     def _all_exist(self, call: Call) -> None:
         if len(call.payload) % 8 or len(call.payload) > 8 * MAX_OIDS:

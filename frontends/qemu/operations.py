@@ -6,7 +6,7 @@ An opcode that is in no table, or that `wire.opcodes.admit` refuses, is answered
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
@@ -16,11 +16,14 @@ from sheepdog.frontends.qemu.requests import Handler
 from sheepdog.frontends.qemu.vdis import VdiOperations
 
 
-def handlers(node: Node, logs: Logs, store: Store, store_path: str = "") -> dict[int, Handler]:
-    """For one sheep; `store_path` is the directory of its objects, as `dog node md info` shows it."""
+def handlers(
+    node: Node, logs: Logs, store: Store, store_path: str = "", failed_disks: Sequence[str] = ()
+) -> dict[int, Handler]:
+    """For one sheep; `store_path` is the directory of its objects, as `dog node md info` shows it. `failed_disks`
+    are those out of service, as they become known."""
     return {
         **VdiOperations(node).handlers(),
-        **Administration(node, store, logs, store_path).handlers(),
+        **Administration(node, store, logs, store_path, failed_disks).handlers(),
         **Copies(node, store, _next_turn).handlers(),
     }
 

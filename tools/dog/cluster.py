@@ -25,7 +25,7 @@ from sheepdog.tools.dog.output import (
     text,
     warn,
 )
-from sheepdog.tools.dog.values import parse_redundancy, parse_shift
+from sheepdog.tools.dog.values import parse_delay, parse_redundancy, parse_shift
 
 STRICT, DISK_MODE, AUTO_VNODES, LOCKING, RECYCLING, AVOID_DISKFULL = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 """Cluster flags (protocol.md 12.1)."""
@@ -133,7 +133,8 @@ def format_cluster(context: Context) -> None:
     ):
         if context.flag(option):
             flags |= flag
-    _format(context, nodes, copies, policy, shift, flags, context.value("store", "plain"))
+    delay_s = parse_delay(context.value("recovery-delay", "0"))
+    _format(context, nodes, copies, policy, shift, flags, context.value("store", "plain"), delay_s)
 
 
 def make_cluster(context: Context, copies: int, policy: int, shift: int) -> None:
@@ -145,7 +146,14 @@ def make_cluster(context: Context, copies: int, policy: int, shift: int) -> None
 
 
 def _format(
-    context: Context, nodes: list[Member], copies: int, policy: int, shift: int, flags: int, store: str
+    context: Context,
+    nodes: list[Member],
+    copies: int,
+    policy: int,
+    shift: int,
+    flags: int,
+    store: str,
+    recovery_delay_s: int = 0,
 ) -> None:
     zones = {node.zone for node in nodes if node.vnodes}
     if copies > len(zones):
@@ -166,7 +174,7 @@ def _format(
         block_size_shift=shift,
     )
     try:
-        admin.format_cluster(connection, fields, store)
+        admin.format_cluster(connection, fields, store, recovery_delay_s)
     except SheepError as error:
         if error.result == Result.NO_STORE:
             stores = until_nul(admin.plain(connection, Opcode.GET_STORE_LIST, limit=512)).decode(errors="replace")

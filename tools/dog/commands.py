@@ -121,9 +121,16 @@ VDI = (
         nested=(
             Command("location", (), "show where an object is stored", "objects:location", "<vdiname>"),
             Command("map", (), "show the object map of an image", "objects:object_map", "<vdiname>"),
+            Command(
+                "explain",
+                (),
+                "show why an object is where it is, and who holds what",
+                "explain:explain",
+                "<vdiname> <offset>",
+            ),
             Command("dump-inode", (), "decode the file of an inode object", "objects:dump_inode", "<file>"),
         ),
-        arguments="<vdiname|file>",
+        arguments="<vdiname|file> [offset]",
     ),
     Command(
         "track",
@@ -218,6 +225,13 @@ NODE = (
         "[node id]",
     ),
     Command(
+        "may-stop",
+        (*NETWORK, *LAST, JSON),
+        "say whether stopping a node now costs data or availability: status 0 no, 1 yes",
+        "health:may_stop",
+        "<node id>",
+    ),
+    Command(
         "recovery",
         (*NETWORK, Option("P", "progress", "follow the progress of the addressed node"), RAW, *LAST, JSON),
         "show and throttle the recovery of nodes",
@@ -300,11 +314,18 @@ CLUSTER = (
             Option("R", "recycle_vid", "use the ids of deleted images again"),
             FORCE,
             Option("F", "avoid_diskfull", "skip a recovery that could fill a disk"),
+            Option("", "recovery-delay", "give a node that leaves so many seconds to come back before recovery", True),
             *NETWORK,
             *LAST,
         ),
         "create a Sheepdog store",
         "cluster:format_cluster",
+    ),
+    Command(
+        "health",
+        (*NETWORK, *LAST, JSON),
+        "say whether all is well: status 0 healthy, 1 degraded, 2 halted",
+        "health:health",
     ),
     Command("shutdown", (*NETWORK, *LAST), "stop Sheepdog on all nodes", "cluster:shutdown"),
     Command(

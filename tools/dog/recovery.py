@@ -8,6 +8,7 @@ import time
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.health import NodeReport
 from sheepdog.cluster.core.ids import Member
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.cluster.wire.structures import (
@@ -16,6 +17,7 @@ from sheepdog.cluster.wire.structures import (
     RecoveryState,
     RecoveryThrottle,
 )
+from sheepdog.tools.dog import health
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure
 from sheepdog.tools.dog.output import request_failed, text, warn
@@ -37,6 +39,7 @@ def info(context: Context) -> None:
     if not context.raw and not context.json:
         print("Nodes In Recovery:\n  Id   Host:Port         V-Nodes       Zone       Progress")
     found: list[tuple[int, Member, RecoveryState]] = []
+    waits: dict[int, NodeReport] = {}  # of those found, by number: recovery gives nodes time to come back
     for number, node in enumerate(nodes):
         try:
             state = _state(context.node(node.id))
@@ -46,12 +49,17 @@ def info(context: Context) -> None:
             continue  # a node that has just died is in nobody's recovery
         if state.in_recovery:
             found.append((number, node, state))
+            report = health.ask(context.node(node.id))
+            if report.recovery_waits_s:
+                waits[number] = report
     if context.json:
         from sheepdog.tools.dog.records import node_record, print_json
 
         print_json(
             [
-                node_record(number, node) | {"done": state.finished, "total": state.total}
+                node_record(number, node)
+                | {"done": state.finished, "total": state.total}
+                | ({"waits_s": waits[number].recovery_waits_s, "for": waits[number].away} if number in waits else {})
                 for number, node, state in found
             ]
         )
@@ -61,6 +69,9 @@ def info(context: Context) -> None:
             print(f"{number} {node.id} {node.vnodes} {node.zone} {state.finished} {state.total}")
         else:
             print(f"{number:4d}   {node.id!s:<20}{node.vnodes:5d}{node.zone:11d}{_share(state):11.1f}%")
+    if waits and not context.raw:
+        longest = max(waits.values(), key=lambda report: report.recovery_waits_s)
+        print(f"Recovery gives {', '.join(longest.away)} {longest.recovery_waits_s} s more to come back")
 
 
 def _share(state: RecoveryState) -> float:

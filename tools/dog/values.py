@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sheepdog.cluster.core.ids import ObjectId
-from sheepdog.cluster.core.limits import MAX_COPIES, MAX_SHIFT, MIN_SHIFT
+from sheepdog.cluster.core.limits import MAX_COPIES, MAX_RECOVERY_DELAY_S, MAX_SHIFT, MIN_SHIFT
 from sheepdog.tools.dog.context import Context
-from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.options import USAGE_ERROR, Failure
 
 DATA_STRIPS = (2, 4, 8, 16)
 MAX_PARITY = 15
@@ -59,6 +59,14 @@ def parse_shift(text: str) -> int:
     if shift > MAX_SHIFT:
         raise Failure("Object Size is limited to 2^31. Please set shift bit lower than 31")
     return shift
+
+
+def parse_delay(text: str) -> int:
+    """Seconds that a node may be away before recovery."""
+    delay_s = _decimal(text)
+    if delay_s is None or delay_s > MAX_RECOVERY_DELAY_S:
+        raise Failure(f"Invalid recovery delay '{text}': must be 0 to {MAX_RECOVERY_DELAY_S} seconds", USAGE_ERROR)
+    return delay_s
 
 
 def parse_index(text: str) -> int:
