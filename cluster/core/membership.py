@@ -23,7 +23,6 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from sheepdog.cluster.core.admission import learn, refusal
 from sheepdog.cluster.core.commands import apply_command
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.fragments import Fragments, Key
