@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation, os_error
-from sheepdog.cluster.client.lifecycle import Open, Resize, Settle
+from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
 from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES, Discard, Flush, Read, Write, Zero
 from sheepdog.cluster.client.requests import Request, read_header, write_header
@@ -108,6 +108,10 @@ class Volume:
     async def resize(self, size: int) -> None:
         """Grows the volume; EINVAL for less than its size, EFBIG for more than its map can hold."""
         await _run(self._session, Resize(self._machine, size))
+
+    async def refresh(self) -> None:
+        """Learns what others have done since the volume was opened: its size, and if it is read-only all of its map."""
+        await _run(self._session, Refresh(self._machine))
 
     async def close(self) -> None:
         """Ends in order: what was written is durable and in the volume. The session stays open."""

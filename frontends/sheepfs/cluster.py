@@ -88,6 +88,9 @@ class Volume(Protocol):
     async def resize(self, size: int) -> None:
         """Grow to this many bytes."""
 
+    async def refresh(self) -> None:
+        """Learn the size that somebody else has given it."""
+
     def allocated_bytes(self) -> int:
         """How much of the volume is backed by objects, its own or an ancestor's."""
 

@@ -71,6 +71,9 @@ class GatewayVolume:
     async def resize(self, size: int) -> None:
         await self._volume.resize(size)
 
+    async def refresh(self) -> None:
+        await self._volume.refresh()
+
     def allocated_bytes(self) -> int:
         return self._volume.allocated_bytes()
 

@@ -24,7 +24,7 @@ CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent clu
 
 
 class MountedVolume(VolumeNode):
-    """One file in `volume/`. Its size is the volume's at the time of mounting, until it is made larger here."""
+    """One file in `volume/`. Its size is the volume's as of the last order to mount it, or larger if it grew here."""
 
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
@@ -50,6 +50,11 @@ class MountedVolume(VolumeNode):
         if size > self.size:
             await self.volume.resize(size)
             self.size = self.volume.size
+
+    async def refresh(self) -> None:
+        """Somebody else may have made the volume larger."""
+        await self.volume.refresh()
+        self.size = self.volume.size
 
     def attribute_names(self) -> list[str]:
         return [COPIES_ATTRIBUTE]
@@ -113,13 +118,15 @@ class Volumes:
         return list(self._mounted.values())
 
     async def mount(self, name: str) -> None:
-        """Show the working volume of this name. Already there: no-op. EINVAL if there is none, EIO if none answers."""
+        """Show the working volume of this name, with the size that it has now. EINVAL if there is none, EIO if no
+        node answers."""
         if not name or "/" in name or name in (".", "..") or len(name.encode()) > NAME_MAX:
             raise error(errno.EINVAL)
         async with self._changing:
-            if name in self._mounted:
-                return
             try:
+                if name in self._mounted:
+                    await self._mounted[name].refresh()
+                    return
                 volume = await self._cluster.open(name, 0, self._settings.object_cache)
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)

@@ -7,7 +7,7 @@ _dog() {
     *) path="${COMP_WORDS[1]} ${COMP_WORDS[2]}" ;;
     esac
     case $path in
-    "") words="vdi node cluster vm benchmark upgrade nbd store help" ;;
+    "") words="vdi node cluster vm benchmark upgrade nbd iscsi store help" ;;
     vdi) words="check create snapshot clone delete rollback list tree graph object track setattr getattr resize read write backup restore alter-copy lock export import" ;;
     "vdi check") words="-s --snapshot -e --exist -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi create") words="-P --prealloc -y --hyper -c --copies -a --address -p --port -h --help -r --raw -v --verbose -z --block_size_shift -T --time"; volumes=1 ;;
@@ -64,6 +64,13 @@ _dog() {
     nbd) words="serve uri" ;;
     "nbd serve") words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly --exclusive --mode --group --threads --swap -a --address -p --port -h --help" ;;
     "nbd uri") words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer -a --address -p --port -r --raw -h --help -T --time --json" ;;
+    iscsi) words="export list unexport apply clear tgt-config" ;;
+    "iscsi export") words="--initiator --portal --iqn --chap --secret-file --mutual --mutual-secret-file --discovery --discovery-secret-file --readonly --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    "iscsi list") words="--host -a --address -p --port -r --raw -h --help -T --time --json" ;;
+    "iscsi unexport") words="-f --force --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    "iscsi apply") words="--host -a --address -p --port -h --help -T --time" ;;
+    "iscsi clear") words="--host -a --address -p --port -h --help -T --time" ;;
+    "iscsi tgt-config") words="--initiator --iqn --tid --host -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
     store) words="check salvage" ;;
     "store check") words="-j --journal -h --help -T --time --json" ;;
     "store salvage") words="-V --vdi -s --snapshot -j --journal -r --raw -h --help -T --time --json" ;;

@@ -117,6 +117,9 @@ class MemoryVolume:
         await self._arrive("resize", 0, 0)
         self.size = size
 
+    async def refresh(self) -> None:
+        await self._arrive("refresh", 0, 0)
+
     def allocated_bytes(self) -> int:
         return len(self.objects) * OBJECT
 

@@ -155,6 +155,10 @@ def test_mounting_shows_the_volume_and_unmounting_takes_it_away() -> None:
         assert (await mount.stat("volume/web")).size == SIZE
         await mount.write("vdi/mount", "web")
         assert len(mount.cluster.opened) == 1, "mounting twice must not open twice"
+        mount.cluster.volumes["web"].size = 2 * SIZE
+        assert (await mount.stat("volume/web")).size == SIZE
+        await mount.write("vdi/mount", "web")
+        assert (await mount.stat("volume/web")).size == 2 * SIZE, "mounting again must look the size up"
         await refused(errno.EINVAL, mount.write("vdi/unmount", "db"))
         await mount.write("vdi/unmount", "web\n")
         assert await mount.names("volume") == []

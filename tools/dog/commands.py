@@ -5,6 +5,7 @@ Nothing here imports the code of a command.
 
 from __future__ import annotations
 
+from sheepdog.tools.dog.iscsi_commands import ISCSI
 from sheepdog.tools.dog.more_commands import BENCHMARK, CLUSTER_SNAPSHOT, EXPORT, IMPORT, STORE, UPGRADE, VM
 from sheepdog.tools.dog.options import Option
 from sheepdog.tools.dog.table import (
@@ -392,5 +393,6 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "benchmark": BENCHMARK,
     "upgrade": UPGRADE,
     "nbd": NBD,
+    "iscsi": ISCSI,
     "store": STORE,
 }

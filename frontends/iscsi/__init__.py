@@ -1,0 +1,1 @@
+"""Volumes as iSCSI targets of this host's kernel (LIO), as the cluster says they should be."""

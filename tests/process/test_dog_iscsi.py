@@ -1,0 +1,56 @@
+"""`dog iscsi` where nothing is exported, and where the kernel has no target."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.support.cluster import Cluster
+from tests.support.processes import shown
+
+INITIATOR = "iqn.2026-01.org.example:one"
+
+
+def test_without_exports(cluster3: Cluster) -> None:
+    cluster3.dog("vdi", "create", "web", "8M")
+    assert json.loads(cluster3.dog("iscsi", "list", "--json")) == []
+    assert cluster3.dog("iscsi", "list", "-r") == ""
+    assert cluster3.dog("iscsi", "list").split() == [
+        "Volume",
+        "Host",
+        "State",
+        "Target",
+        "Portals",
+        "Initiators",
+        "CHAP",
+    ]
+    for words, code, text in (
+        (("unexport", "web"), 5, "web is not exported by"),
+        (("unexport", "none"), 5, "Failed to open none: "),
+        (("tgt-config", "web"), 64, "Please specify --initiator"),
+        (("tgt-config", "web", "--initiator", "nobody"), 1, "'nobody' is no iSCSI name"),
+        (("tgt-config", "a/b", "--initiator", INITIATOR), 1, "cannot be exported"),
+    ):
+        done = cluster3.try_dog("iscsi", *words)
+        assert (done.returncode, text in shown(done.stderr)) == (code, True), (words, done)
+        assert shown(done.stderr).count("\n") == 1, "one line says it"
+    lines = cluster3.dog("iscsi", "tgt-config", "web", "--initiator", INITIATOR, "--tid", "7").splitlines()
+    assert [shlex.split(line)[0] for line in lines] == ["tgtadm"] * 3
+    assert f"tcp:127.0.0.1:{cluster3.port(0)}:web" in lines[1]
+
+
+def test_a_kernel_without_a_target_is_told_plainly_and_nothing_is_recorded(cluster3: Cluster) -> None:
+    running = Path("/proc/sys/kernel/osrelease").read_text().strip()
+    modules = (Path("/sys/module/target_core_mod"), Path(f"/lib/modules/{running}/kernel/drivers/target"))
+    if any(place.exists() for place in modules):
+        pytest.skip("needs a kernel without an iSCSI target")
+    cluster3.dog("vdi", "create", "web", "8M")
+    done = cluster3.try_dog("iscsi", "export", "web", "--initiator", INITIATOR)
+    assert done.returncode == 1
+    text = shown(done.stderr)
+    assert "has no iSCSI target: the module " in text or "needs root" in text
+    assert text.count("\n") == 1
+    assert json.loads(cluster3.dog("iscsi", "list", "--json")) == []
+    assert cluster3.dog("iscsi", "apply") == "nothing to change\n", "there is nothing to do, so nothing is missing"
