@@ -107,6 +107,7 @@ class Order:
         self._inbox: deque[Item] = deque()
         self._verdicts: dict[int, bool] = {}
         self._ring = Ring(0, ())
+        self._newest = 0  # sequence of the latest ring in the stream
         self._whole: tuple[int, ...] = ()  # nodes of the latest ring that this order went on in
         self._clear = False  # what follows in the stream may be handled
         self._undecided: dict[Process, None] = {}  # members that went with their node, in rings without verdict
@@ -138,7 +139,10 @@ class Order:
         self._inbox.append(change)
 
     def on_ring(self, sequence: int, nodes: tuple[int, ...]) -> None:
-        self._inbox.append(Ring(sequence, nodes))
+        """A new ring, or the present one once more: it is told again to a process that joins the group."""
+        if sequence != self._newest:
+            self._newest = sequence
+            self._inbox.append(Ring(sequence, nodes))
 
     def on_quorum(self, quorate: bool, sequence: int) -> None:
         """The verdict about a ring; it may change while the ring lasts."""

@@ -101,8 +101,10 @@ class World:
             attachment.stream.append(item)
 
     def announce_ring(self, node: int) -> None:
-        ring = self.ring[node]
-        self.tell(node, lambda order: order.on_ring(ring.sequence, ring.nodes))
+        """Also to a process that is not in the group yet; it hears of the same ring again when it is."""
+        ring, attachment = self.ring[node], self.attached(node)
+        if attachment is not None:
+            attachment.stream.append(lambda order: order.on_ring(ring.sequence, ring.nodes))
 
     def announce_verdict(self, node: int) -> None:
         ring, attachment = self.ring[node], self.attached(node)
@@ -350,6 +352,32 @@ def test_there_is_one_order_whatever_happens(seed: int) -> None:
     world.settle()
     last = {event.data for event in list(present[0].ordered().values())[-NODES:] if isinstance(event, Delivery)}
     assert len(last) == NODES, "and it goes on"
+
+
+def test_the_same_ring_is_told_twice_to_one_that_joins() -> None:
+    """As corosync does when a ring forms between the connection and the joining: it is one incarnation all the same."""
+    world = World(Random(1))
+    world.reform((1, 2, 3))
+    world.start(1)
+    attachment = world.attached(1)
+    assert attachment is not None
+    world.announce_ring(1)
+    while world.handle(1, True) or world.handle(1, False):  # knows the ring, and that it is quorate
+        pass
+    me = attachment.order.me.incarnation
+    while world.receive(1) or world.handle(1, False) or world.send(1):
+        pass
+    assert attachment.order.established
+    assert attachment.order.me.incarnation == me
+    assert attachment.members() == [me]
+    world.start(2)
+    for _ in range(20):
+        for node in (1, 2, 3):
+            while world.receive(node) or world.handle(node, True) or world.handle(node, False) or world.send(node):
+                pass
+    newcomer = world.attached(2)
+    assert newcomer is not None and newcomer.members() == attachment.members()
+    assert len(newcomer.members()) == 2
 
 
 def test_the_simulation_is_rough_enough() -> None:
