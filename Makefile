@@ -1,4 +1,5 @@
 # make setup   .venv/bin/{sheep,dog,collie,sheepfs}, ready to use
+# make compile the hot path again, after a change (setup has done it once)
 # make demo    a cluster of six nodes on this machine, a volume, a node that dies and comes back (KEEP=1: leave it running)
 # make test    lint and every test; make lint, make unit: parts of it
 # make bench   IOPS, MB/s and server CPU per operation against three nodes
@@ -27,12 +28,12 @@ PYTEST = $(BIN)/python -m pytest $(ARGS)
 # the lowest first: that is where to look when several fail
 TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 
-.PHONY: help setup lint unit test qemu52 demo bench soak clean
+.PHONY: help setup compile lint unit test qemu52 demo bench soak clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-setup: $(MARK)-setup
+setup: $(MARK)-setup $(MARK)-compiled
 
 $(MARK)-setup: pyproject.toml packaging/install-packages
 	packaging/install-packages setup
@@ -41,6 +42,14 @@ $(MARK)-setup: pyproject.toml packaging/install-packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sheepfs,zookeeper,iscsi,test]'
 	$(BIN)/python -m compileall -q cluster frontends tools || true
 	@touch $@
+
+# Once: who changes the sources afterwards runs them as they are, until `make compile`.
+$(MARK)-compiled: | $(MARK)-setup
+	$(BIN)/python packaging/compile --if-changed || [ -z "$$CI" ]
+	@touch $@
+
+compile: $(MARK)-setup
+	$(BIN)/python packaging/compile --if-changed
 
 $(MARK)-demo-packages: $(MARK)-setup
 	packaging/install-packages --optional demo
@@ -72,7 +81,7 @@ soak: setup $(MARK)-test-packages qemu52
 demo: setup $(MARK)-demo-packages
 	@$(BIN)/python -m tests.support.demo
 
-bench: setup qemu52
+bench: setup compile qemu52
 	@$(BIN)/python -m tests.bench.run $(ARGS)
 
 clean:

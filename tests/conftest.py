@@ -1,6 +1,8 @@
-"""Fixtures for tests with real processes, and two rules.
+"""Fixtures for tests with real processes, and three rules.
 
-A skip in CI is a failure. A failed test shows the end of its nodes' logs.
+A skip in CI is a failure. A failed test shows the end of its nodes' logs. Daemons run what users run, the compiled hot
+path where it was built; the tests' own process runs the plain modules, so that it can plant bugs in them, unless
+SHEEPDOG_COMPILED says otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +16,18 @@ from pathlib import Path
 from shutil import rmtree
 
 import pytest
+import tests.support.plain
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import LoopMount, SheepFs
 from tests.support.netns import NetworkNamespace
 
 _clusters = pytest.StashKey[list[Cluster]]()
+COMPILED = tests.support.plain.COMPILED  # imported before anything of ours
 IN_CI = os.environ.get("CI") == "true"
+
+
+def pytest_report_header() -> str:
+    return f"sheepdog's hot path in this process: {'compiled' if COMPILED else 'plain'}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

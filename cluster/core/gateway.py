@@ -187,7 +187,7 @@ class Gateway:
 
         def answer(result: int, body: Buffer) -> None:
             if result == Result.READONLY:
-                self.change(oid, Flag.REMOVE, 0, 0, b"", 0, lambda *_: done(result, body))
+                self.change(oid, Flag.REMOVE, 0, 0, b"", 0, lambda _result, _body: done(result, body))
             else:
                 done(result, body)
 

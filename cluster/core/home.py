@@ -438,7 +438,16 @@ class Home:
         """An object could not be created on every replica: remove it where it was."""
         submission, result = write.submission, write.result
         removal = Submission(
-            submission.oid, Flag.REMOVE, 0, 0, b"", submission.copies, lambda *_: submission.done(result, b""), 0, 0, 0
+            submission.oid,
+            Flag.REMOVE,
+            0,
+            0,
+            b"",
+            submission.copies,
+            lambda _result, _body: submission.done(result, b""),
+            0,
+            0,
+            0,
         )
         policy = self.context.policy_of(removal.oid)
         if policy is None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from struct import Struct
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
@@ -48,10 +48,12 @@ def decode_hello(data: Buffer) -> NodeId:
 def encode(message: Message) -> list[Buffer]:
     """The buffers of one frame, header first; the body is not copied."""
     body = message.body
-    parts: Sequence[Buffer] = (body,) if isinstance(body, (bytes, bytearray, memoryview)) else body
-    length = 0
-    for part in parts:
-        length += len(part)
+    if isinstance(body, (bytes, memoryview, bytearray)):
+        parts: Sequence[Buffer] = (body,)
+        length = len(body)
+    else:
+        parts = body
+        length = sum(map(len, parts))
     version = message.version
     header = HEADER.pack(
         message.kind,
@@ -118,11 +120,11 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         kind,
         fence,
         rid,
-        ObjectId(oid | strip << STRIP_SHIFT),
+        ObjectId(oid | strip << STRIP_SHIFT) if strip else oid,
         offset,
         length,
         flags,
-        Version(version_epoch, term, counter),
+        Version(version_epoch, term, counter) if counter or version_epoch or term else NO_VERSION,
         sequence,
         watermark,
         copies,

@@ -47,8 +47,8 @@ def test_our_own_requests_are_let_in() -> None:
 
 
 def test_sets_as_in_the_table() -> None:
-    """Column F and "int" of protocol.md 3.1, transcribed by hand."""
-    waiting = "15 18 82 84 85 87 8a 90 94 95 96 99 9a 9b 9c ab ac af b9 ba bd be c6 c9 ca cb"
+    """Column F and "int" of protocol.md 3.1, transcribed by hand, and from e0 on our own."""
+    waiting = "15 18 82 84 85 87 8a 90 94 95 96 99 9a 9b 9c ab ac af b9 ba bd be c6 c9 ca cb e0"
     assert sorted(opcodes.SERVED_WHILE_WAITING) == [int(word, 16) for word in waiting.split()]
     internal = "04 94 99 a1 a2 a5 a6 ac c1 c2 c7 c8 cd"
     assert sorted(opcodes.INTERNAL) == [int(word, 16) for word in internal.split()]

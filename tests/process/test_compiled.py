@@ -1,0 +1,67 @@
+"""The compiled hot path: what daemons run where it was built, and never of other sources than the present ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sheepdog import compiled
+
+ROOT = Path(__file__).parents[2]
+ASK = "import sheepdog, sheepdog.cluster.core.home as home; print(sheepdog.COMPILED, home.__file__)"
+
+
+def ask(environment: dict[str, str] | None = None) -> list[str]:
+    """Whether a new process takes the compiled modules, and the file of one of them."""
+    command = [sys.executable, "-c", ASK]
+    return subprocess.run(
+        command, env={**os.environ, **(environment or {})}, check=True, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+
+
+@pytest.fixture
+def built() -> None:
+    if importlib.util.find_spec(compiled.PACKAGE) is None:
+        pytest.skip("nothing is compiled here: make compile")
+
+
+def test_new_processes_take_what_was_compiled_of_these_sources(built: None) -> None:
+    sources = importlib.import_module(compiled.PACKAGE).SOURCES
+    here = ROOT / "src/sheepdog"
+    current = all(compiled.state(str(here / name)) == known for name, known in sources.items())
+    taken, file = ask()
+    assert taken == str(current)
+    assert file.endswith(".so" if current else ".py")
+
+
+def test_the_environment_asks_for_the_plain_modules(built: None) -> None:
+    taken, file = ask({compiled.VARIABLE: "0"})
+    assert taken == "False"
+    assert file.endswith("home.py")
+
+
+def test_changed_sources_are_never_hidden_by_what_was_compiled_before(
+    tmp_path: Path,
+) -> None:
+    package = tmp_path / compiled.PACKAGE
+    package.mkdir()
+    changed = {"cluster/core/home.py": (1, 1)}
+    (package / "__init__.py").write_text(f"SOURCES = {changed!r}\nEXTENSIONS = {{'x': 'x.so'}}\n")
+    assert ask({"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"})[0] == "False"
+
+
+def test_the_list_names_existing_modules() -> None:
+    listed = subprocess.run(
+        [sys.executable, ROOT / "packaging/compile", "--sources"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout.split()
+    assert listed
+    assert all((ROOT / name).exists() for name in listed)
