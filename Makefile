@@ -83,6 +83,7 @@ demo: setup $(MARK)-demo-packages
 
 bench: setup compile qemu52
 	@$(BIN)/python -m tests.bench.run $(ARGS)
+	@[ -n "$(ARGS)" ] || { echo; $(BIN)/python -m tests.bench.doors; }
 
 clean:
 	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
