@@ -97,6 +97,7 @@ class _Write:
         "end",
         "fresh",
         "home",
+        "ordered",
         "pending",
         "result",
         "sequence",
@@ -110,6 +111,7 @@ class _Write:
     def __init__(self, home: Home, submission: Submission, sequence: int, pending: int, fresh: bool) -> None:
         self.version = home.version_of(sequence)
         self.tolerance = 0  # so many may fail (their bytes are rotten), and the write is still where it must be
+        self.ordered = False  # answered behind all earlier writes of the object
         self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
         self.home = home
         self.submission = submission
@@ -131,6 +133,9 @@ class _Write:
             self.home.completed(self)
 
     def remote(self, node: int) -> Callable[[Message], None]:
+        """What to do with the answer of another member, which is asked now."""
+        self.home.tell(node)
+
         def answered(answer: Message) -> None:
             if answer.result:
                 self.home.replica_failed(self, node, answer.result)
@@ -161,11 +166,12 @@ class Home:
         self._held: list[Callable[[], None]] = []
         self._sequence = 0
         self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
-        self._flying: dict[int, _Write] = {}  # by sequence, ascending
+        self._flying: dict[int, _Write | None] = {}  # by sequence, ascending
         self._writing: dict[ObjectId, list[_Write]] = {}
         self._lost: dict[ObjectId, list[ObjectId]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
+        self._untold: dict[int, None] = {}  # members that got writes since
         self._stable_timer: Timer | None = None
         self.recovery = Recovery(context, self)
         self.strips = StripHome(context, self, strips)
@@ -249,12 +255,11 @@ class Home:
         if isinstance(decision, Decision):
             return Job.of(decision)
         version, origins = decision.version, b""
-        if decision.adopt:
-            self.context.probe("home.strips_adopted")
+        if decision.agree:
+            self.context.probe("home.strips_agree")
             self._sequence += 1
             version = self.version_of(self._sequence)
-        elif decision.agree:
-            origins = encode_origins(self._inventories.origins_of(decision.oid, version))
+            origins = encode_origins(self._inventories.origins_of(decision.oid, decision.cut))
         return StripJob.decided(decision, self.strips, version, origins)
 
     def new_job(self, oid: ObjectId) -> Job:
@@ -354,6 +359,24 @@ class Home:
             writing.append(write)
         return write
 
+    def open_number(self) -> int:
+        """A number for something else that all replicas have to do in the order of writes; `close_number` ends it."""
+        self._sequence = sequence = self._sequence + 1
+        self._flying[sequence] = None
+        return sequence
+
+    def close_number(self, sequence: int) -> None:
+        del self._flying[sequence]
+        self._number_ended()
+
+    def tell(self, member: int) -> None:
+        """The member gets something numbered: it is told when all have it."""
+        self._untold[member] = None
+
+    def is_present(self) -> bool:
+        """The epoch of this home is not over."""
+        return self.context.fence == self._fence
+
     def watermark(self) -> int:
         """All writes up to this number are on all replicas."""
         return next(iter(self._flying), self._sequence + 1) - 1
@@ -364,7 +387,7 @@ class Home:
         fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
         write = self.open_write(submission, len(replicas), fresh)
         version, sequence, watermark = write.version, write.sequence, self.watermark()
-        note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor)
+        note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor, version)
         for replica in replicas[1:]:
             message = Message(
                 Kind.APPLY,
@@ -404,17 +427,30 @@ class Home:
             write.tolerance -= 1  # the others have it, and this strip is made anew from them
         else:
             write.result = result
-        if self.context.policy_of(oid) is not None:
-            self.strips.note_version(oid, self._writing[oid][-1].version)
         node = self._placement.nodes[member]
         self.context.log(3, f"object {oid:016x}: {node} could not apply a write (result {result:#x})")
+        if self.context.policy_of(oid) is not None:
+            self.strips.note_version(oid, self._writing[oid][-1].version)
         if not write.fresh:
             self.recovery.suspect(oid, member)
+
+    def strip_failed(self, oid: ObjectId, member: int, version: Version) -> None:
+        """A strip could not be brought to this version."""
+        self.strips.note_version(oid, version)
+        self.recovery.suspect(oid, member)
 
     def completed(self, write: _Write) -> None:
         """All replicas have answered."""
         if self.context.fence != self._fence:
             return  # fenced: the gateways submit again in the new epoch
+        if not write.ordered:
+            self._complete_one(write)
+            return
+        # Peering undoes a write that some strip lacks, and all that came behind it: so answers keep the order.
+        while (writing := self._writing.get(write.submission.oid)) and not writing[0].pending:
+            self._complete_one(writing[0])
+
+    def _complete_one(self, write: _Write) -> None:
         oid = write.submission.oid
         del self._flying[write.sequence]
         writing = self._writing[oid]
@@ -423,7 +459,6 @@ class Home:
             del self._writing[oid]
             if not self.strips.busy(oid):
                 self.recovery.quiet(oid)
-        self.strips.stable(self.watermark())
         if write.result and write.fresh:
             self._undo(write)
         else:
@@ -431,6 +466,10 @@ class Home:
         if write.waiting is not None:
             for call in write.waiting:
                 call()
+        self._number_ended()
+
+    def _number_ended(self) -> None:
+        self.strips.stable(self.watermark())
         if not self._flying and self._stable_timer is None:
             self._stable_timer = self.context.clock.after(STABLE_DELAY_NS, self._push_watermark)
 
@@ -467,9 +506,10 @@ class Home:
         if self._flying or self.context.fence != self._fence or self._told == self._sequence:
             return  # the next write carries it
         self._told = self._sequence
-        for node in self._placement.nodes:
-            if node != self.context.me:
-                self.context.network.send(node, Message(Kind.STABLE, self._fence, watermark=self._sequence))
+        for member in self._untold:
+            message = Message(Kind.STABLE, self._fence, watermark=self._sequence)
+            self.context.network.send(self._placement.nodes[member], message)
+        self._untold.clear()
 
     # -- reads -------------------------------------------------------------------------------------------------
 

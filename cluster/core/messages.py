@@ -35,7 +35,8 @@ class Kind(IntEnum):
     DRAIN = 14  # owner of an ordered operation -> member: hold new writes of the vid, answer when none is in flight
     QUERY = 15  # gateway -> member: administration (body: JSON, answer's body: JSON)
     PING = 16  # any -> member: a sign of life, please
-    ROLLBACK = 17  # home -> holder of a strip: become `version` again (ADOPT: take it as you are); body: origins
+    ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
+    LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
 
 
 class Flag:
@@ -50,7 +51,6 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there
-    ADOPT: Final = 16  # ROLLBACK: the bytes stay, only the version changes
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)

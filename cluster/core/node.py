@@ -19,7 +19,17 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, Epoch, Member, NodeId, ObjectId, plain_oid, vid_of
+from sheepdog.cluster.core.ids import (
+    NO_VERSION,
+    STRIP_SHIFT,
+    Epoch,
+    Member,
+    NodeId,
+    ObjectId,
+    Version,
+    plain_oid,
+    vid_of,
+)
 from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import LEASE_NS, MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
@@ -27,7 +37,7 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.past import Past
-from sheepdog.cluster.core.peering import Holding, Standing, Verdict, decode_members, parts
+from sheepdog.cluster.core.peering import FIRM, UNDOABLE, Holding, Standing, Verdict, decode_members, parts
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
 from sheepdog.cluster.core.puller import Puller
@@ -95,6 +105,7 @@ class Node:
             Kind.ANSWER: self.context.peers.on_answer,
             Kind.APPLY: self.replica.on_apply,
             Kind.STABLE: self.replica.on_stable,
+            Kind.LEVEL: self.replica.on_level,
             Kind.TABLE: self.puller.on_table,
             Kind.FETCH: self._on_fetch,
             Kind.SUBMIT: lambda sender, message: self._at_home().on_submit(sender, message),
@@ -335,8 +346,10 @@ class Node:
             if home is not None:
                 by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
                 if oid >> STRIP_SHIFT:
-                    earlier = self.replica.strips.undo.earlier(oid, version)
-                    by_home[home].extend(Holding(oid, before, 0, True) for before in earlier)
+                    steps = self.replica.strips.undo.steps(oid, version)
+                    by_home[home].extend(
+                        Holding(oid, step.before, step.touched, UNDOABLE if step.back else FIRM) for step in steps
+                    )
         for oid, known in self._lacking.items():
             home = placement.home(oid)
             if home is not None:
@@ -457,12 +470,12 @@ class Node:
         def done(error: StoreError | None) -> None:
             if self.context.fence != fence:
                 return
-            if error is None:
-                self.replica.missing.pop(strip, None)
+            if error is not None:
+                self.replica.missing[strip] = None
             agreed(Result.SUCCESS if error is None else error.result)
 
-        adopt = bool(message.flags & Flag.ADOPT)
-        self.replica.strips.agree(strip, message.version, _body(message), adopt, done)
+        state = Version(message.offset, message.length, message.sequence)
+        self.replica.strips.agree(strip, state, message.version, _body(message), done)
 
     def drop(self, oid: ObjectId) -> None:
         if oid >> STRIP_SHIFT:

@@ -16,10 +16,10 @@ from struct import Struct
 from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, Version
 from sheepdog.cluster.core.messages import Buffer
 
-_ENTRY = Struct("<QQH6x")
+_ENTRY = Struct("<QQH6xIIQ")
 ENTRY_SIZE = _ENTRY.size
 
 
@@ -29,6 +29,7 @@ class Origin(NamedTuple):
     oid: ObjectId
     number: int
     gateway: int
+    version: Version  # that it gave
 
 
 class Origins:
@@ -36,7 +37,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._processes: list[tuple[NodeId, int]] = []  # by member: node and incarnation
-        self._numbers: list[dict[int, ObjectId]] = []  # by member, in the order of arrival
+        self._numbers: list[dict[int, tuple[ObjectId, Version]]] = []  # by member, in the order of arrival
 
     def begin(self, members: Sequence[Member]) -> None:
         """A gateway that is gone, or came back as another process, asks for nothing any more."""
@@ -44,10 +45,10 @@ class Origins:
         self._processes = [(member.id, member.incarnation) for member in members]
         self._numbers = [known.get(process, {}) for process in self._processes]
 
-    def add(self, gateway: int, number: int, floor: int, oid: ObjectId) -> None:
+    def add(self, gateway: int, number: int, floor: int, oid: ObjectId, version: Version) -> None:
         """A write was applied here; all writes of the gateway below `floor` are answered."""
         numbers = self._numbers[gateway]
-        numbers[number] = oid
+        numbers[number] = oid, version
         while (oldest := next(iter(numbers))) < floor:
             del numbers[oldest]
 
@@ -55,12 +56,12 @@ class Origins:
         """What the source of a restored copy knows of it."""
         for origin in origins:
             if origin.gateway < len(self._numbers):
-                self._numbers[origin.gateway][origin.number] = origin.oid
+                self._numbers[origin.gateway][origin.number] = origin.oid, origin.version
 
     def forget(self, oid: ObjectId) -> None:
         """The copy here is replaced by another one, or gone."""
         for numbers in self._numbers:
-            for number in [number for number, of in numbers.items() if of == oid]:
+            for number in [number for number, (of, _) in numbers.items() if of == oid]:
                 del numbers[number]
 
     def clear(self) -> None:
@@ -68,19 +69,22 @@ class Origins:
 
     def __iter__(self) -> Iterator[Origin]:
         for gateway, numbers in enumerate(self._numbers):
-            for number, oid in numbers.items():
-                yield Origin(oid, number, gateway)
+            for number, (oid, version) in numbers.items():
+                yield Origin(oid, number, gateway, version)
 
     def of(self, oid: ObjectId) -> list[Origin]:
         return [origin for origin in self if origin.oid == oid]
 
 
 def encode_origins(origins: Iterable[Origin]) -> bytes:
-    """24 bytes each: oid, number, gateway."""
-    return b"".join([_ENTRY.pack(*origin) for origin in origins])
+    """40 bytes each: oid, number, gateway, version."""
+    return b"".join([_ENTRY.pack(*origin[:3], *origin.version) for origin in origins])
 
 
 def decode_origins(body: Buffer) -> list[Origin]:
     if len(body) % ENTRY_SIZE:
         raise PeerError("list of origins of odd length")
-    return [Origin(ObjectId(oid), number, gateway) for oid, number, gateway in _ENTRY.iter_unpack(body)]
+    return [
+        Origin(ObjectId(oid), number, gateway, Version(*version))
+        for oid, number, gateway, *version in _ENTRY.iter_unpack(body)
+    ]

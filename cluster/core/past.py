@@ -30,20 +30,24 @@ class Past:
         self._members = members
         self._copies = copies
 
-    def superseded(self, oid: ObjectId, as_of: int) -> bool:
-        """The object may have been written after `as_of` by nodes of which none is here."""
-        return any(self._unseen(oid, epoch) for epoch in range(as_of + 1, self._placement.epoch))
+    def superseded(self, oid: ObjectId, as_of: int, least: int = 1) -> bool:
+        """The object may have been written after `as_of` by nodes of which fewer than `least` are here.
+
+        Of a coded object D nodes are needed to be sure: a write touches P + 1 of its strips.
+        """
+        return any(self._unseen(oid, epoch, least) for epoch in range(as_of + 1, self._placement.epoch))
 
     def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
         """Nobody here has heard of the object, but it may exist on nodes that are away."""
         return any(self._unseen(oid, epoch) for epoch in range(max(complete), self._placement.epoch))
 
-    def _unseen(self, oid: ObjectId, epoch: int) -> bool:
+    def _unseen(self, oid: ObjectId, epoch: int, least: int = 1) -> bool:
         then = self._former(epoch)
         if then is None:
             return False
         replicas = then.replicas(oid)
-        return bool(replicas) and not any(then.nodes[index] in self._placement.index_of for index in replicas)
+        here = sum(then.nodes[index] in self._placement.index_of for index in replicas)
+        return len(replicas) >= least > here
 
     def knows_all(self, complete: Sequence[int]) -> bool:
         """The inventories of the members name every object that exists: what they do not name was deleted.

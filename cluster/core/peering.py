@@ -30,22 +30,27 @@ from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.strip_peering import Held, StripDecision
 from sheepdog.cluster.core.strip_peering import decide as decide_strips
+from sheepdog.cluster.core.strip_undo import Step
 
 PolicyOf = Callable[[ObjectId], Policy | None]
 _ENTRY = Struct("<QIIQIBB2x")
 _OIDS = Struct("<QB")
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
+FIRM, UNDOABLE = 1, 2
 NO_MEMBER = 0xFFFF  # in a list of members by strip: nobody has it
 
 
 class Holding(NamedTuple):
-    """One copy in an inventory. `earlier`: a version to which the strip listed before it can go back."""
+    """One copy in an inventory; or, with `earlier`, a step by which the strip listed before it came to its version.
+
+    Of a step `version` is where it began, `as_of` the strips that it touched, a bit each.
+    """
 
     oid: ObjectId
     version: Version
     as_of: int
-    earlier: bool = False
+    earlier: int = 0  # 0: a copy; FIRM: a step that cannot be gone back; UNDOABLE: one that can
 
 
 class Decision(NamedTuple):
@@ -119,7 +124,7 @@ def decode_holdings(body: Buffer) -> list[Holding]:
     if len(body) % _ENTRY.size:
         raise PeerError("inventory of odd length")
     return [
-        Holding(ObjectId(oid | strip << STRIP_SHIFT), Version(epoch, term, counter), as_of, bool(earlier))
+        Holding(ObjectId(oid | strip << STRIP_SHIFT), Version(epoch, term, counter), as_of, earlier)
         for oid, epoch, term, counter, as_of, strip, earlier in _ENTRY.iter_unpack(body)
     ]
 
@@ -228,9 +233,9 @@ class Inventories:
                     copies.setdefault(oid, []).append((member, version, as_of))
                 elif earlier:
                     last = strips[plain_oid(oid)]
-                    last[-1] = last[-1]._replace(earlier=(*last[-1].earlier, version))
+                    last[-1].steps.append(Step(version, as_of, earlier == UNDOABLE))
                 else:
-                    strips.setdefault(plain_oid(oid), []).append(Held(member, strip_index(oid), version, as_of, ()))
+                    strips.setdefault(plain_oid(oid), []).append(Held(member, strip_index(oid), version, as_of, []))
         decisions: list[Decision | StripDecision] = []
         facts = _Facts(self, placement, former, past)
         for oid in sorted(strips):
@@ -254,22 +259,28 @@ class Inventories:
             decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
         return decisions
 
-    def origins_of(self, oid: ObjectId, version: Version) -> list[Origin]:
-        """The writes that a strip of this version contains, as a member with such a strip tells."""
-        for member, holdings in enumerate(self._holdings):
-            if any(plain_oid(one) == oid and at == version and not earlier for one, at, _, earlier in holdings):
-                return [origin for origin in self._origins[member] if origin.oid == oid]
-        return []
+    def origins_of(self, oid: ObjectId, cut: Version | None) -> list[Origin]:
+        """The writes before `cut` that strips of the object contain."""
+        return list(
+            dict.fromkeys(
+                origin
+                for origins in self._origins
+                for origin in origins
+                if origin.oid == oid and (cut is None or origin.version < cut)
+            )
+        )
 
     def contained(self, decisions: Sequence[Decision | StripDecision]) -> dict[tuple[int, int], None]:
         """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
 
-        The origins that a member tells are those of its own copy, so they count if that is the current one.
+        The origins that a member tells are those of its own copy, so they count if that is the current one. Of strips
+        that go back to one state, those before it count.
         """
         asked = dict.fromkeys(origin.oid for origins in self._origins for origin in origins)
         if not asked:
             return {}
         decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
+        agreed = {one.oid: one.cut for one in decisions if isinstance(one, StripDecision) and one.agree}
         lost = {decision.oid for decision in decisions if decision.is_lost}  # nobody knows what comes back
         held: list[dict[ObjectId, list[Version]]] = [{} for _ in self._holdings]
         for member, holdings in enumerate(self._holdings):
@@ -278,8 +289,13 @@ class Inventories:
                     held[member].setdefault(plain_oid(oid), []).append(version)
         found: dict[tuple[int, int], None] = {}
         for member, origins in enumerate(self._origins):
-            for oid, number, gateway in origins:
+            for oid, number, gateway, version in origins:
                 if oid in lost:
+                    continue
+                if oid in agreed:
+                    cut = agreed[oid]
+                    if cut is None or version < cut:
+                        found[gateway, number] = None
                     continue
                 current = decided.get(oid)
                 if current is None:  # equal wherever it is, or nowhere at all
@@ -337,8 +353,8 @@ class _Facts:
     def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool:
         return self._inventories.deleted(oid, as_of, holders, self._placement, self._former)
 
-    def superseded(self, oid: ObjectId, as_of: int) -> bool:
-        return self._past.superseded(oid, as_of)
+    def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
+        return self._past.superseded(oid, as_of, least)
 
     def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
         then = self._former(epoch)

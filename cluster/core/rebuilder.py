@@ -96,7 +96,7 @@ class _Rebuild:
         self._version = version
         self._sources = sources  # member by strip, of those that have not failed
         self._tables: dict[int, memoryview] = {}
-        self._origins: list[Origin] = []
+        self._origins: dict[Origin, None] = {}  # what any source knows: none was touched by all writes
         self._size = 0
         self._chunks: Iterator[tuple[int, int]] = iter(())
         self._in_flight = 0
@@ -143,7 +143,7 @@ class _Rebuild:
             else:
                 entries = 8 * -(-size // BLOCK_SIZE)
                 self._tables[strip] = memoryview(bytes(table[:entries])).cast("Q")
-                self._origins = decode_origins(table[entries:])
+                self._origins.update(dict.fromkeys(decode_origins(table[entries:])))
                 self._size = size
             self._landed(self._begin)
 

@@ -138,6 +138,8 @@ class Recovery:
         job = self._jobs.get(oid)
         if job is None or job.running or job.version != NO_VERSION:
             return
+        if self._home.strips.levels.bring(oid):
+            return  # this is called again when its strips are equal
         if not job.find_sources(self._context):
             self._give_up(job)
             return

@@ -110,28 +110,28 @@ class Job:
 class StripJob(Job):
     """An erasure-coded object. `holders`: member by strip, of those that can be read."""
 
-    __slots__ = ("_adopt", "_layout", "_origins", "_policy", "_strips", "holders")
+    __slots__ = ("_layout", "_origins", "_policy", "_states", "_strips", "holders")
 
     def __init__(self, oid: ObjectId, policy: Policy, strips: StripHome) -> None:
         super().__init__(oid)
         self._policy = policy
         self._strips = strips
         self._layout: Sequence[int] = strips.layout(oid, policy)
-        self._adopt = False
+        self._states: dict[int, Version] = {}  # by strip: what it goes back to before it gets the new version
         self._origins: Buffer = b""
         self.holders: dict[int, int] = {strip: member for strip, member in enumerate(self._layout) if member != NOBODY}
 
     @classmethod
     def decided(cls, decision: StripDecision, strips: StripHome, version: Version, origins: Buffer) -> StripJob:
-        """`version` is new where strips are adopted; `origins`: the writes that the agreed state contains."""
+        """`version` is new where strips agree; `origins`: the writes that the agreed state contains."""
         job = cls(decision.oid, decision.policy, strips)
         job.version = version
         job._origins = origins
         job._layout = decision.layout
-        job._adopt = decision.adopt
         job.holders = dict(decision.holders)
         job.targets = dict.fromkeys(decision.missing, False)
-        job.agree = dict.fromkeys(decision.agree, False)
+        job.agree = dict.fromkeys([entry[:2] for entry in decision.agree], False)
+        job._states = {strip: state for strip, _, state in decision.agree}
         job.surplus = decision.surplus_copies()
         job.stale = dict.fromkeys(decision.stale)
         return job
@@ -175,12 +175,15 @@ class StripJob(Job):
 
     def agreement(self, strip: int, fence: int) -> Message:
         """ROLLBACK of one strip."""
+        epoch, term, counter = self._states[strip]
         return Message(
             Kind.ROLLBACK,
             fence,
             oid=strip_of(self.oid, strip),
+            offset=epoch,
+            length=term,
+            sequence=counter,
             version=self.version,
-            flags=Flag.ADOPT if self._adopt else 0,
             body=self._origins,
         )
 

@@ -17,6 +17,7 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Buffer, Done, Store
+from sheepdog.cluster.core.strip_levels import Leveled, decode_levels, encode_levels
 from sheepdog.cluster.core.strip_replica import StripReplica
 
 _WHOLE = 1 << 62  # end of a range that covers any object
@@ -44,10 +45,12 @@ def touched(flags: int, offset: int, length: int) -> tuple[int, int]:
     return offset - offset % BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE) * BLOCK_SIZE
 
 
-def note_origin(context: Context, flags: int, oid: ObjectId, gateway: int, number: int, floor: int) -> None:
+def note_origin(
+    context: Context, flags: int, oid: ObjectId, gateway: int, number: int, floor: int, version: Version
+) -> None:
     """Remembers whose write a copy here contains from now on; number 0: a home takes back a creation that failed."""
     if number:
-        context.origins.add(gateway, number, floor, plain_oid(oid))
+        context.origins.add(gateway, number, floor, plain_oid(oid), version)
     elif flags & Flag.REMOVE:
         context.origins.forget(plain_oid(oid))
 
@@ -65,6 +68,7 @@ class Replica:
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
+        self._levels: list[deque[tuple[int, list[Leveled]]]] = []  # by home, ascending sequence
         self._applied: list[int] = []  # by home: highest sequence seen
         self._unanswered: dict[tuple[int, int], None] = {}  # (home, sequence) being applied
         self._failed: dict[tuple[int, int], int] = {}
@@ -79,6 +83,7 @@ class Replica:
         self.lost = {}
         self._unstable = {}
         self._order = [deque() for _ in range(count)]
+        self._levels = [deque() for _ in range(count)]
         self._applied = [0] * count
         self._unanswered = {}
         self._failed = {}
@@ -91,7 +96,7 @@ class Replica:
         self.unequal[home] = dict.fromkeys(verdict.unequal)
         self.complete[home] = verdict.complete
         self.settled[home] = True
-        self.strips.settled(home, self.missing)
+        self.strips.settled(home, {**self.missing, **self.unequal[home]})
 
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
@@ -145,11 +150,11 @@ class Replica:
         if oid >> STRIP_SHIFT:
 
             def taken() -> None:
-                note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
+                note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
 
             self.strips.perform(flags, oid, message.offset, message.length, body, message.version, taken, answer)
         else:
-            note_origin(context, flags, oid, message.gateway, message.origin, message.floor)
+            note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
             perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)
 
     def _answering(
@@ -178,7 +183,7 @@ class Replica:
         while order and order[0][0] <= watermark:
             sequence, oid = order.popleft()
             if oid >> STRIP_SHIFT:
-                self.strips.undo.forget(oid, version_of(self._context.epoch, self._context.state.term, sequence))
+                self.strips.undo.settle(oid, version_of(self._context.epoch, self._context.state.term, sequence))
             ranges = self._unstable.get(oid)
             if ranges is None:
                 continue
@@ -189,3 +194,34 @@ class Replica:
                 del self._unstable[oid]
             if self._failed:
                 self._failed.pop((home, sequence), None)
+        levels = self._levels[home]
+        while levels and levels[0][0] <= watermark:
+            for strip, version in levels.popleft()[1]:
+                self.strips.undo.level(strip, version)
+
+    def on_level(self, sender: NodeId, message: Message) -> None:
+        """A home brings strips level; as APPLY, once."""
+        context, sequence = self._context, message.sequence
+        home = context.placement.index_of[sender]
+        key, fence = (home, sequence), context.fence
+        if sequence <= self._applied[home]:
+            if key not in self._unanswered:
+                context.peers.answer(sender, message, Result.SUCCESS)
+            return
+        self._applied[home] = sequence
+        self._unanswered[key] = None
+        self._stable(home, message.watermark)
+        assert isinstance(message.body, (bytes, bytearray, memoryview))
+        levels = decode_levels(message.body)
+        self._levels[home].append((sequence, levels))
+        version_of_level = dict(levels)
+
+        def done(failed: list[ObjectId]) -> None:
+            if context.fence != fence:
+                return
+            self._unanswered.pop(key, None)
+            self.missing.update(dict.fromkeys(failed))
+            body = encode_levels((strip, version_of_level[strip]) for strip in failed)
+            context.peers.answer(sender, message, Result.SUCCESS, body)
+
+        self.strips.bring_level(levels, done)

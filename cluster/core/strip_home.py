@@ -2,7 +2,7 @@
 
  layout     which member holds which strip: strip i on the i-th replica, unless peering found the strips elsewhere
  write      small: the old bytes of the data strips touched, then new bytes for those and deltas for the parity strips;
-            whole stripes: encoded at once. All strips get every version: equal versions are one state of the object
+            whole stripes: encoded at once. The strips that it does not touch get its version later (core.strip_levels)
  read       from the data strips; what is on none of the members is decoded from any D strips
 
 Between looking at old bytes and sending the change no other write of the same bytes may come: they are locked. Once the
@@ -23,7 +23,9 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
 from sheepdog.cluster.core.replica import note_origin, touched
+from sheepdog.cluster.core.strip_levels import Leveled, StripLevels
 from sheepdog.cluster.core.strip_replica import StripReplica
+from sheepdog.cluster.core.strip_undo import ALL_STRIPS
 from sheepdog.cluster.core.striping import (
     NOTHING,
     UNIT,
@@ -32,6 +34,7 @@ from sheepdog.cluster.core.striping import (
     encode_part,
     encode_stripes,
     gather,
+    mask_of,
     pieces,
     rows_to_range,
     spans,
@@ -61,6 +64,8 @@ class StripHome:
         self._locks = RangeLocks()
         self._order: deque[tuple[int, ObjectId]] = deque()  # writes of strips here that may not be everywhere
         self._versions: dict[ObjectId, Version] = {}  # last one given to objects that are to be repaired
+        self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
+        self.levels = StripLevels(context, home)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -94,7 +99,7 @@ class StripHome:
 
     def last_version(self, oid: ObjectId, policy: Policy) -> Version | None:
         """The version of the strips once no write is on its way."""
-        noted = self._versions.pop(oid, None)
+        noted = self._versions.pop(oid, None)  # the strips are level: Recovery.quiet sees to that
         strip = self.own_strip(oid, policy)
         return noted if noted is not None or strip is None else self._context.store.version(strip)
 
@@ -196,15 +201,24 @@ class StripHome:
         flags: int,
         lock: Lock,
     ) -> None:
-        """Numbers the change and hands every strip its part; those that it does not touch get the version."""
+        """Numbers the change and hands the strips that it touches their part; all get one that has no bytes."""
         oid, context = submission.oid, self._context
-        members = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
+        members = stored = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
         fresh = bool(flags & Flag.CREATE)
+        mask = ALL_STRIPS
+        if not flags & (Flag.CREATE | Flag.REMOVE) and (changed := mask_of(changes)):
+            mask = changed
+            members = [entry for entry in stored if mask >> entry[0] & 1]
         write = self._home.open_write(submission, len(members), fresh)
-        write.tolerance = len(members) - policy.data
+        write.ordered = True
+        write.tolerance = len(stored) - policy.data
+        if flags & Flag.REMOVE:
+            self.levels.wrote(oid, write.version, (), True)
+        else:
+            self.levels.wrote(oid, write.version, stored, len(members) == len(stored))
         if self._home.recovery.strip_holders(oid) is not None:
             self.note_version(oid, write.version)
-        size = strip_size(policy, context.size_of(oid)) if fresh else 0
+        size = strip_size(policy, context.size_of(oid)) if fresh else mask
         nodes, peers, fence, watermark = self._placement.nodes, context.peers, context.fence, self._home.watermark()
         mine: tuple[int, Change, int] | None = None
         for strip, member in members:
@@ -239,7 +253,7 @@ class StripHome:
             data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
 
             def taken() -> None:
-                note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor)
+                note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, write.version)
 
             self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, taken, write.local)
         self._release(lock)
@@ -263,9 +277,18 @@ class StripHome:
     def stable(self, watermark: int) -> None:
         """All strips have every write up to `watermark`."""
         order = self._order
+        undo = self._strips.undo
         while order and order[0][0] <= watermark:
             sequence, strip = order.popleft()
-            self._strips.undo.forget(strip, self._home.version_of(sequence))
+            undo.settle(strip, self._home.version_of(sequence))
+        while self._own_levels and self._own_levels[0][0] <= watermark:
+            for strip, version in self._own_levels.popleft()[1]:
+                undo.level(strip, version)
+
+    def level_here(self, sequence: int, levels: Sequence[Leveled], done: Callable[[list[ObjectId]], None]) -> None:
+        """The part of this node in bringing strips level; `done` gets those that could not be."""
+        self._own_levels.append((sequence, levels))
+        self._strips.bring_level(levels, done)
 
     # -- reads -----------------------------------------------------------------------------------------------------
 

@@ -1,37 +1,60 @@
 """Peering of erasure-coded objects: which state of the object all strips can be brought to, and which strip goes where.
 
 current     strips that were proven current in the newest epoch known to any of them; and where that is the epoch of the
-            last write itself, all strips of that epoch's replicas
-version     the lowest that a current strip has: every answered write is on all of them. Strips above it go back
-            (core.strip_undo), the others are rebuilt from any D.
-adopted     after an end of all processes there is nothing to go back by, and strips may be at any version. If all data
-            strips are there, each is right as it is (a block is on one strip only): they get a new common version, and
-            the parity is made anew.
-unfinished  a creation that did not get to all strips, and cannot be decoded, never was answered: what is there goes
+            last write itself, also the strips of that epoch's replicas: they were made current before it was written
+unfinished  a write that some strip has and another proven one lacks which it touches: it was not answered, nor was
+            any later one of the object, so it is undone with all that came after. The *cut* is the first such write
+state       what a strip was before the cut: it goes back to that (core.strip_undo)
+fitting     every write touches the parity, so the steps of a parity strip tell all writes of the object since its
+            strips were equal: for each strip the last one that touched it. A strip fits that has that write, at a
+            version that the object really had. Any D strips that fit are the object; the others are rebuilt from them
+adopted     after an end of all processes there may be nothing to go by, and strips may be at any version. If all data
+            strips are there, each is right as it is (a block is on one strip only): the parity is made anew
+never done  a creation that did not get to all strips, and cannot be decoded, never was answered: what is there goes
+
+Strips that fit get a common new version before anything is decoded, unless they are equal already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
+from sheepdog.cluster.core.strip_undo import Step
 
 NOBODY = -1
 
 
 class Held(NamedTuple):
-    """One strip in an inventory. `earlier`: versions to which it can go back, newest first."""
+    """One strip in an inventory. `steps`: how it came to its version, the last step first."""
 
     member: int
     strip: int
     version: Version
     as_of: int
-    earlier: tuple[Version, ...]
+    steps: list[Step]
 
-    def reaches(self, version: Version) -> bool:
-        return self.version == version or version in self.earlier
+    def writes(self) -> Iterator[tuple[Version, int]]:
+        """(version, strips touched) of the steps, the last first."""
+        version = self.version
+        for step in self.steps:
+            yield version, step.touched
+            version = step.before
+
+    def before(self, cut: Version | None) -> Version | None:
+        """The version that the strip had before the write `cut`; None if it cannot go back there."""
+        version = self.version
+        if cut is None or version < cut:
+            return version
+        for step in self.steps:
+            if not step.back:
+                break
+            version = step.before
+            if version < cut:
+                return version
+        return None
 
 
 class StripDecision(NamedTuple):
@@ -39,28 +62,26 @@ class StripDecision(NamedTuple):
 
     oid: ObjectId
     policy: Policy
-    version: Version  # NO_VERSION: deleted, lost, or (adopt) still to be given
+    version: Version  # NO_VERSION: deleted, lost, or still to be given (see `agree`)
     layout: tuple[int, ...] = ()  # member by strip, after recovery
     holders: tuple[tuple[int, int], ...] = ()  # (strip, member) that have the version
-    agree: tuple[tuple[int, int], ...] = ()  # (strip, member) that go back to it, or are adopted
+    agree: tuple[tuple[int, int, Version], ...] = ()  # (strip, member, state): go back to that, then get a new version
     missing: tuple[int, ...] = ()  # members of the layout whose strip is to be rebuilt
     surplus: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id) that go at the end
     stale: tuple[int, ...] = ()  # members that hold an older state as if it were good
-    adopt: bool = False
+    cut: Version | None = None  # the first write that is undone
     lost: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id): not enough is here to decode
 
     def lacking(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that must not be read until recovery says so."""
         strips = [(member, strip_of(self.oid, self.layout.index(member))) for member in self.missing]
-        if not self.adopt:  # adopted ones are right, whatever their version
-            strips += [(member, strip_of(self.oid, strip)) for strip, member in self.agree]
         return [*strips, *self.surplus, *self.lost]
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that are current, but must be asked for through the home for now."""
         if not (self.stale or self.agree):
             return []
-        strips = self.holders + (self.agree if self.adopt else ())
+        strips = [*self.holders, *(entry[:2] for entry in self.agree)]
         return [(member, strip_of(self.oid, strip)) for strip, member in strips]
 
     def surplus_copies(self) -> list[tuple[int, ObjectId]]:
@@ -80,7 +101,8 @@ class Facts(Protocol):
 
     def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool: ...
 
-    def superseded(self, oid: ObjectId, as_of: int) -> bool: ...
+    def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
+        """It may have been written later, in an epoch of whose replicas fewer than `least` are here."""
 
     def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
         """The member belonged to the object's replicas in an earlier epoch."""
@@ -93,8 +115,8 @@ def decide(
     oid: ObjectId, policy: Policy, held: Sequence[Held], replicas: tuple[int, ...], facts: Facts
 ) -> StripDecision | None:
     """None: every strip is where it belongs, at one version."""
-    enough = len(replicas) >= policy.data
-    if enough and _in_place(held, replicas) and not facts.superseded(oid, max(entry.as_of for entry in held)):
+    enough, least = len(replicas) >= policy.data, policy.data
+    if enough and _in_place(held, replicas) and not facts.superseded(oid, max(entry.as_of for entry in held), least):
         return None
     holders = {entry.member for entry in held}
     everything = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held)
@@ -106,20 +128,23 @@ def decide(
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders
     )
-    if not real or not enough or facts.superseded(oid, best_as_of):
+    if not real or not enough or facts.superseded(oid, best_as_of, least):
         return StripDecision(oid, policy, NO_VERSION, lost=lost)
     current = [
         entry
         for entry in real
         if entry.as_of == best_as_of or (best_as_of == best.epoch and facts.was_replica(oid, entry.member, best.epoch))
     ]
-    for version in sorted({entry.version for entry in current}):
-        good = [entry for entry in real if entry.reaches(version)]
-        if len({entry.strip for entry in good}) >= policy.data:
-            return _arrange(oid, policy, version, good, held, replicas, adopt=False)
-    data = [entry for entry in current if entry.strip < policy.data]
-    if len({entry.strip for entry in data}) == policy.data:
-        return _arrange(oid, policy, NO_VERSION, _newest(data), held, replicas, adopt=True)
+    proven = [entry for entry in real if entry.as_of == best_as_of]
+    cuts: list[Version | None] = [*_unfinished(proven), None, *_unfinished(current)]
+    for cut in cuts:
+        good = _fitting(policy, real, current, proven, cut)
+        if len({entry.strip for entry, _ in good}) >= policy.data:
+            return _arrange(oid, policy, good, cut, held, replicas)
+    for cut in cuts:
+        data = [(entry, state) for entry in current if entry.strip < policy.data and (state := entry.before(cut))]
+        if len({entry.strip for entry, _ in data}) == policy.data:
+            return _arrange(oid, policy, _newest(data), cut, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     return StripDecision(oid, policy, NO_VERSION, lost=lost)
@@ -135,24 +160,71 @@ def _in_place(held: Sequence[Held], replicas: tuple[int, ...]) -> bool:
     )
 
 
-def _newest(data: Sequence[Held]) -> list[Held]:
+def _unfinished(current: Sequence[Held]) -> list[Version]:
+    """Writes that some strip has and another one lacks that they touch, ascending."""
+    newest: dict[int, Version] = {}
+    writes: dict[Version, int] = {}
+    for entry in current:
+        newest[entry.strip] = max(entry.version, newest.get(entry.strip, entry.version))
+        writes.update(entry.writes())
+    return sorted(
+        version
+        for version, touched in writes.items()
+        if any(touched >> strip & 1 and has < version for strip, has in newest.items())
+    )
+
+
+def _fitting(
+    policy: Policy, real: Sequence[Held], current: Sequence[Held], proven: Sequence[Held], cut: Version | None
+) -> list[tuple[Held, Version]]:
+    """The strips that make up one state of the object, before the write `cut`, each with its version there."""
+    parity = [(state, entry) for entry in current if entry.strip >= policy.data and (state := entry.before(cut))]
+    least = max((state for entry in proven if (state := entry.before(cut))), default=NO_VERSION)
+    if (
+        not parity or max(state for state, _ in parity) < least
+    ):  # without one that tells all writes, only equal versions are surely one state
+        version = max((entry.version for entry in current), default=NO_VERSION)
+        return [(entry, version) for entry in real if entry.version == version and cut is None]
+    newest = max(state for state, _ in parity)
+    teller = max((entry for state, entry in parity if state == newest), key=lambda entry: len(entry.steps))
+    base, had, last = newest, {newest}, dict[int, Version]()
+    for version, touched in teller.writes():
+        if version > newest:
+            continue
+        had.add(version)
+        for strip in range(policy.strips):
+            if touched >> strip & 1:
+                last.setdefault(strip, version)
+    if teller.steps and teller.steps[-1].before < newest:
+        base = teller.steps[-1].before
+        had.add(base)
+    found = []
+    for entry in real:
+        state = entry.before(cut)
+        if state is not None and state in had and state >= last.get(entry.strip, base):
+            found.append((entry, state))
+    return found
+
+
+def _newest(data: Sequence[tuple[Held, Version]]) -> list[tuple[Held, Version]]:
     """Of each strip the one that was current last."""
-    best: dict[int, Held] = {}
-    for entry in sorted(data, key=lambda entry: (entry.as_of, entry.version)):
-        best[entry.strip] = entry
+    best: dict[int, tuple[Held, Version]] = {}
+    for entry, state in sorted(data, key=lambda pair: (pair[0].as_of, pair[1])):
+        best[entry.strip] = entry, state
     return [best[strip] for strip in sorted(best)]
 
 
 def _arrange(
     oid: ObjectId,
     policy: Policy,
-    version: Version,
-    good: Sequence[Held],
+    states: Sequence[tuple[Held, Version]],
+    cut: Version | None,
     held: Sequence[Held],
     replicas: tuple[int, ...],
-    adopt: bool,
 ) -> StripDecision:
     """Good strips stay on replicas that hold them; the other replicas get what is missing."""
+    good = [entry for entry, _ in states]
+    state_of = {(entry.member, entry.strip): state for entry, state in states}
     layout, kept = _keep(policy, good, replicas)
     extra: dict[int, Held] = {}  # on members that will not keep it, but it can be read there meanwhile
     for entry in good:
@@ -167,19 +239,22 @@ def _arrange(
         layout[strip] = member
         missing.append(member)
     surplus = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held if layout[entry.strip] != entry.member)
-    fine = {(entry.member, entry.strip) for entry in good}
-    old = [entry for entry in held if entry.version != NO_VERSION and (entry.member, entry.strip) not in fine]
+    old = [entry for entry in held if entry.version != NO_VERSION and (entry.member, entry.strip) not in state_of]
+    wanted = {state_of[entry.member, entry.strip] for entry in used}
+    equal = len(wanted) == 1 and all(entry.version in wanted for entry in used)
     return StripDecision(
         oid,
         policy,
-        version,
+        wanted.pop() if equal else NO_VERSION,
         tuple(layout),
-        holders=tuple((entry.strip, entry.member) for entry in used if not adopt and entry.version == version),
-        agree=tuple((entry.strip, entry.member) for entry in used if adopt or entry.version != version),
+        holders=tuple((entry.strip, entry.member) for entry in used) if equal else (),
+        agree=()
+        if equal
+        else tuple((entry.strip, entry.member, state_of[entry.member, entry.strip]) for entry in used),
         missing=tuple(missing),
         surplus=surplus,
         stale=tuple(dict.fromkeys(entry.member for entry in old)),
-        adopt=adopt,
+        cut=cut,
     )
 
 

@@ -7,7 +7,7 @@ while, so the changes and reads of one strip queue behind each other and take ef
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import xor
@@ -16,7 +16,8 @@ from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
 from sheepdog.cluster.core.origins import decode_origins
 from sheepdog.cluster.core.ports import Done, ReadDone
-from sheepdog.cluster.core.strip_undo import Undo, UndoLog
+from sheepdog.cluster.core.strip_levels import Leveled
+from sheepdog.cluster.core.strip_undo import NO_STRIPS, Undo, UndoLog
 
 
 class NoWayBack(StoreError):
@@ -64,6 +65,8 @@ class StripReplica:
     ) -> None:
         """One numbered change, as APPLY describes it; without data only the version changes.
 
+        `length`: size of a strip to create; else the strips that the change touches, a bit each.
+
         `taken` is called when the strip has it; until then it may still come to nothing, with the epoch.
         """
         queue = self._queues.get(strip)
@@ -99,7 +102,7 @@ class StripReplica:
             done(NoObject(f"no strip {oid_name(strip)} here"))
             return
         if not data:
-            self.undo.keep(strip, Undo(before, version, 0, b""))
+            self.undo.keep(strip, Undo(before, version, 0, b"", length))
             taken()
             store.stamp(strip, version, durable, done)
             return
@@ -112,7 +115,7 @@ class StripReplica:
             if isinstance(old, StoreError):
                 done(old)
             else:
-                self.undo.keep(strip, Undo(before, version, offset, old))
+                self.undo.keep(strip, Undo(before, version, offset, old, length))
                 taken()
                 fresh = xor(old, data) if flags & Flag.XOR else data
                 store.write(strip, offset, fresh, version, durable, done)
@@ -128,6 +131,39 @@ class StripReplica:
             if behind is not None:
                 behind.extend(queue)
                 return
+
+    def bring_level(self, levels: Sequence[Leveled], done: Callable[[list[ObjectId]], None]) -> None:
+        """Strips get the version of the last write, which did not touch them; `done` gets those that cannot."""
+        left, failed = len(levels), list[ObjectId]()
+
+        def ended(strip: ObjectId) -> Done:
+            def leveled(error: StoreError | None) -> None:
+                nonlocal left
+                left -= 1
+                if error is not None:
+                    failed.append(strip)
+                if not left:
+                    done(failed)
+
+            return leveled
+
+        for strip, version in levels:
+            queue = self._queues.get(strip)
+            if queue is None:
+                self._level(strip, version, ended(strip))
+            else:
+                queue.append(lambda strip=strip, version=version: self._level(strip, version, ended(strip)))  # type: ignore[misc]
+
+    def _level(self, strip: ObjectId, version: Version, done: Done) -> None:
+        store = self._context.store
+        before = store.version(strip)
+        if before is None or before == NO_VERSION:
+            done(NoObject(f"no strip {oid_name(strip)} here"))
+        elif before >= version:
+            done(None)
+        else:
+            self.undo.keep(strip, Undo(before, version, 0, b"", NO_STRIPS))
+            store.stamp(strip, version, False, done)
 
     # -- reads -------------------------------------------------------------------------------------------------
 
@@ -155,41 +191,48 @@ class StripReplica:
 
     # -- going back --------------------------------------------------------------------------------------------
 
-    def roll_back(self, strip: ObjectId, target: Version, origins: Buffer, done: Done) -> None:
-        """The strip becomes what it was at `target`, durably; `origins`: the writes that it contains then."""
+    def agree(self, strip: ObjectId, target: Version, version: Version, origins: Buffer, done: Done) -> None:
+        """The strip becomes what it was at `target`, durably, and gets a new version.
+
+        `origins`: the writes that it contains then. Until all strips have come so far it can be told from the steps
+        here what it was.
+        """
         context = self._context
+        if context.store.version(strip) == version:  # asked again, in a later epoch
+            done(None)
+            return
         steps = self.undo.back_to(strip, target, context.store.version(strip))
         if steps is None:
             done(NoWayBack(f"strip {oid_name(strip)} cannot go back to {tuple(target)}"))
             return
-        context.probe("strips.rolled_back")
         oid = plain_oid(strip)
         context.origins.forget(oid)
         context.origins.merge(decode_origins(origins))
-        left, failed = len(steps), False
-        if not left:
-            done(None)
+        self._go_back(strip, steps, target, version, done)
+
+    def _go_back(self, strip: ObjectId, steps: Sequence[Undo], target: Version, version: Version, done: Done) -> None:
+        """Undoes writes, the newest first; behind them comes the new version."""
+        store, left, failed = self._context.store, len(steps) + 1, False
+        if steps:
+            self._context.probe("strips.rolled_back")
 
         def written(error: StoreError | None) -> None:
             nonlocal left, failed
             left -= 1
             failed = failed or error is not None
             if not left:
-                if not failed:
+                if failed:
                     self.undo.drop(strip)
-                done(NoWayBack(f"strip {oid_name(strip)}: {error}") if failed else None)
+                done(NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}") if failed else None)
 
-        for number, (before, _, offset, old) in enumerate(steps):
-            durable = number == len(steps) - 1
-            if old:
-                context.store.write(strip, offset, old, before, durable, written)
-            else:
-                context.store.stamp(strip, before, durable, written)
+        for before, _, offset, old, _ in steps:
+            self.undo_step(strip, before, offset, old or b"", written)
+        self.undo.keep(strip, Undo(target, version, 0, b""))
+        store.stamp(strip, version, True, written)
 
-    def agree(self, strip: ObjectId, version: Version, origins: Buffer, adopt: bool, done: Done) -> None:
-        """As ROLLBACK describes it."""
-        if adopt:
-            self.undo.drop(strip)
-            self._context.store.stamp(strip, version, True, done)
+    def undo_step(self, strip: ObjectId, before: Version, offset: int, old: Buffer, done: Done) -> None:
+        """Takes back one write."""
+        if old:
+            self._context.store.write(strip, offset, old, before, True, done)
         else:
-            self.roll_back(strip, version, origins, done)
+            self._context.store.stamp(strip, before, True, done)

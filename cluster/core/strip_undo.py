@@ -4,6 +4,10 @@ A write of an erasure-coded object changes several strips. If nodes die while it
 others have not, and nothing can be decoded from strips of different versions. So each strip keeps the bytes that a
 write replaced until the home says that all strips have it (the watermark); until then it can be taken back.
 
+A write changes few of the strips, and only those get its version. So each strip also remembers which strips its writes
+have touched, until the home has brought all strips of the object level (core.strip_levels): with that peering can tell
+a strip that lacks a write from one that the write left alone.
+
 What small writes replaced is also written to a file before the strip is, so that it survives the end of all processes.
 What is in the file and not needed any more does no harm: it leads from versions that all strips have to older ones, and
 nobody wants those (core.strip_peering).
@@ -14,7 +18,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from struct import Struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sheepdog.cluster.core.ids import STRIP_SHIFT, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import UNDO_FILE_BYTES, UNDO_RECORD_BYTES
@@ -22,7 +26,10 @@ from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.ports import NodeState
 
 _CHECKSUM = Struct("<I")  # CRC-32 of the rest
-_FIELDS = Struct("<IQIIQIIQQI")  # strip + 1, oid, before, after, offset, length of the old bytes that follow
+_FIELDS = Struct("<IQIIQIIQIQI")  # strip + 1, oid, before, after, touched, offset, length of the old bytes that follow
+_GONE: Final = 0xFFFFFFFF  # as a length: no way back
+ALL_STRIPS: Final = (1 << 31) - 1  # touched: as many as a policy may have
+NO_STRIPS: Final = 0  # touched: the strip was brought level, no write came
 
 
 class Undo(NamedTuple):
@@ -31,14 +38,33 @@ class Undo(NamedTuple):
     before: Version
     after: Version
     offset: int
-    old: Buffer  # empty: the write changed only the version
+    old: Buffer | None  # empty: the write changed only the version; None: nobody may go back behind it any more
+    touched: int = ALL_STRIPS  # the strips that the write changes, a bit each
+
+
+class Step(NamedTuple):
+    """What is known of a strip's way to a version: from `before`, by a write that touched these strips."""
+
+    before: Version
+    touched: int
+    back: bool  # it can be gone back
+
+
+class _Chain:
+    """The steps of one strip, the oldest first; the first `settled` of them cannot be gone back."""
+
+    __slots__ = ("settled", "steps")
+
+    def __init__(self) -> None:
+        self.steps: list[Undo] = []
+        self.settled = 0
 
 
 class UndoLog:
     """Of all strips of one node."""
 
     def __init__(self) -> None:
-        self._entries: dict[ObjectId, list[Undo]] = {}
+        self._chains: dict[ObjectId, _Chain] = {}
         self._state: NodeState | None = None
         self._written = 0  # bytes in the file
 
@@ -47,17 +73,23 @@ class UndoLog:
         self._state = state
         data = state.load_undo()
         self._written = len(data)
-        self._entries = decode(data)
-        for strip, entries in list(self._entries.items()):
-            while entries and entries[-1].after != version_of(strip):
-                del entries[-1]  # the end came before the strip was written
-            if not entries:
-                del self._entries[strip]
+        for strip, records in decode(data).items():
+            steps: list[Undo] = []
+            for undo in records:
+                _append(steps, undo)
+            while steps and steps[-1].after != version_of(strip):
+                del steps[-1]  # the end came before the strip was written
+            if steps:
+                self._chains[strip] = chain = _Chain()
+                chain.steps = steps
 
     def keep(self, strip: ObjectId, undo: Undo) -> None:
         """Before the strip is written."""
-        self._entries.setdefault(strip, []).append(undo)
-        if self._state is not None and len(undo.old) <= UNDO_RECORD_BYTES:
+        chain = self._chains.get(strip)
+        if chain is None:
+            chain = self._chains[strip] = _Chain()
+        _append(chain.steps, undo)
+        if self._state is not None:
             if self._written > UNDO_FILE_BYTES:
                 self._compact()
             record = encode(strip, undo)
@@ -66,65 +98,85 @@ class UndoLog:
 
     def _compact(self) -> None:
         assert self._state is not None
-        needed = b"".join(
-            [
-                encode(strip, undo)
-                for strip, entries in self._entries.items()
-                for undo in entries
-                if len(undo.old) <= UNDO_RECORD_BYTES
-            ]
-        )
+        needed = b"".join([encode(strip, undo) for strip, chain in self._chains.items() for undo in chain.steps])
         self._written = len(needed)
         self._state.replace_undo(needed)
 
-    def earlier(self, strip: ObjectId, version: Version | None) -> list[Version]:
-        """The versions that the strip, now at `version`, can go back to, newest first."""
-        found = []
-        for undo in reversed(self._entries.get(strip, ())):
+    def steps(self, strip: ObjectId, version: Version | None) -> list[Step]:
+        """How the strip, now at `version`, came there, the last step first."""
+        found: list[Step] = []
+        chain, back = self._chains.get(strip), True
+        for undo in reversed(chain.steps if chain is not None else ()):
             if undo.after != version:
                 break
-            version = undo.before
-            found.append(version)
+            version, back = undo.before, back and undo.old is not None
+            found.append(Step(version, undo.touched, back))
         return found
 
     def back_to(self, strip: ObjectId, target: Version, version: Version | None) -> list[Undo] | None:
         """What is to be undone, newest first; None when the strip cannot go there."""
-        steps = []
-        for undo in reversed(self._entries.get(strip, ())):
-            if version == target or undo.after != version:
+        steps: list[Undo] = []
+        chain = self._chains.get(strip)
+        for undo in reversed(chain.steps if chain is not None else ()):
+            if version == target or undo.after != version or undo.old is None:
                 break
             steps.append(undo)
             version = undo.before
         return steps if version == target else None
 
-    def forget(self, strip: ObjectId, version: Version) -> None:
-        """All strips have the writes up to `version`."""
-        entries = self._entries.get(strip)
-        if entries is None:
+    def settle(self, strip: ObjectId, version: Version) -> None:
+        """All strips that they touch have the writes up to `version`: nobody takes those back."""
+        chain = self._chains.get(strip)
+        if chain is None:
             return
-        while entries and entries[0].after <= version:
-            del entries[0]
-        if not entries:
-            del self._entries[strip]
+        steps, settled = chain.steps, min(chain.settled, len(chain.steps))
+        while settled < len(steps) and steps[settled].after <= version:
+            steps[settled] = steps[settled]._replace(old=None)
+            settled += 1
+        chain.settled = settled
+
+    def level(self, strip: ObjectId, version: Version) -> None:
+        """All strips of the object were brought to `version`: what led there does not matter any more."""
+        chain = self._chains.get(strip)
+        if chain is None:
+            return
+        count = 0
+        while count < len(chain.steps) and chain.steps[count].after <= version:
+            count += 1
+        del chain.steps[:count]
+        chain.settled = max(0, chain.settled - count)
+        if not chain.steps:
+            del self._chains[strip]
 
     def drop(self, strip: ObjectId) -> None:
         """The strip is new, gone, or agreed upon as it is."""
-        self._entries.pop(strip, None)
+        self._chains.pop(strip, None)
 
     def strips(self) -> list[ObjectId]:
-        return list(self._entries)
+        return list(self._chains)
 
     def clear(self) -> None:
-        self._entries.clear()
+        self._chains.clear()
         if self._state is not None:
             self._compact()
 
 
+def _append(steps: list[Undo], undo: Undo) -> None:
+    """What does not lead to where this step begins was gone back, or never came."""
+    while steps and steps[-1].after != undo.before:
+        del steps[-1]
+    steps.append(undo)
+
+
 def encode(strip: ObjectId, undo: Undo) -> bytes:
-    """One record of the file."""
-    body = _FIELDS.pack(
-        strip >> STRIP_SHIFT, plain_oid(strip), *undo.before, *undo.after, undo.offset, len(undo.old)
-    ) + bytes(undo.old)
+    """One record of the file. What a large write replaced is left out: there is no way back then."""
+    old = undo.old
+    if old is None or len(old) > UNDO_RECORD_BYTES:
+        old, length = b"", _GONE
+    else:
+        length = len(old)
+    fields = (*undo.before, *undo.after, undo.touched, undo.offset, length)
+    body = b"".join((_FIELDS.pack(strip >> STRIP_SHIFT, plain_oid(strip), *fields), old))
     return _CHECKSUM.pack(zlib.crc32(body)) + body
 
 
@@ -135,11 +187,13 @@ def decode(data: bytes) -> dict[ObjectId, list[Undo]]:
     while start + _CHECKSUM.size + _FIELDS.size <= len(data):
         (checksum,) = _CHECKSUM.unpack_from(data, start)
         start += _CHECKSUM.size
-        strip, oid, *versions, offset, length = _FIELDS.unpack_from(data, start)
-        end = start + _FIELDS.size + length
+        strip, oid, *versions, touched, offset, length = _FIELDS.unpack_from(data, start)
+        old = start + _FIELDS.size
+        end = old + (0 if length == _GONE else length)
         if end > len(data) or zlib.crc32(data[start:end]) != checksum:
             break
-        undo = Undo(Version(*versions[:3]), Version(*versions[3:]), offset, data[end - length : end])
+        bytes_ = None if length == _GONE else data[old:end]
+        undo = Undo(Version(*versions[:3]), Version(*versions[3:]), offset, bytes_, touched)
         found.setdefault(ObjectId(oid | strip << STRIP_SHIFT), []).append(undo)
         start = end
     return found

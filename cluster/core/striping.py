@@ -44,6 +44,15 @@ class Change(NamedTuple):
 NOTHING: Final = Change(0, ())
 
 
+def mask_of(changes: Sequence[Change]) -> int:
+    """The strips that a change touches, a bit each."""
+    mask = 0
+    for strip, change in enumerate(changes):
+        if change.data:
+            mask |= 1 << strip
+    return mask
+
+
 def stripe_size(policy: Policy) -> int:
     return policy.data * UNIT
 

@@ -212,6 +212,8 @@ class SimCluster:
                 return f"{machine.name}: peering, waits for {node.home and node.home.waiting_for()}"
             if node.home.recovery.unfinished:
                 return f"{machine.name}: {node.home.recovery.unfinished} objects to recover"
+            if not node.home.strips.levels.idle:
+                return f"{machine.name}: strips are not level"
             if node.gateway.pending or node.gateway.drains:
                 return f"{machine.name}: requests under way"
             if node.cluster.queue:

@@ -81,13 +81,10 @@ class _ForgetsAtOnce(UndoLog):
 class _LeavesParity(StripReplica):
     """Planted bug: going back leaves parity strips with the bytes of the version that was taken back."""
 
-    def roll_back(self, strip: ObjectId, target: Version, origins: Buffer, done: Done) -> None:
+    def undo_step(self, strip: ObjectId, before: Version, offset: int, old: Buffer, done: Done) -> None:
         policy = self._context.policy_of(ObjectId(strip & (1 << 64) - 1))
-        if policy is not None and strip_index(strip) >= policy.data:
-            self.undo.drop(strip)
-            self._context.store.stamp(strip, target, True, done)
-        else:
-            super().roll_back(strip, target, origins, done)
+        parity = policy is not None and strip_index(strip) >= policy.data
+        super().undo_step(strip, before, offset, b"" if parity else old, done)
 
 
 def _forgetful(*arguments: Any) -> Node:

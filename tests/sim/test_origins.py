@@ -12,6 +12,7 @@ from sheepdog.cluster.core.peering import Decision, Holding, Inventories, encode
 from sheepdog.cluster.sim.run import Run, Scenario
 
 OID = ObjectId(0xABC00000001)
+V1 = Version(3, 1, 5)
 
 
 def member(number: int, incarnation: int = 1) -> Member:
@@ -21,24 +22,24 @@ def member(number: int, incarnation: int = 1) -> Member:
 def test_a_process_that_came_back_asks_for_nothing() -> None:
     origins = Origins()
     origins.begin([member(1), member(2)])
-    origins.add(0, 5, 0, OID)
-    origins.add(1, 6, 0, OID)
+    origins.add(0, 5, 0, OID, V1)
+    origins.add(1, 6, 0, OID, V1)
     origins.begin([member(0), member(1), member(2, incarnation=2)])
-    assert list(origins) == [Origin(OID, 5, 1)]
+    assert list(origins) == [Origin(OID, 5, 1, V1)]
 
 
 def test_what_is_answered_is_forgotten() -> None:
     origins = Origins()
     origins.begin([member(1)])
     for number in range(1, 5):
-        origins.add(0, number, number - 1, OID)
+        origins.add(0, number, number - 1, OID, V1)
     assert [origin.number for origin in origins] == [3, 4]
     origins.forget(OID)
     assert not list(origins)
 
 
 def test_bytes() -> None:
-    origins = [Origin(OID, 5, 1), Origin(ObjectId(1 << 63), 1 << 40, 6000)]
+    origins = [Origin(OID, 5, 1, V1), Origin(ObjectId(1 << 63), 1 << 40, 6000, V1)]
     assert decode_origins(encode_origins(origins)) == origins
     with pytest.raises(PeerError):
         decode_origins(bytes(23))
@@ -48,7 +49,9 @@ def test_only_the_current_copy_tells_what_it_contains() -> None:
     old, new = Version(3, 1, 7), Version(3, 1, 8)
     inventories = Inventories(3)
     for index, (version, numbers) in enumerate([(old, [1]), (new, [2]), (new, [])]):
-        inventories.add(index, 0, encode_origins([Origin(OID, number, 0) for number in numbers]), 3, Flag.ORIGINS)
+        inventories.add(
+            index, 0, encode_origins([Origin(OID, number, 0, version) for number in numbers]), 3, Flag.ORIGINS
+        )
         inventories.add(index, 1, encode_holdings([Holding(OID, version, 3)]), 3, Flag.LAST)
     decided = [Decision(OID, new, (1, 2), (0,), ())]
     assert list(inventories.contained(decided)) == [(0, 2)]

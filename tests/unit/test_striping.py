@@ -156,18 +156,34 @@ def test_undo_goes_back_step_by_step_and_forgets_from_below() -> None:
     versions = [Version(1, 1, number) for number in range(5)]
     for before, after in itertools.pairwise(versions):
         log.keep(strip, Undo(before, after, 0, b"x"))
-    assert log.earlier(strip, versions[4]) == versions[3::-1]
-    assert log.earlier(strip, versions[2]) == []
+    assert [step.before for step in log.steps(strip, versions[4])] == versions[3::-1]
+    assert log.steps(strip, versions[2]) == []
     steps = log.back_to(strip, versions[2], versions[4])
     assert steps is not None
     assert [step.before for step in steps] == [versions[3], versions[2]]
     assert log.back_to(strip, versions[4], versions[4]) == []
     assert log.back_to(strip, Version(9, 9, 9), versions[4]) is None
-    log.forget(strip, versions[2])
-    assert log.earlier(strip, versions[4]) == [versions[3], versions[2]]
+    log.settle(strip, versions[2])
+    assert [step.back for step in log.steps(strip, versions[4])] == [True, True, False, False]
     assert log.back_to(strip, versions[1], versions[4]) is None
-    log.forget(strip, versions[4])
+    log.level(strip, versions[2])
+    assert [step.before for step in log.steps(strip, versions[4])] == [versions[3], versions[2]]
+    log.level(strip, versions[4])
     assert log.strips() == []
+
+
+def test_a_step_that_was_gone_back_is_no_part_of_the_way() -> None:
+    state, log, strip = _State(), UndoLog(), strip_of(data_oid(Vid(1), 0), 4)
+    log.load(cast("NodeState", state), lambda _: None)
+    v1, v2, undone, again = (Version(1, 1, number) for number in range(1, 5))
+    log.keep(strip, Undo(v1, v2, 0, b"1", 0b10001))
+    log.keep(strip, Undo(v2, undone, 0, b"2", 0b10010))
+    log.keep(strip, Undo(v2, again, 0, b"", 0b110000))
+    expected = [(v2, 0b110000), (v1, 0b10001)]
+    assert [(step.before, step.touched) for step in log.steps(strip, again)] == expected
+    later = UndoLog()
+    later.load(cast("NodeState", state), lambda _: again)
+    assert [(step.before, step.touched) for step in later.steps(strip, again)] == expected
 
 
 class _State:
@@ -198,11 +214,12 @@ def test_undo_survives_the_process() -> None:
         left.data = state.data[: len(state.data) - torn]
         now = versions[3] if not torn else versions[2]
         later.load(cast("NodeState", left), lambda _, now=now: now)  # type: ignore[misc]
-        assert later.earlier(strip, now) == [version for version in versions[::-1] if version < now]
+        expected = [version for version in versions[::-1] if version < now]
+        assert [step.before for step in later.steps(strip, now)] == expected
     killed = UndoLog()
     killed.load(cast("NodeState", state), lambda _: versions[2])  # the last record came, its write did not
     steps = killed.back_to(strip, versions[1], versions[2])
     assert steps is not None
-    assert [bytes(step.old) for step in steps] == [b"\x01" * 100]
+    assert [bytes(step.old or b"") for step in steps] == [b"\x01" * 100]
     log.clear()
     assert state.data == b""
