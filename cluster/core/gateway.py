@@ -15,7 +15,7 @@ from typing import TypeAlias
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home, Submission
@@ -478,12 +478,12 @@ class Gateway:
                 else:  # a write came while the store was reading: its bytes may be among the data already
                     context.probe("gateway.written_while_read")
                     self._read_at_home(request, 0)
-            elif isinstance(data, Corrupt):
+            elif isinstance(data, (Corrupt, DiskError)):
                 context.probe("gateway.corrupt_here")
                 context.log(3, f"object {oid:016x}: {data}; another copy answers")
                 self._replica.missing[oid] = None
                 self._read_at_home(request, Flag.REPAIR)
-            else:  # no copy, or a disk that fails: the home knows what that means
+            else:  # no copy: the home knows what that means
                 self._read_at_home(request, 0)
 
         return read

@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias
 from sheepdog.cluster.core.blocks import block_map
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, version_of, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
@@ -514,7 +514,7 @@ class Home:
     # -- reads -------------------------------------------------------------------------------------------------
 
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
-        """Reads from the own copy, or, if that is rotten, from another one (and has it repaired).
+        """Reads from the own copy, or, if that is rotten or its disk fails, from another one (and has it repaired).
 
         With MAP in `flags`: which of its blocks hold data (core.blocks).
         """
@@ -545,7 +545,7 @@ class Home:
                 return  # fenced: the gateway asks again in the new epoch
             if not isinstance(data, StoreError):
                 deliver(data, self._sequence)
-            elif isinstance(data, Corrupt) and policy is None:
+            elif isinstance(data, (Corrupt, DiskError)) and policy is None:
                 self.context.probe("home.corrupt")
                 self.context.log(3, f"object {oid:016x}: {data}; another copy answers")
                 self.recovery.suspect(oid, self.me)

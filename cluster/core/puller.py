@@ -10,6 +10,7 @@ from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
+from sheepdog.cluster.core.repair import Repair
 
 Pulled = Callable[[int], None]
 
@@ -136,9 +137,21 @@ class _Pull:
         self._table = bytes(answer.body[:table_size])
         self._origins = decode_origins(answer.body[table_size:])
         try:
-            mine = store.table(self.oid) if store.size(self.oid) == size and not self._repair else b""
+            mine = store.table(self.oid) if store.size(self.oid) == size else b""
         except NoObject:
             mine = b""
+        if self._repair:
+            if mine == self._table and store.version(self.oid) == self._version:
+                _, used = difference(b"", mine, size)
+                sources = list(self._sources)
+                Repair(self._context, self.oid, self._version, sources, used, self._repaired).start()
+                return
+            mine = b""
+        self._begin(mine, size)
+
+    def _begin(self, mine: Buffer, size: int) -> None:
+        """Opens the copy here, whose good blocks are those of the table `mine`, and fetches the others."""
+        store = self._context.store
         holes, self._ranges = difference(mine, self._table, size)
         self._repair = False  # a second source goes on where the first one ended
         self._context.origins.forget(plain_oid(self.oid))
@@ -146,6 +159,14 @@ class _Pull:
         for offset, length in holes:
             store.restore_punch(self.oid, offset, length)
         self._fetch_more()
+
+    def _repaired(self, result: int) -> None:
+        if self.given_up:
+            return
+        if result == Result.NO_MEM:
+            self._begin(b"", self._context.store.size(self.oid))
+        else:
+            self._end(result)
 
     def _fetch_more(self) -> None:
         while self._ranges and self._in_flight < PULL_WINDOW and self._failed is None:

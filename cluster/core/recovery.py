@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
-from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS
+from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS, REPAIR_TRIES
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 
@@ -146,8 +146,8 @@ class Recovery:
         self._start(job)
 
     def _give_up(self, job: Job) -> None:
-        """No copy is left to restore from: requests see the error of the copy itself."""
-        self._context.log(3, f"object {job.oid:016x}: no good copy is left to restore from")
+        """Nothing can be done for a suspected copy: requests see the error of the copy itself, or find another one."""
+        self._context.log(3, f"object {job.oid:016x}: a bad copy cannot be made anew")
         del self._jobs[job.oid]
         self._release(job)
 
@@ -251,7 +251,7 @@ class Recovery:
         return pulled
 
     def _failed(self, job: Job, target: int, result: int) -> None:
-        """Tries again a little later, for as long as the epoch lasts."""
+        """Tries again a little later, for as long as the epoch lasts; for a copy that is only suspected, some times."""
         job.failures += 1
         if result == Result.NO_SPACE and not job.full:
             job.full = True
@@ -266,6 +266,10 @@ class Recovery:
             return  # another target is still being restored; its end decides
         job.running = False
         self._running -= 1
+        if job.failures >= REPAIR_TRIES and result != Result.NO_SPACE and all(one in job.repair for one in job.targets):
+            self._give_up(job)  # the other copies cannot be read either, or this disk takes nothing any more
+            self.run()
+            return
 
         def again() -> None:
             if self._context.fence == self._fence and job.oid in self._jobs and not job.running:

@@ -83,6 +83,7 @@ class Job:
         """The copy there is not right any more."""
         self.targets.setdefault(member, False)
         self.repair[member] = None
+        self.sources = [source for source in self.sources if source != member]
 
     def find_sources(self, context: Context) -> bool:
         """A suspected copy can be restored, no write is on its way; False if nothing is left to restore from."""

@@ -1,0 +1,100 @@
+"""One copy cannot be read: another one answers, and the bad one is made anew; the client never sees the error."""
+
+from __future__ import annotations
+
+import pytest
+from tests.sim.test_directed import fresh, holders, read, write
+
+from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
+from sheepdog.cluster.core.ids import ObjectId, data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Buffer, ReadDone
+from sheepdog.cluster.sim.audit import audit
+from sheepdog.cluster.sim.clients import block_of
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine
+from sheepdog.cluster.sim.world import SECOND
+
+FAR = 200  # a block of the same object
+
+
+def break_reads(machine: Machine, oid: ObjectId, error: StoreError, times: int) -> list[int]:
+    """The next `times` reads of an object on this machine fail; returns what is counted."""
+    store = machine.node.context.store
+    real, failed = store.read, [0]
+
+    def failing(one: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        if one == oid and failed[0] < times:
+            failed[0] += 1
+            machine.cluster.world.after(0, lambda: done(error))
+        else:
+            real(one, offset, length, done)
+
+    store.read = failing  # type: ignore[assignment]
+    return failed
+
+
+@pytest.mark.parametrize("error", [DiskError("no such sector"), Corrupt("rotten", (0,))], ids=["disk", "rot"])
+@pytest.mark.parametrize("which", ["home", "replica"])
+def test_another_copy_answers(which: str, error: StoreError) -> None:
+    cluster, volume = fresh(3, 3)
+    home, replica, _ = holders(cluster, volume)
+    assert write(home, volume, 7) == Result.SUCCESS
+    cluster.world.run_for(100_000_000)  # the replicas know that all have it: they read their own copies
+    machine = home if which == "home" else replica
+    failed = break_reads(machine, data_oid(volume.vid, 0), error, times=1)
+    assert read(machine, volume) == (Result.SUCCESS, block_of(7))
+    assert failed == [1]
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "repair")
+    audit(cluster)
+
+
+def rot(machine: Machine, oid: ObjectId, block: int) -> None:
+    """The bytes of a block change on the disk, whatever was written to it."""
+    machine.disk.copies()[oid].rotten[block] = None
+
+
+def write_at(machine: Machine, oid: ObjectId, start: int, value: int) -> int:
+    results: list[int] = []
+    machine.node.gateway.write(oid, start, block_of(value), True, lambda result, _: results.append(int(result)))
+    machine.cluster.world.run_until(lambda: bool(results), SECOND, "write")
+    return results[0]
+
+
+def read_at(machine: Machine, oid: ObjectId, start: int) -> tuple[int, bytes]:
+    answers: list[tuple[int, bytes]] = []
+
+    def done(result: int, data: Buffer) -> None:
+        answers.append((int(result), bytes(data)))
+
+    machine.node.gateway.read(oid, start, BLOCK_SIZE, done)
+    machine.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
+    return answers[0]
+
+
+def test_two_copies_heal_each_other() -> None:
+    """Each is rotten where the other one is good."""
+    cluster, volume = fresh(2, 2)
+    oid = data_oid(volume.vid, 0)
+    for start, value in ((0, 1), (FAR * BLOCK_SIZE, 2)):
+        assert write_at(cluster.machines[0], oid, start, value) == Result.SUCCESS
+    cluster.world.run_for(SECOND)
+    home, replica = holders(cluster, volume)
+    rot(home, oid, 0)
+    rot(replica, oid, FAR)
+    for machine in (home, replica):
+        for start, value in ((0, 1), (FAR * BLOCK_SIZE, 2)):
+            assert read_at(machine, oid, start) == (Result.SUCCESS, block_of(value))
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "repair")
+    audit(cluster)
+    assert cluster.probes()["repair.blocks"] == 2
+    assert sum(machine.node.puller.bytes_pulled for machine in cluster.machines) == 0, "no copy was made anew"
+
+
+def test_no_copy_can_be_read() -> None:
+    """An error then, and never zeros."""
+    cluster, volume = fresh(3, 3)
+    assert write(cluster.machines[0], volume, 7) == Result.SUCCESS
+    for machine in cluster.machines:
+        break_reads(machine, data_oid(volume.vid, 0), DiskError("no such sector"), times=1000)
+    for machine in cluster.machines:
+        assert read(machine, volume)[0] == Result.EIO
