@@ -81,6 +81,7 @@ class NodeReport:
     unfinished: int = 0  # objects of this home that are not on all their nodes yet
     finished: int = 0
     total: int = 0
+    restored_bytes: int = 0  # fetched by this node since its start
     sole: dict[str, int] = field(default_factory=dict)  # by node: so many objects would be lost with it
     full: int = 0  # objects that are refused writes, for want of space on some node
     lost: int = 0  # objects of which no current copy is on any member
@@ -126,6 +127,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         unfinished=recovery.unfinished if recovery is not None else 0,
         finished=recovery.finished if recovery is not None else 0,
         total=recovery.total if recovery is not None else 0,
+        restored_bytes=node.puller.bytes_pulled,
         sole=recovery.sole() if recovery is not None else {},
         full=recovery.full() if recovery is not None else 0,
         lost=home.lost if home is not None else 0,

@@ -1,0 +1,177 @@
+"""Recovery, measured: one of four nodes that holds 1.5 GB dies, and comes back untouched; or misses some writes.
+
+recovery    from the kill until all copies are where they belong; MB/s of what had to be moved
+rejoin      of the node, untouched: from its joining until all is settled; bytes fetched
+resync      of a node that missed one write in a hundred; bytes fetched against bytes missed
+writes      p99 of 4 KiB client writes (depth 1) while the node is being recovered, against quiet times
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from tests.bench import administration, load
+from tests.support import native
+from tests.support.cluster import Cluster
+
+from sheepdog.cluster.wire.opcodes import Flags
+
+NODES = 4
+VICTIM = 3
+MIB = 1 << 20
+OBJECT = 4 * MIB
+VOLUME_BYTES = 2048 * MIB  # three copies on four nodes: 1.5 GB each
+MISSED_SHARE = 100  # one block in so many is written while the node is away
+BLOCK = 4096
+QUIET_S = 5.0
+LIMIT_S = 600.0
+POLL_S = 0.01
+C_RATES = "342-472"  # MB/s of C Sheepdog for the same, on a quiet machine of two cores
+
+
+class Writer(threading.Thread):
+    """A client that writes 4 KiB at random places, one after the other, and notes how long each took."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(daemon=True)
+        self._socket = load.connect(f"127.0.0.1:{cluster.port(0)}")
+        self._socket.settimeout(LIMIT_S)
+        vid = load.new_volume(self._socket, 16)
+        self._requests = load.prepare(vid, 16, True, BLOCK, Flags.CACHE)
+        self._ended = False
+        self.latencies: list[float] = []
+
+    def run(self) -> None:
+        while not self._ended:
+            for request in self._requests:
+                begin = time.monotonic()
+                load.ask(self._socket, request)
+                self.latencies.append(time.monotonic() - begin)
+                if self._ended:
+                    return
+
+    def take(self) -> list[float]:
+        """What was noted since the last call."""
+        taken, self.latencies = self.latencies, []
+        return taken
+
+    def end(self) -> None:
+        self._ended = True
+        self.join(LIMIT_S)
+
+
+def details(cluster: Cluster, node: int) -> dict[str, object]:
+    """NODE_DETAILS of a node; empty while it does not answer."""
+    try:
+        return dict(json.loads(native.ask(cluster.socket(node), 0xE0, 1 << 18).payload or b"{}"))
+    except OSError:
+        return {}
+
+
+def restored_bytes(cluster: Cluster) -> int:
+    found = [details(cluster, node).get("restored_bytes", 0) for node in cluster.running_nodes()]
+    return sum(int(str(value)) for value in found)
+
+
+def wait(what: Callable[[], bool], begin: float) -> float:
+    """Seconds from `begin` until it is so."""
+    while not what():
+        if time.monotonic() - begin > LIMIT_S:
+            raise TimeoutError("recovery takes too long")
+        time.sleep(POLL_S)
+    return time.monotonic() - begin
+
+
+def settled(cluster: Cluster, members: int) -> bool:
+    """All members are in one epoch, and nobody has anything to recover."""
+    found = [details(cluster, node) for node in cluster.running_nodes()]
+    return (
+        len(found) == members
+        and len({one.get("epoch") for one in found}) == 1
+        and native.member_count(cluster.socket(0)) == members
+        and not any(one.get("peering", True) or one.get("unfinished", True) for one in found)
+    )
+
+
+def held_bytes(cluster: Cluster, node: int) -> int:
+    return sum(path.stat().st_blocks * 512 for path in cluster.objects(node).values())
+
+
+def joined(cluster: Cluster, epoch: int) -> bool:
+    return all(int(str(details(cluster, node).get("epoch", 0))) > epoch for node in (0, VICTIM))
+
+
+def come_back(cluster: Cluster) -> tuple[float, float]:
+    """Starts the victim: (seconds from the start, seconds from the new epoch) until all is settled."""
+    epoch = int(str(details(cluster, 0)["epoch"]))
+    begin = time.monotonic()
+    cluster.start(VICTIM)
+    since_start = wait(lambda: joined(cluster, epoch), begin)
+    total = wait(lambda: settled(cluster, NODES), begin)
+    return total, total - since_start
+
+
+def p99_ms(latencies: list[float]) -> float:
+    return 1000 * sorted(latencies)[int(0.99 * len(latencies))]
+
+
+def measure(cluster: Cluster) -> None:
+    """Prints the figures; the cluster has NODES nodes and is formatted with three copies."""
+    cluster.dog("vdi", "create", "bench", str(VOLUME_BYTES))
+    for start in range(0, VOLUME_BYTES, 256 * MIB):
+        data = os.urandom(256 * MIB)
+        cluster.dog("vdi", "write", "bench", str(start), str(len(data)), stdin=data, seconds=LIMIT_S)
+    writer = Writer(cluster)
+    writer.start()
+    time.sleep(QUIET_S)
+    quiet = writer.take()
+
+    held = held_bytes(cluster, VICTIM)
+    cpu, begin = administration.cpu_seconds(cluster), time.monotonic()
+    cluster.kill(VICTIM)
+    writer.take()
+    seconds = wait(lambda: settled(cluster, NODES - 1), begin)
+    during = writer.take()
+    cpu = administration.cpu_seconds(cluster) - cpu
+    moved = restored_bytes(cluster)
+    print(
+        f"recovery of {held / 1e6:.0f} MB: {seconds:.2f} s, {moved / seconds / 1e6:.0f} MB/s (C: {C_RATES}),", end=" "
+    )
+    print(f"{cpu / (moved / 1e6) * 1000:.2f} ms CPU of all daemons per MB")
+    ratio = p99_ms(during) / p99_ms(quiet)
+    print(f"p99 of writes: quiet {p99_ms(quiet):.2f} ms, during recovery {p99_ms(during):.2f} ms: {ratio:.1f} times")
+    print(f"  ({len(quiet)} and {len(during)} writes; the longest {1000 * max(during):.0f} ms)")
+    writer.end()
+
+    before = restored_bytes(cluster)
+    total, own = come_back(cluster)
+    fetched = restored_bytes(cluster) - before
+    print(f"rejoin, {held / 1e6:.0f} MB, written to since by nobody: {own:.2f} s after its epoch began", end=" ")
+    print(f"({total:.2f} s after its start); {fetched / 1e6:.1f} MB fetched")
+
+    cluster.kill(VICTIM)
+    wait(lambda: settled(cluster, NODES - 1), time.monotonic())
+    missed = miss_writes(cluster)
+    before = restored_bytes(cluster)
+    total, own = come_back(cluster)
+    fetched = restored_bytes(cluster) - before
+    print(f"resync after {missed / 1e6:.1f} MB were written (1 %): {own:.2f} s after its epoch began,", end=" ")
+    print(f"{fetched / 1e6:.1f} MB fetched: {fetched / (missed * 3 / 4):.2f} of its share")
+
+
+def miss_writes(cluster: Cluster) -> int:
+    """Writes one block in MISSED_SHARE, at random; bytes."""
+    from sheepdog.cluster.client.blocking import BlockingVolume
+
+    numbers = random.Random(1)
+    volume = BlockingVolume.open(("127.0.0.1", cluster.port(0)), "bench")
+    count = VOLUME_BYTES // BLOCK // MISSED_SHARE
+    for block in sorted(numbers.sample(range(VOLUME_BYTES // BLOCK), count)):
+        volume.write(block * BLOCK, numbers.randbytes(BLOCK))
+    volume.close()
+    return count * BLOCK
