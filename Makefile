@@ -3,6 +3,7 @@
 # make demo    a cluster of six nodes on this machine, a volume, a node that dies and comes back (KEEP=1: leave it running)
 # make test    lint and every test; make lint, make unit: parts of it
 # make bench   IOPS, MB/s and server CPU per operation against three nodes
+# make bench-matrix   every kind of load, beside another server with PEER_SHEEP=/path/to/bin
 # make soak    the tests that take long
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -28,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest $(ARGS)
 # the lowest first: that is where to look when several fail
 TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 
-.PHONY: help setup compile lint unit test qemu52 demo bench soak clean
+.PHONY: help setup compile lint unit test qemu52 demo bench bench-matrix soak clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -84,6 +85,9 @@ demo: setup $(MARK)-demo-packages
 bench: setup compile qemu52
 	@$(BIN)/python -m tests.bench.run $(ARGS)
 	@[ -n "$(ARGS)" ] || { echo; $(BIN)/python -m tests.bench.doors; }
+
+bench-matrix: setup compile
+	@$(BIN)/python -m tests.bench.matrix $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

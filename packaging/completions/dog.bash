@@ -54,8 +54,9 @@ _dog() {
     "cluster snapshot") words="save list show load delete -m --multithread -f --force -a --address -p --port -h --help -T --time --json" ;;
     vm) words="list" ;;
     "vm list") words="-a --address -p --port -r --raw -h --help -T --time --json" ;;
-    benchmark) words="io" ;;
+    benchmark) words="io run" ;;
     "benchmark io") words="-f --force -w --workqueue -n --nr_threads -t --total -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    "benchmark run") words="-c --copies -S --size -d --seconds -n --rounds -a --address -p --port -r --raw -h --help -T --time --json" ;;
     upgrade) words="inode-convert epoch-convert config-convert object-location" ;;
     "upgrade inode-convert") words="-o --orig -h --help -T --time" ;;
     "upgrade epoch-convert") words="-o --orig -h --help -T --time" ;;

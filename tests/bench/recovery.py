@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.bench import administration, load
+from tests.bench import administration
 from tests.support import native
 from tests.support.cluster import Cluster
 
-from sheepdog.cluster.wire.opcodes import Flags
+from sheepdog.cluster.client.workload import VOLATILE, Cell, Workload
 
 NODES = 4
 VICTIM = 3
@@ -28,6 +28,8 @@ OBJECT = 4 * MIB
 VOLUME_BYTES = 2048 * MIB  # three copies on four nodes: 1.5 GB each
 MISSED_SHARE = 100  # one block in so many is written while the node is away
 BLOCK = 4096
+WRITES = Cell("write", BLOCK, 1, VOLATILE)
+SLICE_S = 0.25  # of the writer's load: so soon it looks whether it should end
 QUIET_S = 5.0
 LIMIT_S = 600.0
 POLL_S = 0.01
@@ -39,21 +41,13 @@ class Writer(threading.Thread):
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
-        self._socket = load.connect(f"127.0.0.1:{cluster.port(0)}")
-        self._socket.settimeout(LIMIT_S)
-        vid = load.new_volume(self._socket, 16)
-        self._requests = load.prepare(vid, 16, True, BLOCK, Flags.CACHE)
+        self._load = Workload(("127.0.0.1", cluster.port(0)), 16)
         self._ended = False
         self.latencies: list[float] = []
 
     def run(self) -> None:
         while not self._ended:
-            for request in self._requests:
-                begin = time.monotonic()
-                load.ask(self._socket, request)
-                self.latencies.append(time.monotonic() - begin)
-                if self._ended:
-                    return
+            self.latencies += self._load.run(WRITES, SLICE_S).latencies
 
     def take(self) -> list[float]:
         """What was noted since the last call."""
@@ -63,6 +57,7 @@ class Writer(threading.Thread):
     def end(self) -> None:
         self._ended = True
         self.join(LIMIT_S)
+        self._load.close()
 
 
 def details(cluster: Cluster, node: int) -> dict[str, object]:

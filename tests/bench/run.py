@@ -5,12 +5,10 @@ With `--coded`: six nodes, 4:2, without syncs, and the same cluster's own three 
 Prints for each workload operations (or bytes) per second and the CPU time of all daemons per operation: medians of
 several runs. The second figure is the one to compare: the first drifts with whatever else the machine does.
 
-With `--recovery`: four nodes, of which one goes and comes back; see tests/bench/recovery.py.
-
 With `--administration`: what `dog` commands cost, with up to a thousand volumes and snapshots.
 
-    python -m tests.bench.run [--durable | --coded | --recovery | --administration] [--runs N] [--seconds S]
-                              [--only TEXT] [--no-load]
+    python -m tests.bench.run [--durable | --coded | --administration] [--runs N] [--seconds S] [--only TEXT]
+                              [--no-load]
 """
 
 from __future__ import annotations
@@ -25,14 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from tests.bench import administration, load, recovery
+from tests.bench import administration
+from tests.bench.counting import cpu_seconds
 from tests.support.cluster import Cluster, started
 from tests.support.processes import run
+
+from sheepdog.cluster.client import workload as generator
 
 NODES = 3
 CODED_NODES = 6
 KIB, MIB = 1 << 10, 1 << 20
 VOLUME_BYTES = 256 * MIB
+OWN_CELLS = ((4 * KIB, 1), (4 * KIB, 16), (4 * KIB, 64), (64 * KIB, 16), (MIB, 4))  # (bytes, depth)
 FIRST_COUNT = 64  # requests of the run that finds out how many fill the wanted time
 QEMU_IMG = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog") / "bin/qemu-img"
 
@@ -161,10 +163,24 @@ def measure_coded(cluster: Cluster, runs: int, seconds: float, only: str) -> Non
             print(row(work, rate, cpu_ms, CODED[work.name]) + f"{own:>10.0f}{copied_cpu_ms:>9.3f}", flush=True)
 
 
+def measure_own_client(cluster: Cluster, durable: bool, seconds: float) -> None:
+    """`dog benchmark run`'s generator."""
+    pids = [pid for node in range(cluster.count) for pid in cluster.pids(node)]
+    load = generator.Workload(("127.0.0.1", cluster.port(0)), VOLUME_BYTES >> 22)
+    for size, depth in OWN_CELLS:
+        sync = generator.DURABLE if durable else generator.VOLATILE
+        for cell in (generator.Cell("write", size, depth, sync), generator.Cell("read", size, depth)):
+            before = cpu_seconds(pids)
+            measured = load.run(cell, seconds)
+            cost = 1e6 * (cpu_seconds(pids) - before) / measured.operations
+            speed = measured.rate * size / 1e6
+            print(f"{cell!s:38}{measured.rate:>10.0f} IOPS {speed:>9.1f} MB/s {cost:>9.1f} us CPU/op", flush=True)
+    load.close()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench ARGS='...'", description="Measure three nodes with three copies.")
     parser.add_argument("--coded", action="store_true", help="six nodes and a volume of 4:2")
-    parser.add_argument("--recovery", action="store_true", help="four nodes, one goes and comes back")
     parser.add_argument("--administration", action="store_true", help="the cost of dog commands")
     parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
     parser.add_argument("--runs", type=int, default=3)
@@ -172,21 +188,18 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
     arguments = parser.parse_args()
-    if not QEMU_IMG.exists() and not (arguments.administration or arguments.recovery):
+    if not QEMU_IMG.exists() and not arguments.administration:
         print(f"{QEMU_IMG} is missing: make qemu52 builds it", file=sys.stderr)
         return 1
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
-        nodes = CODED_NODES if arguments.coded else recovery.NODES if arguments.recovery else NODES
+        nodes = CODED_NODES if arguments.coded else NODES
         cluster = Cluster(nodes, directory, options=() if arguments.durable else ("-n",))
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
         if arguments.administration:
             administration.measure(cluster)
-            return 0
-        if arguments.recovery:
-            recovery.measure(cluster)
             return 0
         if arguments.coded:
             measure_coded(cluster, arguments.runs, arguments.seconds, arguments.only)
@@ -201,9 +214,7 @@ def main() -> int:
                 print(row(work, rate, cpu_ms, work.durable if arguments.durable else work.nosync), flush=True)
         if not arguments.no_load:
             print("\nThe same nodes under a client that costs less than QEMU's:\n", flush=True)
-            pids = [word for node in range(NODES) for pid in cluster.pids(node) for word in ("--pid", str(pid))]
-            address = f"127.0.0.1:{cluster.port(0)}"
-            load.main(["--address", address, "--seconds", str(arguments.seconds), *pids])
+            measure_own_client(cluster, arguments.durable, arguments.seconds)
     return 0
 
 

@@ -36,8 +36,11 @@ class Cluster:
         prefix: Sequence[str] = (),
         ports: PortBlock | None = None,
         driver: str | None = None,
+        binaries: Path = BIN,
     ) -> None:
         """`options` go to every sheep; `prefix` stands before every command (nsenter ...).
+
+        `binaries`: where `sheep` and `dog` are, of this or of another implementation.
 
         `driver` is the membership engine as -c wants it; by default one of this cluster's own.
 
@@ -49,6 +52,7 @@ class Cluster:
         self.options = list(options)
         self.prefix = list(prefix)
         self.ports = ports or PortBlock()
+        self.binaries = binaries
         self.driver = driver or f"local:{directory}/membership"
 
     # places
@@ -79,7 +83,7 @@ class Cluster:
 
     def command(self, node: int, extra: Sequence[str] = ()) -> list[str]:
         return [
-            *self.prefix, str(BIN / "sheep"), str(self.store(node)), *self.options, *extra,
+            *self.prefix, str(self.binaries / "sheep"), str(self.store(node)), *self.options, *extra,
             "-c", self.driver, "-z", str(self.zones[node]), "-p", str(self.port(node)),
         ]  # fmt: skip
 
@@ -153,7 +157,7 @@ class Cluster:
     ) -> subprocess.CompletedProcess[bytes]:
         """Runs `dog NOUN VERB -p PORT ...` against a node."""
         noun, verb, *rest = words
-        command = [*self.prefix, str(BIN / "dog"), noun, verb, "-p", str(self.port(node)), *rest]
+        command = [*self.prefix, str(self.binaries / "dog"), noun, verb, "-p", str(self.port(node)), *rest]
         return run(command, stdin=stdin, check=check, seconds=seconds)
 
     def format(self, *options: str) -> None:

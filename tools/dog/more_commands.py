@@ -57,6 +57,22 @@ BENCHMARK = (
         "benchmark:io",
         "<vdiname>",
     ),
+    Command(
+        "run",
+        (
+            COPIES,
+            Option("S", "size", "MiB of the image that is made for it (default: 256)", True),
+            Option("d", "seconds", "of each run (default: 2)", True),
+            Option("n", "rounds", "runs of each load, which take turns (default: 3)", True),
+            *NETWORK,
+            RAW,
+            *LAST,
+            JSON,
+        ),
+        "measure this cluster with an image of its own",
+        "benchmark_run:run",
+        "[operation:size:depth[:volatile|durable|flushN][:seq][:xCLIENTS]...]",
+    ),
 )
 _OLD_AND_NEW = "<old file> <new file>"
 UPGRADE = (
