@@ -213,6 +213,13 @@ def alter_volume_copies(connection: Connection, vid: Vid, copies: int, shift: in
     connection.call(bytearray(wire.VDI_STATE_REQUEST.pack(fields)))
 
 
+def move_objects(connection: Connection, vid: Vid) -> None:
+    """Gives a volume some objects of its own, of its redundancy, in place of those that snapshots share with it."""
+    opcode = Opcode.ALTER_VDI_COPY
+    fields = wire.VdiStateRequest(protocol_version(opcode), opcode, new_vid=vid, set_bitmap=1)
+    connection.call(bytearray(wire.VDI_STATE_REQUEST.pack(fields)))
+
+
 def register_volume(connection: Connection, inode: InodeHeader) -> None:
     """NOTIFY_VDI_ADD: the vid is in use from now on, its objects and then its inode may be created."""
     opcode = Opcode.NOTIFY_VDI_ADD

@@ -95,6 +95,7 @@ class Executor:
             "late": self._late,
             "bury": self._bury,
             "load": self._load,
+            "move": self._move,
         }
 
         def ended(outcome: Values) -> None:
@@ -321,6 +322,11 @@ class Executor:
             return {"result": int(Result.VDI_WRITE)}
         changes = {"put": [{**record.to_json(), "copies": copies}], "epoch": operation["time"]}
         return {"result": int(Result.SUCCESS), "changes": changes}
+
+    def _move(self, operation: Values) -> Script[Values]:
+        vid = Vid(operation["vid"])
+        result = yield from self._gateway.moves.move(vid, self._freeze(vid))
+        return {"result": result}
 
     # -- late map writes -------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inod
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.moves import Moves
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.script import Script, Step, run
@@ -95,6 +96,7 @@ class Gateway:
         self._replica = replica
         self._everyone = everyone
         self.home: Home | None = None
+        self.moves = Moves(context, self)
         self.strip_reads = StripReads(context, replica, lambda: self.home)
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
         self.inode_create: ClientWrite | None = None
@@ -120,7 +122,7 @@ class Gateway:
         elif self.gate.suspended:
             self._held.append(lambda: self.read(oid, offset, length, done))
         else:
-            self.raw_read(oid, offset, length, done)
+            self.raw_read(oid, offset, length, self.moves.followed(oid, offset, length, done))
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
@@ -162,7 +164,7 @@ class Gateway:
             if self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
                 self.change(oid, flags, 0, size, whole, 0, done)
 
-        self.raw_read(cow_oid, 0, size, copied)
+        self.raw_read(cow_oid, 0, size, self.moves.followed(cow_oid, 0, size, copied))
 
     def _copy_chunks(self, oid: ObjectId, cow_oid: ObjectId, flags: int, size: int) -> Script[int]:
         """A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named."""

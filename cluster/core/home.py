@@ -297,6 +297,12 @@ class Home:
                 return
         elif self._lost:
             self._lost.pop(oid, None)
+        if flags & Flag.CREATE and flags & Flag.ONLY_NEW:
+            if self._exists(oid, policy):
+                submission.done(Result.SUCCESS, b"")
+                return
+            if policy is None:
+                submission.flags = flags & ~Flag.ONLY_NEW
         if policy is None:
             self._number(submission, self._replicas(submission))
         else:

@@ -23,10 +23,12 @@ from sheepdog.cluster.core.inode import (
     InodeHeader,
     entries_written,
     map_offset,
+    pack_map,
     unpack_map,
 )
 from sheepdog.cluster.core.limits import INODE_SIZE, RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Flag
+from sheepdog.cluster.core.moves import went_back
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.script import Script, Step, gather, run
@@ -148,6 +150,12 @@ class InodeWrites:
         after[offset - start : offset - start + len(data)] = data
         old, new = unpack_map(before), unpack_map(after)
         record = self._context.state.vdis.get(vid_of(oid))
+        if record is not None and (stale := went_back(self._context.state.vdis, record, old, new)):
+            self._context.probe("inode.old_map_written")
+            for i in stale:
+                new[i] = old[i]
+            after = bytearray(pack_map(new))
+            data = after[offset - start : offset - start + len(data)]
         if record is not None and record.is_snapshot:
             # The heir first: a client that asks again, because this node died in between, finds the old entries here.
             made = [(entries.start + i, old[i]) for i in range(len(old)) if old[i] != new[i] == record.vid]

@@ -50,6 +50,7 @@ class Flag:
     PUNCH: Final = 4  # `length` bytes at `offset` become a hole
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
+    ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist

@@ -127,6 +127,10 @@ class Operations:
         }
         self._queue(operation, lambda values: done(Result(values["result"])))
 
+    def move_objects(self, vid: Vid, done: ResultDone) -> None:
+        """Gives a volume some objects of its own in place of those that snapshots share with it (core.moves)."""
+        self._queue({"op": "move", "vid": vid}, lambda values: done(Result(values["result"])))
+
     def late_map_write(self, vid: Vid, made: list[tuple[int, int]], done: ResultDone) -> None:
         """A client wrote its own objects into the map of the frozen `vid`: the volume that goes on gets those entries
         too, where it still has the old ones. `made`: (index, old entry)."""

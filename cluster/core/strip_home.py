@@ -142,13 +142,15 @@ class StripHome:
         elif flags & Flag.REMOVE:
             self._send(submission, policy, layout, [NOTHING] * policy.strips, flags, lock)
             self._layouts.pop(oid, None)
+        elif flags & Flag.CREATE and flags & Flag.ONLY_NEW and exists:
+            self._refuse(submission, Result.SUCCESS, lock)
         elif flags & Flag.CREATE and exists:
             whole = bytearray(self._context.size_of(oid))
             whole[submission.offset : submission.offset + len(submission.data)] = submission.data
             self._send(submission, policy, layout, encode_stripes(coder, policy, 0, whole), flags & ~Flag.CREATE, lock)
         elif flags & Flag.CREATE:
             changes = encode_creation(coder, policy, submission.offset, submission.data)
-            self._send(submission, policy, layout, changes, flags, lock)
+            self._send(submission, policy, layout, changes, flags & ~Flag.ONLY_NEW, lock)
         elif not submission.data:
             self._send(submission, policy, layout, [NOTHING] * policy.strips, flags, lock)
         elif submission.offset % stripe_size(policy) or len(submission.data) % stripe_size(policy):

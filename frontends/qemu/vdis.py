@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VID, VID_COUNT, Vid
 from sheepdog.cluster.core.limits import ATTRIBUTE_SIZE, DEFAULT_SHIFT, MAX_COPIES, MAX_SHIFT, MIN_SHIFT
 from sheepdog.cluster.core.operations import Operations
+from sheepdog.cluster.core.script import run
 from sheepdog.cluster.core.state import ClusterState, node_from_key
 from sheepdog.cluster.core.strings import NAME_SIZE, until_nul
 from sheepdog.cluster.core.vdi import LockState, VdiRecord
@@ -40,6 +42,9 @@ class Cluster(Protocol):
 
     @property
     def operations(self) -> Operations: ...
+
+    @property
+    def coherence(self) -> Coherence: ...
 
 
 class VdiOperations:
@@ -215,10 +220,23 @@ class VdiOperations:
     def _alter(self, call: Call) -> None:
         """dog has written the new number into the inode's header as well, which alone would change nothing."""
         fields = VDI_STATE_REQUEST.unpack(call.buffer, call.start)
-        if fields.copy_policy or not 0 < fields.copies <= MAX_COPIES:
+        if fields.set_bitmap:
+            self._move(call, Vid(fields.new_vid))
+        elif fields.copy_policy or not 0 < fields.copies <= MAX_COPIES:
             call.fail(Result.INVALID_PARMS)
         else:
             self._node.operations.alter_copies(Vid(fields.new_vid), fields.copies, call.written)
+
+    def _move(self, call: Call, vid: Vid) -> None:
+        """Our own meaning of a field that ALTER_VDI_COPY does not use: some objects are moved (core.moves)."""
+
+        def moved(result: int) -> None:
+            if result:
+                call.fail(Result(result))
+            else:  # clients that share the volume learn that their maps are old
+                run(self._node.coherence.claim(vid), call.written)
+
+        self._node.operations.move_objects(vid, moved)
 
 
 def valid_shift(shift: int) -> bool:

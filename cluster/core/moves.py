@@ -1,0 +1,150 @@
+"""Moves the data objects of a volume to another redundancy while it is in use (`dog vdi alter-copy`).
+
+The volume is snapshotted, and goes on under a vid of the new redundancy; a write to an object that the old vid owns
+copies it, as after every snapshot. The moves copy the rest, a few objects at a time, each at any time and by anybody.
+When the volume owns all its objects, dog deletes the snapshot. It is known by its tag.
+
+A client that has not read the map since may ask for an object that went with that snapshot, and gets the one that the
+volume has instead of it; what it writes of its old map does not bring that back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, index_of, inode_oid, is_data, vid_of
+from sheepdog.cluster.core.inode import map_offset, objects_of, unpack_map
+from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_MAP_ENTRIES, MOVE_BATCH, MOVE_PARALLEL
+from sheepdog.cluster.core.messages import Buffer, Flag
+from sheepdog.cluster.core.script import Script, Step, gather, run
+from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
+
+if TYPE_CHECKING:
+    from array import array
+
+    from sheepdog.cluster.core.gateway import Gateway
+
+MOVED_TAG = b"alter-copy"
+IoDone: TypeAlias = Callable[[int, Buffer], None]
+
+
+def went_back(vdis: VdiTable, record: VdiRecord, old: array[int], new: array[int]) -> list[int]:
+    """Where a map write would replace an object that was moved by the one before it: positions in `new`.
+
+    It comes from a client that has not read the map since, and writes more of it than it has changed.
+    """
+    if old == new:
+        return []
+    parent = vdis.get(record.parent)
+    moved = parent is not None and parent.tag == MOVED_TAG
+    return [
+        i
+        for i, owner in enumerate(new)
+        if owner
+        and old[i] not in (0, owner)
+        and ((moved and old[i] == record.vid) or ((of := vdis.get(Vid(owner))) is not None and of.tag == MOVED_TAG))
+    ]
+
+
+class Moves:
+    """Of one node."""
+
+    def __init__(self, context: Context, gateway: Gateway) -> None:
+        self._context = context
+        self._gateway = gateway
+
+    def _read(self, oid: ObjectId, offset: int, length: int) -> Step:
+        return lambda done: self._gateway.raw_read(oid, offset, length, done)
+
+    # -- moving ------------------------------------------------------------------------------------------------
+
+    def move(self, vid: Vid, freeze: Step) -> Script[int]:
+        """Gives the volume some objects of its own in place of others' (see MOVE_BATCH), and names them in its map.
+
+        `freeze` holds the volume's writes to the end of the operation. NO_SUPPORT for volumes that cannot be moved.
+        """
+        record = self._context.state.vdis.get(vid)
+        if record is None or record.deleted:
+            return int(Result.NO_VDI)
+        if record.is_snapshot or record.store_policy or self._context.size_of(data_oid(vid, 0)) > COPY_CHUNK_BYTES:
+            return int(Result.NO_SUPPORT)
+        result, entries = yield from self._map(record)
+        if result:
+            return int(result)
+        batch = [(index, Vid(owner)) for index, owner in enumerate(entries) if owner not in (0, vid)][:MOVE_BATCH]
+        results: list[int] = yield gather([self._copying(vid, index, owner) for index, owner in batch], MOVE_PARALLEL)
+        if any(results) or not batch:
+            return next((result for result in results if result), int(Result.SUCCESS))
+        yield freeze
+        results = yield gather([self._naming(vid, index, owner) for index, owner in batch], MOVE_PARALLEL)
+        return next((result for result in results if result), int(Result.SUCCESS))
+
+    def _map(self, record: VdiRecord) -> Script[tuple[int, array[int]]]:
+        count = min(objects_of(record.size, record.shift), MAX_MAP_ENTRIES)
+        result, data = yield self._read(inode_oid(record.vid), map_offset(0), 4 * count)
+        return int(result), unpack_map(b"" if result else data)
+
+    def _copying(self, vid: Vid, index: int, owner: Vid) -> Step:
+        return lambda done: run(self._copy(data_oid(vid, index), data_oid(owner, index)), done)
+
+    def _copy(self, target: ObjectId, source: ObjectId) -> Script[int]:
+        """The source belongs to a snapshot, so it stays as it is. A client may make the target at the same time: it
+        has at least the source's bytes then, and is not touched."""
+        size = self._context.size_of(target)
+        result, data = yield self._read(source, 0, size)
+        if result:
+            return int(result)
+        flags = Flag.CREATE | Flag.ONLY_NEW | Flag.DURABLE
+        result, _ = yield lambda done: self._gateway.change(target, flags, 0, size, data, 0, done)
+        return int(result)
+
+    def _naming(self, vid: Vid, index: int, owner: Vid) -> Step:
+        return lambda done: run(self._name(vid, index, owner), done)
+
+    def _name(self, vid: Vid, index: int, owner: Vid) -> Script[int]:
+        """The map names the own object where it still has the old one; nobody writes meanwhile."""
+        oid, offset = inode_oid(vid), map_offset(index)
+        result, entry = yield self._read(oid, offset, 4)
+        if result or unpack_map(entry)[0] != owner:
+            return int(result)
+        result, _ = yield self._read(data_oid(vid, index), 0, 1)
+        if result:
+            return int(result)
+        data = (vid).to_bytes(4, "little")
+        result, _ = yield lambda done: self._gateway.change(oid, Flag.DURABLE, offset, 0, data, 0, done)
+        return int(result)
+
+    # -- reads of what was moved -------------------------------------------------------------------------------
+
+    def followed(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> IoDone:
+        """`done` of a client's read, that gets the object which took the place of one that is gone."""
+
+        def read(result: int, data: Buffer) -> None:
+            if result == Result.NO_OBJ and (heir := self._heir(oid)) is not None:
+                self._context.probe("moves.followed")
+                run(self._read_in(heir, index_of(oid), offset, length), lambda answer: done(*answer))
+            else:
+                done(result, data)
+
+        return read
+
+    def _heir(self, oid: ObjectId) -> VdiRecord | None:
+        vdis = self._context.state.vdis
+        record = vdis.get(vid_of(oid)) if is_data(oid) else None
+        if record is None or not record.deleted or record.tag != MOVED_TAG:
+            return None
+        return vdis.heir(record.vid)
+
+    def _read_in(self, record: VdiRecord, index: int, offset: int, length: int) -> Script[tuple[int, Buffer]]:
+        """Part of object `index` of a volume, as its map says now."""
+        result, entry = yield self._read(inode_oid(record.vid), map_offset(index), 4)
+        if result:
+            return int(result), b""
+        owner = Vid(unpack_map(entry)[0])
+        if not owner:
+            return int(Result.SUCCESS), bytes(length)
+        result, data = yield self._read(data_oid(owner, index), offset, length)
+        return int(result), data
