@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import stat
 
 from sheepdog.cluster.client.address import Address
@@ -20,11 +21,15 @@ from sheepdog.frontends.sheepfs.tree import Directory, Node, Numbers
 log = logging.getLogger("sheepfs")
 
 COPIES_ATTRIBUTE = "user.sheepdog.copies"
+READ_ONLY_MODE = stat.S_IFREG | 0o444
 CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent cluster must not hold up the unmount
 
 
 class MountedVolume(VolumeNode):
-    """One file in `volume/`. Its size is the volume's as of the last order to mount it, or larger if it grew here."""
+    """One file in `volume/`. Its size is the volume's as of the last order to mount it, or larger if it grew here.
+
+    A snapshot (`NAME:TAG`) can only be read.
+    """
 
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
@@ -36,6 +41,8 @@ class MountedVolume(VolumeNode):
         self.size = volume.size
         self.volume = volume
         self._settings = settings
+        if volume.read_only:
+            self.mode = READ_ONLY_MODE
 
     def attributes(self) -> Attributes:
         described = self._described(self.size, mtime_ns=self.mtime_ns)
@@ -43,10 +50,14 @@ class MountedVolume(VolumeNode):
         return described
 
     async def open(self, flags: int) -> VolumeHandle:
+        if self.volume.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise error(errno.EROFS)
         return VolumeHandle(self, durable=bool(flags & DURABLE_FLAGS), direct=not self._settings.page_cache)
 
     async def truncate(self, size: int) -> None:
         """A larger size resizes the volume; a smaller one succeeds and changes nothing (`cp IMAGE volume/x` says 0)."""
+        if self.volume.read_only:
+            raise error(errno.EROFS)
         if size > self.size:
             await self.volume.resize(size)
             self.size = self.volume.size
@@ -118,8 +129,10 @@ class Volumes:
         return list(self._mounted.values())
 
     async def mount(self, name: str) -> None:
-        """Show the working volume of this name, with the size that it has now. EINVAL if there is none, EIO if no
-        node answers."""
+        """Show the working volume of this name, with the size that it has now, or the snapshot `NAME:TAG`.
+
+        EINVAL if there is none, EIO if no node answers.
+        """
         if not name or "/" in name or name in (".", "..") or len(name.encode()) > NAME_MAX:
             raise error(errno.EINVAL)
         async with self._changing:
@@ -127,13 +140,27 @@ class Volumes:
                 if name in self._mounted:
                     await self._mounted[name].refresh()
                     return
-                volume = await self._cluster.open(name, 0, self._settings.object_cache)
+                volume = await self._open(name)
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)
                 raise error(errno.EINVAL if problem.errno == errno.ENOENT else errno.EIO) from None
             node = MountedVolume(self._cluster, self._settings, name, volume)
             self._numbers.add(node)
             self._mounted[name] = node
+
+    async def _open(self, name: str) -> Volume:
+        """A volume's own name may have a colon in it: that one is meant first."""
+        cache = self._settings.object_cache
+        try:
+            return await self._cluster.open(name, 0, cache)
+        except OSError as problem:
+            family, colon, tag = name.rpartition(":")
+            if problem.errno != errno.ENOENT or not colon:
+                raise
+        for info in await self._cluster.catalog():
+            if info.is_snapshot and info.name == family and tag in (info.tag, str(info.snap_id)):
+                return await self._cluster.open(family, info.snap_id, cache)
+        raise error(errno.ENOENT)
 
     async def unmount(self, name: str) -> None:
         """Take the file away. EINVAL if it is not there, EBUSY while it is open."""

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,16 @@ def test_snapshots(mount: MemoryMount) -> None:
     assert failure(snapshot.unlink) == "EPERM"
     assert failure((mount.place / "snapshot/nope/x").mkdir) == "ENOENT"
     assert failure(lambda: (mount.place / "snapshot/web/new").write_bytes(b"")) == "ENOSYS"
+    for name in ("web:monday", "web:1"):  # the same by an order
+        (mount.place / "vdi/mount").write_text(f"{name}\n")
+        mounted = mount.place / "volume" / name
+        assert stat.S_IMODE(mounted.stat().st_mode) == 0o444
+        with mounted.open("rb") as frozen:
+            assert frozen.read(5) == b"first"
+        assert failure(partial(mounted.open, "r+b")) == "EROFS"
+        assert failure(partial(os.truncate, mounted, 2 * SIZE)) == "EROFS"
+    for name in ("web:tuesday", "web:", ":monday", "nope:1"):
+        assert failure(partial((mount.place / "vdi/mount").write_text, name)) == "EINVAL", name
 
 
 def test_attributes(mount: MemoryMount) -> None:

@@ -186,6 +186,7 @@ class MemoryCluster:
             return Outcome(3, "", "exists already\n")
         source = self.volumes[name]
         frozen = MemoryVolume(source.size)
+        frozen.read_only = True
         frozen.objects = {index: bytearray(content) for index, content in source.objects.items()}
         self.snapshots[name, len(taken) + 1] = tag, frozen
         return Outcome(0, "", "")
