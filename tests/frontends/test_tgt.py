@@ -39,7 +39,7 @@ class Target:
 
     def offer(self, backing: str) -> None:
         """Makes the target with logical unit 1 on `backing`, open to every initiator of this network."""
-        wait_until(self._answers, 20, "tgtd answers")
+        wait_until(self.answers, 20, "tgtd answers")
         self.admin("--op", "new", "--mode", "target", "--tid", "1", "-T", NAME)
         self.add_unit(backing)
         self.admin("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
@@ -48,7 +48,7 @@ class Target:
         unit = ("--mode", "logicalunit", "--tid", "1", "--lun", "1")
         self.admin("--op", "new", *unit, "--bstype", "sheepdog", "-b", backing)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         shown = run(
             [*self.network.enter, "tgtadm", "-C", str(self.control), "--op", "show", "--mode", "sys"], check=False
         )
