@@ -10,8 +10,8 @@ MARK = "sheepdog:"
 
 # Kernel attributes of a disk.
 #
-# Reservations, COMPARE AND WRITE and XCOPY live in one host's kernel: two hosts that export one volume would each grant
-# what the other does not know of. So they are off, also while there is one host only: the other may come later.
+# Reservations, COMPARE AND WRITE and XCOPY live in one host's kernel: when the export moves to another host, that one
+# knows nothing of what this one has granted. So they are off.
 DISK_ATTRIBUTES: Mapping[str, int] = {
     "emulate_write_cache": 1,  # a write is volatile until SYNCHRONIZE CACHE, which becomes fsync
     "emulate_fua_write": 1,

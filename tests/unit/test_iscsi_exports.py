@@ -12,6 +12,7 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.frontends.iscsi import exports, kernel, tgt
 from sheepdog.frontends.iscsi.exports import Document, Export, Login
 from sheepdog.frontends.iscsi.secrets import read_secret
+from sheepdog.tools.dog.commands import COMMANDS
 
 EXPORT = Export(
     "node1",
@@ -179,3 +180,16 @@ def test_commands_for_tgtd() -> None:
     assert "ALL" not in str(lines), "no target is open to everybody"
     with pytest.raises(UsageError, match="IPv4"):
         tgt.commands("web", ("::1", 7000), EXPORT.iqn, EXPORT.initiators, serial, 3)
+
+
+def test_the_systemd_unit_runs_commands_that_there_are() -> None:
+    unit = Path(__file__).parents[2] / "packaging" / "systemd" / "sheepdog-iscsi.service"
+    lines = [line.partition("=") for line in unit.read_text().splitlines() if line.startswith("Exec")]
+    names = {command.name for command in COMMANDS["iscsi"]}
+    assert {name: value.split()[1:] for name, _, value in lines} == {
+        "ExecStart": ["iscsi", "apply"],
+        "ExecReload": ["iscsi", "apply"],
+        "ExecStop": ["iscsi", "clear"],
+    }
+    assert {"apply", "clear"} <= names
+    assert "KillMode=process" in unit.read_text(), "sheepfs outlives the command that starts it"

@@ -118,3 +118,15 @@ def test_a_plan_that_was_cut_short_is_taken_up(wanted: Tree, present: Tree, data
 def test_attributes_that_the_kernel_lacks_are_not_planned_for_ever() -> None:
     disk = Disk("path", 1, "serial", {"old": 1, "new": 1})
     assert plan(Tree({"x": disk}), Tree({"x": replace(disk, attributes={"old": 1})})) == []
+
+
+def test_a_disk_is_made_anew_rather_than_made_smaller_or_another() -> None:
+    disk = Disk("path", 2, "serial", {})
+    for other in (
+        replace(disk, size=1),
+        replace(disk, path="p"),
+        replace(disk, serial="s"),
+        replace(disk, cached=False),
+    ):
+        assert plan(Tree({"x": other}), Tree({"x": disk})) == [do.DeleteDisk("x"), do.CreateDisk("x", other)]
+    assert plan(Tree({"x": replace(disk, size=3)}), Tree({"x": disk})) == [do.ResizeDisk("x", 3)]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sheepdog.frontends.iscsi.host import Host, Outcome, Perform
 
 MISSING = 5
-LOCKS = 0x08  # the cluster's flag: it enforces locks
 NO_NAME = "Please specify the VDI name"
 
 
@@ -38,8 +37,13 @@ def export(context: Context) -> int:
     wanted = _described(context, volume, host, document)
     for login in wanted.logins():
         read_secret(login.secret_file)  # before anything is recorded
-    if len(document.having(wanted).exports) > 1:
-        _check_sharing(context)
+    others = document.without(host).exports
+    if others:
+        # Each sheepfs keeps the volume's map; one would read what the other has replaced.
+        raise Failure(
+            f"{volume} is exported by {others[0].host}; one host at a time can. "
+            f"To move it: dog iscsi unexport {volume} there, or here with --host {others[0].host} once that is down"
+        )
     cluster.write(context.gateway(), name_of(volume), document.having(wanted), new=before is None)
     if wanted.chap is None:
         warn(f"Warning: whoever calls himself {' or '.join(wanted.initiators)} is let in (see --chap)")
@@ -69,7 +73,7 @@ def unexport(context: Context) -> int:
 def apply(context: Context) -> int:
     """This host exports what the cluster says, all of it or the volumes that are named, and nothing else."""
     outcome = _apply(context, _host_name(context), context.rest(0) or None)
-    print(f"{outcome.changes} changes" if outcome.changes else "nothing to change")
+    print(f"{outcome.changes} change{'s' if outcome.changes > 1 else ''}" if outcome.changes else "nothing to change")
     return _report(outcome)
 
 
@@ -184,17 +188,16 @@ def _document(context: Context, volume: str) -> Document | None:
 
 
 def _described(context: Context, volume: str, host: str, document: Document) -> Export:
-    """The options; what they do not say is as it was, or as another host has it."""
+    """The options; what they do not say is as it was."""
     from sheepdog.frontends.iscsi import exports
 
     own = document.of(host)
-    model = own or next(iter(document.exports), None)
-    initiators = exports.words(context.value("initiator")) or (model.initiators if model else ())
+    initiators = exports.words(context.value("initiator")) or (own.initiators if own else ())
     if not initiators:
         raise UsageFailure("Please specify --initiator: nobody is let in who is not named")
     default = own.portals if own else (exports.DEFAULT_PORTAL,)
-    chap = _login(context, "chap", "secret-file") or (model.chap if model else None)
-    mutual = _login(context, "mutual", "mutual-secret-file") or (model.mutual if model else None)
+    chap = _login(context, "chap", "secret-file") or (own.chap if own else None)
+    mutual = _login(context, "mutual", "mutual-secret-file") or (own.mutual if own else None)
     if mutual and not chap:
         raise UsageFailure("--mutual needs --chap")
     return exports.Export(
@@ -204,8 +207,8 @@ def _described(context: Context, volume: str, host: str, document: Document) -> 
         initiators=tuple(exports.iqn(word) for word in initiators),
         chap=chap,
         mutual=mutual,
-        discovery=_login(context, "discovery", "discovery-secret-file") or (model.discovery if model else None),
-        read_only=context.flag("readonly") or (model.read_only if model else False),
+        discovery=_login(context, "discovery", "discovery-secret-file") or (own.discovery if own else None),
+        read_only=context.flag("readonly") or (own.read_only if own else False),
     )
 
 
@@ -215,13 +218,6 @@ def _login(context: Context, user: str, file: str) -> Login | None:
     if context.flag(user) != context.flag(file):
         raise UsageFailure(f"--{user} and --{file} need each other")
     return login(context.value(user), os.path.abspath(context.value(file))) if context.flag(user) else None
-
-
-def _check_sharing(context: Context) -> None:
-    """A second path would read through an old map unless the cluster keeps the maps of all paths equal."""
-    info, _ = admin.cluster_info(context.gateway())
-    if not info.cluster_flags & LOCKS:
-        raise Failure("Several hosts can export a volume only in a cluster that enforces locks (dog cluster format -l)")
 
 
 def _apply(context: Context, host: str, volumes: Iterable[str] | None) -> Outcome:

@@ -1,0 +1,176 @@
+"""Volumes as disks of the kernel's own initiator, through the kernel's target, in a machine that is thrown away.
+
+Three sheep, sheepfs, LIO and open-iscsi share the guest. The script prints what it finds, the tests judge it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support import conformance, needs
+from tests.support.processes import BIN, run
+
+GUEST_RUN = Path(__file__).resolve().parents[1] / "support" / "guest-run"
+GUEST_SECONDS = 1200  # emulated, on a loaded machine; 150 s on a quiet one
+MIB = 1 << 20
+
+BEGIN = r"""
+set -eu
+mkdir -p /srv/n /run/m /run/lock; cd /srv/n
+for i in 0 1 2; do sheep /srv/n/s$i -n -c local:/srv/n/shm -z $i -p 700$i; done
+for n in $(seq 300); do [ "$(dog node list -r 2>/dev/null | wc -l)" = 3 ] && break; sleep 0.3; done
+dog cluster format -l >/dev/null
+me=iqn.2026-01.org.example:initiator name=iqn.2026-01.org.example:v
+one=initiatorsecret1 two=targetsecret0002
+(umask 077; echo $one >/etc/one; echo $two >/etc/two)
+lio=/sys/kernel/config/target/iscsi
+disk() {
+    for n in $(seq 300); do
+        d=$(ls -d /sys/class/iscsi_session/session*/device/target*/*/block/* 2>/dev/null | head -1)
+        [ -n "$d" ] && [ -b "/dev/${d##*/}" ] && break; sleep 0.2
+    done
+    dev=/dev/${d##*/} queue=/sys/block/${d##*/}/queue
+    # An emulated machine takes its time: no command and no connection is given up.
+    echo 600 >/sys/block/${d##*/}/device/timeout
+    for file in $lio/$name/tpgt_1/acls/*/attrib/dataout_timeout; do echo 60 >$file; done
+}
+"""
+
+STORY = r"""
+dog vdi create v 192M
+mkdir -p $lio/iqn.2026-01.org.example:theirs/tpgt_1
+dog iscsi export v --portal 127.0.0.1 --iqn $name --initiator $me --chap alice --secret-file /etc/one \
+    --mutual bob --mutual-secret-file /etc/two --discovery carol --discovery-secret-file /etc/two
+echo twice $(dog iscsi apply)
+ask() { iscsi-inq -i $1 "iscsi://$2127.0.0.1/$name/0" 2>&1 | grep -o 'Auth.* failure\|CONNECTED' | tail -1; }
+echo right $(ask $me "alice%$one@"), wrong $(ask $me "alice%wrongsecret123@"), none $(ask $me ""), \
+    stranger $(ask iqn.2026-01.org.example:stranger "alice%$one@")
+echo discovery without $(iscsi-ls -i $me iscsi://127.0.0.1 2>&1 | grep -o 'Auth.* failure\|Target:[^ ]*' | tail -1), \
+    with $(iscsi-ls -i $me "iscsi://carol%$two@127.0.0.1" 2>&1 | grep -o 'Auth.* failure\|Target:[^ ]*' | tail -1), \
+    stranger $(iscsi-ls -i $me:x "iscsi://carol%$two@127.0.0.1" 2>&1 | grep -c Target:)
+serial() { iscsi-inq -i $me -e 1 -c 0x80 "iscsi://alice%$one@127.0.0.1/$name/0" | grep -i serial; }
+serial >/run/serial
+
+echo "InitiatorName=$me" >/etc/iscsi/initiatorname.iscsi
+rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets; iscsid
+admin() { iscsiadm -m node -T $name -p 127.0.0.1 "$@"; }
+admin -o new >/dev/null
+admin -o update -n node.conn[0].timeo.noop_out_interval -v 0
+set_auth() { admin -o update -n node.session.auth.$1 -v $2; }
+set_auth authmethod CHAP; set_auth username alice; set_auth password $one
+set_auth username_in bob; set_auth password_in wrongsecret123
+admin --login >/dev/null 2>&1 || echo impostor refused
+set_auth password_in $two
+admin --login >/dev/null; disk
+echo queue $(cat $queue/write_cache), discard $(cat $queue/discard_granularity) $(cat $queue/discard_max_bytes)
+
+used() { dog vdi list -r v | grep -v '^s' | cut -d' ' -f5; }
+flushes() { sed -n 's/^sheepdog_volume_flushes_total{.*} //p' /run/sheepdog/iscsi/*/stat/volume/v; }
+mkfs.ext4 -q -b 4096 -E lazy_itable_init=1 $dev; mount $dev /run/m
+cp -r /usr/share/doc/bash /run/m/; sync
+before=$(flushes); for i in 1 2 3 4 5; do echo $i >/run/m/f$i; sync /run/m/f$i; done
+echo flushes $(($(flushes) - before))
+dog vdi snapshot -s before v
+dd if=/dev/urandom of=/run/m/heavy bs=1M count=16 conv=fsync 2>/dev/null & writer=$!
+sleep 1; kill -9 $(pgrep -of '[s]heep /srv/n/s2 '); wait $writer; echo written
+dog iscsi unexport v || echo busy
+(cd /run/m; find . -type f | sort | xargs md5sum) >/run/sums
+cp /run/m/heavy /run/m/more; sync; full=$(used); rm /run/m/more; sync; fstrim /run/m; echo freed $((full - $(used)))
+dog vdi resize v 256M; dog iscsi apply; admin -R >/dev/null; resize2fs $dev >/dev/null 2>&1
+echo size $(blockdev --getsize64 $dev)
+umount /run/m; e2fsck -fn $dev >/dev/null 2>&1 && echo clean
+mount $dev /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same; umount /run/m
+admin --logout >/dev/null
+
+theirs=$(find $lio/iqn.2026-01.org.example:theirs | wc -l)
+dog iscsi clear
+echo cleared $(ls $lio | grep example), $(ls /sys/kernel/config/target/core), $(grep -c /run/sheepdog /proc/mounts)
+dog iscsi apply | sed 's/[0-9]*/some/'; echo twice $(dog iscsi apply)
+serial | cmp - /run/serial && echo serial same
+admin --login >/dev/null; disk; mount -o ro $dev /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same
+umount /run/m; admin --logout >/dev/null
+mv /etc/two /etc/gone; dog iscsi apply || echo status $?
+dog iscsi unexport v
+echo left $(ls $lio | grep example), $(dog iscsi list -r | wc -l), \
+    $(($(find $lio/iqn.2026-01.org.example:theirs | wc -l) - theirs)), \
+    discovery $(cat $lio/discovery_auth/enforce_discovery_auth)
+"""
+
+SUITES = r"""
+dog vdi create v 64M
+dog iscsi export v --portal 127.0.0.1 --iqn $name --initiator $me >/dev/null
+kill -9 $(pgrep -of '[s]heepfs.main .* /run/sheepdog/iscsi')
+dog iscsi apply | sed 's/[0-9]*/healed by some/'; echo twice $(dog iscsi apply)
+truncate -s 64M /run/plain
+python3 - <<X
+import rtslib_fb as r
+disk = r.FileIOStorageObject("plain", "/run/plain", 64 << 20, None, True)
+for attribute, value in (("emulate_tpu", 1), ("emulate_tpws", 1), ("unmap_zeroes_data", 1)):
+    disk.set_attribute(attribute, value)
+group = r.TPG(r.Target(r.FabricModule("iscsi"), "$name.plain", "create"), 1, "create")
+r.NetworkPortal(group, "127.0.0.1", 3260, "any"); r.LUN(group, 0, disk)
+group.set_attribute("authentication", 0)
+r.MappedLUN(r.NodeACL(group, "$me", "create"), 0, 0, False)
+group.enable = True
+X
+for target in $name.plain $name; do
+    echo "=== $target"; iscsi-test-cu -i $me --dataloss SELECTED iscsi://127.0.0.1/$target/0 || true
+done
+"""
+
+
+def in_guest(script: str, memory: str = "1536M") -> str:
+    """The output of a script in a guest with a cluster; it must end with status 0."""
+    needs.root()
+    needs.program("qemu-system-x86_64", "busybox", "iscsiadm", "iscsid", "iscsi-inq", "iscsi-ls", "mkfs.ext4", "fstrim")
+    if not list(Path("/boot").glob("vmlinuz-*")):
+        pytest.skip("needs a kernel in /boot (packaging/install-packages test)")
+    pytest.importorskip("rtslib_fb", reason="needs rtslib-fb (make setup)")
+    done = run(
+        [
+            GUEST_RUN, "--mem", memory, "--timeout", str(GUEST_SECONDS), "--hung-task", "300",
+            "--env", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "--", "/bin/bash", "-c", BEGIN + script,
+        ],
+        check=False,
+        seconds=GUEST_SECONDS + 30,
+    )  # fmt: skip
+    output = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, output + done.stderr.decode(errors="replace")[-6000:]
+    return output
+
+
+@pytest.mark.timeout(GUEST_SECONDS + 60)
+def test_a_disk_of_the_kernels_initiator() -> None:
+    lines = in_guest(STORY).splitlines()
+
+    def numbers(word: str) -> list[int]:
+        return [int(part) for line in lines if line.startswith(f"{word} ") for part in line.split()[1:]]
+
+    assert lines.count("twice nothing to change") == 2, lines
+    no = "Authentication failure"
+    assert f"right CONNECTED, wrong {no}, none {no}, stranger Authorization failure" in lines
+    assert f"discovery without {no}, with Target:iqn.2026-01.org.example:v, stranger 0" in lines
+    assert "impostor refused" in lines, "mutual CHAP"
+    assert f"queue write back, discard {4 * MIB} {1024 * MIB}" in lines
+    # Each fsync is a journal commit: a flush before its last block, and that block with FUA.
+    assert numbers("flushes")[0] >= 10
+    assert {"written", "busy", "clean", "serial same", "some changes", "status 1"} <= set(lines), lines
+    assert numbers("freed")[0] >= 8 * MIB, "fstrim gave too few of the 16 MiB back, in whole objects"
+    assert numbers("size") == [256 * MIB]
+    assert lines.count("same") == 2
+    assert "cleared iqn.2026-01.org.example:theirs, alua, 0" in lines
+    assert lines[-1] == "left iqn.2026-01.org.example:theirs, 0, 0, discovery 0"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(GUEST_SECONDS + 60)
+def test_the_suites_of_libiscsi_find_nothing_that_a_plain_file_has_not() -> None:
+    """After sheepfs has died and `apply` has replaced it."""
+    needs.program("iscsi-test-cu")
+    output = in_guest(SUITES.replace("SELECTED", conformance.SELECTED))
+    assert {"healed by some changes", "twice nothing to change"} <= set(output.splitlines()), output
+    expected, found = (conformance.outcomes(part) for part in output.split("=== ")[1:])
+    assert set(found) == set(expected)
+    assert len(conformance.passed(found)) >= 90, "too little was tested"
+    assert conformance.failed(found) <= conformance.failed(expected)
