@@ -74,6 +74,8 @@ class _Request:
             self.gateway.later(self)  # it keeps its place in the order
             return
         del pending[self.number]
+        if result == Result.NO_OBJ and self.reading:
+            self.done = self.gateway.moves.followed(self.oid, self.offset, self.length, self.done)
         gate = self.gateway.gate
         if gate.guarded:
             gate.answer(self.done, result, data)
@@ -122,7 +124,7 @@ class Gateway:
         elif self.gate.suspended:
             self._held.append(lambda: self.read(oid, offset, length, done))
         else:
-            self.raw_read(oid, offset, length, self.moves.followed(oid, offset, length, done))
+            self.raw_read(oid, offset, length, done)
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
@@ -164,7 +166,7 @@ class Gateway:
             if self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
                 self.change(oid, flags, 0, size, whole, 0, done)
 
-        self.raw_read(cow_oid, 0, size, self.moves.followed(cow_oid, 0, size, copied))
+        self.raw_read(cow_oid, 0, size, copied)
 
     def _copy_chunks(self, oid: ObjectId, cow_oid: ObjectId, flags: int, size: int) -> Script[int]:
         """A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named."""

@@ -120,7 +120,7 @@ class Moves:
     # -- reads of what was moved -------------------------------------------------------------------------------
 
     def followed(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> IoDone:
-        """`done` of a client's read, that gets the object which took the place of one that is gone."""
+        """`done` of a read of an object that is gone: it gets the one which took its place."""
 
         def read(result: int, data: Buffer) -> None:
             if result == Result.NO_OBJ and (heir := self._heir(oid)) is not None:
@@ -146,5 +146,7 @@ class Moves:
         owner = Vid(unpack_map(entry)[0])
         if not owner:
             return int(Result.SUCCESS), bytes(length)
+        if self._heir(data_oid(owner, index)) is not None:
+            return int(Result.NO_OBJ), b""  # as the map names it, nothing took its place
         result, data = yield self._read(data_oid(owner, index), offset, length)
         return int(result), data
