@@ -16,6 +16,9 @@ from sheepdog.frontends.nbd.parameters import DEFAULT_HOST, parse_address
 NBD_PORT = 10809  # assigned to NBD
 QEMU_PSK_NAME = "keys.psk"  # QEMU takes a directory and expects this name in it
 CONNECTIONS = 4  # of the kernel's client: as many as keep a node busy
+# The kernel gives a connection of several up after 30 s without an answer, and fails I/O when it has none left; a
+# cluster that waits for its quorum or a member answers late, and then rightly.
+KERNEL_TIMEOUT_S = 3600
 
 
 class Tls(NamedTuple):
@@ -106,6 +109,7 @@ class Endpoint(NamedTuple):
             host, port = self._reachable()
             words += [host, str(port)]
         words += [device, "-name", export, "-connections", str(CONNECTIONS), "-block-size", "4096"]
+        words += ["-timeout", str(KERNEL_TIMEOUT_S)]
         if self.tls.certificates:
             place = Path(os.path.abspath(self.tls.certificates))
             words += ["-cacertfile", str(place / "ca-cert.pem"), "-certfile", str(place / "client-cert.pem")]
