@@ -83,6 +83,17 @@ class Tree:
         for leaf in self._leaves:
             yield from leaf.indexes
 
+    def __len__(self) -> int:
+        return sum(len(leaf.indexes) for leaf in self._leaves)
+
+    def between(self, first: int, end: int) -> Iterator[int]:
+        """The indexes from `first` to before `end`, ascending."""
+        for leaf in self._leaves:
+            if leaf.indexes and leaf.indexes[-1] >= first:
+                yield from leaf.indexes[bisect_left(leaf.indexes, first) : bisect_left(leaf.indexes, end)]
+                if leaf.indexes[-1] >= end:
+                    return
+
     def _leaf_of(self, index: int) -> Leaf:
         place = bisect_left(self._leaves, index, key=lambda leaf: leaf.indexes[-1] if leaf.indexes else -1)
         return self._leaves[min(place, len(self._leaves) - 1)]

@@ -17,6 +17,7 @@ from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.ids import Vid
@@ -66,7 +67,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held while the volume is opened, closed or looked at anew
-        self.volume: BlockingVolume | None = None
+        self.volume: BlockingVolume | HyperVolume | None = None
         self.locked = False
         self.users = 0
 
@@ -75,7 +76,7 @@ class Handle(NamedTuple):
     """One client connection's hold on an export."""
 
     export: Export
-    volume: BlockingVolume
+    volume: BlockingVolume | HyperVolume
     writable: bool
 
     def fill(self, offset: int, length: int, durable: bool) -> None:
@@ -194,7 +195,7 @@ class Exports:
         read_only = read_only or export.is_snapshot
         vid = None if read_only else self._lock(export)
         try:
-            shared.volume = BlockingVolume.open(
+            shared.volume = open_volume(
                 self._address, export.name, export.tag, export.snap_id, read_only, self._patience_s
             )
         except BaseException:

@@ -22,6 +22,7 @@ from sheepdog.cluster.wire.header import REQUEST, Request
 from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
 from sheepdog.cluster.wire.structures import NODE_LIST_SIZE, unpack_nodes
 from sheepdog.frontends.sheepfs.cluster import Buffer, Extent, NodeSpace, Outcome, VolumeInfo
+from sheepdog.frontends.sheepfs.hyper import ThreadedHyperVolume
 from sheepdog.frontends.sheepfs.transport import log
 
 MOVE_LIMIT_S = 10.0  # connecting and looking the volume up at the new gateway
@@ -138,10 +139,16 @@ class GatewayCluster:
         self._address = address
         self._others = []  # it may be another cluster
 
-    async def open(self, name: str, snap_id: int, object_cache: bool) -> GatewayVolume:
+    async def open(self, name: str, snap_id: int, object_cache: bool) -> GatewayVolume | ThreadedHyperVolume:
         session = await self._session()
+        gateway = session.address
         try:
             volume = await Volume.open(session, name, b"", snap_id)
+        except OSError as problem:
+            await session.close()
+            if problem.errno != errno.EOPNOTSUPP:
+                raise
+            return await ThreadedHyperVolume.open(gateway, name)
         except BaseException:
             await session.close()
             raise

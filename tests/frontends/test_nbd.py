@@ -58,8 +58,9 @@ def serve(teardown: ExitStack, directory: Path) -> Callable[..., NbdServer]:
 
 
 def content(cluster: Cluster, name: str, *words: str) -> bytes:
-    """A whole volume or snapshot by the native door, through another node."""
-    return cluster.try_dog("vdi", "read", *words, name, node=2, check=True).stdout
+    """A whole volume or snapshot by the native door, through another node; `words`: -s TAG, or offset and length."""
+    where = [name, *words] if words and words[0].isdigit() else [*words, name]
+    return cluster.try_dog("vdi", "read", *where, node=2, check=True).stdout
 
 
 def image(path: Path, size: int, seed: int) -> bytes:
@@ -247,6 +248,41 @@ def test_erasure_coded_volumes(cluster3: Cluster, serve: Callable[..., NbdServer
     )
     assert (4 * MIB, 4 * MIB, HOLE) in nbd_map(uri) and (12 * MIB, 4 * MIB, HOLE) in nbd_map(uri)
     assert (0, 4 * MIB, "data") in nbd_map(uri)
+
+
+def test_hyper_volumes(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """Two connections, each with several requests at once, make objects in the same index; all of it is found again."""
+    size = 1 << 50
+    cluster3.dog("vdi", "create", "-y", "v", str(size))
+    server = serve(cluster3)
+    uri = server.uri("v")
+    assert export_info(uri)["export-size"] == size
+    nbdsh(
+        uri,
+        f"others = [h, connect({uri!r})]",
+        "places = [n * 37 * (4 << 30) + n * 4093 for n in range(60)]",
+        "flying = []",
+        "for turn, place in enumerate(places):",
+        "    n = others[turn % 2]; data = nbd.Buffer.from_bytearray(bytearray(b'%08d' % turn * 1000))",
+        "    flying.append((n, n.aio_pwrite(data, place), data))",
+        "for n, cookie, _ in flying:",
+        "    while not n.aio_command_completed(cookie): n.poll(-1)",
+        "others[1].pwrite(b'end', (1 << 50) - 3, nbd.CMD_FLAG_FUA)",
+        "for turn, place in enumerate(places):",
+        "    assert others[1 - turn % 2].pread(8004, place) == b'%08d' % turn * 1000 + bytes(4)",
+        "h.pwrite(b'x' * (9 << 20), 3 << 40)",
+        "h.zero(1 << 20, (3 << 40) + 4096); h.trim(4 << 20, (3 << 40) + (4 << 20))",
+        "assert h.pread(2 << 20, 3 << 40) == b'x' * 4096 + bytes(1 << 20) + b'x' * ((1 << 20) - 4096)",
+        "assert h.pread(9 << 20, 3 << 40)[4 << 20:] == bytes(4 << 20) + b'x' * (1 << 20)",
+        "found = []",
+        "h.block_status(3 << 30, 37 * (4 << 30), lambda name, offset, entries, error: found.extend(entries))",
+        "assert found[:2] == [4 << 20, 0] and found[3] == 3, found",
+        "h.flush()",
+    )
+    assert content(cluster3, "v", str(size - 4), "4") == b"\0end"
+    assert content(cluster3, "v", str(59 * 37 * (4 << 30) + 59 * 4093), "8") == b"00000059"
+    assert cluster3.dog("vdi", "check", "v") == "finish check&repair v\n"
+    run(["nbdinfo", f"{server.uri('v')}"])
 
 
 def used(cluster: Cluster, name: str) -> int:

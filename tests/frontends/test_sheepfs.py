@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,46 @@ def test_snapshots_are_files(cluster3: Cluster, sheepfs: SheepFs, mount_loop: Mo
     frozen.unmount()
     assert failure((sheepfs.place / "snapshot/web/empty").mkdir) == "EEXIST"
     assert "empty" in cluster3.dog("vdi", "list")
+
+
+def test_a_file_of_a_pebibyte(cluster3: Cluster, sheepfs: SheepFs) -> None:
+    """A hyper volume: written in parallel, sparse, grown, discarded, and through a gateway that restarts."""
+    size = 1 << 50
+    cluster3.dog("vdi", "create", "-y", "huge", str(size))
+    volume = sheepfs.volume("huge")
+    assert volume.stat().st_size == size
+    places = [n * 37 << 32 | n * 4093 for n in range(40)]
+    with volume.open("r+b", buffering=0) as file:
+
+        def write(place: int) -> int:
+            return os.pwrite(file.fileno(), place.to_bytes(8, "little") * 600, place)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(write, places)) == [4800] * len(places)
+        assert os.pwrite(file.fileno(), b"beyond the end", size - 6) == 6
+        os.fsync(file.fileno())
+        for place in places:
+            assert os.pread(file.fileno(), 4801, place) == place.to_bytes(8, "little") * 600 + b"\0"
+        cluster3.kill(0)
+        cluster3.start(0)
+        assert os.pread(file.fileno(), 8, places[9]) == places[9].to_bytes(8, "little")
+        os.ftruncate(file.fileno(), 2 * size)
+        assert os.pwrite(file.fileno(), b"after it", 2 * size - 8) == 8
+    assert volume.stat().st_size == 2 * size
+    assert volume.stat().st_blocks * 512 == (len(places) + 2) * OBJECT
+    assert cluster3.try_dog("vdi", "read", "huge", str(2 * size - 8), "8", check=True).stdout == b"after it"
+    wait_until(lambda: not failed_to_release(sheepfs, "huge"), 10, "the file is closed")
+    assert not volume.exists()
+
+
+def failed_to_release(sheepfs: SheepFs, name: str) -> bool:
+    """The kernel reports a close after close(2) has returned; until then the volume is busy."""
+    try:
+        sheepfs.release(name)
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return True
+    return False
 
 
 def test_copies_and_statistics(cluster3: Cluster, sheepfs: SheepFs) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.client.hyper import HyperVolume
+from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.tools.dog.context import Context, Unreachable, dial
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import parse_size, text
@@ -86,15 +85,11 @@ def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume | HyperV
     address = (context.host, context.port)
     try:
         dial(address).close()  # says what is wrong, as often as the original does
-        return BlockingVolume.open(address, name, tag, snap_id, patience_s=0)
+        return open_volume(address, name, tag, snap_id, patience_s=0)
     except Unreachable as error:
         raise Failure(code=1) from error
     except SheepError as error:
         raise Failure(not_opened(name, tag, snap_id, error.result)) from error
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return HyperVolume.open(address, name, patience_s=0)
 
 
 def _reason(error: OSError) -> str:
