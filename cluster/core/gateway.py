@@ -14,19 +14,21 @@ from typing import TypeAlias
 
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.copying import copy_large
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
-from sheepdog.cluster.core.home import Home, Submission
+from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.home_writes import Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, is_vmstate, vid_of
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END
-from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_RETRIES, RETRY_DELAY_NS
+from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.moves import Moves
 from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.repair_order import repair
 from sheepdog.cluster.core.replica import Replica
-from sheepdog.cluster.core.script import Script, Step, run
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState
 from sheepdog.cluster.core.strip_reads import StripReads
 from sheepdog.cluster.core.striping import cut
@@ -94,7 +96,7 @@ class Gateway:
     """See the module. `home` is this node's home machine of the current epoch (None outside a running cluster)."""
 
     def __init__(self, context: Context, replica: Replica, everyone: Everyone) -> None:
-        self._context = context
+        self.context = context
         self._replica = replica
         self._everyone = everyone
         self.home: Home | None = None
@@ -115,10 +117,10 @@ class Gateway:
 
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
         """`length` bytes from `offset`: all of them, or an error."""
-        counters = self._context.counters
+        counters = self.context.counters
         counters.reads += 1
         counters.tx += length
-        refusal = self._context.state.result()
+        refusal = self.context.state.result()
         if refusal:
             done(refusal, b"")
         elif self.gate.suspended:
@@ -128,10 +130,10 @@ class Gateway:
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
-        counters = self._context.counters
+        counters = self.context.counters
         counters.writes += 1
         counters.rx += len(data)
-        if self._may_change(oid, done, lambda: self.write(oid, offset, data, durable, done)):
+        if self.may_change(oid, done, lambda: self.write(oid, offset, data, durable, done)):
             if is_inode(oid) and self.inode_write is not None:
                 self.inode_write(oid, offset, data, durable, done)
             else:
@@ -139,21 +141,21 @@ class Gateway:
 
     def create(self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """A new object of its nominal size: zeros, or a copy of `cow_oid`, with the data laid over it."""
-        if not self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
+        if not self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
             return
-        counters = self._context.counters
+        counters = self.context.counters
         counters.writes += 1
         counters.rx += len(data)
         if is_inode(oid) and self.inode_create is not None:
             self.inode_create(oid, offset, data, durable, done)
             return
-        size = self._context.size_of(oid)
+        size = self.context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
         if not cow_oid or len(data) >= size:
             self.change(oid, flags, offset, size, data, 0, done)
             return
         if size > COPY_CHUNK_BYTES:
-            run(self._copy_chunks(oid, cow_oid, flags, size), self._copied(oid, offset, data, flags, done))
+            copy_large(self, oid, cow_oid, size, offset, data, flags, done)
             return
 
         def copied(result: int, source: Buffer) -> None:
@@ -163,71 +165,36 @@ class Gateway:
             whole = bytearray(source)
             whole[offset : offset + len(data)] = data
             # The source was read outside any drain: look again whether the volume may be written.
-            if self._may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
+            if self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
                 self.change(oid, flags, 0, size, whole, 0, done)
 
         self.raw_read(cow_oid, 0, size, copied)
 
-    def _copy_chunks(self, oid: ObjectId, cow_oid: ObjectId, flags: int, size: int) -> Script[int]:
-        """A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named."""
-        result, _ = yield lambda done: self.change(oid, flags, 0, size, b"", 0, done)
-        for start in range(0, size, COPY_CHUNK_BYTES):
-            if result:
-                break
-            length = min(COPY_CHUNK_BYTES, size - start)
-            result, chunk = yield self._read_step(cow_oid, start, length)
-            if not result and bytes(chunk).count(0) != length:
-                result, _ = yield self._write_step(oid, flags & ~Flag.CREATE, start, chunk)
-        return int(result)
-
-    def _read_step(self, oid: ObjectId, offset: int, length: int) -> Step:
-        return lambda done: self.raw_read(oid, offset, length, done)
-
-    def _write_step(self, oid: ObjectId, flags: int, offset: int, data: Buffer) -> Step:
-        return lambda done: self.change(oid, flags, offset, 0, data, 0, done)
-
-    def _copied(self, oid: ObjectId, offset: int, data: Buffer, flags: int, done: IoDone) -> Callable[[int], None]:
-        """The copy is complete: lays the client's data over it, unless a snapshot came between its chunks."""
-
-        def answer(result: int, body: Buffer) -> None:
-            if result == Result.READONLY:
-                self.change(oid, Flag.REMOVE, 0, 0, b"", 0, lambda _result, _body: done(result, body))
-            else:
-                done(result, body)
-
-        def write(result: int) -> None:
-            if result:
-                done(result, b"")
-            elif self._may_change(oid, answer, lambda: write(Result.SUCCESS)):
-                self.change(oid, flags & ~Flag.CREATE, offset, 0, data, 0, done)
-
-        return write
-
     def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None:
         """Makes a range of an existing object read as zeros; whole blocks of it become holes."""
-        if self._may_change(oid, done, lambda: self.zero(oid, offset, length, durable, done)):
-            self._context.counters.writes += 1
+        if self.may_change(oid, done, lambda: self.zero(oid, offset, length, durable, done)):
+            self.context.counters.writes += 1
             self.change(oid, Flag.PUNCH | (Flag.DURABLE if durable else 0), offset, length, b"", 0, done)
 
     def block_map(self, oid: ObjectId, done: IoDone) -> None:
         """Which blocks of an object hold data (core.blocks); NO_SUPPORT for one that is erasure-coded."""
-        refusal = self._context.state.result()
+        refusal = self.context.state.result()
         if refusal:
             done(refusal, b"")
         elif self.gate.suspended:
             self._held.append(lambda: self.block_map(oid, done))
-        elif self._context.policy_of(oid) is not None:
+        elif self.context.policy_of(oid) is not None:
             done(Result.NO_SUPPORT, b"")
         else:
             self._next_number = number = self._next_number + 1
-            request = _Request(self, number, True, oid, Flag.MAP, 0, self._context.size_of(oid), b"", 0, done)
+            request = _Request(self, number, True, oid, Flag.MAP, 0, self.context.size_of(oid), b"", 0, done)
             self.pending[number] = request
             self._route(request)
 
     def remove(self, oid: ObjectId, done: IoDone) -> None:
         """Drops one object; an object that is not there is success."""
-        if self._may_change(oid, done, lambda: self.remove(oid, done)):
-            self._context.counters.removes += 1
+        if self.may_change(oid, done, lambda: self.remove(oid, done)):
+            self.context.counters.removes += 1
             self.change(oid, Flag.REMOVE, 0, 0, b"", 0, done)
 
     def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
@@ -253,8 +220,8 @@ class Gateway:
 
     def flush(self, vid: Vid, done: IoDone) -> None:
         """Everything acknowledged so far for this volume (and what it was branched off) becomes durable."""
-        self._context.counters.flushes += 1
-        refusal = self._context.state.result()
+        self.context.counters.flushes += 1
+        refusal = self.context.state.result()
         if refusal:
             done(refusal, b"")
             return
@@ -268,63 +235,20 @@ class Gateway:
 
     def flush_here(self, vid: Vid, answered: IoDone) -> None:
         """This node's part of a flush."""
-        vids = frozenset([vid, *self._context.state.vdis.ancestors(vid)])
+        vids = frozenset([vid, *self.context.state.vdis.ancestors(vid)])
 
         def flushed(error: StoreError | None) -> None:
             answered(Result.SUCCESS if error is None else error.result, b"")
 
-        self._context.store.flush(vids, flushed)
+        self.context.store.flush(vids, flushed)
 
     def repair(self, oid: ObjectId, done: IoDone) -> None:
         """Makes this node's copy anew from the others'; NO_OBJ if none belongs here. Done when it is current."""
-        context, home = self._context, self.home
-        replicas = context.placement.replicas(oid)
-        me = context.placement.me
-        if home is None or me not in replicas:
-            done(Result.NO_OBJ, b"")
-            return
-        if context.policy_of(oid) is not None:
-            self._repair_strip(oid, home, replicas[0], done)
-            return
-        if replicas[0] == me:
-            home.recovery.suspect(oid, me)
-            self.raw_read(oid, 0, 1, lambda result, _: done(result, b""))  # waits for the home's own copy
-            return
-        self._replica.missing[oid] = None
-        fence, tries = context.fence, 0
+        repair(self, self._replica, oid, done)
 
-        def look() -> None:
-            nonlocal tries
-            tries += 1
-            if oid not in self._replica.missing or context.fence != fence:
-                done(Result.SUCCESS, b"")
-            elif tries > MAX_RETRIES:
-                done(Result.AGAIN, b"")
-            else:
-                context.clock.after(RETRY_DELAY_NS, look)
-
-        def answered(answer: Message) -> None:
-            if answer.result:  # the home has none either
-                self._replica.missing.pop(oid, None)
-                done(answer.result, b"")
-            else:
-                look()
-
-        message = Message(Kind.READ, context.fence, 0, oid, 0, 1, Flag.REPAIR)
-        context.peers.request(context.placement.nodes[replicas[0]], message, answered)
-
-    def _repair_strip(self, oid: ObjectId, home: Home, first: int, done: IoDone) -> None:
-        """Makes this node's strip anew from the others."""
-        context = self._context
-        if first == context.placement.me:
-            home.repair_strip(oid, first, done)
-            return
-        message = Message(Kind.READ, context.fence, 0, oid, 0, 0, Flag.REPAIR)
-        context.peers.request(context.placement.nodes[first], message, lambda answer: done(answer.result, b""))
-
-    def _may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
+    def may_change(self, oid: ObjectId, done: IoDone, retry: Callable[[], None]) -> bool:
         """False if the request was answered or is held."""
-        state = self._context.state
+        state = self.context.state
         refusal = state.result()
         if not refusal and (self.gate.suspended or not state.loaded):
             self._held.append(retry)  # after a cold start the VDI table comes a moment later
@@ -345,8 +269,8 @@ class Gateway:
                 return Result.READONLY  # also when that snapshot is deleted already: the client goes on with its heir
             if record is None or record.deleted:
                 return Result.NO_VDI
-        placement = self._context.placement
-        if state.flags & ClusterFlag.STRICT and placement.ring.zones < self._context.copies_of(oid):
+        placement = self.context.placement
+        if state.flags & ClusterFlag.STRICT and placement.ring.zones < self.context.copies_of(oid):
             return Result.HALT
         return Result.SUCCESS
 
@@ -362,7 +286,7 @@ class Gateway:
         self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
     ) -> None:
         """A change as SUBMIT describes it; `copies` 0: as the VDI table says."""
-        policy = self._context.policy_of(oid)
+        policy = self.context.policy_of(oid)
         if policy is not None and not flags & (Flag.CREATE | Flag.REMOVE):
             self._change_coded(policy, oid, flags, offset, bytes(length) if flags & Flag.PUNCH else data, done)
         else:
@@ -395,7 +319,7 @@ class Gateway:
         self._route(request)
 
     def _route(self, request: _Request) -> None:
-        context, home = self._context, self.home
+        context, home = self.context, self.home
         oid = request.oid
         replicas = context.placement.replicas(oid)
         if home is None or not replicas:
@@ -407,7 +331,7 @@ class Gateway:
             if policy is not None:
                 self.strip_reads.read(oid, policy, request.offset, request.length, self._found(request))
             elif first == me:
-                home.read(oid, request.offset, request.length, request.finish, request.flags)
+                home.reads.read(oid, request.offset, request.length, request.finish, request.flags)
             elif request.flags & Flag.MAP:
                 self._read_at_home(request, Flag.MAP)
             elif me in replicas and self._replica.readable(oid, first, request.offset, request.length):
@@ -448,31 +372,31 @@ class Gateway:
             context.peers.request(node, message, request.answered)
 
     def _found(self, request: _Request) -> Callable[[Buffer | None], None]:
-        fence = self._context.fence
+        fence = self.context.fence
 
         def found(data: Buffer | None) -> None:
             if data is not None:
                 request.finish(Result.SUCCESS, data)
-            elif self._context.fence == fence and request.number in self.pending:
+            elif self.context.fence == fence and request.number in self.pending:
                 self._read_at_home(request, 0)
 
         return found
 
     def _read_at_home(self, request: _Request, flags: int) -> None:
-        context = self._context
+        context = self.context
         home = context.placement.home(request.oid)
         assert home is not None
         if home == context.placement.me and self.home is not None:
-            self.home.read(request.oid, request.offset, request.length, request.finish, flags)
+            self.home.reads.read(request.oid, request.offset, request.length, request.finish, flags)
             return
         message = Message(Kind.READ, context.fence, 0, request.oid, request.offset, request.length, flags)
         context.peers.request(context.placement.nodes[home], message, request.answered)
 
     def _read_here(self, request: _Request) -> Callable[[Buffer | StoreError], None]:
-        fence = self._context.fence
+        fence = self.context.fence
 
         def read(data: Buffer | StoreError) -> None:
-            context, oid = self._context, request.oid
+            context, oid = self.context, request.oid
             if context.fence != fence or request.number not in self.pending:
                 return  # fenced: it was routed again
             if not isinstance(data, StoreError):
@@ -499,7 +423,7 @@ class Gateway:
             if request.number in self.pending:
                 self._route(request)
 
-        self._context.clock.after(RETRY_DELAY_NS, again)
+        self.context.clock.after(RETRY_DELAY_NS, again)
 
     # -- changes of the cluster ------------------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ applies at once. The *watermark* tells the replicas below which number all write
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
 
-from sheepdog.cluster.core.blocks import block_map
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, version_of, vid_of
-from sheepdog.cluster.core.limits import BLOCK_SIZE, STABLE_DELAY_NS
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.home_reads import HomeReads
+from sheepdog.cluster.core.home_writes import HomeHooks, IoDone, Submission, Write
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, inode_oid, version_of, vid_of
+from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
@@ -29,121 +29,10 @@ from sheepdog.cluster.core.peering import Decision, Inventories, Verdict
 from sheepdog.cluster.core.ports import Buffer, Timer
 from sheepdog.cluster.core.recovery import Recovery
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
-from sheepdog.cluster.core.replica import note_origin, perform, touched
+from sheepdog.cluster.core.replica import note_origin, perform
 from sheepdog.cluster.core.strip_home import StripHome
 from sheepdog.cluster.core.strip_peering import StripDecision
 from sheepdog.cluster.core.strip_replica import StripReplica
-
-IoDone: TypeAlias = Callable[[int, Buffer], None]
-
-
-class HomeHooks(Protocol):
-    """What a home tells the replica side of its own node."""
-
-    def settled_locally(self, verdict: Verdict) -> None:
-        """Peering is over."""
-
-    def restored_locally(self, oid: ObjectId) -> None:
-        """This node's copy is current again."""
-
-    def completed_locally(self) -> None:
-        """Everything this home is home of is recovered."""
-
-    def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
-        """PULL to this node."""
-
-    def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
-        """ROLLBACK to this node."""
-
-    def drop(self, oid: ObjectId) -> None:
-        """DROP to this node."""
-
-
-class Submission:
-    """A change that a gateway wants: fields as of a SUBMIT message. `done(result, b"")` comes once, or never
-    if the epoch changes first (the gateway submits again)."""
-
-    __slots__ = ("copies", "data", "done", "flags", "floor", "gateway", "length", "number", "offset", "oid")
-
-    def __init__(
-        self,
-        oid: ObjectId,
-        flags: int,
-        offset: int,
-        length: int,
-        data: Buffer,
-        copies: int,
-        done: IoDone,
-        gateway: int,
-        number: int,
-        floor: int,
-    ) -> None:
-        self.oid = oid
-        self.flags = flags
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.copies = copies
-        self.done = done
-        self.gateway = gateway  # whose write it is: member, its own number, and below which it has all answers
-        self.number = number
-        self.floor = floor
-
-
-class _Write:
-    """A numbered write on its way to the replicas."""
-
-    __slots__ = (
-        "end",
-        "fresh",
-        "home",
-        "ordered",
-        "pending",
-        "result",
-        "sequence",
-        "start",
-        "submission",
-        "tolerance",
-        "version",
-        "waiting",
-    )
-
-    def __init__(self, home: Home, submission: Submission, sequence: int, pending: int, fresh: bool) -> None:
-        self.version = home.version_of(sequence)
-        self.tolerance = 0  # so many may fail (their bytes are rotten), and the write is still where it must be
-        self.ordered = False  # answered behind all earlier writes of the object
-        self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
-        self.home = home
-        self.submission = submission
-        self.sequence = sequence
-        self.pending = pending
-        self.result = int(Result.SUCCESS)
-        self.start, self.end = touched(
-            submission.flags,
-            submission.offset,
-            submission.length if submission.flags & Flag.PUNCH else len(submission.data),
-        )
-        self.waiting: list[Callable[[], None]] | None = None
-
-    def local(self, error: StoreError | None) -> None:
-        if error is not None:
-            self.home.replica_failed(self, self.home.me, error.result)
-        self.pending -= 1
-        if not self.pending:
-            self.home.completed(self)
-
-    def remote(self, node: int) -> Callable[[Message], None]:
-        """What to do with the answer of another member, which is asked now."""
-        self.home.tell(node)
-
-        def answered(answer: Message) -> None:
-            if answer.result:
-                self.home.replica_failed(self, node, answer.result)
-            self.pending -= 1
-            if not self.pending:
-                self.home.completed(self)
-
-        return answered
 
 
 class Home:
@@ -156,7 +45,7 @@ class Home:
         self.me = context.placement.me
         self._placement = context.placement
         self._epoch = context.epoch
-        self._fence = context.fence
+        self.fence = context.fence
         self._term = context.state.term
         self._former = former
         self._past = past
@@ -164,10 +53,10 @@ class Home:
         self._knows_all = False  # what no inventory names does not exist
         self._inventories = Inventories(len(self._placement.members))
         self._held: list[Callable[[], None]] = []
-        self._sequence = 0
+        self.sequence = 0
         self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
-        self._flying: dict[int, _Write | None] = {}  # by sequence, ascending
-        self._writing: dict[ObjectId, list[_Write]] = {}
+        self._flying: dict[int, Write | None] = {}  # by sequence, ascending
+        self.writing: dict[ObjectId, list[Write]] = {}
         self._lost: dict[ObjectId, list[ObjectId]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
@@ -175,6 +64,7 @@ class Home:
         self._stable_timer: Timer | None = None
         self.recovery = Recovery(context, self)
         self.strips = StripHome(context, self, strips)
+        self.reads = HomeReads(self)
 
     # -- peering -----------------------------------------------------------------------------------------------
 
@@ -244,7 +134,7 @@ class Home:
             if member == self.me:
                 self.hooks.settled_locally(verdicts[member])
             else:
-                self.context.peers.request(node, verdicts[member].encode(self._fence), _ignore)
+                self.context.peers.request(node, verdicts[member].encode(self.fence), _ignore)
         self.recovery.drop(surplus)
         held, self._held = self._held, []
         for call in held:
@@ -257,8 +147,8 @@ class Home:
         version, origins = decision.version, b""
         if decision.agree:
             self.context.probe("home.strips_agree")
-            self._sequence += 1
-            version = self.version_of(self._sequence)
+            self.sequence += 1
+            version = self.version_of(self.sequence)
             origins = encode_origins(self._inventories.origins_of(decision.oid, decision.cut))
         return StripJob.decided(decision, self.strips, version, origins)
 
@@ -291,14 +181,14 @@ class Home:
             if oid in self._lost:
                 submission.done(Result.EIO, b"")
                 return
-            if not self._exists(oid, policy):
-                missing = self._absent(oid)
+            if not self.exists(oid, policy):
+                missing = self.absent(oid)
                 submission.done(Result.SUCCESS if flags & Flag.REMOVE and missing == Result.NO_OBJ else missing, b"")
                 return
         elif self._lost:
             self._lost.pop(oid, None)
         if flags & Flag.CREATE and flags & Flag.ONLY_NEW:
-            if self._exists(oid, policy):
+            if self.exists(oid, policy):
                 submission.done(Result.SUCCESS, b"")
                 return
             if policy is None:
@@ -308,11 +198,11 @@ class Home:
         else:
             self.strips.submit(submission, policy)
 
-    def _exists(self, oid: ObjectId, policy: Policy | None) -> bool:
+    def exists(self, oid: ObjectId, policy: Policy | None) -> bool:
         """There is a copy here, or strips of it somewhere."""
         return self.context.store.version(oid) is not None if policy is None else self.strips.exists(oid, policy)
 
-    def _absent(self, oid: ObjectId) -> Result:
+    def absent(self, oid: ObjectId) -> Result:
         """What a request for an object is told that nobody here has."""
         if not self._knows_all and self._past.may_exist(oid, self._complete):
             self.context.probe("home.object_unknown")
@@ -332,7 +222,7 @@ class Home:
         def flushed(one: int) -> None:
             nonlocal left, result
             left, result = left - 1, result or one
-            if not left and context.fence == self._fence:
+            if not left and context.fence == self.fence:
                 submission.done(result, b"")
 
         for replica in replicas:
@@ -340,7 +230,7 @@ class Home:
                 vids = frozenset([vid_of(oid)])
                 context.store.flush(vids, lambda error: flushed(Result.SUCCESS if error is None else error.result))
             else:
-                message = Message(Kind.FLUSH, self._fence, oid=inode_oid(vid_of(oid)))
+                message = Message(Kind.FLUSH, self.fence, oid=inode_oid(vid_of(oid)))
                 context.peers.request(self._placement.nodes[replica], message, lambda answer: flushed(answer.result))
 
     def _replicas(self, submission: Submission) -> tuple[int, ...]:
@@ -352,22 +242,22 @@ class Home:
         """The version that a write of this number gives to its object."""
         return version_of(self._epoch, self._term, sequence)
 
-    def open_write(self, submission: Submission, pending: int, fresh: bool) -> _Write:
+    def open_write(self, submission: Submission, pending: int, fresh: bool) -> Write:
         """Gives the change its number; `pending` answers are to come."""
         oid = submission.oid
-        self._sequence = sequence = self._sequence + 1
-        write = _Write(self, submission, sequence, pending, fresh)
+        self.sequence = sequence = self.sequence + 1
+        write = Write(self, submission, sequence, pending, fresh)
         self._flying[sequence] = write
-        writing = self._writing.get(oid)
+        writing = self.writing.get(oid)
         if writing is None:
-            self._writing[oid] = [write]
+            self.writing[oid] = [write]
         else:
             writing.append(write)
         return write
 
     def open_number(self) -> int:
         """A number for something else that all replicas have to do in the order of writes; `close_number` ends it."""
-        self._sequence = sequence = self._sequence + 1
+        self.sequence = sequence = self.sequence + 1
         self._flying[sequence] = None
         return sequence
 
@@ -381,11 +271,11 @@ class Home:
 
     def is_present(self) -> bool:
         """The epoch of this home is not over."""
-        return self.context.fence == self._fence
+        return self.context.fence == self.fence
 
     def watermark(self) -> int:
         """All writes up to this number are on all replicas."""
-        return next(iter(self._flying), self._sequence + 1) - 1
+        return next(iter(self._flying), self.sequence + 1) - 1
 
     def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
         context, placement = self.context, self._placement
@@ -397,7 +287,7 @@ class Home:
         for replica in replicas[1:]:
             message = Message(
                 Kind.APPLY,
-                self._fence,
+                self.fence,
                 0,
                 oid,
                 submission.offset,
@@ -425,7 +315,7 @@ class Home:
             write.local,
         )
 
-    def replica_failed(self, write: _Write, member: int, result: int) -> None:
+    def replica_failed(self, write: Write, member: int, result: int) -> None:
         """A replica could not apply a write: its copy differs now, and must be made equal again."""
         self.context.probe("home.replica_failed")
         oid = write.submission.oid
@@ -436,7 +326,7 @@ class Home:
         node = self._placement.nodes[member]
         self.context.log(3, f"object {oid:016x}: {node} could not apply a write (result {result:#x})")
         if self.context.policy_of(oid) is not None:
-            self.strips.note_version(oid, self._writing[oid][-1].version)
+            self.strips.note_version(oid, self.writing[oid][-1].version)
         if not write.fresh:
             self.recovery.suspect(oid, member)
 
@@ -445,24 +335,24 @@ class Home:
         self.strips.note_version(oid, version)
         self.recovery.suspect(oid, member)
 
-    def completed(self, write: _Write) -> None:
+    def completed(self, write: Write) -> None:
         """All replicas have answered."""
-        if self.context.fence != self._fence:
+        if self.context.fence != self.fence:
             return  # fenced: the gateways submit again in the new epoch
         if not write.ordered:
             self._complete_one(write)
             return
         # Peering undoes a write that some strip lacks, and all that came behind it: so answers keep the order.
-        while (writing := self._writing.get(write.submission.oid)) and not writing[0].pending:
+        while (writing := self.writing.get(write.submission.oid)) and not writing[0].pending:
             self._complete_one(writing[0])
 
-    def _complete_one(self, write: _Write) -> None:
+    def _complete_one(self, write: Write) -> None:
         oid = write.submission.oid
         del self._flying[write.sequence]
-        writing = self._writing[oid]
+        writing = self.writing[oid]
         writing.remove(write)
         if not writing:
-            del self._writing[oid]
+            del self.writing[oid]
             if not self.strips.busy(oid):
                 self.recovery.quiet(oid)
         if write.result and write.fresh:
@@ -479,7 +369,7 @@ class Home:
         if not self._flying and self._stable_timer is None:
             self._stable_timer = self.context.clock.after(STABLE_DELAY_NS, self._push_watermark)
 
-    def _undo(self, write: _Write) -> None:
+    def _undo(self, write: Write) -> None:
         """An object could not be created on every replica: remove it where it was."""
         submission, result = write.submission, write.result
         removal = Submission(
@@ -501,114 +391,33 @@ class Home:
             self.strips.remove(removal, policy)
 
     def is_writing(self, oid: ObjectId) -> bool:
-        return oid in self._writing or self.strips.busy(oid)
+        return oid in self.writing or self.strips.busy(oid)
 
     def is_writing_range(self, oid: ObjectId, start: int, end: int) -> bool:
-        return any(write.start < end and start < write.end for write in self._writing.get(oid, ()))
+        return any(write.start < end and start < write.end for write in self.writing.get(oid, ()))
 
     def _push_watermark(self) -> None:
         """An idle home tells its replicas that all writes are everywhere, so that they may be read there."""
         self._stable_timer = None
-        if self._flying or self.context.fence != self._fence or self._told == self._sequence:
+        if self._flying or self.context.fence != self.fence or self._told == self.sequence:
             return  # the next write carries it
-        self._told = self._sequence
+        self._told = self.sequence
         for member in self._untold:
-            message = Message(Kind.STABLE, self._fence, watermark=self._sequence)
+            message = Message(Kind.STABLE, self.fence, watermark=self.sequence)
             self.context.network.send(self._placement.nodes[member], message)
         self._untold.clear()
 
-    # -- reads -------------------------------------------------------------------------------------------------
-
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
-        """Reads from the own copy, or, if that is rotten or its disk fails, from another one (and has it repaired).
+        """For this node's gateway, or another's (core.home_reads)."""
+        self.reads.read(oid, offset, length, done, flags)
 
-        With MAP in `flags`: which of its blocks hold data (core.blocks).
-        """
+    def hold(self, call: Callable[[], None]) -> None:
+        """Calls when peering is over."""
+        self._held.append(call)
 
-        def again() -> None:
-            self.read(oid, offset, length, done, flags)
-
-        if not self.active:
-            self._held.append(again)
-            return
-        if self.recovery.holds(oid, True, again) or self._waits_for_write(oid, offset, length, self._sequence, again):
-            return
-        if oid in self._lost:
-            done(Result.EIO, b"")
-            return
-        policy = self.context.policy_of(oid)
-        if not self._exists(oid, policy):
-            done(self._absent(oid), b"")
-            return
-
-        def deliver(data: Buffer, begun: int) -> None:
-            # Bytes of a write that began while the store was reading may be among the data already.
-            if not self._waits_for_write(oid, offset, length, begun, lambda: deliver(data, begun)):
-                done(Result.SUCCESS, data)
-
-        def read(data: Buffer | StoreError) -> None:
-            if self.context.fence != self._fence:
-                return  # fenced: the gateway asks again in the new epoch
-            if not isinstance(data, StoreError):
-                deliver(data, self._sequence)
-            elif isinstance(data, (Corrupt, DiskError)) and policy is None:
-                self.context.probe("home.corrupt")
-                self.context.log(3, f"object {oid:016x}: {data}; another copy answers")
-                self.recovery.suspect(oid, self.me)
-                self._read_elsewhere(oid, offset, length, done)
-            else:
-                done(data.result, b"")
-
-        if flags & Flag.MAP and policy is not None:  # no node has the whole table: all of it may be data
-            done(Result.SUCCESS, b"\xff" * (length // BLOCK_SIZE // 8))
-        elif flags & Flag.MAP:
-            self._answer_map(oid, done)
-        elif policy is None:
-            self.context.store.read(oid, offset, length, read)
-        else:
-            self.strips.read(oid, policy, offset, length, read)
-
-    def _answer_map(self, oid: ObjectId, done: IoDone) -> None:
-        try:
-            done(Result.SUCCESS, block_map(self.context.store.table(oid)))
-        except StoreError as error:
-            done(error.result, b"")
-
-    def _waits_for_write(self, oid: ObjectId, offset: int, length: int, begun: int, retry: Callable[[], None]) -> bool:
-        """True if a write of these blocks, up to number `begun`, is on its way: `retry` is called after it.
-
-        Nobody may see bytes that some replica does not have yet: they might be taken back.
-        """
-        for write in reversed(self._writing.get(oid, ())):
-            if write.sequence <= begun and write.start < offset + length and offset < write.end:
-                if write.waiting is None:
-                    write.waiting = []
-                write.waiting.append(retry)
-                return True
-        return False
-
-    def _read_elsewhere(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
-        others = [member for member in self._placement.replicas(oid) if member != self.me]
-        version = self.context.store.version(oid) or NO_VERSION
-
-        def ask(index: int) -> None:
-            if index == len(others):
-                done(Result.EIO, b"")
-                return
-            message = Message(Kind.FETCH, self._fence, oid=oid, offset=offset, length=length, version=version)
-
-            def answered(answer: Message) -> None:
-                if answer.result == Result.SUCCESS:
-                    assert isinstance(answer.body, (bytes, bytearray, memoryview))
-                    done(Result.SUCCESS, answer.body)
-                elif answer.result == Result.STALE_OBJ:
-                    self.read(oid, offset, length, done)  # written meanwhile
-                else:
-                    ask(index + 1)
-
-            self.context.peers.request(self._placement.nodes[others[index]], message, answered)
-
-        ask(0)
+    def is_lost(self, oid: ObjectId) -> bool:
+        """No member has a copy that can be trusted."""
+        return oid in self._lost
 
     # -- requests of other gateways ------------------------------------------------------------------------------
 

@@ -43,7 +43,8 @@ from sheepdog.cluster.core.striping import (
 )
 
 if TYPE_CHECKING:
-    from sheepdog.cluster.core.home import Home, Submission
+    from sheepdog.cluster.core.home import Home
+    from sheepdog.cluster.core.home_writes import Submission
 
 Layout: TypeAlias = tuple[int, ...]
 """Member by strip; NOBODY where none has it."""

@@ -18,7 +18,7 @@ from sheepdog.cluster.sim.world import SECOND
 
 REQUESTS = 64  # many enough that timers do not count
 WRITE_LIMIT = 112.0  # through the object's home 91, through another node 107
-READ_LIMIT = 24.0  # at the object's home 23, at another replica 17
+READ_LIMIT = 24.0  # at the object's home 24, at another replica 17
 
 
 def calls_per_request(

@@ -10,9 +10,11 @@ import pytest
 
 import sheepdog.cluster.core.home as home_module
 import sheepdog.cluster.core.replica as replica_module
+from sheepdog.cluster.core import home_writes
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.ids import NO_VERSION
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
@@ -68,7 +70,7 @@ class Bug:
 
 
 def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
-    write = home_module._Write
+    write = home_writes.Write
     local = write.local
 
     def early(self: Any, error: Any) -> None:
@@ -98,7 +100,7 @@ def watermark_too_high(patch: pytest.MonkeyPatch) -> None:
 
 
 def read_of_a_value_in_flight(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Home, "_waits_for_write", lambda *_: False)
+    patch.setattr(HomeReads, "waits_for_write", lambda *_: False)
 
 
 def recovery_trusts_the_first_copy(patch: pytest.MonkeyPatch) -> None:

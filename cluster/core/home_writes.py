@@ -1,0 +1,127 @@
+"""Changes at their home: what a gateway wants, and the numbered write that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.ids import ObjectId
+from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.peering import Verdict
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.replica import touched
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.core.home import Home
+
+IoDone: TypeAlias = Callable[[int, Buffer], None]
+
+
+class HomeHooks(Protocol):
+    """What a home tells the replica side of its own node."""
+
+    def settled_locally(self, verdict: Verdict) -> None:
+        """Peering is over."""
+
+    def restored_locally(self, oid: ObjectId) -> None:
+        """This node's copy is current again."""
+
+    def completed_locally(self) -> None:
+        """Everything this home is home of is recovered."""
+
+    def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
+        """PULL to this node."""
+
+    def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
+        """ROLLBACK to this node."""
+
+    def drop(self, oid: ObjectId) -> None:
+        """DROP to this node."""
+
+
+class Submission:
+    """A change that a gateway wants: fields as of a SUBMIT message. `done(result, b"")` comes once, or never
+    if the epoch changes first (the gateway submits again)."""
+
+    __slots__ = ("copies", "data", "done", "flags", "floor", "gateway", "length", "number", "offset", "oid")
+
+    def __init__(
+        self,
+        oid: ObjectId,
+        flags: int,
+        offset: int,
+        length: int,
+        data: Buffer,
+        copies: int,
+        done: IoDone,
+        gateway: int,
+        number: int,
+        floor: int,
+    ) -> None:
+        self.oid = oid
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.data = data
+        self.copies = copies
+        self.done = done
+        self.gateway = gateway  # whose write it is: member, its own number, and below which it has all answers
+        self.number = number
+        self.floor = floor
+
+
+class Write:
+    """A numbered write on its way to the replicas."""
+
+    __slots__ = (
+        "end",
+        "fresh",
+        "home",
+        "ordered",
+        "pending",
+        "result",
+        "sequence",
+        "start",
+        "submission",
+        "tolerance",
+        "version",
+        "waiting",
+    )
+
+    def __init__(self, home: Home, submission: Submission, sequence: int, pending: int, fresh: bool) -> None:
+        self.version = home.version_of(sequence)
+        self.tolerance = 0  # so many may fail (their bytes are rotten), and the write is still where it must be
+        self.ordered = False  # answered behind all earlier writes of the object
+        self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
+        self.home = home
+        self.submission = submission
+        self.sequence = sequence
+        self.pending = pending
+        self.result = int(Result.SUCCESS)
+        self.start, self.end = touched(
+            submission.flags,
+            submission.offset,
+            submission.length if submission.flags & Flag.PUNCH else len(submission.data),
+        )
+        self.waiting: list[Callable[[], None]] | None = None
+
+    def local(self, error: StoreError | None) -> None:
+        if error is not None:
+            self.home.replica_failed(self, self.home.me, error.result)
+        self.pending -= 1
+        if not self.pending:
+            self.home.completed(self)
+
+    def remote(self, node: int) -> Callable[[Message], None]:
+        """What to do with the answer of another member, which is asked now."""
+        self.home.tell(node)
+
+        def answered(answer: Message) -> None:
+            if answer.result:
+                self.home.replica_failed(self, node, answer.result)
+            self.pending -= 1
+            if not self.pending:
+                self.home.completed(self)
+
+        return answered
