@@ -138,10 +138,11 @@ class NodeState(Protocol):
     def load_settled(self) -> int: ...
 
     def append_undo(self, record: bytes) -> None:
-        """Adds to what strips need to go back (core.strip_undo). At the return it survives a kill -9; no more."""
+        """Adds to what strips need to go back (core.strip_undo). At the return it survives a kill -9; what is handed
+        to the store afterwards does not survive a power loss without it."""
 
     def replace_undo(self, records: bytes) -> None:
-        """These are all that is needed of it."""
+        """These are all that is needed of it, once what the store has now is durable."""
 
     def load_undo(self) -> bytes:
         """All that was added since the last replacement; the end may be torn."""

@@ -136,7 +136,8 @@ def decide(
         if entry.as_of == best_as_of or (best_as_of == best.epoch and facts.was_replica(oid, entry.member, best.epoch))
     ]
     proven = [entry for entry in real if entry.as_of == best_as_of]
-    cuts: list[Version | None] = [*_unfinished(proven), None, *_unfinished(current)]
+    # Where it is not proven that a strip should have a write, as little as possible is undone.
+    cuts: list[Version | None] = [*_unfinished(proven), None, *reversed(_unfinished(current))]
     for cut in cuts:
         good = _fitting(policy, real, current, proven, cut)
         if len({entry.strip for entry, _ in good}) >= policy.data:

@@ -8,7 +8,8 @@ A write changes few of the strips, and only those get its version. So each strip
 have touched, until the home has brought all strips of the object level (core.strip_levels): with that peering can tell
 a strip that lacks a write from one that the write left alone.
 
-What small writes replaced is also written to a file before the strip is, so that it survives the end of all processes.
+What small writes replaced is also written to a file before the strip is, so that it survives the end of all processes
+and, as far as the writes do, the loss of power.
 What is in the file and not needed any more does no harm: it leads from versions that all strips have to older ones, and
 nobody wants those (core.strip_peering).
 """

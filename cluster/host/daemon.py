@@ -130,6 +130,7 @@ class Daemon:
             self._log,
             self._disk_failed,
             store_options(options),
+            before_sync=self._state.sync_undo,
         )
         self.store.open()
         self._id = NodeId(self.address, options.port)

@@ -69,7 +69,10 @@ class Journal:
         disk: Disk,
         workers: Workers,
         failed: Callable[[OSError], None],
+        before_sync: Callable[[], None] | None = None,
     ) -> None:
+        """`before_sync` makes durable what must not be lost when a record is there; on any thread, OSError."""
+        self._before_sync = before_sync
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._node = node
@@ -228,6 +231,8 @@ class Journal:
 
         def work() -> int:
             began = time.monotonic_ns()
+            if self._before_sync is not None:
+                self._before_sync()
             if with_other:
                 disk.fdatasync(other)
             disk.fdatasync(current)

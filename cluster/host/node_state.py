@@ -4,7 +4,8 @@
     config    the cluster's configuration as core encoded it
     epoch/    one file per epoch, named by its number in 8 decimal digits
     settled   the newest epoch in which every copy here was proven current
-    undo      what strips need to go back, appended (core/strip_undo.py); never synced
+    undo      what strips need to go back, appended (core/strip_undo.py), synced before the journal is
+    undo.old  the same, of some time before: what led from it to here may be durable only now
 
 Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
 order, also with `-n`: they are rare, and a cold start depends on them.
@@ -12,6 +13,7 @@ order, also with `-n`: they are rare, and a cold start depends on them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -76,6 +78,8 @@ class NodeStateFiles:
         self._running = False
         self._undo = -1  # descriptor
         self._undo_end = 0
+        self._undo_dirty = False
+        self._undo_retired = -1  # descriptor of undo.old: it may be synced at this moment
 
     def open(self) -> None:
         """Makes the directories; UsageError."""
@@ -89,23 +93,37 @@ class NodeStateFiles:
                 self._undo_end = self._disk.info(self._undo).length
             write_all(self._disk, self._undo, record, self._undo_end)
             self._undo_end += len(record)
+            self._undo_dirty = True
         except OSError as error:
             self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
 
     def replace_undo(self, records: bytes) -> None:
         try:
             descriptor = self._disk.open(f"{self._directory}/undo.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if self._undo >= 0:
-                self._disk.close(self._undo)
-            self._undo, self._undo_end = descriptor, len(records)
             write_all(self._disk, descriptor, records, 0)
+            self._disk.fdatasync(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.rename(f"{self._directory}/undo", f"{self._directory}/undo.old")
             self._disk.rename(f"{self._directory}/undo.new", f"{self._directory}/undo")
+            self._disk.sync_directory(self._directory)
+            if self._undo_retired >= 0:
+                self._disk.close(self._undo_retired)
+            self._undo_retired, self._undo, self._undo_end = self._undo, descriptor, len(records)
         except OSError as error:
             self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
 
+    def sync_undo(self) -> None:
+        """What was appended so far is durable; on any thread. OSError."""
+        if self._undo_dirty:
+            self._undo_dirty = False
+            self._disk.fdatasync(self._undo)
+
     def load_undo(self) -> bytes:
+        return self._read_undo("undo.old") + self._read_undo("undo")
+
+    def _read_undo(self, name: str) -> bytes:
         try:
-            descriptor = self._disk.open(f"{self._directory}/undo", os.O_RDONLY)
+            descriptor = self._disk.open(f"{self._directory}/{name}", os.O_RDONLY)
         except FileNotFoundError:
             return b""
         try:

@@ -68,7 +68,10 @@ class ObjectStore:
         on_disk_failure: DiskFailed,
         options: StoreOptions = StoreOptions(),
         random_bytes: RandomBytes = os.urandom,
+        before_sync: Callable[[], None] | None = None,
     ) -> None:
+        """`before_sync`: see Journal."""
+        self._before_sync = before_sync
         self._metadata = metadata
         self._directories = tuple(directories)
         self._disk = disk
@@ -113,6 +116,7 @@ class ObjectStore:
             self._disk,
             self._workers,
             self._journal_failed,
+            self._before_sync,
         )
         self._journal.start(found.next_number)
         self._pipeline = Pipeline(

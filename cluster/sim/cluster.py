@@ -122,7 +122,7 @@ class Machine:
         self.vnodes = 128
         self.space = 1 << 40
         self.disk = SimDisk(cluster.world, self.name)
-        self.state = SimStateDisk(cluster.world, self.name)
+        self.state = SimStateDisk(cluster.world, self.name, self.disk)
         self.process: Process | None = None
         self.exits: list[tuple[int, str]] = []
 

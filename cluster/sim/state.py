@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from sheepdog.cluster.core.ids import EpochRecord
 from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.sim.store import SimDisk
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
 
 
 class SimStateDisk:
     """What is on the platter; outlives the processes."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, disk: SimDisk) -> None:
+        self.disk = disk
         self.random = world.stream(f"state {name}")
         self.config: bytes | None = None
         self.epochs: dict[int, EpochRecord] = {}
@@ -21,7 +23,8 @@ class SimStateDisk:
 
     def crash(self, power: bool) -> None:
         if power:
-            del self.undo[self.random.randrange(len(self.undo) + 1) :]
+            del self.undo[self.random.randint(min(self.disk.undo_durable, len(self.undo)), len(self.undo)) :]
+        self.disk.undo_written = len(self.undo)
 
 
 class SimNodeState:
@@ -71,10 +74,12 @@ class SimNodeState:
     def append_undo(self, record: bytes) -> None:
         if self.alive:
             self._disk.undo += record
+            self._disk.disk.undo_written = len(self._disk.undo)
 
     def replace_undo(self, records: bytes) -> None:
         if self.alive:
             self._disk.undo = bytearray(records)
+            self._disk.disk.undo_written = self._disk.disk.undo_durable = len(records)
 
     def load_undo(self) -> bytes:
         return bytes(self._disk.undo)

@@ -93,10 +93,11 @@ class Copy:
 class _Entry:
     """One change that is not known to be on the platter."""
 
-    __slots__ = ("acknowledged", "change")
+    __slots__ = ("acknowledged", "change", "undo")
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change, undo: int) -> None:
         self.change = change
+        self.undo = undo  # so much undo was written before it, and is durable if this is
         self.acknowledged = False
 
 
@@ -118,6 +119,8 @@ class SimDisk:
         self.fault: type[StoreError] | None = None
         self.fault_chance = 0.0
         self.slow = 1  # factor of all delays
+        self.undo_written = 0  # bytes (ports.NodeState.append_undo) ...
+        self.undo_durable = 0  # ... of which a change that is durable needs so many
 
     def crash(self, power: bool) -> None:
         """The process was killed (or power failed): what the next process will find."""
@@ -134,6 +137,7 @@ class SimDisk:
                 copy = change.change(copy)
             entry.copy = copy
             if power:
+                self.undo_durable = max([self.undo_durable, *(change.undo for change in log)])
                 entry.base = None if copy is None else copy.clone()
                 log.clear()
             if entry.copy is None and entry.base is None and not log:
@@ -236,7 +240,7 @@ class SimStore:
         if entry is None:
             entry = self._disk.objects[oid] = _Object()
         entry.copy = change(entry.copy)
-        logged = _Entry(change)
+        logged = _Entry(change, self._disk.undo_written)
         entry.log.append(logged)
 
         def acknowledge() -> None:
@@ -255,6 +259,7 @@ class SimStore:
         if last not in entry.log:
             return  # a flush has done it already
         count = entry.log.index(last) + 1
+        self._disk.undo_durable = max([self._disk.undo_durable, *(logged.undo for logged in entry.log[:count])])
         if count == len(entry.log):
             entry.base = None if entry.copy is None else entry.copy.clone()
         else:

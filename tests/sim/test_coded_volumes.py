@@ -10,7 +10,7 @@ import pytest
 from sheepdog.cluster.core.ids import ObjectId, Version, strip_index
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.node import Node
-from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.ports import Done, NodeState
 from sheepdog.cluster.core.strip_replica import StripReplica
 from sheepdog.cluster.core.strip_undo import Undo, UndoLog
 from sheepdog.cluster.sim.nemesis import Faults
@@ -59,6 +59,20 @@ def test_everybody_is_killed_while_some_are_down(first: int) -> None:
         Run(everybody, seed).execute()
 
 
+def power_fails_everywhere(make_node: Callable[..., Node] = Node) -> Scenario:
+    scene = scenario("blackout", 0x22, 6, make_node)
+    scene.faults = Faults(kill=0.3, power=0.3, blackout=1)
+    scene.durable_chance = 1.0
+    return scene
+
+
+@pytest.mark.parametrize("first", range(0, 2 * SEEDS_PER_TEST, SEEDS_PER_TEST))
+def test_the_power_fails_everywhere(first: int) -> None:
+    """What was durable is readable, although strips are durable up to different writes."""
+    for seed in range(first, first + SEEDS_PER_TEST):
+        Run(power_fails_everywhere(), seed).execute()
+
+
 def test_rare_paths_are_taken() -> None:
     """What the seeds above are about really happens in them."""
     probes: dict[str, int] = {}
@@ -99,11 +113,32 @@ def _with_wrong_parity(*arguments: Any) -> Node:
     return node
 
 
-@pytest.mark.parametrize("make_node", [_forgetful, _with_wrong_parity])
-def test_planted_bugs_are_found(make_node: Callable[..., Node]) -> None:
+class _LostWithThePower(UndoLog):
+    """Planted bug: the writes are durable, what leads back from them is not."""
+
+    def load(self, state: NodeState, version_of: Callable[[ObjectId], Version | None]) -> None:
+        pass
+
+
+def _without_a_file(*arguments: Any) -> Node:
+    node = Node(*arguments)
+    node.replica.strips.undo = _LostWithThePower()
+    return node
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        scenario("planted", 0x22, 6, _forgetful),
+        scenario("planted", 0x22, 6, _with_wrong_parity),
+        power_fails_everywhere(_without_a_file),
+    ],
+    ids=["forgetful", "wrong parity", "without a file"],
+)
+def test_planted_bugs_are_found(scene: Scenario) -> None:
     for seed in range(SEEDS):
         try:
-            Run(scenario("planted", 0x22, 6, make_node), seed).execute()
+            Run(scene, seed).execute()
         except Failure:
             return
     pytest.fail(f"not found in {SEEDS} seeds")

@@ -88,6 +88,7 @@ class StoreDriver(Driver):
         disks: Sequence[str] = (),
         options: StoreOptions | None = None,
         seed: int = 0,
+        before_sync: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.random = random.Random(seed)
@@ -111,6 +112,7 @@ class StoreDriver(Driver):
             lambda path, text, last: self.failed.append(text),
             options or StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES),
             self.random.randbytes,
+            before_sync,
         )
         self.store.open()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.stores import StoreDriver
+from tests.support.stores import Driver, StoreDriver
 
 from sheepdog.cluster.core.errors import NoObject
 from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name, plain_oid, strip_index, strip_of
+from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.node_state import NodeStateFiles
+from sheepdog.cluster.host.workers import ThreadWorkers
 
 OID = data_oid(Vid(0x123456), 7)
 SIZE = 256 * 1024
@@ -77,3 +81,37 @@ def test_stamps_keep_their_place_among_writes(store: StoreDriver) -> None:
     store.done(lambda done: store.store.stamp(strip, later, False, done))
     assert store.store.version(strip) == later
     assert store.read(strip, 0, 4096) == b"a" * 4096
+
+
+class _Recording(RealDisk):
+    """Knows the order of syncs."""
+
+    def __init__(self) -> None:
+        self.synced: list[str] = []
+
+    def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
+        self.synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        super().fdatasync(fd)
+
+
+def test_what_leads_back_is_durable_before_the_write_is(tmp_path: Path) -> None:
+    disk = _Recording()
+    state = NodeStateFiles(str(tmp_path), disk, ThreadWorkers(Driver().call_soon), lambda level, text: None)
+    state.open()
+    store = StoreDriver(str(tmp_path), disk=disk, before_sync=state.sync_undo)
+    strip = strip_of(OID, 2)
+    store.create(strip, SIZE, 0, b"", V1)
+    disk.synced.clear()
+    state.append_undo(b"the way back")
+    store.done(lambda done: store.store.write(strip, 0, b"a" * 4096, V2, True, done))
+    assert disk.synced[0] == "undo"
+    assert disk.synced[1].startswith("journal")
+    disk.synced.clear()
+    store.done(lambda done: store.store.write(strip, 0, b"b" * 4096, V2, True, done))
+    assert "undo" not in disk.synced
+    state.replace_undo(b"less")
+    state.append_undo(b" and more")
+    assert state.load_undo() == b"the way backless and more"
+    state.replace_undo(b"")
+    assert state.load_undo() == b"less and more"
+    store.close()

@@ -1,0 +1,138 @@
+"""Which state a coded object is brought to, from what its holders tell (core.strip_peering), with 2:2 on four nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from sheepdog.cluster.core.erasure import Policy
+from sheepdog.cluster.core.ids import Version, Vid, data_oid
+from sheepdog.cluster.core.strip_peering import Held, StripDecision, decide
+from sheepdog.cluster.core.strip_undo import ALL_STRIPS, NO_STRIPS, Step
+
+OID, POLICY = data_oid(Vid(1), 0), Policy(2, 2)
+REPLICAS = (0, 1, 2, 3)
+FIRST, SECOND = 0b1101, 0b1110  # writes of the first and of the second data strip
+V = [Version(1, 1, number << 16) for number in range(9)]
+N = Version(3, 1, 1 << 16)
+
+
+class Nothing:
+    """Facts of an object whose nodes were always the same."""
+
+    def deleted(self, oid: int, as_of: int, holders: set[int]) -> bool:
+        return False
+
+    def superseded(self, oid: int, as_of: int, least: int) -> bool:
+        return False
+
+    def was_replica(self, oid: int, member: int, epoch: int) -> bool:
+        return True
+
+    def never_stored(self, oid: int, epoch: int, holders: set[int]) -> bool:
+        return False
+
+
+def held(
+    strip: int, version: Version, *steps: tuple[Version, int], as_of: int = 1, back: bool = True, member: int = -1
+) -> Held:
+    """`steps`: (where it began, strips touched), the last first."""
+    return Held(
+        strip if member < 0 else member,
+        strip,
+        version,
+        as_of,
+        [Step(before, touched, back) for before, touched in steps],
+    )
+
+
+def decided(*strips: Held) -> StripDecision:
+    decision = decide(OID, POLICY, strips, REPLICAS, Nothing())
+    assert decision is not None
+    return decision
+
+
+def states(decision: StripDecision) -> dict[int, Version]:
+    return {strip: state for strip, _, state in decision.agree}
+
+
+def test_equal_strips_in_place_need_nothing() -> None:
+    assert decide(OID, POLICY, [held(strip, V[1]) for strip in range(4)], REPLICAS, Nothing()) is None
+
+
+def test_a_strip_that_a_write_left_alone_is_no_worse() -> None:
+    decision = decided(
+        held(0, V[2], (V[1], FIRST)),
+        held(1, V[1]),
+        held(2, V[2], (V[1], FIRST), back=False),
+        held(3, V[2], (V[1], FIRST)),
+    )
+    assert (decision.cut, decision.missing) == (None, ())
+    assert states(decision) == {0: V[2], 1: V[1], 2: V[2], 3: V[2]}
+
+
+@pytest.mark.parametrize("lacking", [0, 2, 3])
+def test_a_write_that_some_strip_lacks_is_undone_with_all_behind_it(lacking: int) -> None:
+    strips = [
+        held(0, V[2], (V[1], FIRST)),
+        held(1, V[3], (V[1], SECOND)),
+        held(2, V[3], (V[2], SECOND), (V[1], FIRST)),
+        held(3, V[3], (V[2], SECOND), (V[1], FIRST)),
+    ]
+    strips[lacking] = held(lacking, V[1])
+    decision = decided(*strips)
+    assert decision.cut == V[2]
+    assert states(decision) == dict.fromkeys(range(4), V[1])
+
+
+def test_a_strip_that_lacks_a_write_and_cannot_be_met_is_rebuilt() -> None:
+    """The others cannot go back any more."""
+    firm: Sequence[Held] = [
+        held(0, V[2], (V[1], FIRST), back=False),
+        held(2, V[2], (V[1], FIRST), back=False),
+        held(3, V[2], (V[1], FIRST), back=False),
+    ]
+    decision = decided(*firm, held(1, V[1]))
+    assert decision.missing == ()
+    decision = decided(held(0, V[1]), held(1, V[1]), *firm[1:])
+    assert (decision.missing, states(decision)) == ((0,), {1: V[1], 2: V[2], 3: V[2]})
+
+
+def test_what_a_dead_node_alone_knew_comes_back_too_late() -> None:
+    """Strip 1 has a write that the others undid, and have written since: it must not pass for untouched."""
+    decision = decided(
+        held(0, V[5], (V[1], FIRST), as_of=2),
+        held(1, V[3], (V[1], SECOND), as_of=1),
+        held(2, V[5], (V[1], FIRST), as_of=2),
+        held(3, V[5], (V[1], FIRST), as_of=2),
+    )
+    assert decision.missing == (1,)
+
+
+def test_an_agreement_that_was_interrupted_is_not_taken_for_writes_that_others_lack() -> None:
+    """Strip 1 is old: it was on a node that was away. Found by the simulator."""
+    decision = decided(
+        held(0, V[4], (V[1], FIRST), as_of=2),
+        held(1, V[1], as_of=1),
+        held(2, V[6], (V[5], SECOND), (V[4], SECOND), (V[1], FIRST), as_of=2),
+        held(3, N, (V[6], ALL_STRIPS), (V[5], SECOND), (V[4], SECOND), (V[1], FIRST), as_of=3),
+    )
+    assert (decision.cut, decision.missing) == (N, (1,))
+    assert states(decision) == {0: V[4], 2: V[6], 3: V[6]}
+
+
+def test_without_parity_the_data_strips_stand_for_themselves() -> None:
+    decision = decided(held(0, V[2], (V[1], FIRST)), held(1, V[1]))
+    assert (decision.missing, states(decision)) == ((2, 3), {0: V[2], 1: V[1]})
+
+
+def test_strips_that_were_brought_level_on_the_way() -> None:
+    decision = decided(
+        held(0, V[2], (V[1], FIRST)),
+        held(1, V[2], (V[1], NO_STRIPS)),
+        held(2, V[3], (V[2], SECOND), (V[1], FIRST)),
+        held(3, V[2], (V[1], FIRST)),
+    )
+    assert decision.cut == V[3]
+    assert states(decision) == {0: V[2], 1: V[2], 2: V[2], 3: V[2]}
