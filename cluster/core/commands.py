@@ -11,6 +11,7 @@ find       lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
 recovery   automatic recovery on or off                      enabled
 shutdown   all nodes stop
 kill       one node stops                                    node
+reweight   every storing node publishes its space anew       (each does so with `weigh`, see membership)
 epoch      a new epoch without a change of members           time, copies (the cluster's default from now on; optional)
 """
 
@@ -193,5 +194,6 @@ _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "recovery": _recovery,
     "shutdown": _shutdown,
     "kill": _nothing,
+    "reweight": _nothing,
     "epoch": _epoch,
 }

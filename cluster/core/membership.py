@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from sheepdog.cluster.core.commands import apply_command
@@ -338,6 +339,8 @@ class ClusterMachine:
             self.state.queue.append(command["operation"])
         elif kind == "commit":
             self._commit(command, quiet)
+        elif kind == "weigh":
+            self._weigh(sender, command, quiet)
         elif kind == "format":
             self._format(command, quiet)
         elif kind == "start":
@@ -369,6 +372,18 @@ class ClusterMachine:
         state.note_leave(gone, command["time"])
         if state.status == Status.RUNNING:
             self._new_epoch(command["time"], quiet)
+
+    def _weigh(self, sender: Key, command: Command, quiet: bool) -> None:
+        """The sender has another number of virtual nodes, or another space, from a new epoch on."""
+        state = self.state
+        if state.status != Status.RUNNING:
+            return
+        changes = {name: command[name] for name in ("vnodes", "space") if name in command}
+        if sender == self._my_key:
+            self.me = replace(self.me, **changes)
+        members = [replace(one, **changes) if _member_key(one) == sender else one for one in state.members]
+        state.members = state.weighted(members)
+        self._new_epoch(command["time"], quiet)
 
     def _is_expelled(self, sender: Key) -> bool:
         return bool(self.state.expelled) and [sender[0].hex(), sender[1]] in self.state.expelled

@@ -204,6 +204,8 @@ class Node:
             self._save_config()
             if self.home is not None and self.home.active:
                 self.home.recovery.run()
+        elif kind == "reweight" and self.machine.me.vnodes:
+            self.operations.publish_space()
         elif kind == "shutdown":
             self._end("shutdown")
         elif kind == "kill" and command["node"] == node_key(self.context.me):
@@ -386,6 +388,7 @@ class Node:
 
     def settled_locally(self, verdict: Verdict) -> None:
         self.replica.settle(self.context.placement.me, verdict)
+        self.operations.settled()
 
     def completed_locally(self) -> None:
         self._home_done(self.context.me)

@@ -32,6 +32,8 @@ class Operations:
         self._context = context
         self._number = context.clock.wall_ns()  # operation numbers must not repeat after a restart of this node
         self._waiting: dict[int, Callable[[Values], None]] = {}
+        self._formatting: list[ResultDone] = []  # formats that are not durable on all nodes yet
+        self._settled_fence = -1  # of the latest epoch in which all nodes have what they recorded on their disks
         self.opened_snapshots: dict[Vid, int] = {}  # by clients of this node, and how often
 
     # -- queued operations -----------------------------------------------------------------------------------------
@@ -59,6 +61,9 @@ class Operations:
         waiting, self._waiting = self._waiting, {}
         for ended in waiting.values():
             ended({"result": int(result)})
+        formatting, self._formatting = self._formatting, []
+        for done in formatting:
+            done(result)
 
     def _vdi_ended(self, done: VdiDone) -> Callable[[Values], None]:
         def ended(operation: Values) -> None:
@@ -212,7 +217,7 @@ class Operations:
         done: ResultDone,
         recovery_delay_s: int = 0,
     ) -> None:
-        """MAKE_FS: everything is wiped, epoch 1 begins; done when this node's part of it is durable."""
+        """MAKE_FS: everything is wiped, epoch 1 begins; done when it is durable on all nodes."""
         if store_name not in STORE_NAMES:
             done(Result.NO_STORE)
             return
@@ -229,9 +234,23 @@ class Operations:
             "shift": shift or DEFAULT_SHIFT,
             "store_name": store_name,
             "recovery_delay_s": recovery_delay_s,
-            "time": self._context.clock.wall_ns() // 1_000_000_000,
+            "time": self._now_s(),
         }
-        self._context.machine.propose(command, done)
+
+        def applied(result: Result) -> None:
+            if result or self._settled_fence == self._context.fence:
+                done(result)
+            else:
+                self._formatting.append(done)
+
+        self._context.machine.propose(command, applied)
+
+    def settled(self) -> None:
+        """All members of the epoch have told what they hold, and so have its record on their disks."""
+        self._settled_fence = self._context.fence
+        formatting, self._formatting = self._formatting, []
+        for done in formatting:
+            done(Result.SUCCESS)
 
     def shutdown(self, done: ResultDone) -> None:
         self._context.machine.propose({"t": "shutdown"}, done)
@@ -244,18 +263,37 @@ class Operations:
         self._context.machine.propose({"t": "recovery", "enabled": enabled}, done)
 
     def new_epoch(self, done: ResultDone, copies: int = 0) -> None:
-        """A new epoch with the same members: weights have changed, or the default number of copies does."""
-        command = {"t": "epoch", "time": self._context.clock.wall_ns() // 1_000_000_000}
+        """A new epoch with the same members, because the default number of copies changes."""
+        command = {"t": "epoch", "time": self._now_s()}
         if copies:
             command["copies"] = copies
         self._context.machine.propose(command, done)
+
+    def reweight(self, done: ResultDone) -> None:
+        """Every storing node publishes its free space, in an epoch of its own."""
+        if self._context.state.status != Status.RUNNING:
+            done(Result.WAIT_FOR_FORMAT if not self._context.state.ctime else Result.WAIT_FOR_JOIN)
+            return
+        self._context.machine.propose({"t": "reweight"}, done)
+
+    def publish_space(self) -> None:
+        """This node's part of `reweight`."""
+        _, free = self._context.store.usage()
+        self._context.machine.propose({"t": "weigh", "space": free, "time": self._now_s()})
+
+    def set_vnodes(self, vnodes: int, done: ResultDone) -> None:
+        """Another number of virtual nodes for this node, in a cluster where nodes have fixed ones."""
+        self._context.machine.propose({"t": "weigh", "vnodes": vnodes, "time": self._now_s()}, done)
+
+    def _now_s(self) -> int:
+        return self._context.clock.wall_ns() // 1_000_000_000
 
     def force_recover(self, done: ResultDone) -> None:
         """Starts a waiting cluster with the nodes that are present."""
         if self._context.state.status != Status.WAITING or not self._context.state.ctime:
             done(Result.FORCE_RECOVER)
             return
-        command = {"t": "start", "time": self._context.clock.wall_ns() // 1_000_000_000}
+        command = {"t": "start", "time": self._now_s()}
         self._context.machine.propose(command, done)
 
     def _refused(self, done: VdiDone) -> bool:

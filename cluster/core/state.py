@@ -113,8 +113,8 @@ class ClusterState:
     def weighted(self, members: Sequence[Member]) -> tuple[Member, ...]:
         """The members with the vnodes that the strategy gives them, ascending by id (protocol.md 10.2)."""
         ordered = sorted(members, key=lambda member: member.id)
-        if not self.flags & ClusterFlag.AUTO_VNODES:
-            return tuple(ordered)
+        if not self.ctime or not self.flags & ClusterFlag.AUTO_VNODES:
+            return tuple(ordered)  # as they were started
         storing = [member for member in ordered if member.vnodes]
         vnodes = dict(zip([m.id for m in storing], auto_vnodes([member.space for member in storing]), strict=True))
         return tuple(replace(member, vnodes=vnodes.get(member.id, 0)) for member in ordered)

@@ -20,7 +20,7 @@ from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended
 from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.drivers import registry
 from sheepdog.cluster.drivers.base import Driver
-from sheepdog.cluster.host import lifecycle
+from sheepdog.cluster.host import lifecycle, usage
 from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.links import Links
@@ -39,7 +39,6 @@ from sheepdog.frontends.qemu.requests import Requests
 CLIENT_PATIENCE_S = 60.0  # out of reach of the membership engine: clients wait so long, then they may look elsewhere
 REJOIN_FIRST_S, REJOIN_MAX_S = 0.2, 5.0  # between attempts to attach again; each takes a while of its own
 END_TIMEOUT_S = 30.0  # for making everything durable at the end; a hung disk must not keep a host from rebooting
-VERSION = "1.0"  # of the command lines and the protocol that this daemon stands in for
 
 
 def run(options: Options) -> int:
@@ -136,6 +135,7 @@ class Daemon:
         self._id = NodeId(self.address, options.port)
         self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
         self._server = Server(self._loop, self.links.adopt, self._adopt_client, self._log)
+        self._check_fixed_vnodes()
         self._begin_incarnation(driver)
 
     def _adopt_client(self, sock: socket.socket) -> None:
@@ -176,14 +176,30 @@ class Daemon:
 
     def _member(self, node_id: NodeId) -> Member:
         options = self.options
-        vnodes = 0 if options.gateway else options.vnodes or DEFAULT_VNODES
+        vnodes = 0 if options.gateway else self._fixed_vnodes(node_id) or DEFAULT_VNODES
         zone = int.from_bytes(self.address[12:], "little") if options.zone is None else options.zone
         space = 0 if options.gateway else capacity(self.options.disks or (self.options.metadata,))
         return Member(node_id, zone, vnodes, space)
 
+    def _fixed_vnodes(self, node_id: NodeId) -> int | None:
+        """What -V says; once it is in use, what the latest epoch says, which `dog node vnodes set` may have changed."""
+        wanted, epochs = self.options.vnodes, self._state.load_epochs()
+        if wanted is None or not epochs:
+            return wanted
+        return next((one.vnodes for one in epochs[-1].members if one.id == node_id and one.vnodes), wanted)
+
+    def _check_fixed_vnodes(self) -> None:
+        """UsageError for a start with another number than the latest epoch has (cli.md 4, "Vnodes")."""
+        previous = self._fixed_vnodes(self._id)
+        if previous != self.options.vnodes:
+            raise UsageError(
+                f"mismatch specified vnodes is compared with the previous. previous vnodes:{previous} "
+                "(`dog node vnodes set` changes them)"
+            )
+
     def run(self) -> int:
         options = self.options
-        self._log(6, f"sheepdog daemon (version {VERSION}) started")
+        self._log(6, f"sheepdog daemon (version {usage.VERSION}) started")
         for line in options.without_effect():
             self._log(4, line)
         if options.nosync:

@@ -76,7 +76,7 @@ class Administration:
             Opcode.FORCE_RECOVER: self._force_recover,
             Opcode.ENABLE_RECOVER: lambda call: operations.set_recovery(True, call.written),
             Opcode.DISABLE_RECOVER: lambda call: operations.set_recovery(False, call.written),
-            Opcode.REWEIGHT: lambda call: operations.new_epoch(call.written),
+            Opcode.REWEIGHT: lambda call: operations.reweight(call.written),
             Opcode.STAT_SHEEP: self._usage,
             Opcode.STAT: self._statistics,
             Opcode.STAT_RECOVERY: self._recovery,
@@ -168,7 +168,7 @@ class Administration:
             nr_nodes=0,  # counted by the packer
             epoch=cluster.epoch,
             ctime=cluster.ctime,
-            cluster_flags=cluster.flags,
+            cluster_flags=cluster.flags if cluster.ctime else self._own_strategy(),
             copies=cluster.copies,
             copy_policy=cluster.policy,
             status=cluster.status,
@@ -177,6 +177,10 @@ class Administration:
         )
         members = cluster.epochs[-1].members if cluster.epochs else cluster.members
         call.done(Result.SUCCESS, pack_cluster_info(info, members, node_record_size(call.length)))
+
+    def _own_strategy(self) -> int:
+        """Before the cluster is formatted: as this node was started, which has to fit (cli.md 2.8, format -V)."""
+        return 0 if self._node.machine.fixed_vnodes else ClusterFlag.AUTO_VNODES
 
     def _format(self, call: Call) -> None:
         fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
@@ -295,7 +299,7 @@ class Administration:
         elif not 1 <= vnodes <= _MAX_VNODES:
             call.fail(Result.INVALID_PARMS)
         else:
-            call.fail(Result.NO_SUPPORT)
+            self._node.operations.set_vnodes(vnodes, call.written)
 
 
 def _no_support(call: Call) -> None:

@@ -10,7 +10,7 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
-from sheepdog.cluster.sim.world import MILLISECOND, SECOND, World
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, WALL_START_NS, World
 
 
 def fresh(machines: int, copies: int, seed: int = 1) -> tuple[SimCluster, Volume]:
@@ -87,6 +87,23 @@ def test_a_restart_before_the_death_is_noticed(seed: int) -> None:
         cluster.world.run_for(seed * MILLISECOND)
         machine.start()
         cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_format_is_durable_when_it_is_answered(seed: int) -> None:
+    """Then power fails everywhere: it must not come back as a cluster that was never formatted."""
+    cluster = SimCluster(World(seed), 3)
+    cluster.start_all()
+    cluster.world.run_until(cluster.all_joined, HEALTH_LIMIT_NS, "all nodes join")
+    results: list[int] = []
+    cluster.machines[0].node.operations.format(WALL_START_NS, 2, 0, 4, 20, "plain", results.append)
+    cluster.world.run_until(lambda: bool(results), HEALTH_LIMIT_NS, "format")
+    assert results == [Result.SUCCESS]
+    for machine in cluster.machines:
+        machine.kill(power=True)
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert all(machine.node.cluster.ctime == WALL_START_NS for machine in cluster.machines)
 
 
 def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:

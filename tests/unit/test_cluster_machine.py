@@ -282,7 +282,7 @@ class World:
             return
         if state.status != Status.RUNNING:
             return
-        kind = random.choice(("op", "op", "find", "add", "recovery", "epoch", "expel", "format"))
+        kind = random.choice(("op", "op", "find", "add", "recovery", "epoch", "weigh", "expel", "format"))
         self.numbers += 1
         if kind == "op":
             operation = {"op": "test", "owner": node_key(process.node), "number": self.numbers}
@@ -296,6 +296,8 @@ class World:
             machine.propose({"t": "recovery", "enabled": random.random() < 0.5})
         elif kind == "epoch":
             machine.propose({"t": "epoch", "time": 1})
+        elif kind == "weigh":
+            machine.propose({"t": "weigh", "space": random.randrange(1 << 30, 1 << 50), "time": 1})
         elif kind == "expel" and len(state.members) > 1 and random.random() < 0.2:
             victim = random.choice([member for member in state.members if member.id != process.node])
             who = [node_key(victim.id), victim.incarnation]
