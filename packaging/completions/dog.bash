@@ -8,8 +8,8 @@ _dog() {
     esac
     case $path in
     "") words="vdi node cluster vm benchmark upgrade nbd iscsi store help" ;;
-    vdi) words="check create snapshot clone delete rollback list tree graph object track setattr getattr resize read write backup restore alter-copy lock export import" ;;
-    "vdi check") words="-s --snapshot -e --exist -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    vdi) words="check create snapshot clone delete rollback list tree graph object track setattr getattr resize read write backup restore alter-copy lock cache export import" ;;
+    "vdi check") words="-s --snapshot -e --exist -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
     "vdi create") words="-P --prealloc -y --hyper -c --copies -a --address -p --port -h --help -r --raw -v --verbose -z --block_size_shift -T --time"; volumes=1 ;;
     "vdi snapshot") words="-s --snapshot -a --address -p --port -h --help -r --raw -v --verbose -R --reduce_identical_snapshots -T --time"; volumes=1 ;;
     "vdi clone") words="-s --snapshot -P --prealloc -n --no_share -a --address -p --port -h --help -r --raw -v --verbose -T --time" ;;
@@ -17,7 +17,7 @@ _dog() {
     "vdi rollback") words="-s --snapshot -a --address -p --port -f --force -r --raw -v --verbose -B --batched_reclamation -I --interval -h --help -T --time"; volumes=1 ;;
     "vdi list") words="-a --address -p --port -r --raw -o --oid -h --help -T --time --json"; volumes=1 ;;
     "vdi tree") words="-a --address -p --port -h --help -T --time --json" ;;
-    "vdi graph") words="-a --address -p --port -h --help -T --time" ;;
+    "vdi graph") words="-a --address -p --port -h --help -T --time --json" ;;
     "vdi object") words="location map explain dump-inode -i --index -s --snapshot -a --address -p --port -h --help -T --time --json" ;;
     "vdi track") words="-i --index -s --snapshot -o --oid -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
     "vdi setattr") words="-d --delete -x --exclusive -a --address -p --port -h --help -T --time"; volumes=1 ;;
@@ -29,6 +29,7 @@ _dog() {
     "vdi restore") words="-s --snapshot -a --address -p --port -B --batched_reclamation -I --interval -h --help -T --time"; volumes=1 ;;
     "vdi alter-copy") words="-c --copies -f --force -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi lock") words="list unlock -s --snapshot -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
+    "vdi cache") words="flush delete info purge -s --snapshot -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi export") words="-s --snapshot -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi import") words="-c --copies -z --block_size_shift -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     node) words="list info stat kill may-stop recovery md log vnodes format" ;;

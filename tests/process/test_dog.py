@@ -129,6 +129,17 @@ def test_json_says_what_the_tables_say(cluster: Cluster) -> None:
     assert [(one["name"], one["size"], one["redundancy"]) for one in listed] == [("json", 5 * MIB, str(COPIES))]
     assert json.loads(cluster.dog("cluster", "info", "--json"))["status"] == "running"
     assert len(json.loads(cluster.dog("node", "info", "--json"))["nodes"]) == NODES
+    cluster.dog("vdi", "write", "json", "0", "1", stdin=b"x")
+    assert json.loads(cluster.dog("vdi", "graph", "--json")) == json.loads(cluster.dog("vdi", "tree", "--json"))
+    vid = listed[0]["vdi_id"]
+    name = f"80{int(vid, 16):06x}00000000"
+    holders = [node for node in range(NODES) if name in cluster.objects(node)]
+    path = cluster.objects(holders[0])[name]
+    inode = json.loads(cluster.dog("vdi", "object", "dump-inode", str(path), "--json"))
+    assert (inode["name"], inode["vdi_id"], inode["vdi_size"]) == ("json", vid, 5 * MIB)
+    assert inode["objects"] == [{"index": 0, "vdi_id": vid}]
+    assert f"data_vdi_id:\n0: {vid}\ngref:\n" in cluster.dog("vdi", "object", "dump-inode", str(path))
+    assert json.loads(cluster.dog("vdi", "check", "-e", "json", "--json")) == {"name": "json", "missing": []}
 
 
 def test_start_up_time(cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ MASKS = (
 )
 
 
-PORTLESS = re.compile(r"vdi cache|--port")
+PORTLESS = re.compile(r"--port")
 
 
 class Step(NamedTuple):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -350,7 +352,7 @@ def test_node_kill_and_throttle(dog: Dog, sheep: FakeSheep) -> None:
         assert dog("node", "recovery", "set-throttle", *words) == (64, "", text + "\n")
     assert dog("node", "log", "level", "set", "foo")[::2] == (
         255,
-        "invalid loglevel: foo\navailable loglevels:\nemerg\t(0)\nalert\t(1)\ncrit\t(2)\nerror\t(3)\nwarning\t(4)\n"
+        "invalid loglevel: foo\navailable loglevels:\nemerg\t(0)\nalert\t(1)\ncrit\t(2)\nerr\t(3)\nwarning\t(4)\n"
         "notice\t(5)\ninfo\t(6)\ndebug\t(7)\n",
     )
 
@@ -531,7 +533,7 @@ def test_object_map_and_tree(dog: Dog, sheep: FakeSheep) -> None:
         0,
         "The inode object 0x1ec8d idx 2 is not allocated\n",
     )
-    assert dog("vdi", "object", "location", "a", "-i", "4294967296") == (1, "", "The offset is too large!\n")
+    assert dog("vdi", "object", "location", "a", "-i", "4294967296") == (1, "The offset is too large!\n", "")
     sheep.create("b", MIB)
     dog("vdi", "snapshot", "-s", "t2", "a")
     dog("vdi", "rollback", "-f", "-s", "t1", "a")
@@ -596,6 +598,8 @@ def test_check(dog: Dog, sheep: FakeSheep) -> None:
     refused = "failed to connect to 127.0.0.1:1: Connection refused\n" * 2
     lost = [f"[127.0.0.1:1] oid {oid:016x} is missing.\n" for oid in (1 << 63 | vid << 32, vid << 32, vid << 32 | 1)]
     assert dog("vdi", "check", "-e", "a") == (1, "".join(lost) + "a lost 3 object(s).\n", refused)
+    found = json.loads(dog("vdi", "check", "-e", "a", "--json")[1])["missing"]
+    assert [f"[{one['node']}] oid {one['oid']} is missing.\n" for one in found] == lost
 
 
 def test_repair_follows_the_majority(dog: Dog, sheep: FakeSheep) -> None:
@@ -653,3 +657,30 @@ def test_start_is_quick_and_light(sheep: FakeSheep) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"0 127.0.0.1:{sheep.address[1]} 128 0\n"
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_bar_is_for_people_only(rich: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """On a terminal it tells the share, and is gone at the end; into a pipe nothing is written."""
+    script = (
+        "import sys\n"
+        f"sys.modules.update({{}} if {rich} else {{'rich.console': None}})\n"
+        "from sheepdog.tools.dog import progress\n"
+        "progress._QUIET_S = progress._STEP_S = 0\n"
+        "bar = progress.Progress('export', 1000)\n"
+        "for _ in range(4): bar.advance(250)\n"
+        "bar.end()\n"
+    )
+    if rich:
+        pytest.importorskip("rich")
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", script], stderr=theirs, check=True, timeout=60)
+        shown = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "export" in shown
+    assert ("100.0%" in shown) != rich
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert capfd.readouterr().err == ""

@@ -13,7 +13,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid, is_data
 from sheepdog.cluster.core.ring import Ring
 from sheepdog.tools.dog.context import Context, Unreachable
-from sheepdog.tools.dog.options import Failure
+from sheepdog.tools.dog.options import Failure, UsageFailure
 from sheepdog.tools.dog.output import text, warn
 from sheepdog.tools.dog.strip_check import check_strips
 from sheepdog.tools.dog.values import snapshot_option
@@ -29,6 +29,8 @@ def volume(context: Context) -> int:
     word = context.argument(0)
     nodes = context.nodes()
     opened = open_volume(context.gateway(), name_of(word), tag, snap_id)
+    if context.json and not context.flag("exist"):
+        raise UsageFailure("--json shows what -e finds; a check that repairs tells each repair as it is made")
     if context.flag("exist"):
         return _check_existence(context, nodes, opened, word)
     _repair(context, nodes, opened)
@@ -108,23 +110,34 @@ def _digest(context: Context, home: NodeId, oid: ObjectId) -> bytes | None:
 
 
 def _check_existence(context: Context, nodes: Sequence[Member], opened: Opened, word: str) -> int:
+    lost = _lost(context, nodes, opened)
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json({"name": word, "missing": [{"node": str(node), "oid": f"{oid:016x}"} for node, oid in lost]})
+        return int(bool(lost))
+    for node, oid in lost:
+        print(f"[{node}] oid {oid:016x} is missing.")
+    if lost:
+        print(f"{word} lost {len({oid for _, oid in lost})} object(s).")
+        return 1
+    print(f"{word} is fine, no object is missing.")
+    return 0
+
+
+def _lost(context: Context, nodes: Sequence[Member], opened: Opened) -> list[tuple[NodeId, ObjectId]]:
+    """The nodes that lack a copy that should be there, with the object."""
     ring = Ring(nodes)
     expected: dict[int, list[ObjectId]] = {}
     for oid in _objects(opened):
         for index in ring.replicas(oid, opened.inode.nr_copies):
             expected.setdefault(index, []).append(oid)
-    lost: dict[ObjectId, None] = {}
-    for index in sorted(expected):
-        oids = expected[index]
-        for start in range(0, len(oids), EXIST_BATCH):
-            for oid in _missing(context, nodes[index].id, oids[start : start + EXIST_BATCH]):
-                print(f"[{nodes[index].id}] oid {oid:016x} is missing.")
-                lost[oid] = None
-    if lost:
-        print(f"{word} lost {len(lost)} object(s).")
-        return 1
-    print(f"{word} is fine, no object is missing.")
-    return 0
+    return [
+        (nodes[index].id, oid)
+        for index in sorted(expected)
+        for start in range(0, len(expected[index]), EXIST_BATCH)
+        for oid in _missing(context, nodes[index].id, expected[index][start : start + EXIST_BATCH])
+    ]
 
 
 def _missing(context: Context, node: NodeId, oids: list[ObjectId]) -> list[ObjectId]:

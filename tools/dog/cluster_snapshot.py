@@ -260,13 +260,13 @@ def _load(
     connection = context.gateway()
     for inode in inodes:
         admin.register_volume(connection, inode)
-    progress = Progress("load", len(objects))
+    progress = Progress("load", CHUNK_BYTES * sum(len(chunks) for chunks in objects.values()))
     for oid, chunks in objects.items():
         admin.create_object(connection, oid, 0, archive.get(chunks[0]))
         for number, chunk in enumerate(chunks[1:], 1):
             if data := archive.get(chunk):
                 admin.write_object(connection, oid, number * CHUNK_BYTES, data)
-        progress.advance(1)
+        progress.advance(CHUNK_BYTES * len(chunks))
     progress.end()
     kept = {inode.vdi_id for inode in chosen}
     for inode in inodes:

@@ -6,7 +6,7 @@ Nothing here imports the code of a command.
 from __future__ import annotations
 
 from sheepdog.tools.dog.iscsi_commands import ISCSI
-from sheepdog.tools.dog.more_commands import BENCHMARK, CLUSTER_SNAPSHOT, EXPORT, IMPORT, STORE, UPGRADE, VM
+from sheepdog.tools.dog.more_commands import BENCHMARK, CACHE, CLUSTER_SNAPSHOT, EXPORT, IMPORT, STORE, UPGRADE, VM
 from sheepdog.tools.dog.options import Option
 from sheepdog.tools.dog.table import (
     BATCH,
@@ -32,7 +32,7 @@ _PREALLOC = Option("P", "prealloc", "preallocate all the data objects")
 VDI = (
     Command(
         "check",
-        (SNAPSHOT, Option("e", "exist", "only check that the objects exist, repair nothing"), *NETWORK, *LAST),
+        (SNAPSHOT, Option("e", "exist", "only check that the objects exist, repair nothing"), *NETWORK, *LAST, JSON),
         "check and repair the copies of an image",
         "check:volume",
         "<vdiname>",
@@ -114,7 +114,7 @@ VDI = (
         "[vdiname]",
     ),
     Command("tree", (*NETWORK, *LAST, JSON), "show images in tree view format", "family:tree"),
-    Command("graph", (*NETWORK, *LAST), "show images in Graphviz dot format", "family:graph"),
+    Command("graph", (*NETWORK, *LAST, JSON), "show images in Graphviz dot format", "family:graph"),
     Command(
         "object",
         (INDEX, SNAPSHOT, *NETWORK, *LAST, JSON),
@@ -205,6 +205,7 @@ VDI = (
         ),
         arguments="[vdiname]",
     ),
+    CACHE,
     EXPORT,
     IMPORT,
 )

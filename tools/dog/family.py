@@ -88,6 +88,9 @@ def _draw(prefix: str, inode: InodeHeader, children: dict[int, list[InodeHeader]
 
 def graph(context: Context) -> None:
     """Graphviz text; arrows come from the parent's vid."""
+    if context.json:
+        _print_json(list(headers(context.gateway())))
+        return
     print('digraph G {\n  node [shape = "box", fontname = "Courier"];\n\n  "0" [shape = "ellipse", label = "root"];\n')
     for inode in headers(context.gateway()):
         print(_node(inode))

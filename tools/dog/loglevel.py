@@ -8,7 +8,8 @@ from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import warn
 
-LEVELS = ("emerg", "alert", "crit", "error", "warning", "notice", "info", "debug")
+LEVELS = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
+ALIASES = {"error": "err"}
 FAILED = 255
 
 
@@ -36,9 +37,10 @@ def list_levels(context: Context) -> None:
 
 
 def set_level(context: Context) -> None:
-    name = context.argument(0)
+    word = context.argument(0)
+    name = ALIASES.get(word, word)
     if name not in LEVELS:
-        warn(f"invalid loglevel: {name}\navailable loglevels:")
+        warn(f"invalid loglevel: {word}\navailable loglevels:")
         list_levels(context)
         raise Failure(code=FAILED)
     admin.plain(context.gateway(), Opcode.SET_LOGLEVEL, LEVELS.index(name).to_bytes(4, "little"))

@@ -8,6 +8,18 @@ from sheepdog.tools.dog.table import COPIES, FORCE, HELP, JSON, LAST, NETWORK, R
 _FORMAT = Option("O", "format", "raw or qcow2 (default: as the file's name ends, else raw)", True)
 _ORIGIN = Option("o", "orig", "specify the version of the original format", True)
 
+CACHE = Command(
+    "cache",
+    (SNAPSHOT, *NETWORK, *LAST),
+    "control the object cache of a node",
+    nested=(
+        Command("flush", (), "write what is only in the cache to the cluster", "cache:flush", "<vdiname>"),
+        Command("delete", (), "flush and drop the cache of an image on all nodes", "cache:delete", "<vdiname>"),
+        Command("info", (), "show what the cache of a node holds", "cache:info"),
+        Command("purge", (), "drop the cache without flushing it", "cache:purge", "[vdiname]"),
+    ),
+    arguments="[vdiname]",
+)
 EXPORT = Command(
     "export",
     (SNAPSHOT, _FORMAT, *NETWORK, *LAST),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from struct import Struct
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END, InodeHeader, unpack_map
-from sheepdog.cluster.core.limits import INODE_SIZE
+from sheepdog.cluster.core.limits import INODE_SIZE, MAX_MAP_ENTRIES
 from sheepdog.cluster.core.ring import Ring
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import Failure
@@ -19,7 +20,8 @@ from sheepdog.tools.dog.output import text, warn
 from sheepdog.tools.dog.values import parse_index, parse_oid, snapshot_option
 from sheepdog.tools.dog.volumes import Opened, name_of, open_volume
 
-_REFERENCE_SIZE = 8  # i32 generation, i32 count
+_REFERENCE = Struct("<ii")  # generation, count
+MAX_HYPER_ENTRIES = 1 << 32
 
 
 def placement(nodes: Sequence[Member], oid: ObjectId, copies: int) -> list[NodeId]:
@@ -39,9 +41,11 @@ def _open(context: Context) -> Opened:
 
 
 def _index(context: Context, inode: InodeHeader) -> int:
+    """Beyond the volume's end there is nothing allocated; beyond the largest map there is no such index."""
     index = parse_index(context.value("index"))
-    if index >= inode.object_count:
-        raise Failure("The offset is too large!")
+    if index >= (MAX_HYPER_ENTRIES if inode.store_policy else MAX_MAP_ENTRIES):
+        print("The offset is too large!", flush=True)
+        raise Failure()
     return index
 
 
@@ -194,25 +198,54 @@ def dump_inode(context: Context) -> None:
         raise Failure(f"Failed to read {path}: {error.strerror}", 2) from error
     except PeerError as error:
         raise Failure(f"{path} is not an inode object: {error}", 2) from error
+    entries = unpack_map(data[HEADER_SIZE:MAP_END]) if not inode.store_policy else None
+    owners = [(index, vid) for index, vid in enumerate(entries or ()) if vid]
+    table = data[MAP_END:INODE_SIZE]
+    counts = enumerate(_REFERENCE.iter_unpack(table[: len(table) // _REFERENCE.size * _REFERENCE.size]))
+    references = [(index, entries[index], *count) for index, count in counts if any(count) and entries]
+    if context.json:
+        _print_inode_json(inode, owners, references)
+        return
     print(f"name: {os.fsdecode(inode.name)}\ntag: {os.fsdecode(inode.tag)}")
     print(f"create_time: {inode.create_time:x}\nsnap_ctime: {inode.snap_ctime:x}")
     print(f"vm_clock_nsec: {inode.vm_clock_nsec:x}\nvdi_size: {inode.vdi_size}\nvm_state_size: {inode.vm_state_size}")
     print(f"copy_policy: {inode.copy_policy}\nstore_policy: {inode.store_policy}\nnr_copies: {inode.nr_copies}")
     print(f"block_size_shift: {inode.block_size_shift}\nsnap_id: {inode.snap_id}\nvdi_id: {inode.vdi_id:x}")
     print(f"parent_vdi_id: {inode.parent_vdi_id:x}\nbtree_counter: {inode.btree_counter}")
-    entries = unpack_map(data[HEADER_SIZE:MAP_END]) if not inode.store_policy else None
     print("data_vdi_id:")
-    for index, vid in enumerate(entries or ()):
-        if vid:
-            print(f"{index}: {vid:x}")
+    for index, vid in owners:
+        print(f"{index}: {vid:x}")
     print("gref:")
-    references = data[MAP_END:INODE_SIZE]
-    for index, vid in enumerate(entries or ()):
-        at = index * _REFERENCE_SIZE
-        generation, count = references[at : at + 4], references[at + 4 : at + 8]
-        if any(generation) or any(count):
-            print(f"{index}: {vid:x}, {_number(generation)}, {_number(count)}")
+    for index, vid, generation, count in references:
+        print(f"{index}: {vid:x}, {generation}, {count}")
 
 
-def _number(field: bytes) -> int:
-    return int.from_bytes(field, "little", signed=True)
+def _print_inode_json(
+    inode: InodeHeader, owners: list[tuple[int, int]], references: list[tuple[int, int, int, int]]
+) -> None:
+    from sheepdog.tools.dog.records import print_json
+
+    names: tuple[str, ...] = (
+        "create_time",
+        "snap_ctime",
+        "vm_clock_nsec",
+        "vdi_size",
+        "vm_state_size",
+        "copy_policy",
+        "store_policy",
+    )
+    names += ("nr_copies", "block_size_shift", "snap_id", "btree_counter")
+    print_json(
+        {
+            "name": os.fsdecode(inode.name),
+            "tag": os.fsdecode(inode.tag),
+            "vdi_id": f"{inode.vdi_id:x}",
+            "parent": f"{inode.parent_vdi_id:x}",
+            **{name: getattr(inode, name) for name in names},
+            "objects": [{"index": index, "vdi_id": f"{vid:x}"} for index, vid in owners],
+            "references": [
+                {"index": index, "vdi_id": f"{vid:x}", "generation": generation, "count": count}
+                for index, vid, generation, count in references
+            ],
+        }
+    )

@@ -76,8 +76,6 @@ def parse_index(text: str) -> int:
         number = _hexadecimal(text[2:])
     if number is None:
         raise Failure("The index must be a decimal integer or a hexadecimal integer started with 0x")
-    if number >= 1 << 32:
-        raise Failure("The offset is too large!")
     return number
 
 
