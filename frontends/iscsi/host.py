@@ -7,7 +7,7 @@ exported already stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sheepdog.cluster.core.errors import UsageError
@@ -25,7 +25,7 @@ from sheepdog.frontends.iscsi.model import (
     label,
     volume_of,
 )
-from sheepdog.frontends.iscsi.plan import Action, plan
+from sheepdog.frontends.iscsi.plan import Action, SetDiscovery, plan
 from sheepdog.frontends.iscsi.secrets import read_secret
 
 Perform = Callable[[Iterable[Action]], int]
@@ -42,14 +42,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class Outcome:
-    """Changes made to the kernel's target, and one line for each volume that could not be brought to what is wanted."""
+    """Changes made to the kernel's target, and a line for each volume that could not be brought to what is wanted."""
 
     changes: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 class Host:
-    """`perform` does actions; it is asked for when the first one is to be done."""
+    """`performer` gives what does actions; it is asked for when the first one is to be done."""
 
     def __init__(
         self,
@@ -71,28 +71,27 @@ class Host:
         return read_tree(self.name, self._root)
 
     def apply(self, wanted: Mapping[str, Wanted], only: Iterable[str] | None = None) -> Outcome:
-        """Exports all of `wanted` and nothing else; with `only`, other volumes stay as they are."""
+        """Exports all of `wanted` and nothing else; with `only`, other volumes stay as they are, if they are alive."""
         self._outcome = Outcome()
-        chosen = None if only is None else frozenset(only)
-        self._drop_dead()
+        chosen = None if self._drop_dead() or only is None else frozenset(only)
         present = self.tree()
-        if chosen is None:
-            staying = Tree()
-        else:
-            staying = _part(present, lambda volume: volume not in chosen, self.name)
+        if chosen is not None:
             wanted = {volume: one for volume, one in wanted.items() if volume in chosen}
+        staying = _part(present, lambda volume: chosen is not None and volume not in chosen, self.name)
+        going = _part(present, lambda volume: volume not in wanted and (chosen is None or volume in chosen), self.name)
+        self._perform(plan(Tree(), going))
         if wanted:
             self._files.start()
-        tree = Tree(dict(staying.disks), dict(staying.targets), present.discovery)
-        tree = self._with_discovery(tree, present, wanted)
+        held_up = self._set_discovery(wanted, present, alone=not staying.targets)
+        taken = set(staying.targets)
         for volume, one in wanted.items():
-            try:
-                tree = self._with(tree, present, volume, one)
-            except UsageError as error:
-                self._outcome.problems.append(f"{volume}: {error}")
-                tree = _joined(tree, _part(present, {volume}.__contains__, self.name))
-        self._perform(plan(tree, present))
-        self._hide({volume_of(disk, self.name) for disk in tree.disks})
+            if volume not in held_up:
+                try:
+                    self._export(volume, one, present, taken)
+                except UsageError as error:
+                    self._outcome.problems.append(f"{volume}: {error}")
+            taken.add(one.export.iqn)
+        self._hide({volume_of(disk, self.name) for disk in self.tree().disks})
         return self._outcome
 
     def clear(self) -> Outcome:
@@ -105,21 +104,22 @@ class Host:
         self._hide(frozenset())
         return self._outcome
 
-    def _drop_dead(self) -> None:
+    def _drop_dead(self) -> bool:
         """Disks on a sheepfs that is gone never come back to life: they are taken away, to be made anew."""
         present = self.tree()
         alive = self._files.is_alive()
-        held = _part(present, lambda volume: alive and self._files.is_held(volume), self.name)
-        self._perform(plan(replace(held, discovery=present.discovery), present))
+        dead = _part(present, lambda volume: not (alive and self._files.is_held(volume)), self.name)
+        self._perform(plan(Tree(), dead))
+        return bool(dead.disks or dead.targets)
 
-    def _with(self, tree: Tree, present: Tree, volume: str, wanted: Wanted) -> Tree:
-        """The tree with one more volume; UsageError if it cannot be exported."""
+    def _export(self, volume: str, wanted: Wanted, present: Tree, taken: Collection[str]) -> None:
+        """Brings one volume to what is wanted; UsageError, and what is up stays up, if that cannot be."""
         export = wanted.export
         if export.iqn in present.foreign:
             raise UsageError(
                 f"a target named {export.iqn} exists that was not made here: choose another one with --iqn"
             )
-        if export.iqn in tree.targets:
+        if export.iqn in taken:
             raise UsageError(f"another volume is exported as {export.iqn} already")
         credentials = self._credentials(export.chap, export.mutual)
         if export.chap and credentials.secret == credentials.mutual_secret:
@@ -135,7 +135,7 @@ class Host:
             acls={initiator: Acl(credentials, export.read_only) for initiator in export.initiators},
             attributes={**TARGET_ATTRIBUTES, "authentication": int(export.chap is not None)},
         )
-        return replace(tree, disks={**tree.disks, mark: disk}, targets={**tree.targets, export.iqn: target})
+        self._perform(plan(Tree({mark: disk}, {export.iqn: target}), _part(present, {volume}.__contains__, self.name)))
 
     def _credentials(self, login: Login | None, mutual: Login | None = None) -> Credentials:
         if login is None:
@@ -147,26 +147,31 @@ class Host:
 
     # -- discovery: one for the whole host, so perhaps somebody else's
 
-    def _with_discovery(self, tree: Tree, present: Tree, wanted: Mapping[str, Wanted]) -> Tree:
+    def _set_discovery(self, wanted: Mapping[str, Wanted], present: Tree, alone: bool) -> set[str]:
+        """Sets or clears the discovery user; the volumes that cannot have theirs. `alone`: no other volumes are up."""
         logins = {volume: one.export.discovery for volume, one in wanted.items() if one.export.discovery is not None}
         ours = self._owns_discovery(present)
         if not logins:
-            gone = ours and not tree.targets
-            return replace(tree, discovery=Credentials()) if gone else tree
+            if ours and alone:
+                self._perform([SetDiscovery(Credentials())])
+                self._record_discovery("")
+            return set()
         first, login = next(iter(logins.items()))
-        for volume, other in logins.items():
-            if other != login:
-                self._outcome.problems.append(f"{volume}: its discovery user is not that of {first}; a host has one")
-        if present.discovery.user and not ours:
-            self._outcome.problems.append(f"{first}: this host's discovery user is another one, set by somebody else")
-            return tree
         try:
+            if present.discovery.user and not ours:
+                raise UsageError("this host's discovery user is another one, set by somebody else")
             credentials = self._credentials(login)
+            if credentials != present.discovery:
+                self._record_discovery(credentials.user)
+                self._perform([SetDiscovery(credentials)])
         except UsageError as error:
-            self._outcome.problems.append(f"{first}: {error}")
-            return tree
-        self._record_discovery(credentials.user)
-        return replace(tree, discovery=credentials)
+            self._outcome.problems += [f"{volume}: {error}" for volume in logins]
+            return set(logins)
+        others = {volume for volume, other in logins.items() if other != login}
+        self._outcome.problems += [
+            f"{volume}: its discovery user is not that of {first}; a host has one" for volume in sorted(others)
+        ]
+        return others
 
     def _owns_discovery(self, present: Tree) -> bool:
         """The record lies where a restart of the host deletes it, as it deletes what it tells of."""
@@ -210,7 +215,3 @@ def _part(tree: Tree, wanted: Callable[[str], bool], host: str) -> Tree:
         {mark: disk for mark, disk in tree.disks.items() if takes(mark)},
         {iqn: target for iqn, target in tree.targets.items() if takes(target.label)},
     )
-
-
-def _joined(one: Tree, other: Tree) -> Tree:
-    return replace(one, disks={**one.disks, **other.disks}, targets={**one.targets, **other.targets})
