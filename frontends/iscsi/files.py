@@ -13,7 +13,7 @@ from pathlib import Path
 from sheepdog.cluster.core.errors import UsageError
 
 DIRECTORY = Path("/run/sheepdog/iscsi")
-START_SECONDS = 60.0  # sheepfs says itself when it serves
+START_SECONDS = 300.0  # half a second; sheepfs says itself when it serves, but an emulated, loaded machine is slow
 RELEASE_SECONDS = 20.0  # the kernel closes the file of a deleted disk a moment later
 _OPEN_FILES = re.compile(r"^sheepdog_volume_open_files\{.*\} (\d+)$", re.MULTILINE)
 
@@ -43,10 +43,13 @@ class Files:
         self.place.mkdir(parents=True, exist_ok=True)
         host, port = self._address
         command = [sys.executable, "-m", "sheepdog.frontends.sheepfs.main", "--transport=direct"]
-        done = subprocess.run(
-            [*command, "-a", host, "-p", str(port), str(self.place)],
-            check=False, capture_output=True, timeout=START_SECONDS, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*command, "-a", host, "-p", str(port), str(self.place)],
+                check=False, capture_output=True, timeout=START_SECONDS, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"sheepfs on {self.place} does not come up within {START_SECONDS:.0f} s") from None
         if done.returncode:
             raise UsageError(
                 f"sheepfs cannot be mounted on {self.place}: {done.stderr.decode(errors='replace').strip()}"
