@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Final
 
 from sheepdog.cluster.core.errors import Result
@@ -28,5 +29,5 @@ class SheepError(OSError):
 
     def __init__(self, result: int, text: str = "") -> None:
         number = _ERRNO.get(result, errno.EIO)  # type: ignore[call-overload]
-        super().__init__(number, text or f"sheep answered {result:#04x}")
+        super().__init__(number, text or f"{os.strerror(number)} (sheep answered {result:#04x})")
         self.result = result

@@ -17,11 +17,11 @@ SIZE = "6G"  # sparse: as much as the nodes set aside for their journals, and so
 class FragileDisk:
     """A mounted file system that can lose its power. Needs root and loop devices."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, size: str = SIZE) -> None:
         self.place = directory / "disk"
         self.place.mkdir()
         self._image = directory / "image"
-        run(["truncate", "-s", SIZE, self._image])
+        run(["truncate", "-s", size, self._image])
         # No writing back on its own within a test: a commit each 5 s would keep what nobody asked to be kept.
         run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=1", self._image])
         self._mount()
