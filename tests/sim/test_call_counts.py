@@ -11,13 +11,16 @@ from collections.abc import Callable
 from types import FrameType
 
 from tests.sim.test_directed import fresh
+from tests.sim.test_late_map_writes import new_vdi
 
-from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.sim.world import SECOND
 
 REQUESTS = 64  # many enough that timers do not count
 WRITE_LIMIT = 112.0  # through the object's home 91, through another node 107
+MANY = 100  # volumes, and as many snapshots
+NOBODY = Vid(0)
 READ_LIMIT = 24.0  # at the object's home 24, at another replica 17
 
 
@@ -31,6 +34,16 @@ def calls_per_request(
         nonlocal done
         done += 1
 
+    def all_of_them() -> None:
+        for number in range(REQUESTS):
+            start(number, answered)
+        run(lambda: done == REQUESTS)
+
+    return calls(all_of_them) / REQUESTS
+
+
+def calls(work: Callable[[], None]) -> int:
+    """Calls of functions of cluster/core while `work` is done."""
     counted = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -40,12 +53,10 @@ def calls_per_request(
 
     sys.setprofile(count)
     try:
-        for number in range(REQUESTS):
-            start(number, answered)
-        run(lambda: done == REQUESTS)
+        work()
     finally:
         sys.setprofile(None)
-    return counted / REQUESTS
+    return counted
 
 
 def test_calls_per_request() -> None:
@@ -70,3 +81,25 @@ def test_calls_per_request() -> None:
         cluster.world.run_for(SECOND)
         calls_per_request(read, run)
         assert 2 < calls_per_request(read, run) <= READ_LIMIT
+
+
+def test_creating_and_snapshots_cost_the_same_among_many() -> None:
+    cluster, _ = fresh(1, 1)
+
+    def create(name: bytes, base: Vid = NOBODY) -> int:
+        """Calls that a new volume, or a snapshot of the volume `one`, takes."""
+        made: list[Vid] = []
+        counted = calls(lambda: made.append(new_vdi(cluster, base, base != NOBODY, name)))
+        if name == b"one":
+            working[0] = made[0]
+        return counted
+
+    working = [NOBODY]
+    create(b"one")
+    few = create(b"new1"), create(b"one", working[0])
+    for number in range(MANY):
+        create(b"volume%d" % number)
+        create(b"one", working[0])
+    later = create(b"new2"), create(b"one", working[0])
+    for before, after in zip(few, later, strict=True):
+        assert after <= 1.2 * before, (few, later)
