@@ -464,7 +464,7 @@ class Node:
         if policy is None or len(members) != policy.strips:
             pulled(Result.INVALID_PARMS)
         else:
-            self.replica.strips.undo.drop(oid)
+            self.replica.strips.replaced(oid)
             self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled)
 
     def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
@@ -482,7 +482,7 @@ class Node:
 
     def drop(self, oid: ObjectId) -> None:
         if oid >> STRIP_SHIFT:
-            self.replica.strips.undo.drop(oid)
+            self.replica.strips.replaced(oid)
             self.replica.missing.pop(oid, None)
         else:
             self.context.origins.forget(oid)

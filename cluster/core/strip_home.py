@@ -422,7 +422,7 @@ class StripHome:
                 failed(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
 
         if member == self._me:
-            self._strips.read(strip_oid, offset, length, read)
+            self._strips.look(strip_oid, offset, length, read)
         else:
             message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
             context.peers.request(self._placement.nodes[member], message, answered)

@@ -13,6 +13,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import xor
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
+from sheepdog.cluster.core.limits import LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
 from sheepdog.cluster.core.origins import decode_origins
 from sheepdog.cluster.core.ports import Done, ReadDone
@@ -26,6 +27,16 @@ class NoWayBack(StoreError):
     result = Result.STALE_OBJ
 
 
+class _Look:
+    """Bytes of a strip that was not changed since they were read; None: they are still being read."""
+
+    __slots__ = ("data", "offset")
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.data: Buffer | None = None
+
+
 class StripReplica:
     """Of one node, over all epochs; `begin` starts a new one."""
 
@@ -33,15 +44,23 @@ class StripReplica:
         self._context = context
         self.undo = UndoLog()
         self._queues: dict[ObjectId, deque[Callable[[], None]]] = {}  # of strips that are being read for a change
+        self._looked: dict[ObjectId, _Look] = {}
 
     def begin(self) -> None:
         """What has not been written yet never is: its home does not count any more."""
         self._queues = {}
+        self._looked = {}
 
     def clear(self) -> None:
         """The cluster was formatted."""
         self._queues = {}
+        self._looked = {}
         self.undo.clear()
+
+    def replaced(self, strip: ObjectId) -> None:
+        """The strip is made anew, or goes."""
+        self.undo.drop(strip)
+        self._looked.pop(strip, None)
 
     def settled(self, home: int, missing: Container[ObjectId]) -> None:
         """The home agreed with all that hold strips of its objects on what they are; older versions do not matter."""
@@ -87,6 +106,7 @@ class StripReplica:
         done: Done,
     ) -> None:
         store, durable = self._context.store, bool(flags & Flag.DURABLE)
+        looked = self._looked.pop(strip, None)
         if flags & Flag.CREATE:
             self.undo.drop(strip)
             taken()
@@ -106,6 +126,16 @@ class StripReplica:
             taken()
             store.stamp(strip, version, durable, done)
             return
+
+        def replace(old: Buffer) -> None:
+            self.undo.keep(strip, Undo(before, version, offset, old, length))
+            taken()
+            fresh = xor(old, data) if flags & Flag.XOR else data
+            store.write(strip, offset, fresh, version, durable, done)
+
+        if looked is not None and looked.offset == offset and looked.data is not None and len(looked.data) == len(data):
+            replace(looked.data)
+            return
         queue = self._queues[strip] = deque()
 
         def read(old: Buffer | StoreError) -> None:
@@ -115,10 +145,7 @@ class StripReplica:
             if isinstance(old, StoreError):
                 done(old)
             else:
-                self.undo.keep(strip, Undo(before, version, offset, old, length))
-                taken()
-                fresh = xor(old, data) if flags & Flag.XOR else data
-                store.write(strip, offset, fresh, version, durable, done)
+                replace(old)
             self._run(strip, queue)
 
         store.read(strip, offset, len(data), read)
@@ -167,6 +194,19 @@ class StripReplica:
 
     # -- reads -------------------------------------------------------------------------------------------------
 
+    def look(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        """Reads for the home, which mostly wants to change these bytes next: they are kept until a change comes."""
+        self._looked[strip] = look = _Look(offset)
+        if len(self._looked) > LOOKED_STRIPS:
+            del self._looked[next(iter(self._looked))]
+
+        def read(data: Buffer | StoreError) -> None:
+            if not isinstance(data, StoreError) and length <= LOOKED_BYTES:
+                look.data = data  # no use if a change came meanwhile: then nobody finds it any more
+            done(data)
+
+        self.read(strip, offset, length, read)
+
     def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
         """Sees every change that came before."""
         queue = self._queues.get(strip)
@@ -187,7 +227,7 @@ class StripReplica:
                 context.counters.peer_tx += len(data)
                 context.peers.answer(sender, message, Result.SUCCESS, data)
 
-        self.read(message.oid, message.offset, message.length, done)
+        self.look(message.oid, message.offset, message.length, done)
 
     # -- going back --------------------------------------------------------------------------------------------
 
@@ -213,6 +253,7 @@ class StripReplica:
     def _go_back(self, strip: ObjectId, steps: Sequence[Undo], target: Version, version: Version, done: Done) -> None:
         """Undoes writes, the newest first; behind them comes the new version."""
         store, left, failed = self._context.store, len(steps) + 1, False
+        self._looked.pop(strip, None)
         if steps:
             self._context.probe("strips.rolled_back")
 

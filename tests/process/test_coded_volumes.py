@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +84,26 @@ def test_two_nodes_die_one_after_another(cluster: Cluster) -> None:
         cluster.wait_recovered()
         volume.check()
         assert all(len(strips_of(cluster, node)) == SIZE // (4 * MIB) for node in range(NODES))
+    every_decoding_is_equal(cluster, volume)
+
+
+def every_decoding_is_equal(cluster: Cluster, volume: Volume) -> None:
+    """Any four of the six strips on the disks give every object."""
+    for node in range(NODES):
+        cluster.kill(node, signal.SIGTERM)  # what is in the journal goes to the files
+    coder, policy = best_coder(lambda level, text: None), Policy(4, 2)
+    objects: dict[str, dict[int, bytes]] = {}
+    for node in range(NODES):
+        for path in strips_of(cluster, node):
+            name, _, strip = path.name.partition("_")
+            objects.setdefault(name, {})[int(strip)] = path.read_bytes()[:MIB]
+    assert len(objects) == SIZE // (4 * MIB)
+    for index, (_, strips) in enumerate(sorted(objects.items())):
+        data = bytes(volume.data[4 * MIB * index : 4 * MIB * (index + 1)])
+        for chosen in itertools.combinations(range(6), 4):
+            decoded = coder.decode(policy, {strip: strips[strip] for strip in chosen}, range(4))
+            units = [bytes(unit)[at : at + 65_536] for at in range(0, MIB, 65_536) for unit in decoded]
+            assert b"".join(units) == data, f"object {index} from strips {chosen}"
 
 
 def test_snapshots_clones_and_a_full_restart(cluster: Cluster) -> None:
