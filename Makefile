@@ -40,7 +40,7 @@ $(MARK)-setup: pyproject.toml packaging/install-packages
 	packaging/install-packages setup
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=")'
 	test -x $(BIN)/python && $(BIN)/python -c '' || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sheepfs,zookeeper,iscsi,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sheepfs,zookeeper,iscsi,erasure,test]'
 	$(BIN)/python -m compileall -q cluster frontends tools || true
 	@touch $@
 

@@ -1,0 +1,76 @@
+"""Every code that fits on six nodes: as many nodes as parity strips are lost, one by one, with writes in between."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from sheepdog.cluster.core.erasure import policy_of
+from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.sim.audit import audit
+from sheepdog.cluster.sim.clients import OBJECT_BYTES, Volume, make_volume
+from sheepdog.cluster.sim.cluster import Machine, SimCluster
+from sheepdog.cluster.sim.world import SECOND, World
+
+NODES = 6
+FITTING = [0x11, 0x12, 0x13, 0x14, 0x21, 0x22]  # 2:1 to 2:4, 4:1, 4:2
+WRITES = 12
+SIZES = (1, 100, 4096, 65_536, 70_000, OBJECT_BYTES // 2)
+
+
+class Model:
+    """A volume of two objects and what it must hold."""
+
+    def __init__(self, cluster: SimCluster, volume: Volume, random: Random) -> None:
+        self.cluster = cluster
+        self.volume = volume
+        self.random = random
+        self.data = [bytearray(OBJECT_BYTES) for _ in range(2)]
+
+    def scribble(self, machine: Machine) -> None:
+        for _ in range(WRITES):
+            index, length = self.random.randrange(2), self.random.choice(SIZES)
+            offset = self.random.randrange(OBJECT_BYTES - length + 1)
+            data = self.random.randbytes(length)
+            results: list[int] = []
+            oid = data_oid(self.volume.vid, index)
+            machine.node.gateway.write(oid, offset, data, False, lambda result, _: results.append(result))  # noqa: B023
+            self.cluster.world.run_until(lambda: bool(results), 20 * SECOND, "write")  # noqa: B023
+            assert results == [0]
+            self.data[index][offset : offset + length] = data
+
+    def check(self, machine: Machine) -> None:
+        for index, expected in enumerate(self.data):
+            answers: list[tuple[int, bytes]] = []
+
+            def done(result: int, data: Buffer) -> None:
+                answers.append((int(result), bytes(data)))  # noqa: B023
+
+            machine.node.gateway.read(data_oid(self.volume.vid, index), 0, OBJECT_BYTES, done)
+            self.cluster.world.run_until(lambda: bool(answers), 20 * SECOND, "read")  # noqa: B023
+            assert answers == [(0, bytes(expected))]
+
+
+@pytest.mark.parametrize("byte", FITTING, ids=lambda byte: str(policy_of(byte)))
+def test_as_many_as_there_are_parity_strips(byte: int) -> None:
+    policy = policy_of(byte)
+    assert policy is not None
+    cluster = SimCluster(World(byte), NODES)
+    cluster.start_all()
+    cluster.format(3)
+    random = cluster.world.stream("losses")
+    model = Model(cluster, make_volume(cluster, "v", 2, (0,), policy=byte), random)
+    for _ in range(2):
+        dying = random.sample(cluster.machines, policy.parity)
+        staying = next(machine for machine in cluster.machines if machine not in dying)
+        for machine in dying:
+            model.scribble(staying)
+            machine.kill()
+            model.scribble(staying)
+            model.check(staying)
+        cluster.start_all()
+        cluster.world.run_until(cluster.healthy, 60 * SECOND, "health")
+        model.check(dying[0])
+        audit(cluster)
