@@ -13,14 +13,14 @@ applies at once. The *watermark* tells the replicas below which number all write
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.home_writes import HomeHooks, IoDone, Submission, Write
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, inode_oid, version_of, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, plain_oid, version_of, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
@@ -283,6 +283,8 @@ class Home:
         fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
         write = self.open_write(submission, len(replicas), fresh)
         version, sequence, watermark = write.version, write.sequence, self.watermark()
+        if submission.flags & Flag.REMOVE:
+            self.hooks.restored_locally(oid)  # if it went with its disk: there is nothing to be restored any more
         note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor, version)
         for replica in replicas[1:]:
             message = Message(
@@ -357,6 +359,8 @@ class Home:
                 self.recovery.quiet(oid)
         if write.result and write.fresh:
             self._undo(write)
+        elif write.result == Result.EIO and self.context.policy_of(oid) is None:
+            self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
         else:
             write.submission.done(write.result, b"")
         if write.waiting is not None:
@@ -370,8 +374,13 @@ class Home:
             self._stable_timer = self.context.clock.after(STABLE_DELAY_NS, self._push_watermark)
 
     def _undo(self, write: Write) -> None:
-        """An object could not be created on every replica: remove it where it was."""
+        """An object could not be created on every replica: remove it where it was.
+
+        After an error of a disk, which is out of service now, the gateway asks for it again.
+        """
         submission, result = write.submission, write.result
+        if result == Result.EIO:
+            result = Result.AGAIN
         removal = Submission(
             submission.oid,
             Flag.REMOVE,
@@ -419,6 +428,11 @@ class Home:
         """No member has a copy that can be trusted."""
         return oid in self._lost
 
+    def given_up(self, oid: ObjectId) -> None:
+        """Nothing is left to restore the object from."""
+        if self.context.policy_of(oid) is None and self.context.store.version(oid) == NO_VERSION:
+            self._lost[oid] = [oid]
+
     # -- requests of other gateways ------------------------------------------------------------------------------
 
     def on_submit(self, sender: NodeId, message: Message) -> None:
@@ -457,13 +471,23 @@ class Home:
             )
         )
 
+    def on_lost(self, member: int, oids: Sequence[ObjectId]) -> None:
+        """A disk of `member` went, and these copies or strips with it."""
+        if not self.active:
+            self._held.append(lambda: self.on_lost(member, oids))
+        else:
+            self.recovery.lose([oid for oid in map(plain_oid, oids) if self._has_been(oid)], member)
+
+    def _has_been(self, oid: ObjectId) -> bool:
+        return oid not in self._lost and self.exists(oid, self.context.policy_of(oid))
+
     def on_read(self, sender: NodeId, message: Message) -> None:
         """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
         if message.flags & Flag.REPAIR and self.context.policy_of(message.oid) is not None:
             member = self._placement.index_of[sender]
             self.repair_strip(message.oid, member, lambda result, _: self.context.peers.answer(sender, message, result))
             return
-        if message.flags & Flag.REPAIR and self.active:
+        if message.flags & Flag.REPAIR and self.active and self._has_been(message.oid):
             self.recovery.suspect(message.oid, self._placement.index_of[sender])
 
         def done(result: int, data: Buffer) -> None:

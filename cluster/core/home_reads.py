@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.blocks import block_map
 from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
 from sheepdog.cluster.core.home_writes import IoDone
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
@@ -37,6 +37,10 @@ class HomeReads:
         if not home.active:
             home.hold(again)
             return
+        elsewhere = home.recovery.elsewhere(oid) if not flags & Flag.MAP else None
+        if elsewhere is not None:
+            self._read_elsewhere(oid, offset, length, done, *elsewhere)
+            return
         if home.recovery.holds(oid, True, again) or self.waits_for_write(oid, offset, length, home.sequence, again):
             return
         if home.is_lost(oid):
@@ -57,11 +61,16 @@ class HomeReads:
                 return  # fenced: the gateway asks again in the new epoch
             if not isinstance(data, StoreError):
                 deliver(data, home.sequence)
-            elif isinstance(data, (Corrupt, DiskError)) and policy is None:
+            elif policy is None and self._is_bad(oid, data):
                 home.context.probe("home.corrupt")
                 home.context.log(3, f"object {oid:016x}: {data}; another copy answers")
                 home.recovery.suspect(oid, home.me)
-                self._read_elsewhere(oid, offset, length, done)
+                version = home.context.store.version(oid) or NO_VERSION
+                if version == NO_VERSION:
+                    again()
+                else:
+                    others = [member for member in home.context.placement.replicas(oid) if member != home.me]
+                    self._read_elsewhere(oid, offset, length, done, version, others)
             else:
                 done(data.result, b"")
 
@@ -93,14 +102,25 @@ class HomeReads:
                 return True
         return False
 
-    def _read_elsewhere(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
+    def _is_bad(self, oid: ObjectId, error: StoreError) -> bool:
+        """The copy here is rotten, or went with its disk."""
+        return isinstance(error, (Corrupt, DiskError)) or self._home.context.store.version(oid) == NO_VERSION
+
+    def _read_elsewhere(
+        self, oid: ObjectId, offset: int, length: int, done: IoDone, version: Version, others: Sequence[int]
+    ) -> None:
+        """The own copy is being repaired: others that have the version answer. If none can, its repair decides."""
         home = self._home
-        others = [member for member in home.context.placement.replicas(oid) if member != home.me]
-        version = home.context.store.version(oid) or NO_VERSION
+
+        def repaired(result: int) -> None:
+            if result:
+                done(Result.EIO, b"")
+            else:
+                self.read(oid, offset, length, done)
 
         def ask(index: int) -> None:
             if index == len(others):
-                done(Result.EIO, b"")
+                home.recovery.when_restored(oid, repaired)
                 return
             message = Message(Kind.FETCH, home.fence, oid=oid, offset=offset, length=length, version=version)
 
@@ -108,8 +128,8 @@ class HomeReads:
                 if answer.result == Result.SUCCESS:
                     assert isinstance(answer.body, (bytes, bytearray, memoryview))
                     done(Result.SUCCESS, answer.body)
-                elif answer.result == Result.STALE_OBJ:
-                    self.read(oid, offset, length, done)  # written meanwhile
+                elif answer.result == Result.STALE_OBJ and home.recovery.elsewhere(oid) is None:
+                    self.read(oid, offset, length, done)  # it was repaired, and written, meanwhile
                 else:
                     ask(index + 1)
 

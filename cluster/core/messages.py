@@ -27,7 +27,7 @@ class Kind(IntEnum):
     INVENTORY = 6  # notice, member -> home: copies held (body: core.peering.Inventory)
     SETTLE = 7  # notice, home -> member: peering is done; body: oids of which its copy is not current
     PULL = 8  # home -> replica: restore `oid` at `version`; body: the nodes to fetch from
-    TABLE = 9  # puller -> source: block hashes
+    TABLE = 9  # puller -> source: block hashes; NO_VERSION: only which version is there
     FETCH = 10  # puller -> source: bytes of a copy of exactly `version`
     DROP = 11  # notice, home -> holder of a surplus or stale copy
     COMPLETE = 12  # notice, home -> all: everything it is home of is recovered
@@ -37,6 +37,7 @@ class Kind(IntEnum):
     PING = 16  # any -> member: a sign of life, please
     ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
     LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
+    LOST = 19  # member -> home: these copies went with a disk (body: oids)
 
 
 class Flag:

@@ -9,7 +9,7 @@ epoch switch   1 the record is written to the epoch log; meanwhile nothing is se
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sheepdog.cluster.core.coherence import Coherence
@@ -31,18 +31,29 @@ from sheepdog.cluster.core.ids import (
     vid_of,
 )
 from sheepdog.cluster.core.inode_writes import InodeWrites
-from sheepdog.cluster.core.limits import LEASE_NS, MAX_EARLY_MESSAGES
+from sheepdog.cluster.core.limits import LEASE_NS, LOST_PART_ENTRIES, MAX_EARLY_MESSAGES
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.past import Past
-from sheepdog.cluster.core.peering import FIRM, UNDOABLE, Holding, Standing, Verdict, decode_members, parts
+from sheepdog.cluster.core.peering import (
+    FIRM,
+    UNDOABLE,
+    Holding,
+    Standing,
+    Verdict,
+    decode_members,
+    decode_oids,
+    encode_oids,
+    parts,
+)
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.rebuilder import Rebuilder
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.scrub import Scrub
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
 from sheepdog.cluster.core.vigil import Vigil
 
@@ -90,6 +101,7 @@ class Node:
         self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
         self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
+        self.scrub = Scrub(self.context, state, self.gateway.repair)
         self.home: Home | None = None
         self._standing = Standing(0)
         self._lacking: dict[ObjectId, int] = {}  # no current copy here of these; they existed in that epoch
@@ -115,6 +127,7 @@ class Node:
             Kind.PULL: self._on_pull,
             Kind.DROP: self._on_drop,
             Kind.ROLLBACK: self._on_roll_back,
+            Kind.LOST: self._on_lost_copies,
             Kind.COMPLETE: self._on_complete,
             Kind.FLUSH: self._on_flush,
             Kind.DRAIN: self._on_drain,
@@ -131,6 +144,7 @@ class Node:
         self._settled = self._disk.load_settled()
         self._standing = Standing(self._settled)
         self._executor.begin(self._settled)
+        self.scrub.load()
         self._recorded = self.cluster.epoch
         self.replica.strips.undo.load(self._disk, self.context.store.version)
 
@@ -218,6 +232,7 @@ class Node:
 
     def _retire(self, result: Result) -> None:
         """This node serves no more."""
+        self.scrub.retire()
         self.gateway.stop(result)
         self.operations.forget_all(result)
 
@@ -491,6 +506,51 @@ class Node:
     def _on_drop(self, sender: NodeId, message: Message) -> None:
         self.context.peers.answer(sender, message, Result.SUCCESS)
         self.drop(message.oid)
+
+    def copies_lost(self, oids: Sequence[ObjectId]) -> None:
+        """A disk of this node went, and these copies and strips with it (the store keeps them without a version).
+
+        What is left is not all that this node should have, and must not be taken for it after a restart.
+        """
+        context, placement = self.context, self.context.placement
+        if not oids:
+            return
+        self._settled = 0
+        self._disk.save_settled(0, self._must_work)
+        if not context.epoch:
+            return
+        context.probe("node.copies_lost")
+        by_home: dict[int, list[ObjectId]] = {}
+        for oid in oids:
+            if context.store.version(oid) is None:
+                continue  # removed meanwhile
+            self.replica.missing[oid] = None
+            if oid >> STRIP_SHIFT:
+                self.replica.strips.undo.drop(oid)
+            home = placement.home(oid)
+            if home is not None:
+                by_home.setdefault(home, []).append(oid)
+        for home, lost in by_home.items():
+            node = placement.nodes[home]
+            self._complete.pop(node, None)
+            if home == placement.me:
+                self._at_home().on_lost(home, lost)
+                continue
+            for start in range(0, len(lost), LOST_PART_ENTRIES):
+                body = encode_oids(lost[start : start + LOST_PART_ENTRIES])
+                context.peers.request(node, Message(Kind.LOST, context.fence, body=body), _delivered)
+
+    def is_only_here(self, oid: ObjectId) -> bool:
+        """Without the copy (strip) on this node the object would be lost."""
+        context, whole = self.context, plain_oid(oid)
+        policy = context.policy_of(whole)
+        needed = 1 if policy is None else policy.data
+        return len(context.placement.replicas(whole)) <= needed
+
+    def _on_lost_copies(self, sender: NodeId, message: Message) -> None:
+        self.context.peers.answer(sender, message, Result.SUCCESS)
+        self._complete.pop(self.context.me, None)
+        self._at_home().on_lost(self.context.placement.index_of[sender], decode_oids(_body(message)))
 
     def _on_roll_back(self, sender: NodeId, message: Message) -> None:
         self.agree(message, lambda result: self.context.peers.answer(sender, message, result))

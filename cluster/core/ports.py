@@ -96,6 +96,9 @@ class Store(Protocol):
     def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
         """Everything acknowledged so far for objects of these vids (None: of all) is durable at `done`."""
 
+    def verify(self, oid: ObjectId, offset: int, length: int, done: Done) -> None:
+        """Reads whole blocks from the disk, not from memory, and checks their hashes; errors as of `read`."""
+
     def table(self, oid: ObjectId) -> bytes:
         """Block hashes of the copy: 8 bytes little-endian a block, zero for a hole; raises NoObject."""
 
@@ -136,6 +139,12 @@ class NodeState(Protocol):
         """Remembers the newest epoch in which every copy of this node was proven current."""
 
     def load_settled(self) -> int: ...
+
+    def save_scrub(self, data: bytes, done: Done) -> None:
+        """Remembers how far the scrub is (core.scrub)."""
+
+    def load_scrub(self) -> bytes | None:
+        """None when nothing is remembered that can be read."""
 
     def append_undo(self, record: bytes) -> None:
         """Adds to what strips need to go back (core.strip_undo). At the return it survives a kill -9; what is handed

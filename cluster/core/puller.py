@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, plain_oid
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
@@ -50,9 +50,13 @@ class Puller:
     # -- the other side ----------------------------------------------------------------------------------------
 
     def on_table(self, sender: NodeId, message: Message) -> None:
-        """Somebody restores from here: hashes of the copy, if it has the version asked for."""
+        """Somebody restores from here: hashes of the copy, if it has the version asked for. NO_VERSION asks which."""
         context = self._context
-        if context.store.version(message.oid) != message.version:
+        version = context.store.version(message.oid)
+        if message.version == NO_VERSION:
+            context.peers.answer(sender, message, Result.SUCCESS, b"", version or NO_VERSION)
+            return
+        if version != message.version:
             context.peers.answer(sender, message, Result.STALE_OBJ)
             return
         try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS, REPAIR_TRIES
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
@@ -124,32 +124,62 @@ class Recovery:
 
     def suspect(self, oid: ObjectId, member: int) -> None:
         """The copy of `member` is not right any more: restore it from the others once no write is on its way."""
+        self._doubt(oid, member)
+        self.quiet(oid)
+
+    def lose(self, oids: Iterable[ObjectId], member: int) -> None:
+        """A disk of `member` went: as `suspect`, but in turn, for there may be very many."""
+        for oid in oids:
+            self._doubt(oid, member)
+            self._queue.append(oid)
+        self._reported = False  # that member waits to hear that all is well again
+        if self._begun:
+            self.run()
+
+    def _doubt(self, oid: ObjectId, member: int) -> None:
         job = self._jobs.get(oid)
         if job is None:
             self._jobs[oid] = job = self._home.new_job(oid)
             self.total += 1
             self._reported = False
         job.suspect(member)
-        if not self._home.is_writing(oid):
-            self.quiet(oid)
 
     def quiet(self, oid: ObjectId) -> None:
         """No write of the object is on its way any more: a suspected copy can be restored."""
         job = self._jobs.get(oid)
-        if job is None or job.running or job.version != NO_VERSION:
-            return
-        if self._home.strips.levels.bring(oid):
-            return  # this is called again when its strips are equal
-        if not job.find_sources(self._context):
-            self._give_up(job)
-            return
-        self._start(job)
+        if job is not None and not job.running and job.version == NO_VERSION:
+            self._start(job)
+
+    def when_restored(self, oid: ObjectId, ended: Callable[[int], None]) -> None:
+        """`ended(result)` comes when all replicas have what the current ones have now, or cannot get it."""
+        job = self._jobs.get(oid)
+        if job is None:
+            ended(Result.SUCCESS)
+        else:
+            job.ended.append(ended)
+
+    def elsewhere(self, oid: ObjectId) -> tuple[Version, list[int]] | None:
+        """The home's own copy is bad or gone, and is being repaired: where reads are answered meanwhile."""
+        job = self._jobs.get(oid)
+        if job is None or job.stale or not job.sources or job.version == NO_VERSION or self._home.me not in job.repair:
+            return None
+        if not job.running:
+            self._start(job)
+        return job.version, list(job.sources)
 
     def _give_up(self, job: Job) -> None:
         """Nothing can be done for a suspected copy: requests see the error of the copy itself, or find another one."""
         self._context.log(3, f"object {job.oid:016x}: a bad copy cannot be made anew")
         del self._jobs[job.oid]
+        self._home.given_up(job.oid)
+        self._end(job, Result.EIO)
         self._release(job)
+        self._report()
+
+    def _end(self, job: Job, result: int) -> None:
+        ended, job.ended = job.ended, []
+        for call in ended:
+            call(result)
 
     def run(self) -> None:
         """Starts as many objects as may be restored at a time."""
@@ -184,13 +214,57 @@ class Recovery:
 
     def _start(self, job: Job) -> None:
         if job.version == NO_VERSION:
-            return  # suspected; `quiet` starts it
+            if self._home.is_writing(job.oid):
+                return  # suspected; `quiet` starts it
+            if self._home.strips.levels.bring(job.oid):
+                return  # `quiet` comes when its strips are equal
+            if not job.find_sources(self._context):
+                self._give_up(job)
+                return
+        elif job.hopeless:
+            self._give_up(job)
+            return
         job.running = True
         self._running += 1
-        if job.agree:
+        if job.version == NO_VERSION:
+            self._learn(job)
+        elif job.agree:
             self._agree(job)
         else:
             self._pull(job)
+
+    def _learn(self, job: Job) -> None:
+        """The home has no copy to know the version by: asks those that have."""
+        questions = job.questions()
+        found: dict[int, Version] = {}
+        left = len(questions)
+
+        def told(member: int, version: Version) -> None:
+            nonlocal left
+            if self._context.fence != self._fence:
+                return
+            found[member] = version
+            left -= 1
+            if left:
+                return
+            if job.learn(found):
+                self._release(job)  # reads can be answered by others from now on
+                self._pull(job)
+            else:
+                self._running -= 1
+                self._give_up(job)
+                self.run()
+
+        for member, oid in questions:
+            if member == self._home.me:
+                told(member, self._context.store.version(oid) or NO_VERSION)
+            else:
+                message = Message(Kind.TABLE, self._fence, oid=oid)
+                self._context.peers.request(
+                    self._placement.nodes[member],
+                    message,
+                    lambda answer, member=member: told(member, answer.version),  # type: ignore[misc]
+                )
 
     def _agree(self, job: Job) -> None:
         """Strips become one state of the object before anything is decoded."""
@@ -256,6 +330,7 @@ class Recovery:
         if result == Result.NO_SPACE and not job.full:
             job.full = True
             job.stale.pop(target, None)  # the attempt has spoilt it
+            self._end(job, Result.NO_SPACE)
             self._release(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]
@@ -283,6 +358,7 @@ class Recovery:
         self._running -= 1
         self.finished += 1
         self.drop(job.surplus)
+        self._end(job, Result.SUCCESS)
         self._release(job)
         self.run()
 

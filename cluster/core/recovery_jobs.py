@@ -21,6 +21,7 @@ class Job:
 
     __slots__ = (
         "agree",
+        "ended",
         "failures",
         "full",
         "oid",
@@ -44,6 +45,7 @@ class Job:
         self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
         self.agree: dict[tuple[int, int], bool] = {}  # (strip, member) that must become this version first: under way
         self.waiting: list[Callable[[], None]] = []
+        self.ended: list[Callable[[int], None]] = []  # told once: restored everywhere, or why not
         self.running = False
         self.failures = 0
         self.full = False
@@ -83,13 +85,35 @@ class Job:
         """The copy there is not right any more."""
         self.targets.setdefault(member, False)
         self.repair[member] = None
+        self.stale.pop(member, None)
         self.sources = [source for source in self.sources if source != member]
 
     def find_sources(self, context: Context) -> bool:
-        """A suspected copy can be restored, no write is on its way; False if nothing is left to restore from."""
+        """A suspected copy can be restored, no write is on its way; False if nothing is left to restore from.
+
+        The version stays open (NO_VERSION) where the home itself has no copy: `questions` find it out.
+        """
         self.sources = [member for member in context.placement.replicas(self.oid) if member not in self.targets]
-        self.version = context.store.version(self.oid) or NO_VERSION  # kept even where the bytes are rotten
-        return bool(self.sources) and self.version != NO_VERSION
+        suspected = context.placement.me in self.targets
+        self.version = NO_VERSION if suspected else context.store.version(self.oid) or NO_VERSION
+        return bool(self.sources)
+
+    @property
+    def hopeless(self) -> bool:
+        """Nothing is left to restore from."""
+        return not self.sources
+
+    def questions(self) -> list[tuple[int, ObjectId]]:
+        """(member, id) of the copies whose versions tell what the object is."""
+        return [(member, self.oid) for member in self.sources]
+
+    def learn(self, found: dict[int, Version]) -> bool:
+        """Versions by member: the newest counts, no write is on its way. False if nobody has any."""
+        self.version = max(found.values(), default=NO_VERSION)
+        for member in list(self.sources):
+            if found.get(member, NO_VERSION) != self.version:
+                self.suspect(member)
+        return self.version != NO_VERSION
 
     def order(self, me: int) -> list[int]:
         """Whom to restore now: the home's own copy first, it serves the others' requests."""
@@ -162,7 +186,24 @@ class StripJob(Job):
 
     def find_sources(self, context: Context) -> bool:
         self.version = self._strips.last_version(self.oid, self._policy) or NO_VERSION
-        return len(self.holders) >= self._policy.data and self.version != NO_VERSION
+        return len(self.holders) >= self._policy.data
+
+    @property
+    def hopeless(self) -> bool:
+        return len(self.holders) + len(self.agree) < self._policy.data
+
+    def questions(self) -> list[tuple[int, ObjectId]]:
+        return [(member, strip_of(self.oid, strip)) for strip, member in self.holders.items()]
+
+    def learn(self, found: dict[int, Version]) -> bool:
+        """The newest version that enough strips have."""
+        versions = [found.get(member, NO_VERSION) for member in self.holders.values()]
+        enough = [one for one in versions if one != NO_VERSION and versions.count(one) >= self._policy.data]
+        self.version = max(enough, default=NO_VERSION)
+        for member in list(self.holders.values()):
+            if found.get(member, NO_VERSION) != self.version:
+                self.suspect(member)
+        return self.version != NO_VERSION
 
     def order(self, me: int) -> list[int]:
         return list(self.targets)

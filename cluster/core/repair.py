@@ -1,8 +1,8 @@
 """Repair of a copy that is current but cannot be read everywhere: rot, or a disk that fails.
 
 Only what cannot be read is fetched, each range from any copy of the same version that has it good: two copies that are
-rotten at different places heal each other. Nothing here changes before all that is needed is in memory, so a repair
-that fails leaves the copy as it was.
+rotten at different places heal each other. Nothing here changes before all that can be had is in memory; what cannot
+be had stays as it was.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Repair:
         self._ended = ended
         self._bad: list[tuple[int, int]] = []
         self._found: list[tuple[int, Buffer]] = []
+        self._lacking = int(Result.SUCCESS)  # why some range could not be had from anybody
 
     def start(self) -> None:
         """Reads the copy, range by range."""
@@ -79,8 +80,10 @@ class Repair:
                 self._fetch()
             elif source + 1 < len(self._sources):
                 self._fetch(source + 1)
-            else:
-                self._ended(answer.result)
+            else:  # the rest of the copy need not stay bad with it
+                self._lacking = answer.result
+                self._bad.pop()
+                self._fetch()
 
         message = Message(Kind.FETCH, self._fence, oid=self._oid, offset=offset, length=length, version=self._version)
         self._context.peers.request(self._sources[source], message, answered)
@@ -88,7 +91,7 @@ class Repair:
     def _write(self) -> None:
         store, oid = self._context.store, self._oid
         if not self._found:
-            self._ended(Result.SUCCESS)  # it can be read again
+            self._ended(self._lacking)  # without an error: it can be read again
             return
         if store.version(oid) != self._version:
             self._ended(Result.STALE_OBJ)
@@ -108,7 +111,7 @@ class Repair:
                 store.restore_finish(
                     oid,
                     self._version,
-                    lambda error: self._ended(Result.SUCCESS if error is None else error.result),
+                    lambda error: self._ended(self._lacking if error is None else error.result),
                 )
 
         for offset, data in self._found:

@@ -143,6 +143,7 @@ class Replica:
         counters = context.counters
         if flags & Flag.REMOVE:
             counters.peer_removes += 1
+            self.missing.pop(oid, None)  # a copy that went with its disk: there is nothing to be restored any more
         else:
             counters.peer_writes += 1
             counters.peer_rx += len(body)

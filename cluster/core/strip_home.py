@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
-from sheepdog.cluster.core.ids import ObjectId, Version, strip_index, strip_of
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_index, strip_of
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
@@ -99,10 +99,15 @@ class StripHome:
         return strip is not None and self._context.store.version(strip) is not None
 
     def last_version(self, oid: ObjectId, policy: Policy) -> Version | None:
-        """The version of the strips once no write is on its way."""
-        noted = self._versions.pop(oid, None)  # the strips are level: Recovery.quiet sees to that
+        """The version of the strips once no write is on its way; None if this node cannot tell."""
+        noted = self._versions.pop(oid, None)  # the strips are level: Recovery sees to that
         strip = self.own_strip(oid, policy)
-        return noted if noted is not None or strip is None else self._context.store.version(strip)
+        if strip is None:
+            return noted
+        own = self._context.store.version(strip)
+        if own is None or own == NO_VERSION:
+            return None  # a write that was answered may be newer than those noted: only the others know
+        return own if noted is None else max(own, noted)
 
     def note_version(self, oid: ObjectId, version: Version) -> None:
         """A strip failed: what the others have is more than the store here may say."""
@@ -252,6 +257,8 @@ class StripHome:
         if mine is not None:
             strip, change, own_flags = mine
             oid_here = strip_of(oid, strip)
+            if flags & Flag.REMOVE:
+                self._home.hooks.restored_locally(oid_here)
             self._order.append((write.sequence, oid_here))
             data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
 

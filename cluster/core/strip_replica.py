@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import xor
-from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.errors import DiskError, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
 from sheepdog.cluster.core.limits import LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
@@ -118,8 +118,11 @@ class StripReplica:
             store.remove(strip, done)
             return
         before = store.version(strip)
-        if before is None or before == NO_VERSION:
+        if before is None:
             done(NoObject(f"no strip {oid_name(strip)} here"))
+            return
+        if before == NO_VERSION:  # its disk has gone: it will be made anew from the others
+            done(DiskError(f"strip {oid_name(strip)} is not whole here"))
             return
         if not data:
             self.undo.keep(strip, Undo(before, version, 0, b"", length))

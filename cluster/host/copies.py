@@ -49,6 +49,7 @@ class Copies:
         self.workers = workers
         self.log = log
         self.on_disk_failure = on_disk_failure
+        self.disk_out: Callable[[ObjectDirectory, list[ObjectId]], None] = lambda home, lost: None
         self.homes: list[ObjectDirectory] = []
         self.by_oid: dict[ObjectId, Copy] = {}
         self.files = OpenFiles(disk, settle)
@@ -63,13 +64,23 @@ class Copies:
         self._arrange()
         for listed in home.load():
             copy = Copy(listed.oid, listed.size, listed.version, home)
+            if home.doubtful:
+                copy.version = copy.applied = NO_VERSION
             copy.allocated = listed.allocated
             other = self.by_oid.get(listed.oid)
-            if other is not None and not self._prefer(copy, other):
-                self.log(4, f"{copy.path}: {other.path} is the newer copy, this one is ignored")
-                continue
+            if other is not None:
+                copy, surplus = (copy, other) if self._prefer(copy, other) else (other, copy)
+                self.log(4, f"{surplus.path}: {copy.path} is the newer copy, this one is dropped")
+                self._drop_surplus(surplus)
             self.by_oid[listed.oid] = copy
         self._count_used()
+
+    def _drop_surplus(self, copy: Copy) -> None:
+        try:
+            self.disk.unlink(copy.path)
+            copy.home.sync()
+        except OSError as error:
+            self.log(4, f"{copy.path} cannot be removed: {error.strerror}")
 
     def _prefer(self, copy: Copy, other: Copy) -> bool:
         if copy.version != other.version:
@@ -292,6 +303,7 @@ class Copies:
         home.failed = True
         self.log(2, f"{text}: the disk is out of service")
         self._arrange()
-        self._lose(home)
+        lost = self._lose(home)
         self.on_disk_failure(home.path, text, not self._points)
+        self.disk_out(home, lost)
         return DiskError(text)

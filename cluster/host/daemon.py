@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ids import Member, NodeId
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.limits import DEFAULT_VNODES
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended
@@ -23,13 +23,16 @@ from sheepdog.cluster.drivers.base import Driver
 from sheepdog.cluster.host import lifecycle, usage
 from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.disk_control import DiskControl
+from sheepdog.cluster.host.disk_watch import DiskWatch
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
 from sheepdog.cluster.host.loop import Collector, HostClock, Turn, describe, new_loop, prepare_process
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
-from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
+from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
+from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import ThreadWorkers
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 from sheepdog.frontends.qemu.connection import Clients
@@ -118,7 +121,6 @@ class Daemon:
         self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
         self._state.open()
         disks = options.disks or (f"{options.metadata}/obj",)
-        self._objects = disks[0]
         self.store = ObjectStore(
             options.metadata,
             disks,
@@ -132,6 +134,10 @@ class Daemon:
             before_sync=self._state.sync_undo,
         )
         self.store.open()
+        if self.store.disks.incomplete:
+            self._state.forget_settled()
+        self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies_lost(oids))
+        self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
         self._id = NodeId(self.address, options.port)
         self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
         self._server = Server(self._loop, self.links.adopt, self._adopt_client, self._log)
@@ -163,13 +169,20 @@ class Daemon:
         node.on_exit = self._end
         node.on_lost = self._on_lost
         requests = Requests(
-            node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._objects, self._failed_disks)
+            node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._disks, self._failed_disks)
         )
         self._clients = Clients(
             self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log
         )
         self._clients.peers = self.links
         node.start()
+
+    def _is_only_here(self, oid: ObjectId) -> bool:
+        return self.node.is_only_here(oid)  # of the present incarnation
+
+    def _call_later(self, call: Callable[[], None]) -> None:
+        """In a turn of its own: the store is in the middle of something."""
+        self._loop.call_soon(call)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(call)
@@ -211,6 +224,8 @@ class Daemon:
         lifecycle.handle_signals(self._loop, self._terminate, self.logs.reopen)
         collector = Collector(self._loop, self._turn)
         collector.start()
+        self.store.rebalance.begin()
+        DiskWatch(self.store.copies, self._clock).start()
         try:
             asyncio.set_event_loop(self._loop)
             self._loop.run_until_complete(self._live())

@@ -57,6 +57,7 @@ class ObjectDirectory:
     def __init__(self, disk: Disk, path: str, log: Log) -> None:
         self.path = path
         self.failed = False
+        self.doubtful = False  # it was out of service before this start: what it holds may be old
         self.used = 0  # bytes allocated by objects
         self.weight = 1  # size in bytes when first used
         self.identity = b""

@@ -54,6 +54,9 @@ class Disk(Protocol):
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int: ...
 
+    def drop_cached(self, fd: int, offset: int, length: int) -> None:
+        """The next read of the range asks the disk; what is not written back yet stays."""
+
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         """True when no byte of the range is allocated; False when in doubt."""
 
@@ -126,6 +129,9 @@ class RealDisk:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             return os.preadv(fd, buffers, offset)  # a file system in memory, such as tmpfs
+
+    def drop_cached(self, fd: int, offset: int, length: int) -> None:
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         try:

@@ -132,6 +132,16 @@ class NodeStateFiles:
         finally:
             self._disk.close(descriptor)
 
+    def save_scrub(self, data: bytes, done: Done) -> None:
+        self._change(lambda: write_file(self._disk, self._directory, "scrub", data), done)
+
+    def load_scrub(self) -> bytes | None:
+        try:
+            return self._read(f"{self._directory}/scrub")
+        except UsageError as error:
+            self._log(4, str(error))
+            return None
+
     def save_config(self, config: bytes, done: Done) -> None:
         data = _CONFIG.pack(_CONFIG_MAGIC, _FORMAT, len(config)) + config
         self._change(lambda: write_file(self._disk, self._directory, "config", data), done)
@@ -169,6 +179,10 @@ class NodeStateFiles:
     def save_settled(self, epoch: int, done: Done) -> None:
         data = _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, epoch)
         self._change(lambda: write_file(self._disk, self._directory, "settled", data), done)
+
+    def forget_settled(self) -> None:
+        """Nothing is proven any more; before the node starts. OSError."""
+        write_file(self._disk, self._directory, "settled", _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, 0))
 
     def load_settled(self) -> int:
         """0 when nothing was ever proven, or when the file is damaged: then everything is compared again."""

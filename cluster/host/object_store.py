@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -29,28 +28,18 @@ from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
 from sheepdog.cluster.host.reading import OutOfRange, Reads, in_range
+from sheepdog.cluster.host.rebalance import Rebalance
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks, hashes_of
 from sheepdog.cluster.host.restore import Restores
+from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions, default_journal_bytes
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
+from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
 JOURNALED_BYTES: Final = 64 << 10  # larger writes go to the file at once and leave only their hashes in the journal
-JOURNAL_PART: Final = 16  # without -j the journal takes 1/16 of the free space ...
-JOURNAL_MIN_BYTES: Final = 8 << 20  # ... but at least this: two segments that hold some hundred writes each
-JOURNAL_MAX_BYTES: Final = 512 << 20  # ... and no more than this: replay stays below a second or two
-
-
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
-    """How the store is run (cli.md 1.1, 1.3). `journal_bytes` 0: chosen by the free space."""
-
-    nosync: bool = False
-    journal_bytes: int = 0
-    journal_directory: str | None = None  # None: META
-    journal_skip: bool = False
 
 
 class ObjectStore:
@@ -66,7 +55,7 @@ class ObjectStore:
         at_end: AtEnd,
         log: Log,
         on_disk_failure: DiskFailed,
-        options: StoreOptions = StoreOptions(),
+        options: StoreOptions = DEFAULT_OPTIONS,
         random_bytes: RandomBytes = os.urandom,
         before_sync: Callable[[], None] | None = None,
     ) -> None:
@@ -90,6 +79,7 @@ class ObjectStore:
         self._journal_directory = options.journal_directory or metadata
         self._by_oid = self.copies.by_oid
         self._reads = Reads(self.copies)
+        self._verifying = Verifying(self.copies)
 
     # Life
 
@@ -100,7 +90,9 @@ class ObjectStore:
         if self._journal_directory != self._metadata:
             make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
-        self.disks = Disks(self.copies, self.node, self._open_disk)
+        self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk)
+        self.disks.load()
+        self.copies.disk_out = self.disks.failed
         for directory in self._directories:
             self._open_disk(directory)
         found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
@@ -108,6 +100,7 @@ class ObjectStore:
             replay.replay(self.copies, found, self._log)
         elif found.records:
             self._log(4, f"{len(found.records)} records of the journal are skipped, as -j skip asks")
+        self.disks.settle()
         size = self._options.journal_bytes or self._default_journal_bytes(found)
         self._journal = Journal(
             self._journal_directory,
@@ -127,12 +120,14 @@ class ObjectStore:
         self._restores = Restores(
             self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
         )
+        self.rebalance = Rebalance(self.copies, self._clock, lambda done: self._pipeline.flush(None, done))
 
     def _open_disk(self, directory: str) -> ObjectDirectory:
         home = ObjectDirectory(self._disk, directory, self._log)
         home.prepare()
         identity = disk_identity(self._disk, directory, self.node, self._random_bytes)
         home.identity, home.weight = identity.disk, max(1, identity.size)
+        home.doubtful = self.disks.is_doubtful(home)
         self.copies.add_home(home)
         return home
 
@@ -140,8 +135,7 @@ class ObjectStore:
         """What is there already, else by the free space."""
         if found.journal_bytes:
             return found.journal_bytes
-        free = self._disk.space(self._journal_directory).free
-        return max(JOURNAL_MIN_BYTES, min(JOURNAL_MAX_BYTES, free // JOURNAL_PART))
+        return default_journal_bytes(self._disk.space(self._journal_directory).free)
 
     def close(self, done: Callable[[], None]) -> None:
         """Brings everything into the files, durably, and leaves the journal empty; writes the index for the next start.
@@ -204,6 +198,9 @@ class ObjectStore:
 
     def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
         self._reads.read(oid, offset, length, done)
+
+    def verify(self, oid: ObjectId, offset: int, length: int, done: Done) -> None:
+        self._verifying.verify(oid, offset, length, done)
 
     # Writing
 

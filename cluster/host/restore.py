@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.errors import DiskError, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done
@@ -220,6 +220,8 @@ class Restores:
         """Bytes, then trailer, then name, then record; each durable before the next."""
 
         def ended(error: StoreError | None) -> None:
+            if error is None and copy.home.failed:
+                error = DiskError(f"{copy.home.path} is out of service")
             if error is None:
                 copy.restoring = False
                 copy.version = version

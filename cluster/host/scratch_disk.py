@@ -120,6 +120,9 @@ class ScratchDisk:
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int:
         return self.pwrite(fd, b"".join(buffers), offset)
 
+    def drop_cached(self, fd: int, offset: int, length: int) -> None:
+        pass
+
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         return False
 

@@ -151,6 +151,13 @@ class Machine:
             self.disk.crash(power)
             self.state.crash(power)
 
+    def lose_disk(self) -> None:
+        """A disk fails under the running process."""
+        if self.process is not None:
+            lost = self.disk.lose()
+            self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
+            self.node.copies_lost(lost)
+
     def serves(self) -> bool:
         """Joined a running cluster, and of its present epoch."""
         return self.process is not None and self.node.context.epoch > 0 and self.node.cluster.status == Status.RUNNING

@@ -20,6 +20,7 @@ class Faults:
     blackout: float = 0.0  # power loss of all
     link: float = 0.0  # one link breaks
     leave: float = 0.0  # orderly stop
+    disk: float = 0.0  # a node loses one of its disks, while all nodes are whole
     max_down: int = 2  # nodes that are down at a time, except in a full stop
     max_outage_ns: int = 600 * MILLISECOND
 
@@ -41,6 +42,7 @@ class Nemesis:
             (faults.blackout, lambda: self._everybody(True)),
             (faults.link, self._break_link),
             (faults.leave, self._leave),
+            (faults.disk, self._lose_disk),
         ]
         self._kinds = [kind for kind in kinds if kind[0]]
 
@@ -95,6 +97,18 @@ class Nemesis:
             outage_ns = self._random.randrange(50 * MILLISECOND) if self._random.random() < 0.5 else 0
             self._world.say(f"link {pair[0]} - {pair[1]} breaks for {outage_ns / 1e6:.1f} ms")
             self._cluster.fabric.break_link(pair, outage_ns)
+
+    def _lose_disk(self) -> None:
+        machines = self._cluster.machines
+        whole = all(
+            machine.serves()
+            and machine.state.settled == machine.node.context.epoch
+            and not machine.node.replica.missing
+            for machine in machines
+        )
+        if whole:
+            self.count += 1
+            self._random.choice(machines).lose_disk()
 
     def _leave(self) -> None:
         machine = self._victim()

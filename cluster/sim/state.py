@@ -20,6 +20,7 @@ class SimStateDisk:
         self.epochs: dict[int, EpochRecord] = {}
         self.settled = 0
         self.undo = bytearray()
+        self.scrub: bytes | None = None
 
     def crash(self, power: bool) -> None:
         if power:
@@ -70,6 +71,12 @@ class SimNodeState:
 
     def load_settled(self) -> int:
         return self._disk.settled
+
+    def save_scrub(self, data: bytes, done: Done) -> None:
+        self._change(lambda: setattr(self._disk, "scrub", data), done)
+
+    def load_scrub(self) -> bytes | None:
+        return self._disk.scrub
 
     def append_undo(self, record: bytes) -> None:
         if self.alive:

@@ -143,6 +143,16 @@ class SimDisk:
             if entry.copy is None and entry.base is None and not log:
                 del self.objects[oid]
 
+    def lose(self) -> list[ObjectId]:
+        """One of the node's disks goes, with half of the objects; they are named, without a version."""
+        lost = [
+            oid for oid, entry in sorted(self.objects.items()) if entry.copy is not None and self.random.random() < 0.5
+        ]
+        for oid in lost:
+            entry = self.objects[oid] = _Object()
+            entry.base, entry.copy = Copy(-1, NO_VERSION), Copy(-1, NO_VERSION)
+        return lost
+
     def rot(self, oid: ObjectId, block: int) -> None:
         """One block changes by itself."""
         entry = self.objects[oid]
@@ -211,10 +221,19 @@ class SimStore:
         copy = self._copy(oid)
         if copy is None:
             return NoObject(f"no copy of {oid:016x} here")
+        if copy.size < 0:
+            return DiskError(f"the disk of {oid:016x} is out of service")
         if offset < 0 or length <= 0 or offset + length > copy.size:
             return OutOfRange(f"{offset}+{length} is not inside {oid:016x}")
         bad = copy.bad(offset, length)
         return Corrupt(f"{oid:016x}: blocks {list(bad)} are corrupt here", bad) if bad else copy.read(offset, length)
+
+    def verify(self, oid: ObjectId, offset: int, length: int, done: Done) -> None:
+        def later() -> None:
+            found = self._read(oid, offset, length)
+            done(found if isinstance(found, StoreError) else None)
+
+        self._later(later, MILLISECOND)
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -244,6 +263,9 @@ class SimStore:
         entry.log.append(logged)
 
         def acknowledge() -> None:
+            if self._disk.objects.get(oid, entry) is not entry:
+                done(DiskError(f"the disk of {oid:016x} is out of service"))  # it went meanwhile
+                return
             logged.acknowledged = True
             if durable:
                 self._settle(oid, entry, logged)
@@ -273,6 +295,8 @@ class SimStore:
         copy = self._copy(oid)
         if copy is None:
             return NoObject(f"no copy of {oid:016x} here")
+        if copy.size < 0:
+            return DiskError(f"the disk of {oid:016x} is out of service")
         if copy.version == NO_VERSION:
             return NoObject(f"the copy of {oid:016x} here is being restored")
         if offset < 0 or offset + length > copy.size:

@@ -86,6 +86,8 @@ class Opcode(IntEnum):
     GET_VNODES = 0xCD
     NODE_DETAILS = 0xE0  # ours, as the next: what a node says of itself, as JSON (core.health)
     OBJECT_DETAILS = 0xE1  # ... and of its copies of one object
+    SCRUB = 0xE2  # ... a change of its scrub (WRITE, JSON)
+    SCRUB_STATUS = 0xE3  # ... how far that is
 
 
 OBJECT_IO: Final = frozenset(

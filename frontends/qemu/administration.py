@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sheepdog.cluster.core.errors import Result
@@ -52,15 +53,26 @@ class Logs(Protocol):
     level: int
 
 
+class Disks(Protocol):
+    """The disks of this node; the callbacks tell whether at least one directory could be changed."""
+
+    def listed(self) -> list[tuple[str, int, int]]:
+        """(path, bytes used, bytes free) by path."""
+
+    def plug(self, paths: Sequence[str], done: Callable[[bool], None]) -> None: ...
+
+    def unplug(self, paths: Sequence[str], done: Callable[[bool], None]) -> None: ...
+
+
 class Administration:
     """Of one sheep."""
 
-    def __init__(self, node: Node, store: Store, logs: Logs, store_path: str, failed_disks: Sequence[str]) -> None:
+    def __init__(self, node: Node, store: Store, logs: Logs, disks: Disks, failed_disks: Sequence[str]) -> None:
         self._node = node
         self._me = node.context.me
         self._store = store
         self._logs = logs
-        self._store_path = store_path.encode()
+        self._md = disks
         self._failed_disks = failed_disks  # the daemon adds to it
 
     def handlers(self) -> dict[int, Handler]:
@@ -87,9 +99,11 @@ class Administration:
             Opcode.MD_INFO: self._disks,
             Opcode.SET_VNODES: self._set_vnodes,
             Opcode.NODE_DETAILS: self._details,
+            Opcode.SCRUB: self._change_scrub,
+            Opcode.SCRUB_STATUS: lambda call: self._fixed(call, json.dumps(self._node.scrub.status()).encode()),
             Opcode.ALTER_CLUSTER_COPY: self._alter_copies,
-            Opcode.MD_PLUG: _no_support,
-            Opcode.MD_UNPLUG: _no_support,
+            Opcode.MD_PLUG: lambda call: self._change_disks(call, self._md.plug),
+            Opcode.MD_UNPLUG: lambda call: self._change_disks(call, self._md.unplug),
             Opcode.TRACE_ENABLE: _no_support,
             Opcode.TRACE_DISABLE: _no_support,
             Opcode.TRACE_STATUS: _no_support,
@@ -281,14 +295,44 @@ class Administration:
         else:
             call.fail(Result.INVALID_PARMS)
 
+    def _change_scrub(self, call: Call) -> None:
+        """{"do": "start" | "stop" | "schedule", "hours": ..., "rate": bytes per second}"""
+        scrub = self._node.scrub
+        try:
+            asked = json.loads(bytes(call.payload))
+            what, hours, rate = asked["do"], int(asked.get("hours", scrub.hours)), int(asked.get("rate", scrub.rate))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            call.fail(Result.INVALID_PARMS)
+            return
+        if not self._member().vnodes:
+            call.fail(Result.GATEWAY_MODE)
+        elif what == "schedule" and scrub.schedule(hours, rate):
+            call.done(Result.SUCCESS)
+        elif what in ("start", "stop"):
+            (scrub.start if what == "start" else scrub.stop)()
+            call.done(Result.SUCCESS)
+        else:
+            call.fail(Result.INVALID_PARMS)
+
     def _disks(self, call: Call) -> None:
         if call.flags & Flags.WRITE or call.length != MD_INFO_SIZE:
             call.fail(Result.INVALID_PARMS)
         elif not self._member().vnodes:
             call.fail(Result.GATEWAY_MODE)
         else:
-            used, free = self._store.usage()
-            call.done(Result.SUCCESS, pack_disks([DiskInfo(0, free, used, self._store_path)]))
+            listed = enumerate(self._md.listed())
+            disks = [DiskInfo(number, free, used, os.fsencode(path)) for number, (path, used, free) in listed]
+            call.done(Result.SUCCESS, pack_disks(disks))
+
+    def _change_disks(self, call: Call, change: Callable[[Sequence[str], Callable[[bool], None]], None]) -> None:
+        """Plug or unplug; some of a list are enough for success."""
+        paths = [os.path.normpath(path) for path in os.fsdecode(until_nul(call.payload)).split(",") if path]
+        if not self._member().vnodes:
+            call.fail(Result.GATEWAY_MODE)
+        elif not self._node.cluster.ctime:
+            call.fail(Result.WAIT_FOR_FORMAT)
+        else:
+            change(paths, lambda changed: call.done(Result.SUCCESS) if changed else call.fail(Result.SYSTEM_ERROR))
 
     def _set_vnodes(self, call: Call) -> None:
         vnodes = int.from_bytes(call.payload[:4], "little", signed=True) if len(call.payload) >= 4 else 0

@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
-from sheepdog.frontends.qemu.administration import Administration, Logs
+from sheepdog.frontends.qemu.administration import Administration, Disks, Logs
 from sheepdog.frontends.qemu.copies import Copies
 from sheepdog.frontends.qemu.requests import Handler
 from sheepdog.frontends.qemu.vdis import VdiOperations
 
 
 def handlers(
-    node: Node, logs: Logs, store: Store, store_path: str = "", failed_disks: Sequence[str] = ()
+    node: Node, logs: Logs, store: Store, disks: Disks, failed_disks: Sequence[str] = ()
 ) -> dict[int, Handler]:
-    """For one sheep; `store_path` is the directory of its objects, as `dog node md info` shows it. `failed_disks`
-    are those out of service, as they become known."""
+    """For one sheep. `failed_disks` are those out of service, as they become known."""
     return {
         **VdiOperations(node).handlers(),
-        **Administration(node, store, logs, store_path, failed_disks).handlers(),
+        **Administration(node, store, logs, disks, failed_disks).handlers(),
         **Copies(node, store, _next_turn).handlers(),
     }
 

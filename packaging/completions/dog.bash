@@ -32,7 +32,7 @@ _dog() {
     "vdi cache") words="flush delete info purge -s --snapshot -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi export") words="-s --snapshot -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi import") words="-c --copies -z --block_size_shift -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
-    node) words="list info stat kill may-stop recovery md log vnodes format" ;;
+    node) words="list info stat kill may-stop recovery md scrub log vnodes format" ;;
     "node list") words="-a --address -p --port -r --raw -v --verbose -h --help -T --time --json" ;;
     "node info") words="-a --address -p --port -r --raw -h --help -T --time --json" ;;
     "node stat") words="-a --address -p --port -r --raw -w --watch -h --help -T --time --json" ;;
@@ -40,6 +40,7 @@ _dog() {
     "node may-stop") words="-a --address -p --port -h --help -T --time --json" ;;
     "node recovery") words="info set-throttle get-throttle -a --address -p --port -P --progress -r --raw -h --help -T --time --json" ;;
     "node md") words="info plug unplug -a --address -p --port -r --raw -A --all -f --force -h --help -T --time --json" ;;
+    "node scrub") words="status start stop schedule -a --address -p --port -r --raw -A --all -h --help -T --time --json" ;;
     "node log") words="level -a --address -p --port -h --help -T --time --json" ;;
     "node vnodes") words="set -a --address -p --port -h --help" ;;
     "node format") words="-a --address -p --port -h --help -T --time" ;;

@@ -16,7 +16,7 @@ from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import Version, Vid, data_oid
-from sheepdog.cluster.host.object_store import StoreOptions
+from sheepdog.cluster.host.store_options import StoreOptions
 
 OBJECTS = 16
 SIZE = 4 << 20

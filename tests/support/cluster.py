@@ -35,6 +35,7 @@ class Cluster:
         options: Sequence[str] = ("-n",),
         prefix: Sequence[str] = (),
         ports: PortBlock | None = None,
+        disks: Mapping[int, Sequence[Path]] | None = None,
         driver: str | None = None,
         binaries: Path = BIN,
     ) -> None:
@@ -43,6 +44,8 @@ class Cluster:
         `binaries`: where `sheep` and `dog` are, of this or of another implementation.
 
         `driver` is the membership engine as -c wants it; by default one of this cluster's own.
+
+        `disks`: the object directories of nodes that shall have others than the one in their store.
 
         `ports` become the cluster's: it closes them.
         """
@@ -53,6 +56,7 @@ class Cluster:
         self.prefix = list(prefix)
         self.ports = ports or PortBlock()
         self.binaries = binaries
+        self.disks = {node: list(paths) for node, paths in (disks or {}).items()}
         self.driver = driver or f"local:{directory}/membership"
 
     # places
@@ -71,8 +75,17 @@ class Cluster:
 
     def objects(self, node: int) -> dict[str, Path]:
         """Name and file of every object that this node holds now (superseded ones not counted)."""
-        directory = self.store(node) / "obj"
-        return {entry.name: Path(entry.path) for entry in os.scandir(directory) if OBJECT_NAME.fullmatch(entry.name)}
+        return {
+            entry.name: Path(entry.path)
+            for directory in self.disks.get(node, [self.store(node) / "obj"])
+            if directory.is_dir()
+            for entry in os.scandir(directory)
+            if OBJECT_NAME.fullmatch(entry.name)
+        }
+
+    def place(self, node: int) -> str:
+        """META[,DISK...] of a node, as on its command line."""
+        return ",".join(map(str, [self.store(node), *self.disks.get(node, ())]))
 
     # life
 
@@ -83,12 +96,12 @@ class Cluster:
 
     def command(self, node: int, extra: Sequence[str] = ()) -> list[str]:
         return [
-            *self.prefix, str(self.binaries / "sheep"), str(self.store(node)), *self.options, *extra,
+            *self.prefix, str(self.binaries / "sheep"), self.place(node), *self.options, *extra,
             "-c", self.driver, "-z", str(self.zones[node]), "-p", str(self.port(node)),
         ]  # fmt: skip
 
     def pids(self, node: int) -> list[int]:
-        return having_argument(str(self.store(node)))
+        return having_argument(self.place(node))
 
     def kill(self, node: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to a node's processes; with SIGKILL or SIGTERM returns when they are gone."""

@@ -131,6 +131,9 @@ class SimDisk:
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int:
         return self.pwrite(fd, b"".join(buffers), offset)
 
+    def drop_cached(self, fd: int, offset: int, length: int) -> None:
+        pass
+
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         return _is_zero(self._open[fd].data[offset : offset + length])
 

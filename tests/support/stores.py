@@ -12,7 +12,8 @@ from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid
 from sheepdog.cluster.core.ports import Buffer, Done, Timer
 from sheepdog.cluster.host.disk import Disk, RealDisk
-from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
+from sheepdog.cluster.host.object_store import ObjectStore
+from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import ThreadWorkers, Workers
 
 JOURNAL_BYTES = 8 << 20

@@ -19,8 +19,9 @@ from tests.support.stores import StoreDriver
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid
 from sheepdog.cluster.core.ports import Done
-from sheepdog.cluster.host.object_store import JOURNALED_BYTES, StoreOptions
+from sheepdog.cluster.host.object_store import JOURNALED_BYTES
 from sheepdog.cluster.host.replay import VERSION_GAP
+from sheepdog.cluster.host.store_options import StoreOptions
 
 BLOCK = 4096
 SIZE = 24 * BLOCK - 100

@@ -265,6 +265,26 @@ NODE = (
         arguments="[disks]",
     ),
     Command(
+        "scrub",
+        (*NETWORK, RAW, Option("A", "all", "all nodes"), *LAST, JSON),
+        "verify every block that a node holds, and repair what is bad",
+        "scrub:status",
+        "[hours] [MB/s]",
+        (
+            Command("status", (), "show how far it is, and what was found (default)", "scrub:status"),
+            Command("start", (), "begin, or go on after a stop", "scrub:start"),
+            Command("stop", (), "stop; a start goes on from here", "scrub:stop"),
+            Command(
+                "schedule",
+                (),
+                "set hours from pass to pass (0: never), and the rate",
+                "scrub:schedule",
+                "<hours> [MB/s]",
+            ),
+        ),
+        True,
+    ),
+    Command(
         "log",
         (*NETWORK, *LAST, JSON),
         "show and set the log level of a node",
