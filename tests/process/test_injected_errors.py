@@ -1,0 +1,117 @@
+"""System calls of a running sheep fail (strace --inject): a disk's errors take out that disk, the journal's the node.
+
+The client never sees an error, and never other bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.cluster import Cluster
+from tests.support.processes import end, wait_until
+
+MIB = 1 << 20
+SIZE = 24 * MIB
+SECONDS = 60.0
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() != 0, reason="strace and root")
+
+
+class Injection:
+    """System calls of a process that touch one file fail with an error."""
+
+    def __init__(self, pid: int, path: Path, calls: str, error: str) -> None:
+        self._output = path.parent.parent / "strace.txt"
+        self._process = subprocess.Popen(
+            ["strace", "-f", "-p", str(pid), "-o", str(self._output), "-P", str(path), "-e", f"trace={calls}",
+             "-e", f"inject={calls}:error={error}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._process.stderr is not None
+        said = self._process.stderr.readline()
+        assert "attached" in said, said
+
+    def injected(self) -> int:
+        return self._output.read_text().count("(INJECTED)")
+
+    def __enter__(self) -> Injection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end([self._process.pid])
+        self._process.communicate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(3, tmp_path, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]})
+    try:
+        made.start()
+        made.wait_members(3)
+        made.format("-c", "3")
+        yield made
+    finally:
+        made.close()
+
+
+def filled(cluster: Cluster) -> bytearray:
+    data = bytearray(random.Random(9).randbytes(SIZE))
+    cluster.dog("vdi", "create", "data", str(SIZE))
+    cluster.dog("vdi", "write", "data", "0", str(SIZE), stdin=bytes(data))
+    return data
+
+
+def write_everywhere(cluster: Cluster, data: bytearray, node: int) -> None:
+    """Small and large durable writes into every object; all must succeed."""
+    rng = random.Random(node)
+    for start in range(0, SIZE, 4 * MIB):
+        for length in (5000, 200_000):
+            part = rng.randbytes(length)
+            offset = start + rng.randrange(4 * MIB - length)
+            cluster.dog("vdi", "write", "data", str(offset), str(length), stdin=part, node=node)
+            data[offset : offset + length] = part
+
+
+def check(cluster: Cluster, data: bytearray) -> None:
+    for node in cluster.running_nodes():
+        assert cluster.try_dog("vdi", "read", "data", node=node, check=True).stdout == bytes(data)
+
+
+def disks(cluster: Cluster) -> list[str]:
+    return [entry["path"] for entry in json.loads(cluster.dog("node", "md", "info", "--json"))]
+
+
+@pytest.mark.parametrize("calls", ["pwrite64", "fdatasync", "preadv,preadv2"])
+def test_an_error_of_one_file_takes_out_its_disk(cluster: Cluster, tmp_path: Path, calls: str) -> None:
+    data = filled(cluster)
+    victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
+    everything = sum(1 for name in cluster.objects(0))
+    with Injection(cluster.pids(0)[-1], victim, calls, "EIO") as injection:
+        write_everywhere(cluster, data, 0)
+        if calls.startswith("preadv"):
+            cluster.dog("node", "scrub", "start")
+        wait_until(lambda: disks(cluster) == [str(tmp_path / "d2")], SECONDS, "end of the disk")
+        assert injection.injected()
+    check(cluster, data)
+    wait_until(lambda: len(list((tmp_path / "d2").glob("[0-9a-f]*"))) == everything, SECONDS, "healing")
+    cluster.wait_recovered()
+    check(cluster, data)
+
+
+def test_an_error_of_the_journal_ends_the_node_and_nothing_else(cluster: Cluster) -> None:
+    data = filled(cluster)
+    journal = cluster.store(0) / "journal_file1"
+    with Injection(cluster.pids(0)[-1], journal, "fdatasync", "EIO") as injection:
+        write_everywhere(cluster, data, 1)
+        wait_until(lambda: 0 not in cluster.running_nodes(), SECONDS, "end of node 0")
+        assert injection.injected()
+    cluster.wait_members(2, [1, 2])
+    check(cluster, data)
+    assert "this node cannot store any more" in cluster.log(0).read_text()
