@@ -177,14 +177,12 @@ class Gateway:
             self.change(oid, Flag.PUNCH | (Flag.DURABLE if durable else 0), offset, length, b"", 0, done)
 
     def block_map(self, oid: ObjectId, done: IoDone) -> None:
-        """Which blocks of an object hold data (core.blocks); NO_SUPPORT for one that is erasure-coded."""
+        """Which blocks of an object hold data (core.blocks)."""
         refusal = self.context.state.result()
         if refusal:
             done(refusal, b"")
         elif self.gate.suspended:
             self._held.append(lambda: self.block_map(oid, done))
-        elif self.context.policy_of(oid) is not None:
-            done(Result.NO_SUPPORT, b"")
         else:
             self._next_number = number = self._next_number + 1
             request = _Request(self, number, True, oid, Flag.MAP, 0, self.context.size_of(oid), b"", 0, done)
@@ -328,7 +326,9 @@ class Gateway:
         first, me = replicas[0], context.placement.me
         if request.reading:
             policy = context.policy_of(oid)
-            if policy is not None:
+            if policy is not None and request.flags & Flag.MAP:
+                self.strip_reads.block_map(oid, policy, request.length, self._found(request))
+            elif policy is not None:
                 self.strip_reads.read(oid, policy, request.offset, request.length, self._found(request))
             elif first == me:
                 home.reads.read(oid, request.offset, request.length, request.finish, request.flags)
@@ -378,7 +378,7 @@ class Gateway:
             if data is not None:
                 request.finish(Result.SUCCESS, data)
             elif self.context.fence == fence and request.number in self.pending:
-                self._read_at_home(request, 0)
+                self._read_at_home(request, request.flags)
 
         return found
 

@@ -6,20 +6,23 @@ where the placement puts it, is not current, or has a write on the blocks that m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from sheepdog.cluster.core.blocks import block_map
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.ids import NodeId, ObjectId, oid_name, plain_oid, strip_of
-from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.replica import Replica
-from sheepdog.cluster.core.striping import gather, pieces, spans
+from sheepdog.cluster.core.striping import UNIT, gather, pieces, spans
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
 
+_UNIT_BYTES = UNIT // BLOCK_SIZE // 8  # of the map of a strip
 Found = Callable[[Buffer | None], None]
 """found(bytes), or None: ask the home."""
 
@@ -75,9 +78,56 @@ class StripReads:
         message = Message(Kind.READ, context.fence, oid=strip, offset=offset, length=length)
         context.peers.request(context.placement.nodes[member], message, answered)
 
+    def block_map(self, oid: ObjectId, policy: Policy, size: int, found: Found) -> None:
+        """Which blocks of the object hold data (core.blocks); what a strip does not tell may be data."""
+        context, placement = self._context, self._context.placement
+        replicas = placement.replicas(oid)[: policy.data]
+        maps: dict[int, Buffer] = {}
+        left = policy.data
+
+        def arrived(strip: int) -> Found:
+            def got(data: Buffer | None) -> None:
+                nonlocal left
+                left -= 1
+                if data is not None:
+                    maps[strip] = data
+                if not left:
+                    found(_interleaved(policy, size, maps) if maps else None)
+
+            return got
+
+        def asked(got: Found) -> Callable[[Message], None]:
+            def answered(answer: Message) -> None:
+                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                got(answer.body if answer.result == Result.SUCCESS else None)
+
+            return answered
+
+        for strip in range(policy.data):
+            if strip >= len(replicas):
+                arrived(strip)(None)
+            elif replicas[strip] == placement.me:
+                arrived(strip)(self._map_here(strip_of(oid, strip)))
+            else:
+                message = Message(Kind.READ, context.fence, oid=strip_of(oid, strip), flags=Flag.MAP)
+                context.peers.request(placement.nodes[replicas[strip]], message, asked(arrived(strip)))
+
+    def _map_here(self, strip: ObjectId) -> Buffer | None:
+        """None if the strip here is not current."""
+        if not self._replica.is_current(strip):
+            return None
+        try:
+            return block_map(self._context.store.table(strip))
+        except StoreError:
+            return None
+
     def on_read(self, sender: NodeId, message: Message) -> None:
-        """Another gateway wants part of a strip that should be here."""
+        """Another gateway wants part of a strip that should be here, or with MAP which of its blocks hold data."""
         context = self._context
+        if message.flags & Flag.MAP:
+            here = self._map_here(message.oid)
+            context.peers.answer(sender, message, Result.AGAIN if here is None else Result.SUCCESS, here or b"")
+            return
 
         def found(data: Buffer | None) -> None:
             if data is None:
@@ -120,3 +170,11 @@ class StripReads:
                 and machine.strips.readable(strip, oid, policy, offset, length)
             )
         return self._replica.readable(strip, home, offset, length)
+
+
+def _interleaved(policy: Policy, size: int, maps: Mapping[int, Buffer]) -> bytes:
+    """The map of an object from those of its data strips; one that is missing counts as full."""
+    full = b"\xff" * (size // policy.data // BLOCK_SIZE // 8)
+    ordered = [memoryview(maps.get(strip, full)) for strip in range(policy.data)]
+    starts = range(0, len(full), _UNIT_BYTES)
+    return b"".join([one[start : start + _UNIT_BYTES] for start in starts for one in ordered])

@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from sheepdog.cluster.core.erasure import policy_of
-from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.ids import data_oid, strip_of
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import OBJECT_BYTES, Volume, make_volume
@@ -74,3 +75,35 @@ def test_as_many_as_there_are_parity_strips(byte: int) -> None:
         cluster.world.run_until(cluster.healthy, 60 * SECOND, "health")
         model.check(dying[0])
         audit(cluster)
+
+
+def test_the_map_of_a_coded_object_tells_where_data_is() -> None:
+    """Blocks of all data strips, in the object's order; what a lost strip does not tell counts as data."""
+    cluster = SimCluster(World(5), NODES)
+    cluster.start_all()
+    cluster.format(3)
+    volume = make_volume(cluster, "v", 1, (), policy=0x22)
+    oid, gateway = data_oid(volume.vid, 0), cluster.machines[1].node.gateway
+    written = (3, 17, 16 * 5, 255)
+    maps: list[bytes] = []
+
+    def ask() -> set[int]:
+        maps.clear()
+        gateway.block_map(oid, lambda result, data: maps.append(bytes(data)))
+        cluster.world.run_until(lambda: bool(maps), SECOND, "map")
+        bits = int.from_bytes(maps[0], "little")
+        return {block for block in range(OBJECT_BYTES // BLOCK_SIZE) if bits >> block & 1}
+
+    before = ask()
+    for block in written:
+        results: list[int] = []
+        gateway.write(oid, block * BLOCK_SIZE, b"x" * BLOCK_SIZE, False, lambda result, _: results.append(result))  # noqa: B023
+        cluster.world.run_until(lambda: bool(results), SECOND, "write")  # noqa: B023
+    assert len(maps[0]) == OBJECT_BYTES // BLOCK_SIZE // 8
+    assert len(before) < 4
+    assert ask() == before | set(written)
+    placement = cluster.machines[1].node.context.placement
+    third = cluster.machine(placement.nodes[placement.replicas(oid)[2]])
+    third.node.replica.missing[strip_of(oid, 2)] = None
+    known = {block for block in before | set(written) if block // 16 % 4 != 2}
+    assert ask() == known | {block for block in range(OBJECT_BYTES // BLOCK_SIZE) if block // 16 % 4 == 2}
