@@ -142,10 +142,12 @@ def filled_runs(data: memoryview) -> Iterator[tuple[int, int]]:
 def bad_blocks(data: Buffer, entries: memoryview, first: int) -> list[int]:
     """Which of the whole blocks of `data` (counted from 0) do not match entries[first:]; a hole must be zeros."""
     view = memoryview(data)
-    bad = []
-    index = first
-    for start in range(0, len(view), BLOCK_SIZE):
-        if (block_hash(view[start : start + BLOCK_SIZE]) or 1) != (entries[index] or _ZERO_BLOCK_HASH):
-            bad.append(index - first)
-        index += 1
-    return bad
+    found = [block_hash(view[start : start + BLOCK_SIZE]) for start in range(0, len(view), BLOCK_SIZE)]
+    expected = entries[first : first + len(found)].tolist()
+    if found == expected:  # nearly always: no look at each block
+        return []
+    return [
+        position
+        for position, (one, entry) in enumerate(zip(found, expected, strict=True))
+        if (one or 1) != (entry or _ZERO_BLOCK_HASH)
+    ]
