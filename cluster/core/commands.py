@@ -1,6 +1,8 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
-vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock
+vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock,
+                                                             swept, attributes_gone: [vid], forgotten: [vid],
+                                                             doubtful, mended: [[frozen vid, new vid]]
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
 inode      a client made the inode of a registered vid       record
@@ -56,6 +58,15 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
         state.vdis.attributes[Vid(vid)] = ids
         if not ids:
             del state.vdis.attributes[Vid(vid)]
+    for vid in command.get("attributes_gone", ()):
+        state.vdis.attributes.pop(Vid(vid), None)
+    for vid in command.get("forgotten", ()):
+        state.vdis.forget(Vid(vid))
+    if "doubtful" in command:
+        state.doubtful = [*state.doubtful, *command["doubtful"]]
+        state.sweeps += 1
+    state.doubtful = [pair for pair in state.doubtful if pair not in command.get("mended", ())]
+    state.swept = max(state.swept, command.get("swept", 0))
     if "move_lock" in command:
         _move_lock(state, *command["move_lock"])
     return Result.SUCCESS

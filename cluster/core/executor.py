@@ -7,12 +7,12 @@ Each script may be run again from its start by another node after a crash at any
  delete  the inode loses its name first, then what it named is freed, then its map is emptied
  late    entries written into a frozen map reach the map of the VDI that goes on; nobody writes that meanwhile
  bury    after a cold start: finishes a deletion, or undoes a snapshot that was never committed
+ sweep   core.sweep: frees what deleted VDIs have left behind
  load    after a cold start: the VDI table is collected from the inode objects of all members
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -21,26 +21,23 @@ from typing import Any
 from sheepdog.cluster.core.attributes import Attribute
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import policy_of
-from sheepdog.cluster.core.errors import PeerError, Result, StoreError
+from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import (
-    NO_VERSION,
     ObjectId,
     Vid,
     attribute_oid,
     data_oid,
     inode_oid,
-    is_attribute,
     is_btree,
-    is_inode,
     vid_of,
     vmstate_oid,
 )
 from sheepdog.cluster.core.inode import (
     BTREE_HEADER_SIZE,
-    HEADER_SIZE,
+    SNAP_CTIME_OFFSET,
     InodeHeader,
     btree_children,
     btree_leaves,
@@ -65,10 +62,11 @@ from sheepdog.cluster.core.limits import (
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather, run
 from sheepdog.cluster.core.strings import NAME_SIZE, until_nul
-from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
+from sheepdog.cluster.core.sweep import Sweep
+from sheepdog.cluster.core.table_load import TableLoad
+from sheepdog.cluster.core.vdi import VdiRecord
 
 Values = dict[str, Any]
-_SNAP_CTIME_OFFSET = 520
 _SIZE_OFFSET = 536
 _COPIES_OFFSET = 554
 _REMOVE_BATCH = 4096  # steps that are in memory at a time
@@ -83,7 +81,8 @@ class Executor:
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
-        self._settled = 0
+        self.sweep = Sweep(context, gateway, everyone, inodes)
+        self.table = TableLoad(context, everyone)
 
     def execute(self, operation: Values) -> None:
         """Runs to the end, then proposes the commit."""
@@ -94,8 +93,9 @@ class Executor:
             "attribute": self._attribute,
             "late": self._late,
             "bury": self._bury,
-            "load": self._load,
+            "load": self.table.load,
             "move": self._move,
+            "sweep": self.sweep.run,
         }
 
         def ended(outcome: Values) -> None:
@@ -135,7 +135,6 @@ class Executor:
         vdis = self._context.state.vdis
         name = operation["name"].encode("latin-1")
         working = vdis.working(name)
-        snapshot = operation["snapshot"]
         base = vdis.get(Vid(operation["base"])) if operation["base"] else None
         refusal = _refusal(operation, working, base)
         vid = vdis.allocate(name)
@@ -143,6 +142,14 @@ class Executor:
             refusal = Result.FULL_VDI
         if refusal or vid is None:
             return {"result": int(refusal)}
+        outcome = yield from self._make(operation, vid, working, base)
+        if not outcome["result"] or working is None:
+            return outcome
+        undone = yield from self.sweep.undo_snapshot(working.vid, vid)  # an executor before this may have come further
+        return outcome if undone else {**outcome, "changes": {"doubtful": [[working.vid, vid]]}}
+
+    def _make(self, operation: Values, vid: Vid, working: VdiRecord | None, base: VdiRecord | None) -> Script[Values]:
+        snapshot = operation["snapshot"]
         header = self._new_header(operation, vid, working, base)
         entries = b""
         if snapshot:
@@ -165,7 +172,7 @@ class Executor:
         if snapshot:
             assert working is not None
             frozen = operation["time"].to_bytes(8, "little")
-            result, _ = yield self._change(inode_oid(working.vid), 0, _SNAP_CTIME_OFFSET, frozen)
+            result, _ = yield self._change(inode_oid(working.vid), 0, SNAP_CTIME_OFFSET, frozen)
             if result:
                 return {"result": int(Result.BASE_VDI_WRITE)}
             put.insert(0, {**working.to_json(), "snap_ctime": operation["time"]})
@@ -412,65 +419,6 @@ class Executor:
             if not there.name and free < 0:
                 free = place
         return free, False
-
-    # -- load ------------------------------------------------------------------------------------------------------
-
-    def _load(self, _: Values) -> Script[Values]:
-        """The VDI table after a cold start: of each inode the copy that is current, as peering decides."""
-        answers: dict[Any, Buffer] = yield self._ask_inodes()
-        best: dict[int, tuple[tuple[Any, ...], InodeHeader]] = {}
-        attributes: set[tuple[Vid, int]] = set()
-        for node in sorted(answers):
-            inodes, places = json.loads(bytes(answers[node]))
-            attributes.update((Vid(vid), place) for vid, place in places)
-            for vid, as_of, version, text in inodes:
-                rank = (as_of, tuple(version))
-                if vid not in best or rank > best[vid][0]:
-                    best[vid] = (rank, InodeHeader.unpack(bytes.fromhex(text)))
-        table, unfinished = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
-        for owner, place in sorted(attributes):
-            table.attributes.setdefault(owner, []).append(place)
-        self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")
-        burials = [{"op": "bury", "owner": "", "number": vid, "vid": vid} for vid in unfinished]
-        return {"result": int(Result.SUCCESS), "changes": {"table": table.to_json()}, "next": burials}
-
-    def _ask_inodes(self) -> Step:
-        return lambda done: self._everyone.ask(
-            Kind.QUERY, ObjectId(0), b'"inodes"', self.inodes_here, lambda _, answers: done(answers)
-        )
-
-    def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
-        """JSON of this node's [[vid, as_of, version, hex of the inode's header]...] and [[vid, attribute id]...]."""
-        here = [(oid, version) for oid, version in self._context.store.inventory() if version != NO_VERSION]
-        copies = [(oid, version) for oid, version in here if is_inode(oid)]
-        attributes = [(vid_of(oid), oid & 0xFFFFFFFF) for oid, _ in here if is_attribute(oid)]
-
-        def collect(parts: list[Any]) -> None:
-            found = []
-            for (oid, version), data in zip(copies, parts, strict=True):
-                header = None if isinstance(data, StoreError) else self._header(oid, data)
-                if header is not None:
-                    as_of = max(self._settled, version.epoch)
-                    found.append([vid_of(oid), as_of, list(version), header.pack().hex()])
-            answered(Result.SUCCESS, json.dumps([found, attributes]).encode())
-
-        gather([self._read_header(oid) for oid, _ in copies], RECLAIM_PARALLEL)(collect)
-
-    def begin(self, settled: int) -> None:
-        """The node starts; `settled` is the newest epoch in which all its copies were proven current."""
-        self._settled = settled
-
-    def _read_header(self, oid: ObjectId) -> Step:
-        return lambda done: self._context.store.read(oid, 0, HEADER_SIZE, done)
-
-    def _header(self, oid: ObjectId, data: Buffer) -> InodeHeader | None:
-        try:
-            header = InodeHeader.unpack(data)
-        except PeerError as error:
-            self._context.log(3, f"object {oid:016x} is no inode: {error}")
-            return None
-        header.vdi_id = vid_of(oid)
-        return header
 
 
 def _tombstone(record: VdiRecord) -> Values:

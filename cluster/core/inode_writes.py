@@ -11,12 +11,13 @@ map     entries that change drop their reference to the data object they named; 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.gateway import Gateway, IoDone
-from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid, vid_of
+from sheepdog.cluster.core.ids import NO_VID, ObjectId, Vid, data_oid, index_of, inode_oid, vid_of
 from sheepdog.cluster.core.inode import (
     HEADER_SIZE,
     MAP_END,
@@ -178,13 +179,22 @@ class InodeWrites:
         `writer` has dropped them already. Only their owner and what was branched off it can name them.
         """
         vdis = self._context.state.vdis
+        objects = [data_oid(owner, index) for owner, index in dropped if vdis.get(owner) is not None]
+        named = yield from self.named(objects, writer)
+        free = [oid for oid in objects if oid not in named]
+        yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in free], RECLAIM_PARALLEL)
+
+    def named(self, objects: Iterable[ObjectId], writer: Vid = NO_VID) -> Script[dict[ObjectId, None]]:
+        """Those of the data objects that the map of a living VDI names, or may name because it cannot be read now.
+
+        `writer` has dropped them already: its map is not looked at.
+        """
+        vdis = self._context.state.vdis
         by_owner: dict[Vid, list[int]] = {}
-        for owner, index in dropped:
-            by_owner.setdefault(owner, []).append(index)
-        free: list[ObjectId] = []
+        for oid in objects:
+            by_owner.setdefault(vid_of(oid), []).append(index_of(oid))
+        named: dict[ObjectId, None] = {}
         for owner, indexes in by_owner.items():
-            if vdis.get(owner) is None:
-                continue
             family = [owner, *vdis.descendants(owner)]
             living = [vid for vid in family if vid != writer and (r := vdis.get(vid)) is not None and not r.deleted]
             left = dict.fromkeys(indexes)
@@ -192,15 +202,15 @@ class InodeWrites:
                 if not left:
                     break
                 yield from self._strike_named(vid, owner, left)
-            free.extend(data_oid(owner, index) for index in left)
-        yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in free], RECLAIM_PARALLEL)
+            named.update((data_oid(owner, index), None) for index in indexes if index not in left)
+        return named
 
     def _strike_named(self, vid: Vid, owner: Vid, indexes: dict[int, None]) -> Script[None]:
         """Takes out of `indexes` those whose entry in the map of `vid` names `owner`."""
         low, high = min(indexes), max(indexes)
         result, part = yield self._read(inode_oid(vid), map_offset(low), 4 * (high - low + 1))
         if result:
-            # Not known to be free: keep them. A later pass over the store finds what nothing names.
+            # Not known to be free: keep them. A later sweep finds what nothing names (core.sweep).
             self._context.probe("reclaim.map_unreadable")
             indexes.clear()
             return

@@ -66,6 +66,7 @@ REPAIR_TRIES = 3  # of a copy that could not be read: its readers wait for them,
 MAX_REPAIR_BYTES = 64 << 20  # bad blocks of one copy held in memory; a copy with more is made anew in place
 MOVE_BATCH = 16  # objects given another redundancy in one operation: the table of volumes waits for less than a second
 MOVE_PARALLEL = 4  # of them at a time: 16 MiB in memory, and clients are not starved
+SWEEP_DELAY_NS = 1_000_000_000  # after a deletion or a change of members: many of them need one sweep
 RECLAIM_PARALLEL = 64  # objects freed at a time: deleting a volume must not starve its neighbours
 ATTRIBUTE_PROBES = 64  # places an attribute may move to when ids collide: 32-bit ids make even two rare
 COPY_CHUNK_BYTES = 1 << 22  # of an object copied on write: one of the usual size at once, 2 GiB not

@@ -310,6 +310,8 @@ class ClusterMachine:
         state.status = Status.RUNNING
         state.term += 1
         state.loaded = False
+        state.sweeps += 1
+        state.doubtful = []
         state.away = []  # with everybody back, or given up by an administrator, there is nobody to wait for
         state.queue = [{"op": "load", "owner": "", "number": 0}]
         if _places(state.members) != _places(state.epochs[-1].members):
@@ -319,6 +321,7 @@ class ClusterMachine:
 
     def _new_epoch(self, time_s: int, quiet: bool = False) -> None:
         state = self.state
+        state.sweeps += 1  # a gateway may have died while it freed something
         state.epochs.append(EpochRecord(Epoch(state.epoch + 1), time_s, state.members))
         if not quiet:
             self._listener.epoch_changed()
@@ -443,6 +446,7 @@ class ClusterMachine:
         apply_command(self.state, "", {"t": "vdis", **command["changes"]})
         if self._executing == _name(operation):
             self._executing = None
+        self.state.sweeps += operation["op"] in ("delete", "bury")
         queue.extend(command.get("next", ()))
         if "epoch" in command["changes"]:
             self._new_epoch(command["changes"]["epoch"], quiet)
@@ -457,7 +461,11 @@ class ClusterMachine:
         head = queue[0]
         if self._executing == _name(head):
             return
-        owner_here = any(node_key(member.id) == head["owner"] for member in self.state.members)
+        # The same node as another incarnation does not take over again: two would run the operation at a time.
+        owner_here = any(
+            (node_key(member.id), member.incarnation) == (head["owner"], head.get("incarnation", member.incarnation))
+            for member in self.state.members
+        )
         mine = head["owner"] == node_key(self.me.id) if owner_here else self.is_coordinator()
         if mine:
             self._executing = _name(head)

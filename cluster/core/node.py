@@ -143,7 +143,7 @@ class Node:
         """Reads what the disks remember of the cluster; before the engine is attached."""
         self._settled = self._disk.load_settled()
         self._standing = Standing(self._settled)
-        self._executor.begin(self._settled)
+        self._executor.table.begin(self._settled)
         self.scrub.load()
         self._recorded = self.cluster.epoch
         self.replica.strips.undo.load(self._disk, self.context.store.version)
@@ -207,6 +207,7 @@ class Node:
         self.coherence.changed()
         self.gateway.thaw()
         self.operations.ended(operation)
+        self._executor.sweep.consider()
 
     def state_changed(self, command: Command) -> None:
         kind = command["t"]
@@ -280,6 +281,7 @@ class Node:
         self.gateway.begin(self.home)
         self.everyone.begin()
         self._record()
+        self._executor.sweep.consider()
         early, self._early = self._early, []
         for sender, message in early:
             self.on_message(sender, message)
@@ -582,7 +584,9 @@ class Node:
     def _on_query(self, sender: NodeId, message: Message) -> None:
         question = json.loads(bytes(_body(message)))
         if question == "inodes":
-            self._executor.inodes_here(self._answering(sender, message))
+            self._executor.table.inodes_here(self._answering(sender, message))
+        elif question == "orphans":
+            self._executor.sweep.candidates_here(self._answering(sender, message))
         else:
             self.coherence.asked(question, self._answering(sender, message))
 

@@ -45,6 +45,7 @@ class Operations:
             return
         self._number += 1
         operation["owner"] = node_key(self._context.me)
+        operation["incarnation"] = self._context.machine.me.incarnation
         operation["number"] = self._number
         self._waiting[self._number] = ended
         self._context.machine.propose({"t": "op", "operation": operation})

@@ -64,6 +64,9 @@ class ClusterState:
     loaded: bool = False  # the VDI table has been collected since the start
     expelled: list[list[Any]] = field(default_factory=list)  # [node, incarnation] of those that must not be heard
     queue: list[dict[str, Any]] = field(default_factory=list)  # ordered operations; the first one runs
+    sweeps: int = 0  # wishes for one: something may have been left behind (core.sweep)
+    swept: int = 0  # ... that have been fulfilled
+    doubtful: list[list[int]] = field(default_factory=list)  # snapshots to be undone: [frozen vid, new vid]
     away: list[list[Any]] = field(default_factory=list)  # [node, Unix time of its leave] of those that may come back
 
     @property
@@ -154,6 +157,9 @@ class ClusterState:
             "expelled": self.expelled,
             "queue": self.queue,
             "away": self.away,
+            "sweeps": self.sweeps,
+            "swept": self.swept,
+            "doubtful": self.doubtful,
         }
         return zlib.compress(json.dumps(values).encode()).decode("latin-1")
 

@@ -112,6 +112,9 @@ def unnamed(cluster: SimCluster) -> list[ObjectId]:
         for index, owner in enumerate(entries):
             if owner:
                 named.setdefault(data_oid(Vid(owner), index), vid_of(oid))
+    for oid in sorted(copies):
+        if is_data(oid) and oid not in named and ((record := vdis.get(vid_of(oid))) is None or record.deleted):
+            raise Violation(f"object {oid:016x} belonged to a deleted volume, and nothing names it")
     for record in vdis.records():
         if inode_oid(record.vid) not in copies:
             raise Violation(f"volume {record.name!r} {record.vid:x} has no inode object")

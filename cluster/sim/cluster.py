@@ -225,6 +225,8 @@ class SimCluster:
                 return f"{machine.name}: requests under way"
             if node.cluster.queue:
                 return f"{machine.name}: operations queued"
+            if node.cluster.swept < node.cluster.sweeps:
+                return f"{machine.name}: a sweep is due"
             if machine.state.settled != node.context.epoch:
                 return f"{machine.name}: settled in {machine.state.settled} of {node.context.epoch}"
         return ""

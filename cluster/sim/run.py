@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.script import run
+from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, NodeFactory, SimCluster
@@ -25,6 +26,7 @@ class Scenario:
     name: str
     machines: int = 3
     copies: int = 3
+    flags: int = int(ClusterFlag.AUTO_VNODES)  # of the cluster
     policy: int = 0  # of the clients' volume: 0 as many copies, else the byte of a D:P
     clients: int = 3
     objects: int = 3
@@ -69,7 +71,7 @@ class Run:
     def _execute(self) -> None:
         scenario, cluster = self.scenario, self.cluster
         cluster.start_all()
-        cluster.format(scenario.copies)
+        cluster.format(scenario.copies, scenario.flags)
         volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks, policy=scenario.policy)
         self._start_clients(volume)
         self.nemesis.start()
