@@ -134,7 +134,8 @@ class Moves:
     def _heir(self, oid: ObjectId) -> VdiRecord | None:
         vdis = self._context.state.vdis
         record = vdis.get(vid_of(oid)) if is_data(oid) else None
-        if record is None or not record.deleted or record.tag != MOVED_TAG:
+        # Not only once it is deleted: its objects go before all nodes know.
+        if record is None or not record.snap_ctime or record.tag != MOVED_TAG:
             return None
         return vdis.heir(record.vid)
 
