@@ -1,7 +1,7 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
 vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock,
-                                                             swept, attributes_gone: [vid], forgotten: [vid],
+                                                             swept, attributes_gone: [vid],
                                                              doubtful, mended: [[frozen vid, new vid]]
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
@@ -60,8 +60,6 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
             del state.vdis.attributes[Vid(vid)]
     for vid in command.get("attributes_gone", ()):
         state.vdis.attributes.pop(Vid(vid), None)
-    for vid in command.get("forgotten", ()):
-        state.vdis.forget(Vid(vid))
     if "doubtful" in command:
         state.doubtful = [*state.doubtful, *command["doubtful"]]
         state.sweeps += 1

@@ -4,7 +4,6 @@
  others         vmstate, B-tree nodes and ledgers of a deleted VDI
  attributes     of a name that nothing has any more, or that were made and never committed
  snapshots      that failed in the middle: on the disks too the volume becomes what the table says
- tombstones     with `format -R`, of VDIs that have no living descendants
 
 It is an ordered operation, so no VDI comes or goes meanwhile. What belongs to a living VDI is never touched, even if
 no map names it: a client may have created it and be about to name it. It goes when that VDI is deleted.
@@ -37,7 +36,7 @@ from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL, SWEEP_DELAY_NS
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather
-from sheepdog.cluster.core.state import ClusterFlag, Status
+from sheepdog.cluster.core.state import Status
 
 Values = dict[str, Any]
 
@@ -89,12 +88,11 @@ class Sweep:
         named = yield from self._inodes.named([oid for oid in others if is_data(oid)])
         orphans = [oid for oid in others if oid not in named]
         gone, lost_attributes = self._useless_attributes(attributes)
-        forgotten = self._forgettable(named)
         if orphans or lost_attributes:
             self._context.probe("sweep.orphans")
             what = f"{len(orphans)} objects and {len(lost_attributes)} attributes"
             self._context.log(5, f"{what} belonged to nothing any more: freed")
-        yield from self._remove([*orphans, *lost_attributes, *(inode_oid(vid) for vid in forgotten)])
+        yield from self._remove([*orphans, *lost_attributes])
         mended = []
         for frozen, made in self._context.state.doubtful:
             if (yield from self.undo_snapshot(Vid(frozen), Vid(made))):
@@ -102,7 +100,6 @@ class Sweep:
         changes: Values = {
             "swept": operation["number"],
             "attributes_gone": gone,
-            "forgotten": forgotten,
             "mended": mended,
         }
         return {"result": int(Result.SUCCESS), "changes": changes}
@@ -141,21 +138,6 @@ class Sweep:
             attribute_oid(vid, place) for vid, places in vdis.attributes.items() if vid in living for place in places
         )
         return gone, [oid for oid in present if oid not in kept]
-
-    def _forgettable(self, named: Iterable[ObjectId]) -> list[Vid]:
-        """Tombstones that nobody needs: no living VDI was branched off, nothing that they made is left."""
-        state = self._context.state
-        if not state.flags & ClusterFlag.RECYCLE:
-            return []
-        used = frozenset(vid_of(oid) for oid in named)
-        vdis = state.vdis
-        return [
-            record.vid
-            for record in vdis.records()
-            if record.deleted
-            and record.vid not in used
-            and all((child := vdis.get(vid)) is None or child.deleted for vid in vdis.descendants(record.vid))
-        ]
 
     def _remove(self, oids: Iterable[ObjectId]) -> Script[None]:
         yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in oids], RECLAIM_PARALLEL)

@@ -150,7 +150,6 @@ class VdiTable:
         self._children: dict[Vid, list[Vid]] = {}
         self._ancestors: dict[Vid, list[Vid]] = {}  # asked for since the last change: every flush asks
         self.attributes: dict[Vid, list[int]] = {}  # ids of attribute objects by the vid in their object ids
-        self.forgotten: dict[Vid, None] = {}  # of deleted VDIs without a trace: not used again before a full stop
         self._in_use = bytearray(BITMAP_SIZE)
         self._deleted = bytearray(BITMAP_SIZE)
 
@@ -183,16 +182,6 @@ class VdiTable:
             self._children.setdefault(record.parent, []).append(record.vid)
         self._ancestors.clear()
         self.mark(record.vid, record.deleted)
-
-    def forget(self, vid: Vid) -> None:
-        """Nothing is left of a deleted VDI. Its vid stays in use for as long as the cluster runs: a client that missed
-        the deletion must not find another volume under it."""
-        record = self._records.pop(vid, None)
-        if record is not None:
-            self._unlink(record)
-            self._ancestors.clear()
-        self.forgotten[vid] = None
-        self.mark(vid, True)
 
     def mark(self, vid: Vid, deleted: bool) -> None:
         """Sets the vid's bit in use, and its deleted bit as told."""
@@ -300,7 +289,6 @@ class VdiTable:
         return {
             "records": [record.to_json() for record in self.records()],
             "attributes": attributes,
-            "forgotten": sorted(self.forgotten),
         }
 
     @classmethod
@@ -309,8 +297,6 @@ class VdiTable:
         for value in values["records"]:
             table.put(VdiRecord.from_json(value))
         table.attributes = {Vid(vid): ids for vid, ids in values["attributes"]}
-        for vid in values.get("forgotten", ()):
-            table.forget(Vid(vid))
         return table
 
     @classmethod

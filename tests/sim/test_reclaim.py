@@ -1,4 +1,4 @@
-"""Space comes back whatever died in between: in the end exactly what something names exists, and then nothing."""
+"""Space comes back whatever died in between: in the end exactly what something names exists, then tombstones only."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from tests.sim.test_late_map_writes import create, new_vdi, running, write_map
 from tests.sim.test_volumes import ask, delete, set_attribute, stored
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import ObjectId, Vid, attribute_oid, data_oid, inode_oid, is_attribute, is_inode
+from sheepdog.cluster.core.ids import Vid, attribute_oid, data_oid, inode_oid, is_attribute, is_inode
 from sheepdog.cluster.core.inode import HEADER_SIZE
 from sheepdog.cluster.core.messages import Flag
-from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
 from sheepdog.cluster.sim.nemesis import Faults
 from sheepdog.cluster.sim.run import Run, Scenario
-from sheepdog.cluster.sim.world import MILLISECOND, World
+from sheepdog.cluster.sim.world import MILLISECOND
 
-RECYCLE = int(ClusterFlag.AUTO_VNODES | ClusterFlag.RECYCLE)
 FAULTS = {
     "kills": Faults(kill=2, link=0.5, mean_ns=80 * MILLISECOND),
     "full stops": Faults(kill=1, everybody=0.4, blackout=0.2, mean_ns=200 * MILLISECOND),
@@ -40,14 +38,13 @@ def delete_everything(cluster: SimCluster) -> None:
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
 
 
-@pytest.mark.parametrize("flags", [int(ClusterFlag.AUTO_VNODES), RECYCLE], ids=["tombstones", "recycling"])
 @pytest.mark.parametrize("faults", list(FAULTS))
-def test_nothing_is_left_of_what_is_deleted(faults: str, flags: int) -> None:
+def test_nothing_is_left_of_what_is_deleted(faults: str) -> None:
     """Owners write, discard, snapshot, clone, delete; gateways and whole clusters die under it."""
     swept = 0
     for seed in SEEDS[faults]:
         scenario = Scenario(
-            f"reclaim {faults}", clients=0, owners=3, objects=3, faults=FAULTS[faults], flags=flags, durable_chance=1.0
+            f"reclaim {faults}", clients=0, owners=3, objects=3, faults=FAULTS[faults], durable_chance=1.0
         )
         run = Run(scenario, seed)
         run.execute()
@@ -55,13 +52,10 @@ def test_nothing_is_left_of_what_is_deleted(faults: str, flags: int) -> None:
         audit_all_but_leaks(cluster)  # also: nothing that a deleted volume made is left without a name
         delete_everything(cluster)
         left = stored(cluster)
-        if flags & ClusterFlag.RECYCLE:
-            assert left == [], f"seed {seed}"
-        else:
-            tombstones = [record.vid for record in cluster.machines[0].node.cluster.vdis.records()]
-            assert left == [inode_oid(vid) for vid in tombstones], f"seed {seed}"
-            blocks = [copy.blocks for machine in cluster.machines for copy in machine.disk.copies().values()]
-            assert all(max(found, default=0) <= HEADER_SIZE // 4096 for found in blocks), "the map is not empty"
+        tombstones = [record.vid for record in cluster.machines[0].node.cluster.vdis.records()]
+        assert left == [inode_oid(vid) for vid in tombstones], f"seed {seed}"
+        blocks = [copy.blocks for machine in cluster.machines for copy in machine.disk.copies().values()]
+        assert all(max(found, default=0) <= HEADER_SIZE // 4096 for found in blocks), "the map is not empty"
         swept += cluster.probes().get("sweep.orphans", 0)
     assert swept, "no seed left anything behind: nothing was tested"
 
@@ -94,63 +88,6 @@ def test_what_a_clone_still_names_stays() -> None:
     audit(cluster)
     delete(cluster, b"clone")
     assert stored(cluster) == sorted(map(inode_oid, (vid, heir, clone)))
-
-
-def recycling(seed: int) -> SimCluster:
-    cluster = SimCluster(World(seed), 3)
-    cluster.start_all()
-    cluster.format(3, RECYCLE)
-    return cluster
-
-
-def restart(cluster: SimCluster) -> None:
-    for machine in cluster.machines:
-        machine.kill(power=True)
-    cluster.start_all()
-    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health after a cold start")
-
-
-def test_a_family_is_forgotten_when_its_last_member_goes() -> None:
-    cluster = recycling(7)
-    vid = new_vdi(cluster)
-    create(cluster, vid, 0)
-    write_map(cluster, vid, 0, vid)
-    new_vdi(cluster, vid, snapshot=True)
-    clone = new_vdi(cluster, vid, name=b"clone")
-    delete(cluster, b"guest")
-    delete(cluster, b"guest", 1)
-    assert data_oid(vid, 0) in stored(cluster)
-    assert inode_oid(vid) in stored(cluster), "the clone shares what it made"
-    restart(cluster)
-    audit(cluster)
-    delete(cluster, b"clone")
-    assert stored(cluster) == []
-    assert inode_oid(clone) not in stored(cluster)
-
-
-def test_an_id_is_not_used_again_under_a_client_that_is_late() -> None:
-    """It comes again only after a full stop, when nothing of before is under way any more."""
-    cluster = recycling(8)
-    vid = new_vdi(cluster)
-    create(cluster, vid, 0)
-    write_map(cluster, vid, 0, vid)
-    delete(cluster, b"guest")
-    assert stored(cluster) == []
-    again = new_vdi(cluster)
-    assert again != vid
-    result, _ = ask(
-        cluster, lambda node, done: node.gateway.create(data_oid(vid, 0), ObjectId(0), 0, b"late", True, done)
-    )
-    assert result == Result.NO_VDI
-    result, _ = ask(cluster, lambda node, done: node.gateway.write(data_oid(vid, 0), 0, b"late", True, done))
-    assert result == Result.NO_VDI
-    cluster.machines[1].kill()
-    cluster.machines[1].start()  # who joins learns which ids are not free
-    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
-    audit(cluster)
-    delete(cluster, b"guest")
-    restart(cluster)
-    assert new_vdi(cluster) == vid
 
 
 def test_attributes_of_nothing_go() -> None:
