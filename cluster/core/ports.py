@@ -153,8 +153,8 @@ class NodeState(Protocol):
     def replace_undo(self, records: bytes) -> None:
         """These are all that is needed of it, once what the store has now is durable."""
 
-    def load_undo(self) -> bytes:
-        """All that was added since the last replacement; the end may be torn."""
+    def load_undo(self) -> list[bytes]:
+        """What was added before the last replacement, and since, the older first; the end of each may be torn."""
 
 
 class Engine(Protocol):

@@ -72,9 +72,12 @@ class UndoLog:
     def load(self, state: NodeState, version_of: Callable[[ObjectId], Version | None]) -> None:
         """What the process before this one has left; `version_of` tells where the strips are now."""
         self._state = state
-        data = state.load_undo()
-        self._written = len(data)
-        for strip, records in decode(data).items():
+        parts = state.load_undo()
+        found: dict[ObjectId, list[Undo]] = {}
+        for data in parts:
+            for strip, records in decode(data).items():
+                found.setdefault(strip, []).extend(records)
+        for strip, records in found.items():
             steps: list[Undo] = []
             for undo in records:
                 _append(steps, undo)
@@ -83,6 +86,8 @@ class UndoLog:
             if steps:
                 self._chains[strip] = chain = _Chain()
                 chain.steps = steps
+        if any(parts):
+            self._compact()  # nothing that is appended behind a torn end would be found
 
     def keep(self, strip: ObjectId, undo: Undo) -> None:
         """Before the strip is written."""

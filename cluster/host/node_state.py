@@ -118,8 +118,8 @@ class NodeStateFiles:
             self._undo_dirty = False
             self._disk.fdatasync(self._undo)
 
-    def load_undo(self) -> bytes:
-        return self._read_undo("undo.old") + self._read_undo("undo")
+    def load_undo(self) -> list[bytes]:
+        return [self._read_undo("undo.old"), self._read_undo("undo")]
 
     def _read_undo(self, name: str) -> bytes:
         try:

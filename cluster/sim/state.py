@@ -88,5 +88,5 @@ class SimNodeState:
             self._disk.undo = bytearray(records)
             self._disk.disk.undo_written = self._disk.disk.undo_durable = len(records)
 
-    def load_undo(self) -> bytes:
-        return bytes(self._disk.undo)
+    def load_undo(self) -> list[bytes]:
+        return [bytes(self._disk.undo)]

@@ -111,7 +111,7 @@ def test_what_leads_back_is_durable_before_the_write_is(tmp_path: Path) -> None:
     assert "undo" not in disk.synced
     state.replace_undo(b"less")
     state.append_undo(b" and more")
-    assert state.load_undo() == b"the way backless and more"
+    assert state.load_undo() == [b"the way back", b"less and more"]
     state.replace_undo(b"")
-    assert state.load_undo() == b"less and more"
+    assert state.load_undo() == [b"less and more", b""]
     store.close()

@@ -198,8 +198,8 @@ class _State:
     def replace_undo(self, records: bytes) -> None:
         self.data = records
 
-    def load_undo(self) -> bytes:
-        return self.data
+    def load_undo(self) -> list[bytes]:
+        return [self.data]
 
 
 def test_undo_survives_the_process() -> None:
@@ -223,3 +223,18 @@ def test_undo_survives_the_process() -> None:
     assert [bytes(step.old or b"") for step in steps] == [b"\x01" * 100]
     log.clear()
     assert state.data == b""
+
+
+def test_what_is_added_behind_a_torn_end_is_found() -> None:
+    state, strip = _State(), strip_of(data_oid(Vid(1), 0), 5)
+    v1, v2, v3 = (Version(1, 1, number) for number in range(1, 4))
+    first = UndoLog()
+    first.load(cast("NodeState", state), lambda _: None)
+    first.keep(strip, Undo(v1, v2, 0, b"1"))
+    state.data += b"torn"
+    second = UndoLog()
+    second.load(cast("NodeState", state), lambda _: v2)
+    second.keep(strip, Undo(v2, v3, 0, b"2"))
+    third = UndoLog()
+    third.load(cast("NodeState", state), lambda _: v3)
+    assert [step.before for step in third.steps(strip, v3)] == [v2, v1]
