@@ -21,7 +21,7 @@ from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
 PEER_MAGIC = b"\xf5SHP"
-PEER_VERSION = 2
+PEER_VERSION = 3
 HELLO = Struct("<4sHH16s")
 HEADER = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
 HEADER_SIZE = HEADER.size
