@@ -24,7 +24,7 @@ DISK_ATTRIBUTES: Mapping[str, int] = {
     "emulate_pr": 0,
 }
 SECTOR = 512
-UNMAP_LIMIT_BYTES = 1 << 30  # one UNMAP: many objects at once, and still answered soon
+UNMAP_LIMIT_BYTES = 512 << 20  # one UNMAP: many objects at once, still answered soon; libiscsi takes more for a mistake
 
 # No demo mode: who has no entry gets nothing and sees nothing.
 TARGET_ATTRIBUTES: Mapping[str, int] = {

@@ -160,7 +160,7 @@ def test_a_disk_of_the_kernels_initiator() -> None:
     assert f"right CONNECTED, wrong {no}, none {no}, stranger Authorization failure" in lines
     assert f"discovery without {no}, with Target:iqn.2026-01.org.example:v, stranger 0" in lines
     assert "impostor refused" in lines, "mutual CHAP"
-    assert f"queue write back, discard {4 * MIB} {1024 * MIB}" in lines
+    assert f"queue write back, discard {4 * MIB} {512 * MIB}" in lines
     # Each fsync is a journal commit: a flush before its last block, and that block with FUA.
     assert numbers("flushes")[0] >= 10
     assert {"written", "busy", "clean", "serial same", "some changes", "status 1"} <= set(lines), lines
