@@ -39,6 +39,24 @@ def apply_command(state: ClusterState, sender: str, command: Command) -> Any:
     return _HANDLERS[command["t"]](state, sender, command)
 
 
+def misplaced(state: ClusterState, changes: Command) -> int:
+    """The time of a new epoch if one is needed to bring a new inode where it belongs; else 0.
+
+    It is when the epoch changed since the making began: the table did not know the VDI then, and the inode was kept
+    with as many copies as the table said, or the cluster's default.
+    """
+    vid, epoch, time_s = changes.get("made", (0, state.epoch, 0))
+    if state.epoch == epoch:
+        return 0
+    old = state.vdis.get(Vid(vid))
+    kept = old.copies if old is not None and old.copies else state.copies
+    made = next(values for values in changes["put"] if values["vid"] == vid)
+    if not made["copies"] or made["copies"] == kept:
+        return 0
+    made["former_copies"] = [[state.epoch + 1, kept]]
+    return int(time_s)
+
+
 def _vdis(state: ClusterState, _: str, command: Command) -> Result:
     if "table" in command:
         state.vdis = VdiTable.from_json(command["table"])

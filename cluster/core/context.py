@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.core.erasure import Coder, PlainCoder, Policy, policy_of
+from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid_of
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
@@ -63,6 +64,8 @@ class Context:
         self.counters = Counters()
         self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
+        self.spoilt: dict[ObjectId, StoreError] = {}
+        """Strips here that could not take a write, and why: they take no more until they are restored."""
         self.probes: dict[str, int] = {}
         self.coder: Coder = PlainCoder()
         self._machine: ClusterMachine | None = None

@@ -13,6 +13,7 @@ Each script may be run again from its start by another node after a crash at any
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -116,13 +117,14 @@ class Executor:
         durable = flags | Flag.DURABLE
         return lambda done: self._gateway.change(oid, durable, offset, length, data, copies, done)
 
-    def _freeze(self, vid: Vid) -> Step:
-        """No write of the volume is under way on any node, and none begins."""
+    def _freeze(self, vid: Vid, operation: Values) -> Step:
+        """No write of the volume is under way on any node, and none begins before the operation ends."""
+        by = str(operation["owner"]), int(operation["number"])
         return lambda done: self._everyone.ask(
             Kind.DRAIN,
             inode_oid(vid),
-            b"",
-            lambda answered: self._gateway.freeze(vid, lambda: answered(Result.SUCCESS, b"")),
+            json.dumps(by).encode(),
+            lambda answered: self._gateway.freeze(vid, by, lambda: answered(Result.SUCCESS, b"")),
             lambda result, _: done(result),
         )
 
@@ -154,7 +156,7 @@ class Executor:
         entries = b""
         if snapshot:
             assert working is not None
-            yield self._freeze(working.vid)
+            yield self._freeze(working.vid, operation)
             if (yield self._flush(working.vid)):
                 return {"result": int(Result.BASE_VDI_READ)}
         if base is not None:
@@ -164,11 +166,12 @@ class Executor:
         elif header.store_policy:
             entries = empty_btree()
         body = header.pack() + entries
+        epoch = self._context.epoch
         result, _ = yield self._change(inode_oid(vid), Flag.CREATE, 0, body, INODE_SIZE, header.nr_copies)
         if result:
             return {"result": int(Result.NO_SPACE if result == Result.NO_SPACE else Result.VDI_WRITE)}
         put = [VdiRecord.of_inode(header).to_json()]
-        changes: Values = {"put": put}
+        changes: Values = {"put": put, "made": [vid, epoch, operation["time"] >> 32]}
         if snapshot:
             assert working is not None
             frozen = operation["time"].to_bytes(8, "little")
@@ -224,7 +227,7 @@ class Executor:
         )
         if isinstance(record, Result):
             return {"result": int(record)}
-        yield self._freeze(record.vid)
+        yield self._freeze(record.vid, operation)
         if (yield from self._erase(record)):
             return {"result": int(Result.VDI_WRITE)}
         changes: Values = {"put": [_tombstone(record)]}
@@ -332,7 +335,7 @@ class Executor:
 
     def _move(self, operation: Values) -> Script[Values]:
         vid = Vid(operation["vid"])
-        result = yield from self._gateway.moves.move(vid, self._freeze(vid))
+        result = yield from self._gateway.moves.move(vid, self._freeze(vid, operation))
         return {"result": result}
 
     # -- late map writes -------------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ class Executor:
         heir = self._context.state.vdis.heir(Vid(operation["vid"]))
         if heir is None:
             return {"result": int(Result.SUCCESS)}
-        yield self._freeze(heir.vid)
+        yield self._freeze(heir.vid, operation)
         made: list[tuple[int, int]] = operation["made"]
         oid = inode_oid(heir.vid)
         while made:

@@ -73,6 +73,10 @@ class Gate:
     def fail(self, result: int) -> None:
         """This incarnation is over: what is held gets an error, and nothing is held any more."""
         self.guarded = self.suspended = self._leases = False
+        self.drop(result)
+
+    def drop(self, result: int) -> None:
+        """What is held gets an error."""
         held, self._held = self._held, []
         for done, _, _ in held:
             done(result, b"")

@@ -92,6 +92,10 @@ class _Request:
         self.finish(message.result, body)
 
 
+OperationKey: TypeAlias = tuple[str, int]
+"""Who ordered an operation, and its number there."""
+
+
 class Gateway:
     """See the module. `home` is this node's home machine of the current epoch (None outside a running cluster)."""
 
@@ -112,6 +116,7 @@ class Gateway:
         self.gate = Gate(context.clock, context.renew)
         self._held: list[Callable[[], None]] = []  # while suspended, or until the VDI table is there
         self._frozen: dict[Vid, list[Callable[[], None]]] = {}  # writes held while a snapshot is taken
+        self._freezers: dict[Vid, OperationKey] = {}  # the operations that froze them
 
     # -- what clients ask --------------------------------------------------------------------------------------
 
@@ -321,6 +326,7 @@ class Gateway:
         oid = request.oid
         replicas = context.placement.replicas(oid)
         if home is None or not replicas:
+            context.probe("gateway.nobody_stores")
             request.finish(Result.EIO, b"")
             return
         first, me = replicas[0], context.placement.me
@@ -435,8 +441,13 @@ class Gateway:
 
     def stop(self, result: int) -> None:
         """This node is no member any more: everything under way ends."""
-        self.home = None
         self.gate.fail(result)
+        self.start_over(result)
+
+    def start_over(self, result: int) -> None:
+        """The cluster was formatted: everything under way ends. Answers need leases as before."""
+        self.home = None
+        self.gate.drop(result)
         for request in list(self.pending.values()):
             request.finish(result, b"")
 
@@ -451,9 +462,10 @@ class Gateway:
         for call in held:
             call()
 
-    def freeze(self, vid: Vid, drained: Callable[[], None]) -> None:
-        """Holds new writes of a volume; `drained` when none is under way. Ends with `thaw`."""
+    def freeze(self, vid: Vid, by: OperationKey, drained: Callable[[], None]) -> None:
+        """Holds new writes of a volume; `drained` when none is under way. Ends with `thaw` by the same operation."""
         self._frozen.setdefault(vid, [])
+        self._freezers[vid] = by
         left = {
             number: None
             for number, request in self.pending.items()
@@ -480,11 +492,17 @@ class Gateway:
                 self.drains.remove(entry)
                 drained()
 
-    def thaw(self) -> None:
-        """An ordered operation has ended: held writes go on, and meet the new state."""
+    def thaw(self, by: OperationKey | None = None) -> None:
+        """An ordered operation has ended (None: all have): writes that it held go on, and meet the new state.
+
+        The end of an operation may come here after the freeze of the next one, since they come by different ways.
+        """
         if not self.gate.suspended:
             self._go_on()
-        frozen, self._frozen = self._frozen, {}
+        ended = [vid for vid, freezer in self._freezers.items() if by is None or freezer == by]
+        frozen = {vid: self._frozen.pop(vid) for vid in ended}
+        for vid in ended:
+            del self._freezers[vid]
         for calls in frozen.values():
             for call in calls:
                 call()

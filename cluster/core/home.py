@@ -17,10 +17,20 @@ from collections.abc import Callable, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.home_writes import HomeHooks, IoDone, Submission, Write
-from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, inode_oid, plain_oid, version_of, vid_of
+from sheepdog.cluster.core.ids import (
+    NO_VERSION,
+    NodeId,
+    ObjectId,
+    Version,
+    inode_oid,
+    plain_oid,
+    strip_of,
+    version_of,
+    vid_of,
+)
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
@@ -57,7 +67,7 @@ class Home:
         self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
         self._flying: dict[int, Write | None] = {}  # by sequence, ascending
         self.writing: dict[ObjectId, list[Write]] = {}
-        self._lost: dict[ObjectId, list[ObjectId]] = {}  # with the copies or strips that may be somewhere
+        self._lost: dict[ObjectId, list[tuple[int, ObjectId]]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
         self._untold: dict[int, None] = {}  # members that got writes since
@@ -123,7 +133,7 @@ class Home:
             if decision.needs_recovery:
                 self.recovery.add(self._job(decision))
             elif decision.is_lost:
-                self._lost[decision.oid] = [oid for _, oid in decision.lacking()]
+                self._lost[decision.oid] = decision.lacking()
                 self.context.probe("home.object_lost")
                 self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
             else:
@@ -185,8 +195,8 @@ class Home:
                 missing = self.absent(oid)
                 submission.done(Result.SUCCESS if flags & Flag.REMOVE and missing == Result.NO_OBJ else missing, b"")
                 return
-        elif self._lost:
-            self._lost.pop(oid, None)
+        elif oid in self._lost:
+            self._make_way(oid, policy)
         if flags & Flag.CREATE and flags & Flag.ONLY_NEW:
             if self.exists(oid, policy):
                 submission.done(Result.SUCCESS, b"")
@@ -197,6 +207,19 @@ class Home:
             self._number(submission, self._replicas(submission))
         else:
             self.strips.submit(submission, policy)
+
+    def _make_way(self, oid: ObjectId, policy: Policy | None) -> None:
+        """A client creates anew an object of which no current copy is left: what there is of it counts no more."""
+        if policy is None:
+            wanted = {(member, oid) for member in self._placement.replicas(oid)}
+        else:
+            self.strips.forget(oid)
+            wanted = {(member, strip_of(oid, strip)) for strip, member in enumerate(self.strips.layout(oid, policy))}
+        lost = self._lost.pop(oid)
+        for member, copy in lost:
+            if member == self.me:
+                self.hooks.restored_locally(copy)
+        self.recovery.drop(copy for copy in lost if copy not in wanted)
 
     def exists(self, oid: ObjectId, policy: Policy | None) -> bool:
         """There is a copy here, or strips of it somewhere."""
@@ -285,7 +308,6 @@ class Home:
         version, sequence, watermark = write.version, write.sequence, self.watermark()
         if submission.flags & Flag.REMOVE:
             self.hooks.restored_locally(oid)  # if it went with its disk: there is nothing to be restored any more
-        note_origin(context, submission.flags, oid, submission.gateway, submission.number, submission.floor, version)
         for replica in replicas[1:]:
             message = Message(
                 Kind.APPLY,
@@ -306,16 +328,18 @@ class Home:
                 submission.gateway,
             )
             context.peers.request(placement.nodes[replica], message, write.remote(replica))
-        perform(
-            context.store,
-            submission.flags,
-            oid,
-            submission.offset,
-            submission.length,
-            submission.data,
-            version,
-            write.local,
-        )
+        flags = submission.flags
+        perform(context.store, flags, oid, submission.offset, submission.length, submission.data, version, write.local)
+        if context.store.version(oid) == version or flags & Flag.REMOVE:  # it has not failed
+            note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)
+
+    def failed_here(self, submission: Submission, error: StoreError) -> None:
+        """The strip of this node could not take a write: it takes no more until it is restored."""
+        oid = submission.oid
+        policy = self.context.policy_of(oid)
+        copy = None if policy is None else self.strips.own_strip(oid, policy)
+        if copy is not None and self.context.fence == self.fence:
+            self.context.spoilt.setdefault(copy, error)
 
     def replica_failed(self, write: Write, member: int, result: int) -> None:
         """A replica could not apply a write: its copy differs now, and must be made equal again."""
@@ -431,7 +455,7 @@ class Home:
     def given_up(self, oid: ObjectId) -> None:
         """Nothing is left to restore the object from."""
         if self.context.policy_of(oid) is None and self.context.store.version(oid) == NO_VERSION:
-            self._lost[oid] = [oid]
+            self._lost[oid] = [(self.me, oid)]
 
     # -- requests of other gateways ------------------------------------------------------------------------------
 

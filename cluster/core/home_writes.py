@@ -108,6 +108,7 @@ class Write:
 
     def local(self, error: StoreError | None) -> None:
         if error is not None:
+            self.home.failed_here(self.submission, error)
             self.home.replica_failed(self, self.home.me, error.result)
         self.pending -= 1
         if not self.pending:

@@ -35,6 +35,7 @@ LEASE_NS = 2_000_000_000  # a node answers its clients for so long after it last
 MAX_EXPELLED = 64  # expelled incarnations remembered: each is gone from the engine within seconds of waking up
 STATE_CHUNK_BYTES = 512 * 1024  # of ordered messages: below the limit of every engine (1 MB)
 JOIN_HISTORY_EPOCHS = 256  # records that a joining node tells: 6 nodes take 100 KB; more than any outage makes
+MAX_ENDED_OPERATIONS = 64  # remembered: a link that comes back asks again for what was asked seconds ago
 MAX_EARLY_MESSAGES = 4096  # held for an epoch this node has not seen yet: peers get there within milliseconds
 UNDO_RECORD_BYTES = 64 * 1024  # what a larger write replaced is kept in memory only: twice the bytes would cost half
 LOOKED_STRIPS = 256  # whose bytes are kept between the home's look at them and the change: more are never under way

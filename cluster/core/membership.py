@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from sheepdog.cluster.core.commands import apply_command
+from sheepdog.cluster.core.commands import apply_command, misplaced
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.fragments import Fragments, Key
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
@@ -443,13 +443,15 @@ class ClusterMachine:
         if not queue or _name(queue[0]) != _name(operation):
             return
         queue.pop(0)
-        apply_command(self.state, "", {"t": "vdis", **command["changes"]})
+        changes = command["changes"]
+        begins = changes.get("epoch") or misplaced(self.state, changes)
+        apply_command(self.state, "", {"t": "vdis", **changes})
         if self._executing == _name(operation):
             self._executing = None
         self.state.sweeps += operation["op"] in ("delete", "bury")
         queue.extend(command.get("next", ()))
-        if "epoch" in command["changes"]:
-            self._new_epoch(command["changes"]["epoch"], quiet)
+        if begins:
+            self._new_epoch(begins, quiet)
         if not quiet:
             self._listener.operation_ended({**operation, **command})
 

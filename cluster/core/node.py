@@ -31,7 +31,7 @@ from sheepdog.cluster.core.ids import (
     vid_of,
 )
 from sheepdog.cluster.core.inode_writes import InodeWrites
-from sheepdog.cluster.core.limits import LEASE_NS, LOST_PART_ENTRIES, MAX_EARLY_MESSAGES
+from sheepdog.cluster.core.limits import LEASE_NS, LOST_PART_ENTRIES, MAX_EARLY_MESSAGES, MAX_ENDED_OPERATIONS
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
@@ -107,6 +107,7 @@ class Node:
         self._lacking: dict[ObjectId, int] = {}  # no current copy here of these; they existed in that epoch
         self._settled = 0
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
+        self._ended: dict[tuple[str, int], None] = {}  # the last operations: nobody freezes for them any more
         self._early: list[tuple[NodeId, Message]] = []
         self._durable = False  # the current epoch's record is on the disk
         self._told = False  # the homes of the current epoch know what is here
@@ -205,7 +206,9 @@ class Node:
         if operation["op"] == "load":
             self._tell_inventory()
         self.coherence.changed()
-        self.gateway.thaw()
+        key = operation["owner"], operation["number"]
+        self._ended = {**dict(list(self._ended.items())[1 - MAX_ENDED_OPERATIONS :]), key: None}
+        self.gateway.thaw(key)
         self.operations.ended(operation)
         self._executor.sweep.consider()
 
@@ -253,7 +256,7 @@ class Node:
         self._disk.clear_epochs(self._must_work)
         self._disk.save_settled(0, self._must_work)
         self.operations.forget_all(Result.VDI_NOT_EMPTY)
-        self.gateway.stop(Result.NO_OBJ)
+        self.gateway.start_over(Result.NO_OBJ)
         for oid, _ in list(store.inventory()):
             store.remove(oid, self._must_work)
         self.gateway.thaw()
@@ -411,7 +414,7 @@ class Node:
         self._home_done(self.context.me)
 
     def restored_locally(self, oid: ObjectId) -> None:
-        self.replica.missing.pop(oid, None)
+        self.replica.restored(oid)
 
     def _home_done(self, node: NodeId) -> None:
         self._complete[node] = None
@@ -464,7 +467,7 @@ class Node:
         def pulled(result: int) -> None:
             if self.context.fence == fence:
                 if not result:
-                    self.replica.missing.pop(message.oid, None)
+                    self.replica.restored(message.oid)
                 self.context.peers.answer(sender, message, result)
 
         self.pull(message, pulled)
@@ -492,6 +495,8 @@ class Node:
                 return
             if error is not None:
                 self.replica.missing[strip] = None
+            else:
+                self.context.spoilt.pop(strip, None)
             agreed(Result.SUCCESS if error is None else error.result)
 
         state = Version(message.offset, message.length, message.sequence)
@@ -500,7 +505,7 @@ class Node:
     def drop(self, oid: ObjectId) -> None:
         if oid >> STRIP_SHIFT:
             self.replica.strips.replaced(oid)
-            self.replica.missing.pop(oid, None)
+            self.replica.restored(oid)
         else:
             self.context.origins.forget(oid)
         self.context.store.remove(oid, lambda _: None)
@@ -579,7 +584,11 @@ class Node:
 
     def _on_drain(self, sender: NodeId, message: Message) -> None:
         answer = self._answering(sender, message)
-        self.gateway.freeze(vid_of(message.oid), lambda: answer(Result.SUCCESS, b""))
+        owner, number = json.loads(bytes(_body(message)))
+        if (owner, number) in self._ended:  # asked again over a new link, when it was all over
+            answer(Result.SUCCESS, b"")
+        else:
+            self.gateway.freeze(vid_of(message.oid), (owner, number), lambda: answer(Result.SUCCESS, b""))
 
     def _on_query(self, sender: NodeId, message: Message) -> None:
         question = json.loads(bytes(_body(message)))

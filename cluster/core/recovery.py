@@ -347,7 +347,7 @@ class Recovery:
             return
 
         def again() -> None:
-            if self._context.fence == self._fence and job.oid in self._jobs and not job.running:
+            if self._context.fence == self._fence and self._jobs.get(job.oid) is job and not job.running:
                 self._start(job)
 
         self._context.clock.after(RECOVERY_RETRY_NS, again)

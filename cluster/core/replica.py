@@ -38,6 +38,19 @@ def perform(
         store.write(oid, offset, data, version, durable, done)
 
 
+def spoilt(context: Context, flags: int, oid: ObjectId, done: Done) -> bool:
+    """Refuses a change of a strip that could not take an earlier one: it stays what it was until it is made anew."""
+    error = context.spoilt.get(oid)
+    if error is None:
+        return False
+    if flags & (Flag.CREATE | Flag.REMOVE):  # another copy takes its place
+        del context.spoilt[oid]
+        return False
+    context.probe("replica.spoilt")
+    done(error)
+    return True
+
+
 def touched(flags: int, offset: int, length: int) -> tuple[int, int]:
     """First and last+1 byte that a change affects, in whole blocks: the unit of atomicity."""
     if flags & (Flag.CREATE | Flag.REMOVE):
@@ -81,6 +94,7 @@ class Replica:
         self.unequal = [{} for _ in range(count)]
         self.missing = {}
         self.lost = {}
+        self._context.spoilt = {}
         self._unstable = {}
         self._order = [deque() for _ in range(count)]
         self._levels = [deque() for _ in range(count)]
@@ -97,6 +111,12 @@ class Replica:
         self.complete[home] = verdict.complete
         self.settled[home] = True
         self.strips.settled(home, {**self.missing, **self.unequal[home]})
+
+    def restored(self, oid: ObjectId) -> None:
+        """The copy here is current, whatever was wrong with it; or it is gone, as it should be."""
+        self.missing.pop(oid, None)
+        self.lost.pop(oid, None)
+        self._context.spoilt.pop(oid, None)
 
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
@@ -148,6 +168,8 @@ class Replica:
             counters.peer_writes += 1
             counters.peer_rx += len(body)
         answer = self._answering(sender, message, key, context.fence)
+        if context.spoilt and spoilt(context, flags, oid, answer):  # a strip
+            return
         if oid >> STRIP_SHIFT:
 
             def taken() -> None:
@@ -155,8 +177,9 @@ class Replica:
 
             self.strips.perform(flags, oid, message.offset, message.length, body, message.version, taken, answer)
         else:
-            note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
             perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)
+            if context.store.version(oid) == message.version or flags & Flag.REMOVE:  # it has not failed
+                note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
 
     def _answering(
         self, sender: NodeId, message: Message, key: tuple[int, int], fence: int
@@ -170,7 +193,11 @@ class Replica:
             if error is not None:
                 context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
                 self.missing[message.oid] = None
+                if message.oid >> STRIP_SHIFT:
+                    context.spoilt.setdefault(message.oid, error)
                 result = self._failed[key] = error.result
+            elif message.flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
+                self.restored(message.oid)
             context.peers.answer(sender, message, result)
 
         return applied

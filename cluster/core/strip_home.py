@@ -22,7 +22,7 @@ from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_index
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
-from sheepdog.cluster.core.replica import note_origin, touched
+from sheepdog.cluster.core.replica import note_origin, spoilt, touched
 from sheepdog.cluster.core.strip_levels import Leveled, StripLevels
 from sheepdog.cluster.core.strip_replica import StripReplica
 from sheepdog.cluster.core.strip_undo import ALL_STRIPS
@@ -64,6 +64,7 @@ class StripHome:
         self._layouts: dict[ObjectId, Layout] = {}  # of objects whose strips are not where they would be put now
         self._locks = RangeLocks()
         self._order: deque[tuple[int, ObjectId]] = deque()  # writes of strips here that may not be everywhere
+        self._forgotten: dict[ObjectId, None] = {}  # lost, and about to be created anew
         self._versions: dict[ObjectId, Version] = {}  # last one given to objects that are to be repaired
         self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
         self.levels = StripLevels(context, home)
@@ -92,7 +93,13 @@ class StripHome:
         layout = self.layout(oid, policy)
         return strip_of(oid, layout.index(self._me)) if self._me in layout else None
 
+    def forget(self, oid: ObjectId) -> None:
+        """Too few strips are left of it: it does not exist until it is created."""
+        self._forgotten[oid] = None
+
     def exists(self, oid: ObjectId, policy: Policy) -> bool:
+        if oid in self._forgotten:
+            return False
         if self._home.recovery.strip_holders(oid) is not None:
             return True
         strip = self.own_strip(oid, policy)
@@ -155,6 +162,7 @@ class StripHome:
             whole[submission.offset : submission.offset + len(submission.data)] = submission.data
             self._send(submission, policy, layout, encode_stripes(coder, policy, 0, whole), flags & ~Flag.CREATE, lock)
         elif flags & Flag.CREATE:
+            self._forgotten.pop(oid, None)
             changes = encode_creation(coder, policy, submission.offset, submission.data)
             self._send(submission, policy, layout, changes, flags & ~Flag.ONLY_NEW, lock)
         elif not submission.data:
@@ -265,7 +273,8 @@ class StripHome:
             def taken() -> None:
                 note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, write.version)
 
-            self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, taken, write.local)
+            if not (context.spoilt and spoilt(context, own_flags, oid_here, write.local)):
+                self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, taken, write.local)
         self._release(lock)
 
     def remove(self, submission: Submission, policy: Policy) -> None:

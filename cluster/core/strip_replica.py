@@ -107,15 +107,19 @@ class StripReplica:
     ) -> None:
         store, durable = self._context.store, bool(flags & Flag.DURABLE)
         looked = self._looked.pop(strip, None)
+        broken = self._context.spoilt.get(strip)
+        if broken is not None and not flags & (Flag.CREATE | Flag.REMOVE):
+            done(broken)
+            return
         if flags & Flag.CREATE:
             self.undo.drop(strip)
-            taken()
             store.create(strip, length, offset, data, version, durable, done)
+            self._note(strip, version, taken)
             return
         if flags & Flag.REMOVE:
             self.undo.drop(strip)
-            taken()
             store.remove(strip, done)
+            taken()
             return
         before = store.version(strip)
         if before is None:
@@ -126,15 +130,15 @@ class StripReplica:
             return
         if not data:
             self.undo.keep(strip, Undo(before, version, 0, b"", length))
-            taken()
             store.stamp(strip, version, durable, done)
+            self._note(strip, version, taken)
             return
 
         def replace(old: Buffer) -> None:
             self.undo.keep(strip, Undo(before, version, offset, old, length))
-            taken()
             fresh = xor(old, data) if flags & Flag.XOR else data
             store.write(strip, offset, fresh, version, durable, done)
+            self._note(strip, version, taken)
 
         if looked is not None and looked.offset == offset and looked.data is not None and len(looked.data) == len(data):
             replace(looked.data)
@@ -152,6 +156,17 @@ class StripReplica:
             self._run(strip, queue)
 
         store.read(strip, offset, len(data), read)
+
+    def _note(self, strip: ObjectId, version: Version, taken: Callable[[], None]) -> None:
+        """The store has taken the change or has failed, which it may say later.
+
+        A strip that lacks a change takes no more of them and is not read, until it is made anew. What comes next would
+        be computed from bytes that the parity does not stand for any more.
+        """
+        if self._context.store.version(strip) == version:
+            taken()
+        else:
+            self._context.spoilt.setdefault(strip, DiskError(f"strip {oid_name(strip)} lacks a write"))
 
     def _run(self, strip: ObjectId, queue: deque[Callable[[], None]]) -> None:
         """What waited, until something has to read again; the rest waits behind that."""
@@ -211,7 +226,10 @@ class StripReplica:
         self.read(strip, offset, length, read)
 
     def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
-        """Sees every change that came before."""
+        """Sees every change that came before; DiskError if one of them failed."""
+        if strip in self._context.spoilt:
+            done(self._context.spoilt[strip])
+            return
         queue = self._queues.get(strip)
         if queue is not None:
             queue.append(lambda: self._context.store.read(strip, offset, length, done))

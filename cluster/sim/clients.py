@@ -39,6 +39,17 @@ def value_of(block: Buffer, where: str) -> int:
     return value
 
 
+class _Call:
+    """A request under way."""
+
+    __slots__ = ("answer", "given_up", "process")
+
+    def __init__(self, process: Process, answer: Answer) -> None:
+        self.process = process
+        self.answer = answer
+        self.given_up = False
+
+
 class Door:
     """A client's connection: one request at a time, to a gateway that may die."""
 
@@ -47,7 +58,7 @@ class Door:
         self.name = name
         self.random = cluster.world.stream(f"client {name}")
         self._machine = home
-        self._waiting: tuple[Process, Answer] | None = None
+        self._waiting: _Call | None = None
 
     @property
     def busy(self) -> bool:
@@ -73,22 +84,32 @@ class Door:
         if process is None:
             answer(int(Result.WAIT_FOR_JOIN), None)
             return
-        self._waiting = (process, answer)
+        self._waiting = call = _Call(process, answer)
 
         def answered(result: int, value: Any = None) -> None:
-            if self._waiting is None or self._waiting[0] is not process or self._waiting[1] is not answer:
+            if call.given_up or not process.alive:
+                return  # nobody hears it, or it never left the dead process
+            if self._waiting is not call:
                 raise Violation(f"{self.name}: a second answer (result {result:#x})")
-            if not process.alive:
-                return  # never left the dead process
             self._waiting = None
             answer(int(result), value)
 
-        request(process, answered)
+        process.life.do(self, lambda: request(process, answered))
 
     def watch(self) -> None:
         """Notices that the gateway is gone."""
-        if self._waiting is not None and not self._waiting[0].alive:
-            answer, self._waiting = self._waiting[1], None
+        if self._waiting is not None and not self._waiting.process.alive:
+            self._lose()
+
+    def hang_up(self) -> None:
+        """The connection breaks: the answer is lost, and what was asked may be done at any time."""
+        if self._waiting is not None:
+            self._waiting.given_up = True
+            self._lose()
+
+    def _lose(self) -> None:
+        if self._waiting is not None:
+            answer, self._waiting = self._waiting.answer, None
             self._machine += 1
             answer(LOST, None)
 
@@ -143,6 +164,11 @@ class BlockClient:
         self.stopped = False
         self.think_ns = 2 * MILLISECOND
         self.durable_chance = 0.3
+        self.flush_chance = 0.02
+        self.hang_up_chance = 0.0
+        self.requests = 0
+        self._asked_ns = 0
+        self.longest_ns = 0  # that a request was under way
 
     def start(self) -> None:
         self._world.after(self._random.randrange(self.think_ns), self._next)
@@ -157,6 +183,11 @@ class BlockClient:
         random, volume = self._random, self._volume
         if random.random() < 0.02:
             self._door.move()
+        self.requests += 1
+        self._asked_ns = self._world.now_ns
+        if random.random() < self.flush_chance:
+            self._flush()
+            return
         index = random.randrange(volume.objects)
         first = random.choice(volume.blocks)
         count = 2 if random.random() < 0.2 and first + 1 < OBJECT_BYTES // BLOCK_SIZE else 1
@@ -164,8 +195,22 @@ class BlockClient:
             self._write(index, first, count)
         else:
             self.read(index, first, count, self._pause)
+        if self.hang_up_chance and random.random() < self.hang_up_chance:
+            self._world.after(random.randrange(5 * MILLISECOND), self._door.hang_up)
+
+    def _flush(self) -> None:
+        start_ns = self._world.now_ns
+
+        def answered(result: int, _: Any) -> None:
+            self._count(result)
+            if result == Result.SUCCESS:
+                self._history.flushed(self._volume.name, start_ns, self._world.now_ns)
+            self._pause()
+
+        self._door.ask(lambda process, done: process.node.gateway.flush(self._volume.vid, done), answered)
 
     def _pause(self) -> None:
+        self.longest_ns = max(self.longest_ns, self._world.now_ns - self._asked_ns)
         self._world.after(self._random.randrange(self.think_ns), self._next)
 
     def _note(self, index: int, block: int, operation: Operation) -> None:
@@ -185,7 +230,7 @@ class BlockClient:
         def answered(result: int, _: Any) -> None:
             end_ns = self._world.now_ns if result == Result.SUCCESS else NEVER
             for position, value in enumerate(values):
-                self._note(index, first + position, Operation(True, value, start_ns, end_ns, self._door.name))
+                self._note(index, first + position, Operation(True, value, start_ns, end_ns, self._door.name, durable))
             self._count(result)
             self._pause()
 

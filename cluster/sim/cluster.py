@@ -12,19 +12,21 @@ from sheepdog.cluster.sim.engine import SimAttachment, SimEngine
 from sheepdog.cluster.sim.network import Fabric, SimNetwork
 from sheepdog.cluster.sim.state import SimNodeState, SimStateDisk
 from sheepdog.cluster.sim.store import SimDisk, SimStore
-from sheepdog.cluster.sim.world import MILLISECOND, SECOND, WALL_START_NS, Event, World
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, WALL_START_NS, Event, Life, World
 
 HEALTH_LIMIT_NS = (
     60 * SECOND
 )  # after the last fault: far more than detection, peering and recovery of a small world take
+REJOIN_NS = 300 * MILLISECOND  # a daemon that lost its cluster tries to join again at once, then ever more slowly
+RESTART_NS = 200 * MILLISECOND  # of a sheep that ended with an error, by systemd
 NodeFactory = Callable[..., Node]
 
 
 class SimClock:
     """`ports.Clock` of one process: its timers end with it."""
 
-    def __init__(self, world: World) -> None:
-        self.alive = True
+    def __init__(self, world: World, life: Life) -> None:
+        self._life = life
         self._world = world
 
     def now_ns(self) -> int:
@@ -34,11 +36,7 @@ class SimClock:
         return WALL_START_NS + self._world.now_ns
 
     def after(self, delay_ns: int, call: Callable[[], None]) -> Event:
-        def run() -> None:
-            if self.alive:
-                call()
-
-        return self._world.after(delay_ns, run)
+        return self._world.after(delay_ns, lambda: self._life.do(self, call))
 
 
 class Process:
@@ -47,15 +45,11 @@ class Process:
     def __init__(self, machine: Machine) -> None:
         world, cluster = machine.cluster.world, machine.cluster
         self.machine = machine
-        self.alive = True
-        self.clock = SimClock(world)
-        self.store = SimStore(machine.disk, world)
-        self.state = SimNodeState(machine.state, world)
-        self.network: SimNetwork = cluster.fabric.attach(
-            machine.id,
-            self._on_message,
-            self._on_link,
-        )
+        self.life = life = Life(machine.random)
+        self.clock = SimClock(world, life)
+        self.store = SimStore(machine.disk, world, life)
+        self.state = SimNodeState(machine.state, world, life)
+        self.network: SimNetwork = cluster.fabric.attach(machine.id, self._on_message, self._on_link, life)
         self.node: Node = cluster.make_node(
             Member(machine.id, machine.zone, machine.vnodes, machine.space),
             self.clock,
@@ -66,10 +60,15 @@ class Process:
             lambda level, text: world.say(f"{machine.name} <{level}> {text}"),
         )
         self.node.on_exit = self._exited
+        self.node.on_lost = self._lost
         self.node.start()
-        self._attachment: SimAttachment = cluster.engine.attach(
-            bytes.fromhex(node_key(machine.id)), self.node.payload, self.node.on_event
+        self.attachment: SimAttachment = cluster.engine.attach(
+            bytes.fromhex(node_key(machine.id)), self.node.payload, self.node.on_event, life
         )
+
+    @property
+    def alive(self) -> bool:
+        return self.life.alive
 
     # The network and the node need each other: calls go through here.
 
@@ -82,30 +81,43 @@ class Process:
     # The engine port: the attachment exists only after the node.
 
     def broadcast(self, data: bytes) -> None:
-        self._attachment.broadcast(data)
+        self.attachment.broadcast(data)
 
     def renew(self) -> None:
-        """Nobody is declared dead who is not: no leases."""
+        self.attachment.renew()
 
     def leave(self) -> None:
-        self._attachment.leave()
+        self.attachment.leave()
 
     def _exited(self, status: int, reason: str) -> None:
-        """The node wants its process to end; the daemon would do so after the present event."""
-        self.machine.exits.append((status, reason))
-        self.machine.cluster.world.after(0, lambda: self.end(leave=True))
+        """The node wants its process to end; the daemon would do so after the present event.
+
+        One that failed is started again by whoever looks after the machine.
+        """
+        machine, world = self.machine, self.machine.cluster.world
+        machine.exits.append((status, reason))
+        world.say(f"{machine.name} exits with {status}: {reason}")
+        world.after(0, lambda: self.end(leave=True))
+        if status:
+            world.after(RESTART_NS + machine.random.randrange(RESTART_NS), machine.start)
+
+    def _lost(self, reason: str) -> None:
+        """The others go on without this incarnation: its clients are cut off, and another one begins soon."""
+        machine = self.machine
+        machine.cluster.world.say(f"{machine.name} lost the cluster: {reason}")
+        self.end(leave=True)
+        machine.cluster.world.after(machine.random.randrange(REJOIN_NS), machine.start)
 
     def end(self, leave: bool = False) -> None:
         if not self.alive:
             return
-        self.alive = False
         self.machine.cluster.count_probes(self.node)
-        self.clock.alive = self.store.alive = self.state.alive = False
-        self.network.die()
         if leave:
-            self._attachment.leave()
+            self.attachment.leave()
         else:
-            self._attachment.die()
+            self.attachment.die()
+        self.life.end()
+        self.network.die()
         if self.machine.process is self:
             self.machine.process = None
 
@@ -113,18 +125,20 @@ class Process:
 class Machine:
     """A host: its disks outlive its processes."""
 
-    def __init__(self, cluster: SimCluster, number: int, zone: int) -> None:
+    def __init__(self, cluster: SimCluster, number: int, zone: int, vnodes: int = 128) -> None:
         self.cluster = cluster
         self.name = f"node{number}"
         self.number = number
         self.id = NodeId(bytes(12) + bytes([10, 0, 0, number + 1]), 7000)
         self.zone = zone
-        self.vnodes = 128
+        self.vnodes = vnodes  # 0: a gateway, which stores nothing
+        self.random = cluster.world.stream(f"machine {number}")
         self.space = 1 << 40
         self.disk = SimDisk(cluster.world, self.name)
         self.state = SimStateDisk(cluster.world, self.name, self.disk)
         self.process: Process | None = None
         self.exits: list[tuple[int, str]] = []
+        self._not_before_ns = 0
 
     @property
     def node(self) -> Node:
@@ -135,8 +149,13 @@ class Machine:
     def up(self) -> bool:
         return self.process is not None
 
+    def hold_off(self, duration_ns: int) -> None:
+        """Does not start before this has passed."""
+        self._not_before_ns = self.cluster.world.now_ns + duration_ns
+        self.cluster.world.after(duration_ns, self.start)
+
     def start(self) -> None:
-        if self.process is None:
+        if self.process is None and self.cluster.world.now_ns >= self._not_before_ns:
             self.cluster.world.say(f"{self.name} starts")
             self.process = Process(self)
 
@@ -158,6 +177,27 @@ class Machine:
             self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
             self.node.copies_lost(lost)
 
+    def replace_disk(self) -> None:
+        """All its disks are lost, what the node knew of its cluster too; the machine is down."""
+        self.cluster.world.say(f"{self.name} gets an empty disk")
+        self.disk.wipe()
+        self.state.wipe()
+
+    def pause(self, duration_ns: int) -> None:
+        """SIGSTOP, and SIGCONT a while later."""
+        process = self.process
+        if process is None or process.life.stopped:
+            return
+        self.cluster.world.say(f"{self.name} is stopped for {duration_ns / 1e6:.1f} ms")
+        process.life.stop()
+        process.attachment.fall_silent(duration_ns)
+
+        def go_on() -> None:
+            self.cluster.world.say(f"{self.name} goes on")
+            process.life.go_on()
+
+        self.cluster.world.after(duration_ns, go_on)
+
     def serves(self) -> bool:
         """Joined a running cluster, and of its present epoch."""
         return self.process is not None and self.node.context.epoch > 0 and self.node.cluster.status == Status.RUNNING
@@ -166,21 +206,42 @@ class Machine:
 class SimCluster:
     """See the module. `make_node` lets tests run a changed core (planted bugs)."""
 
-    def __init__(self, world: World, machines: int, make_node: NodeFactory = Node) -> None:
+    def __init__(
+        self,
+        world: World,
+        machines: int,
+        make_node: NodeFactory = Node,
+        gateways: int = 0,
+        session_ns: int = 0,
+        zone_of: tuple[int, ...] = (),
+    ) -> None:
         self.world = world
         self.fabric = Fabric(world)
-        self.engine = SimEngine(world)
+        self.engine = SimEngine(world, session_ns)
+        self._zone_of = zone_of  # of the first machines; the others are zones of their own
         self.make_node = make_node
         self._probes: dict[str, int] = {}
-        self.machines = [Machine(self, number, number) for number in range(machines)]
+        self.machines: list[Machine] = []
+        for number in range(machines + gateways):
+            self.add_machine(gateway=number >= machines)
+
+    def add_machine(self, gateway: bool = False) -> Machine:
+        """A new machine, which is off yet."""
+        number = len(self.machines)
+        zone = self._zone_of[number] if number < len(self._zone_of) else number
+        machine = Machine(self, number, zone, 0 if gateway else 128)
+        self.machines.append(machine)
+        return machine
 
     def machine(self, node: NodeId) -> Machine:
         return next(machine for machine in self.machines if machine.id == node)
 
     def start_all(self, spread_ns: int = 50 * MILLISECOND) -> None:
-        """Starts every machine that is down, in random order."""
+        """Starts every machine that is down, in random order; those that are stopped go on."""
         random = self.world.stream(f"start {self.world.now_ns}")
         for machine in self.machines:
+            if machine.process is not None and machine.process.life.stopped:
+                machine.process.life.go_on()
             if not machine.up:
                 self.world.after(random.randrange(spread_ns), machine.start)
 
@@ -206,6 +267,21 @@ class SimCluster:
 
     def unhealthy(self) -> str:
         """Why the cluster is not healthy; empty when it is."""
+        unsettled = self.unsettled()
+        if unsettled:
+            return unsettled
+        for machine in self.machines:
+            node = machine.node
+            if node.gateway.pending or node.gateway.drains:
+                return f"{machine.name}: requests under way"
+            if node.cluster.queue:
+                return f"{machine.name}: operations queued"
+            if node.cluster.swept < node.cluster.sweeps:
+                return f"{machine.name}: a sweep is due"
+        return ""
+
+    def unsettled(self) -> str:
+        """Why not every copy is where it belongs and current; empty when it is. Clients may go on."""
         if not self.all_joined():
             return "not all nodes have joined"
         epochs = {machine.node.context.epoch for machine in self.machines}
@@ -221,12 +297,6 @@ class SimCluster:
                 return f"{machine.name}: {node.home.recovery.unfinished} objects to recover"
             if not node.home.strips.levels.idle:
                 return f"{machine.name}: strips are not level"
-            if node.gateway.pending or node.gateway.drains:
-                return f"{machine.name}: requests under way"
-            if node.cluster.queue:
-                return f"{machine.name}: operations queued"
-            if node.cluster.swept < node.cluster.sweeps:
-                return f"{machine.name}: a sweep is due"
             if machine.state.settled != node.context.epoch:
                 return f"{machine.name}: settled in {machine.state.settled} of {node.context.epoch}"
         return ""

@@ -2,6 +2,9 @@
 
 A link is up when both ends want it. What is under way when it breaks is lost from a random point on; both ends are
 told, each after a while, and the link comes up again. Every message passes through its bytes.
+
+A direction can be *held*: what is sent that way waits, as TCP sends again what a partition swallows, and arrives when
+it is over. A direction can be slow. `trap` sees every message before it leaves: so that faults can be aimed.
 """
 
 from __future__ import annotations
@@ -10,19 +13,21 @@ from collections.abc import Callable, Iterable
 
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.core.messages import Message
-from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
+from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 from sheepdog.cluster.wire.peer import HEADER_SIZE, decode, encode
 
 OnMessage = Callable[[NodeId, Message], None]
 OnLink = Callable[[NodeId, bool], None]
+Trap = Callable[[NodeId, NodeId, int], None]  # sender, receiver, kind of the message
+Way = tuple[NodeId, NodeId]  # one direction: from, to
 
 
 class SimNetwork:
     """`ports.Network` of one process."""
 
-    def __init__(self, fabric: Fabric, me: NodeId, on_message: OnMessage, on_link: OnLink) -> None:
+    def __init__(self, fabric: Fabric, me: NodeId, on_message: OnMessage, on_link: OnLink, life: Life) -> None:
         self.me = me
-        self.alive = True
+        self.life = life
         self.wanted: dict[NodeId, None] = {}
         self.links: dict[NodeId, _Link] = {}  # up on this side
         self.on_message = on_message
@@ -32,6 +37,8 @@ class SimNetwork:
     def send(self, node: NodeId, message: Message) -> None:
         link = self.links.get(node)
         if link is not None:
+            if self._fabric.trap is not None:
+                self._fabric.trap(self.me, node, message.kind)
             link.send(self, b"".join(encode(message)))
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
@@ -45,7 +52,6 @@ class SimNetwork:
 
     def die(self) -> None:
         """The process is gone; what the kernel had taken of its messages may still arrive."""
-        self.alive = False
         links, self.links = self.links, {}
         for link in links.values():
             link.cut(tell=link.other(self))
@@ -70,29 +76,36 @@ class _Link:
 
     def bring_up(self) -> None:
         """The dialled end is up at once, the dialler when the other's hello has come."""
-        dialler, dialled = self.ends
+        _, dialled = self.ends
         self._convey(0, self._up)
-        self._up(dialled)
-        del dialler
+        dialled.life.do(self, lambda: self._up(dialled))
 
     def _convey(self, receiving: int, call: Callable[[SimNetwork], None]) -> None:
         """Calls after the way over the link, in order."""
-        world = self.fabric.world
-        arrival = max(self._arrival[receiving], world.now_ns + self.fabric.latency_ns())
-        self._arrival[receiving] = arrival
+        fabric, world = self.fabric, self.fabric.world
         end = self.ends[receiving]
+        delay_ns = fabric.latency_ns()
+        if fabric.troubled:
+            delay_ns = fabric.delayed_ns((self.ends[1 - receiving].me, end.me), delay_ns)
+        arrival = max(self._arrival[receiving], world.now_ns + delay_ns)
+        self._arrival[receiving] = arrival
 
         def arrived() -> None:
-            if end.alive and (self.cut_ns is None or world.now_ns <= self.cut_ns):
-                call(end)
+            if self.cut_ns is None or world.now_ns <= self.cut_ns:
+                end.life.do(self, lambda: call(end))
 
         world.after(arrival - world.now_ns, arrived)
 
     def _up(self, end: SimNetwork) -> None:
         other = self.other(end).me
-        if other in end.wanted and other not in end.links:
+        if other in end.wanted:
+            old = end.links.get(other)
+            if old is not None:  # a stopped process finds its end and its successor at once
+                old.noticed(end)
             end.links[other] = self
             end.on_link(other, True)
+        else:  # it has changed its mind since it dialled
+            self.cut(tell=self.other(end))
 
     def _deliver(self, end: SimNetwork, sender: NodeId, data: bytes) -> None:
         if end.links.get(sender) is self:
@@ -109,13 +122,16 @@ class _Link:
         self.cut_ns = world.now_ns + fabric.random.randrange(fabric.max_latency_ns)
         for end in self.ends if tell is None else (tell,):
             delay_ns = self.cut_ns - world.now_ns + fabric.random.randrange(fabric.max_notice_ns)
-            world.after(delay_ns, lambda end=end: self.noticed(end))  # type: ignore[misc]
+            self._notice_later(end, delay_ns)
         fabric.forget(self)
+
+    def _notice_later(self, end: SimNetwork, delay_ns: int) -> None:
+        self.fabric.world.after(delay_ns, lambda: end.life.do(self, lambda: self.noticed(end)))
 
     def noticed(self, end: SimNetwork) -> None:
         """One end learns that the link is gone."""
         other = self.other(end).me
-        if end.alive and end.links.get(other) is self:
+        if end.links.get(other) is self:
             del end.links[other]
             end.on_link(other, False)
 
@@ -134,11 +150,41 @@ class Fabric:
         self._links: dict[tuple[NodeId, NodeId], _Link] = {}
         self._blocked: dict[tuple[NodeId, NodeId], None] = {}
         self._dialling: dict[tuple[NodeId, NodeId], None] = {}
+        self.trap: Trap | None = None
+        self._held: dict[Way, int] = {}  # until when
+        self._slow: dict[Way, tuple[int, int]] = {}  # until when, how many times slower
 
-    def attach(self, me: NodeId, on_message: OnMessage, on_link: OnLink) -> SimNetwork:
+    @property
+    def troubled(self) -> bool:
+        return bool(self._held or self._slow)
+
+    def attach(self, me: NodeId, on_message: OnMessage, on_link: OnLink, life: Life) -> SimNetwork:
         """The network port of a new process of `me`."""
-        self._ends[me] = end = SimNetwork(self, me, on_message, on_link)
+        self._ends[me] = end = SimNetwork(self, me, on_message, on_link, life)
         return end
+
+    def hold(self, way: Way, outage_ns: int) -> None:
+        """Nothing gets through in this direction for a while; then all of it does."""
+        self._held[way] = max(self._held.get(way, 0), self.world.now_ns + outage_ns)
+
+    def slow_down(self, way: Way, duration_ns: int, factor: int) -> None:
+        """Everything takes `factor` times as long in this direction for a while."""
+        self._slow[way] = self.world.now_ns + duration_ns, factor
+
+    def delayed_ns(self, way: Way, delay_ns: int) -> int:
+        """How long a message takes that would take `delay_ns` on a sound way."""
+        now_ns = self.world.now_ns
+        until_ns, factor = self._slow.get(way, (0, 1))
+        if until_ns > now_ns:
+            delay_ns *= factor
+        elif until_ns:
+            del self._slow[way]
+        until_ns = self._held.get(way, 0)
+        if until_ns > now_ns:
+            return until_ns - now_ns + delay_ns
+        if until_ns:
+            del self._held[way]
+        return delay_ns
 
     def latency_ns(self) -> int:
         """Mostly short, sometimes a burst of retransmissions."""
@@ -158,7 +204,7 @@ class Fabric:
         del self._dialling[pair]
         ends = self._ends.get(pair[0]), self._ends.get(pair[1])
         dialler, dialled = ends
-        if dialler is None or dialled is None or not (dialler.alive and dialled.alive):
+        if dialler is None or dialled is None or not (dialler.life.alive and dialled.life.alive):
             return
         if pair in self._links or dialled.me not in dialler.wanted or dialler.me not in dialled.wanted:
             return
@@ -168,7 +214,7 @@ class Fabric:
         for end, other in ((dialler, dialled), (dialled, dialler)):
             old = end.links.get(other.me)
             if old is not None:
-                old.noticed(end)
+                end.life.do(old, lambda old=old, end=end: old.noticed(end))  # type: ignore[misc]
         if pair in self._links:
             return
         self._links[pair] = link = _Link(self, (dialler, dialled))
@@ -179,7 +225,7 @@ class Fabric:
         pair = (link.ends[0].me, link.ends[1].me)
         if self._links.get(pair) is link:
             del self._links[pair]
-        if link.ends[0].alive and link.ends[1].alive:
+        if link.ends[0].life.alive and link.ends[1].life.alive:
             self.dial(*pair)
 
     def links(self) -> list[tuple[NodeId, NodeId]]:

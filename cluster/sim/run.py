@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import plain_oid
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.script import run
 from sheepdog.cluster.core.state import ClusterFlag
@@ -12,6 +13,7 @@ from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, NodeFactory, SimCluster
 from sheepdog.cluster.sim.history import History, Violation
+from sheepdog.cluster.sim.lockers import Lock, Locker
 from sheepdog.cluster.sim.nemesis import Faults, Nemesis
 from sheepdog.cluster.sim.volumes import Asking, Snapshotter, VolumeOwner
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Stuck, World
@@ -34,11 +36,17 @@ class Scenario:
     duration_ns: int = 2 * SECOND
     faults: Faults = field(default_factory=Faults)
     make_node: NodeFactory = Node
+    gateways: int = 0  # more machines, which store nothing
+    zone_of: tuple[int, ...] = ()  # failure domain of each machine; empty: every machine is one
+    session_ns: int = 0  # of the membership engine; 0: only proven deaths count (cluster.sim.engine)
     think_ns: int = 2 * MILLISECOND  # the longest pause of a client between two requests
     durable_chance: float = 0.3
+    hang_up_chance: float = 0.0  # of a client's connection to break over a request
+    owner_policy: int = 0  # like `policy`, of the owners' volumes
     flushes: bool = False  # owners make their writes durable by flushes
     owners: int = 0  # clients with a volume of their own, which snapshot, clone, discard and delete
     snapshotters: int = 0  # for each owner somebody else who takes snapshots of its volume
+    lockers: int = 0  # clients that want the volume for themselves
     tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
 
 
@@ -52,15 +60,23 @@ class Run:
     def __init__(self, scenario: Scenario, seed: int) -> None:
         self.scenario = scenario
         self.world = World(seed)
-        self.cluster = SimCluster(self.world, scenario.machines, scenario.make_node)
+        self.cluster = SimCluster(
+            self.world, scenario.machines, scenario.make_node, scenario.gateways, scenario.session_ns, scenario.zone_of
+        )
         self.history = History()
         self.errors: dict[int, int] = {}
-        self.nemesis = Nemesis(self.cluster, scenario.faults)
+        self.nemesis = Nemesis(self.cluster, scenario.faults, lambda: self.history.blackouts.append(self.world.now_ns))
         self.clients: list[BlockClient] = []
         self.doors: list[Door] = []
         self.owners: list[VolumeOwner] = []
         self.leaked = 0  # objects left behind by gateways that died while they freed them
         self.snapshotters: list[Snapshotter] = []
+        self.lockers: list[Locker] = []
+
+    @property
+    def operations(self) -> int:
+        """What clients asked for so far."""
+        return sum(client.requests for client in self.clients) + sum(owner.operations for owner in self.owners)
 
     def execute(self) -> None:
         try:
@@ -71,7 +87,7 @@ class Run:
     def _execute(self) -> None:
         scenario, cluster = self.scenario, self.cluster
         cluster.start_all()
-        cluster.format(scenario.copies, scenario.flags)
+        cluster.format(scenario.copies, scenario.flags | (ClusterFlag.LOCKS if scenario.lockers else 0))
         volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks, policy=scenario.policy)
         self._start_clients(volume)
         self.nemesis.start()
@@ -80,12 +96,25 @@ class Run:
         self._live(200 * MILLISECOND)
         self._calm_down()
         self._read_all(volume)
-        others: list[Asking] = [*self.owners, *self.snapshotters]
+        others: list[Asking] = [*self.owners, *self.snapshotters, *self.lockers]
         for who in others:
             ended: list[None] = []
             run(who.check_all(), ended.append)
             self.world.run_until(lambda: bool(ended), HEALTH_LIMIT_NS, "a last look")  # noqa: B023
+        self._mend_rot()
+        self.world.run_for(100 * MILLISECOND)  # what was ordered last reaches everybody
         self._judge()
+
+    def _mend_rot(self) -> None:
+        """What has rotted and nobody read is found by a check of the volume, and made good."""
+        for machine in self.cluster.machines:
+            for oid, copy in machine.disk.copies().items():
+                if not copy.rotten:
+                    continue
+                results: list[int] = []
+                machine.node.gateway.repair(plain_oid(oid), lambda result, _, results=results: results.append(result))  # type: ignore[misc]
+                self.world.run_until(lambda: bool(results), HEALTH_LIMIT_NS, "a repair")  # noqa: B023
+        self.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health after repairs")
 
     def _start_clients(self, volume: Volume) -> None:
         values = [0]
@@ -94,18 +123,27 @@ class Run:
             client = BlockClient(door, volume, self.history, values, self.errors)
             client.durable_chance = self.scenario.durable_chance
             client.think_ns = self.scenario.think_ns
+            client.hang_up_chance = self.scenario.hang_up_chance
             self.doors.append(door)
             self.clients.append(client)
             client.start()
         for number in range(self.scenario.owners):
             self._start_owner(number, values)
+        lock = Lock()
+        for number in range(self.scenario.lockers):
+            door = Door(self.cluster, f"locker{number}", number)
+            self.doors.append(door)
+            self.lockers.append(Locker(door, volume.name.encode(), lock))
+            self.lockers[-1].start()
 
     def _start_owner(self, number: int, values: list[int]) -> None:
         scenario = self.scenario
-        door = Door(self.cluster, f"owner{number}", number)
+        first = scenario.machines if scenario.faults.spare_gateways else 0
+        door = Door(self.cluster, f"owner{number}", first + number)
         owner = VolumeOwner(door, f"own{number}", scenario.objects, scenario.blocks, values)
         owner.flushes = scenario.flushes
-        owner.durable = scenario.durable_chance >= 1 and not scenario.flushes
+        owner.policy = scenario.owner_policy
+        owner.durable = (scenario.durable_chance >= 1 or bool(scenario.faults.blackout)) and not scenario.flushes
         self.doors.append(door)
         self.owners.append(owner)
         if number < scenario.snapshotters:
@@ -126,11 +164,15 @@ class Run:
                 door.watch()
 
     def _calm_down(self) -> None:
-        everybody: list[BlockClient | Asking] = [*self.clients, *self.owners, *self.snapshotters]
+        everybody: list[BlockClient | Asking] = [*self.clients, *self.owners, *self.snapshotters, *self.lockers]
         for client in everybody:
             client.stopped = True
         try:
-            self.world.run_until(lambda: all(client.idle for client in everybody), HEALTH_LIMIT_NS, "answers")
+            limit_ns = self.world.now_ns + HEALTH_LIMIT_NS
+            while not all(client.idle for client in everybody):
+                if self.world.now_ns > limit_ns:
+                    raise Stuck("clients wait for answers")
+                self._live(5 * MILLISECOND)
             self.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health")
         except Stuck as stuck:
             raise Violation(f"{stuck}; {self.cluster.unhealthy()}") from stuck
@@ -147,7 +189,12 @@ class Run:
 
     def _judge(self) -> None:
         allowed = [*NOT_NOW, *self.scenario.tolerated]
-        if not {"home.object_lost", "home.object_unknown"}.isdisjoint(self.cluster.probes()):
+        faults = self.nemesis.counts
+        if "full" in faults:
+            allowed.append(Result.NO_SPACE)
+        if "rot" in faults:
+            allowed.append(Result.EIO)  # while the good copies are away
+        if not {"home.object_lost", "home.object_unknown", "gateway.nobody_stores"}.isdisjoint(self.cluster.probes()):
             allowed.append(
                 Result.EIO
             )  # all current copies were down: nothing is promised but that no old ones are shown
@@ -155,7 +202,7 @@ class Run:
         if bad:
             raise Violation(f"clients saw results {bad}")
         self.history.check()
-        if self.nemesis.count:
+        if self.nemesis.count and not self.scenario.faults.spare_gateways:
             self.leaked = len(audit_all_but_leaks(self.cluster))
         else:
             audit(self.cluster)

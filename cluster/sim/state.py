@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sheepdog.cluster.core.ids import EpochRecord
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.sim.store import SimDisk
-from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
+from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 
 
 class SimStateDisk:
@@ -16,6 +16,10 @@ class SimStateDisk:
     def __init__(self, world: World, name: str, disk: SimDisk) -> None:
         self.disk = disk
         self.random = world.stream(f"state {name}")
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Another, empty disk."""
         self.config: bytes | None = None
         self.epochs: dict[int, EpochRecord] = {}
         self.settled = 0
@@ -31,8 +35,8 @@ class SimStateDisk:
 class SimNodeState:
     """`ports.NodeState` of one process."""
 
-    def __init__(self, disk: SimStateDisk, world: World) -> None:
-        self.alive = True
+    def __init__(self, disk: SimStateDisk, world: World, life: Life) -> None:
+        self._life = life
         self._disk = disk
         self._world = world
         self._ready_ns = 0
@@ -42,12 +46,11 @@ class SimNodeState:
         self._ready_ns = max(self._ready_ns, world.now_ns) + 50 * MICROSECOND + random.randrange(4 * MILLISECOND)
 
         def written() -> None:
-            if self.alive:
+            if self._life.alive:
                 change()
-                if random.random() < 0.5:
-                    done(None)
-                else:  # on the platter, but the process does not know it yet
-                    world.after(random.randrange(MILLISECOND), lambda: done(None) if self.alive else None)
+                # Mostly on the platter before the process knows it.
+                delay_ns = random.randrange(MILLISECOND) if random.random() < 0.5 else 0
+                world.after(delay_ns, lambda: self._life.do(self, lambda: done(None)))
 
         world.after(self._ready_ns - world.now_ns, written)
 
@@ -79,12 +82,12 @@ class SimNodeState:
         return self._disk.scrub
 
     def append_undo(self, record: bytes) -> None:
-        if self.alive:
+        if self._life.alive:
             self._disk.undo += record
             self._disk.disk.undo_written = len(self._disk.undo)
 
     def replace_undo(self, records: bytes) -> None:
-        if self.alive:
+        if self._life.alive:
             self._disk.undo = bytearray(records)
             self._disk.disk.undo_written = self._disk.disk.undo_durable = len(records)
 

@@ -14,11 +14,11 @@ from struct import pack_into
 
 from xxhash import xxh3_64_intdigest
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
-from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, World
+from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 
 _ZERO = bytes(BLOCK_SIZE)
 Change = Callable[["Copy | None"], "Copy | None"]
@@ -153,6 +153,16 @@ class SimDisk:
             entry.base, entry.copy = Copy(-1, NO_VERSION), Copy(-1, NO_VERSION)
         return lost
 
+    def wipe(self) -> None:
+        """Another, empty disk."""
+        self.objects.clear()
+        self.undo_written = self.undo_durable = 0
+
+    def heal(self) -> None:
+        """Nothing goes wrong with it any more; what has rotted stays so."""
+        self.fault = None
+        self.slow = 1
+
     def rot(self, oid: ObjectId, block: int) -> None:
         """One block changes by itself."""
         entry = self.objects[oid]
@@ -168,8 +178,8 @@ class SimDisk:
 class SimStore:
     """`ports.Store` of one process over a disk."""
 
-    def __init__(self, disk: SimDisk, world: World) -> None:
-        self.alive = True
+    def __init__(self, disk: SimDisk, world: World, life: Life) -> None:
+        self._life = life
         self._disk = disk
         self._world = world
         self._random = disk.random
@@ -241,11 +251,7 @@ class SimStore:
         chance = self._random.random()
         delay_ns = 10 * MICROSECOND + int(chance**4 * spread_ns * 4) * self._disk.slow
 
-        def run() -> None:
-            if self.alive:
-                call()
-
-        self._world.after(delay_ns, run)
+        self._world.after(delay_ns, lambda: self._life.do(self, call))
 
     def _fault(self) -> StoreError | None:
         disk = self._disk
@@ -450,6 +456,3 @@ class SimStore:
 
 def _ignore(_: StoreError | None) -> None:
     """Nobody waits for it."""
-
-
-FAULTS = (NoSpace, DiskError)

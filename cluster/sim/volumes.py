@@ -95,6 +95,9 @@ class Asking:
                 return int(result), value
             yield lambda done: self.world.after(RETRY_NS, lambda: done(None))  # type: ignore[misc]
 
+    def pause(self, delay_ns: int) -> Script[None]:
+        yield lambda done: self.world.after(delay_ns, lambda: done(None))  # type: ignore[misc]
+
     def find(self, name: bytes, snap_id: int = 0) -> Script[VdiRecord | None]:
         result, record = yield from self.ask(
             lambda process, done: process.node.operations.find_vdi(name, b"", snap_id, done)
@@ -142,6 +145,7 @@ class VolumeOwner(Asking):
         self.progress = Progress()
         self.images: list[Image] = []  # snapshots of this owner's own
         self.operations = 0
+        self.policy = 0  # of the volume: 0 as many copies as the cluster's default, else the byte of a D:P
         self._objects = objects
         self._blocks = blocks
         self._values = values
@@ -158,7 +162,7 @@ class VolumeOwner(Asking):
         acts: list[tuple[float, Callable[[], Script[None]]]] = [(10, self._write), (6, self._read)]
         if self.alone:
             acts += [(1, self._snapshot), (1, self._check_image), (0.6, self._drop_image), (0.4, self._clone)]
-            acts += [(2, self._discard), (0.4, self._start_over)]
+            acts += [(2, self._discard), (0.4, self._start_over), (0.4, self._roll_back)]
         while not self.stopped:
             weights = [weight for weight, _ in acts]
             yield from self.random.choices([act for _, act in acts], weights)[0]()
@@ -171,7 +175,9 @@ class VolumeOwner(Asking):
     def _create(self, name: bytes, base: Vid) -> Script[Vid]:
         size = self._objects * OBJECT_BYTES
         result, record = yield from self.ask(
-            lambda process, done: process.node.operations.create_vdi(name, size, base, 0, 0, 0, SHIFT, 0, done),
+            lambda process, done: process.node.operations.create_vdi(
+                name, size, base, 0, self.policy, 0, SHIFT, 0, done
+            ),
             (*RETRIED, *BASE_TROUBLE),
         )
         if result == Result.VDI_EXIST and self.lost:
@@ -280,6 +286,23 @@ class VolumeOwner(Asking):
 
     def _start_over(self) -> Script[None]:
         """Deletes the working VDI and creates a fresh one of the same name; snapshots stay."""
+        yield from self._delete_working()
+        self.progress = Progress()
+        self._map = [0] * self._objects
+        yield from self._create(self.name, Vid(0))
+
+    def _roll_back(self) -> Script[None]:
+        """The working VDI goes, and one branched off a snapshot takes its place."""
+        if not self.images:
+            return
+        image = self.random.choice(self.images)
+        yield from check_image(self, image, self._objects, self._blocks)
+        yield from self._delete_working()
+        self.progress = Progress([image.candidates[0]])
+        yield from self._create(self.name, image.vid)
+        self._map = yield from self.read_map(self._vid, self._objects)
+
+    def _delete_working(self) -> Script[None]:
         name = self.name
         while (yield from self.find(name)) is not None:
             result, _ = yield from self.ask(
@@ -287,9 +310,6 @@ class VolumeOwner(Asking):
             )
             if result and not (result == Result.NO_VDI and self.lost):
                 raise Violation(f"{self.door.name}: deleting {name!r}: result {result:#x}")
-        self.progress = Progress()
-        self._map = [0] * self._objects
-        yield from self._create(name, Vid(0))
 
     # -- snapshots and clones --------------------------------------------------------------------------------------
 
@@ -344,7 +364,7 @@ def take_snapshot(who: Asking, name: bytes, objects: int) -> Script[Image | None
         return None
     result, _ = yield from who.ask(
         lambda process, done: process.node.operations.create_vdi(
-            name, objects * OBJECT_BYTES, record.vid, 0, 0, 0, SHIFT, 1, done
+            name, objects * OBJECT_BYTES, record.vid, 0, record.policy, 0, SHIFT, 1, done
         ),
         (*RETRIED, *BASE_TROUBLE),
         once=True,  # a second snapshot of what is frozen by then would mean "roll back" (protocol.md 8.3)
@@ -391,11 +411,8 @@ class Snapshotter(Asking):
 
     def _live(self) -> Script[None]:
         while not self.stopped:
-            yield from self._pause(self.random.randrange(200 * MILLISECOND))
+            yield from self.pause(self.random.randrange(200 * MILLISECOND))
             yield from self._snapshot()
-
-    def _pause(self, delay_ns: int) -> Script[None]:
-        yield lambda done: self.world.after(delay_ns, lambda: done(None))  # type: ignore[misc]
 
     def _snapshot(self) -> Script[None]:
         progress = self._owner.progress
@@ -405,7 +422,7 @@ class Snapshotter(Asking):
         if image is None or self._owner.progress is not progress:
             return  # the owner started over meanwhile
         while progress.ended < last and self._owner.progress is progress and not self._owner.ended:
-            yield from self._pause(5 * MILLISECOND)  # what was under way may still reach the frozen map (8.4)
+            yield from self.pause(5 * MILLISECOND)  # what was under way may still reach the frozen map (8.4)
         image.candidates = progress.states[first : last + 1]
         yield from check_image(self, image, self._objects, self._blocks)
         self.images.append(image)

@@ -34,6 +34,51 @@ class Event:
         self.call = None
 
 
+class Life:
+    """Of one process: what happens to it is done now, later (it is stopped), or never (it is dead).
+
+    When a stopped process goes on it finds everything that came meanwhile at once: in order from each source, and the
+    sources mixed at random, as a loop that polls several sockets finds them.
+    """
+
+    __slots__ = ("_held", "_random", "alive")
+
+    def __init__(self, random: Random) -> None:
+        self.alive = True
+        self._held: dict[object, list[Callable[[], None]]] | None = None
+        self._random = random
+
+    def do(self, source: object, call: Callable[[], None]) -> None:
+        """Something reaches the process, from a link, a disk, a timer ..."""
+        if self._held is not None:
+            self._held.setdefault(source, []).append(call)
+        elif self.alive:
+            call()
+
+    @property
+    def stopped(self) -> bool:
+        return self._held is not None
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        if self._held is None:
+            self._held = {}
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        held, self._held = self._held, None
+        queues = list((held or {}).values())
+        while queues and self.alive:
+            queue = self._random.choice(queues)
+            queue.pop(0)()
+            if not queue:
+                queues.remove(queue)
+
+    def end(self) -> None:
+        self.alive = False
+        self._held = None
+
+
 class World:
     """See the module. Times are integer nanoseconds since the beginning of the world."""
 

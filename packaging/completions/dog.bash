@@ -7,7 +7,7 @@ _dog() {
     *) path="${COMP_WORDS[1]} ${COMP_WORDS[2]}" ;;
     esac
     case $path in
-    "") words="vdi node cluster vm benchmark upgrade nbd iscsi store help" ;;
+    "") words="vdi node cluster vm benchmark upgrade nbd iscsi store simulate help" ;;
     vdi) words="check create snapshot clone delete rollback list tree graph object track setattr getattr resize read write backup restore alter-copy lock cache export import" ;;
     "vdi check") words="-s --snapshot -e --exist -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
     "vdi create") words="-P --prealloc -y --hyper -c --copies -a --address -p --port -h --help -r --raw -v --verbose -z --block_size_shift -T --time"; volumes=1 ;;
@@ -77,6 +77,8 @@ _dog() {
     store) words="check salvage" ;;
     "store check") words="-j --journal -h --help -T --time --json" ;;
     "store salvage") words="-V --vdi -s --snapshot -j --journal -r --raw -h --help -T --time --json" ;;
+    simulate) words="simulate" ;;
+    "simulate simulate") words="--from-cluster --topology --nodes --zones --used -c --copies --fail --rate --seeds -a --address -p --port -h --help -T --time --json" ;;
     esac
     case ${COMP_WORDS[COMP_CWORD]} in
     -*) volumes= ;;

@@ -166,7 +166,7 @@ def cold_start_without_the_newest_member(patch: pytest.MonkeyPatch) -> None:
 
 
 def snapshot_without_freeze(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Executor, "_freeze", lambda self, vid: lambda done: done(0))
+    patch.setattr(Executor, "_freeze", lambda self, vid, operation: lambda done: done(0))
 
 
 def replica_ignores_durability(patch: pytest.MonkeyPatch) -> None:

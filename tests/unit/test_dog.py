@@ -166,7 +166,7 @@ def test_redundancy_read() -> None:
 
 def test_every_command_has_its_code_and_a_usage(dog: Dog) -> None:
     def walk(path: tuple[str, ...], command: Command) -> None:
-        path = (*path, command.name)
+        path = path if path == (command.name,) else (*path, command.name)
         assert command.run or command.nested, path
         if command.run:
             module, _, function = command.run.partition(":")

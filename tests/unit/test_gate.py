@@ -111,3 +111,17 @@ def test_the_end_of_the_incarnation() -> None:
     assert case.answers == [(3, b"")]
     case.answer(b"nobody listens any more")
     assert len(case.answers) == 2, "what ends now is told at once, to closed connections"
+
+
+def test_a_format_does_not_end_the_need_for_leases() -> None:
+    """What is held gets an error; later answers need a lease as before."""
+    case = Case()
+    case.gate.leased(2000)
+    case.clock.now = 3000
+    case.answer(b"1")
+    case.gate.drop(2)
+    assert case.answers == [(2, b"")]
+    case.answer(b"2")
+    assert case.answers == [(2, b"")]
+    case.gate.leased(4000)
+    assert case.answers == [(2, b""), (0, b"2")]

@@ -6,7 +6,17 @@ Nothing here imports the code of a command.
 from __future__ import annotations
 
 from sheepdog.tools.dog.iscsi_commands import ISCSI
-from sheepdog.tools.dog.more_commands import BENCHMARK, CACHE, CLUSTER_SNAPSHOT, EXPORT, IMPORT, STORE, UPGRADE, VM
+from sheepdog.tools.dog.more_commands import (
+    BENCHMARK,
+    CACHE,
+    CLUSTER_SNAPSHOT,
+    EXPORT,
+    IMPORT,
+    SIMULATE,
+    STORE,
+    UPGRADE,
+    VM,
+)
 from sheepdog.tools.dog.options import Option
 from sheepdog.tools.dog.table import (
     BATCH,
@@ -416,4 +426,5 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "nbd": NBD,
     "iscsi": ISCSI,
     "store": STORE,
+    "simulate": SIMULATE,
 }

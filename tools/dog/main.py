@@ -45,6 +45,8 @@ def _dispatch(words: list[str]) -> int:
     available = COMMANDS.get(noun)
     if available is None:
         return _complain(f"Invalid command '{noun}'\n{TRY_HELP}", USAGE_ERROR)
+    if [command.name for command in available] == [noun]:  # a word that stands alone
+        return _run([], available[0], words[1:])
     name = words[1] if len(words) > 1 else ""
     command = next((command for command in available if command.name == name), None)
     if command is None:

@@ -123,3 +123,25 @@ STORE = (
         "<meta[,disk...]>...",
     ),
 )
+
+SIMULATE = (
+    Command(
+        "simulate",
+        (
+            Option("", "from-cluster", "take nodes and usage from the running cluster"),
+            Option("", "topology", "take them from a JSON file", True),
+            Option("", "nodes", "so many equal nodes", True),
+            Option("", "zones", "in so many zones (default: one for each node)", True),
+            Option("", "used", "data that they hold, all copies together (default: 1T)", True),
+            COPIES,
+            Option("", "fail", "what fails: node:ID or zone:ZONE, several with commas", True),
+            Option("", "rate", "what recovery reads or writes on one node in a second (default: 200M)", True),
+            Option("", "seeds", "rehearse it in so many simulated clusters with clients (default: 0)", True),
+            *NETWORK,
+            *LAST,
+            JSON,
+        ),
+        "tell what a failure would move, how long that takes and what is at risk",
+        "simulate:simulate",
+    ),
+)
