@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.support.processes import BIN, run
 MIB = 1 << 20
 SIZE = 10 * MIB + 12_288
 NODES = 6
+LEVEL_SECONDS = 3.0  # after the last write: then strips have one version, and any D of them are the object
 
 
 def dd(path: Path, block: int, size: int = 512) -> None:
@@ -51,6 +53,7 @@ class Left:
                 part = rng.randbytes(length)
                 data[offset : offset + length] = part
                 cluster.dog("vdi", "write", name, str(offset), str(length), stdin=part)
+        time.sleep(LEVEL_SECONDS)
         for node in range(NODES):
             cluster.kill(node, signal.SIGKILL)
 
