@@ -26,6 +26,8 @@ QEMU52 ?= $(HOME)/.cache/qemu-5.2-sheepdog
 export QEMU52
 
 PYTEST = $(BIN)/python -m pytest $(ARGS)
+# Tests at a time, whole files to each: most of them wait for processes, and each has ports and directories of its own.
+WORKERS ?= 2
 # the lowest first: that is where to look when several fail
 TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 
@@ -74,7 +76,7 @@ qemu52: $(MARK)-setup
 	tests/support/build-qemu52 $(QEMU52) || [ -z "$$CI" ]
 
 test: lint $(MARK)-test-packages qemu52
-	$(PYTEST) -m 'not soak' $(TESTS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not soak' $(TESTS)
 
 soak: setup $(MARK)-test-packages qemu52
 	$(PYTEST) -m soak --timeout 7200 $(TESTS)
