@@ -190,7 +190,7 @@ BUGS = [
     Bug(acknowledged_after_the_first_copy, KILLS, 20),
     Bug(fence_not_checked, KILLS, 20),
     Bug(watermark_too_high, HOT, 20),
-    Bug(read_of_a_value_in_flight, KILLS, 20),
+    Bug(read_of_a_value_in_flight, CHURN, 40),
     Bug(recovery_trusts_the_first_copy, KILLS, 20),
     Bug(all_copies_claim_to_be_current, KILLS, 20),
     Bug(old_copies_served_when_newer_are_away, KILLS, 60),
