@@ -75,6 +75,7 @@ class Disk(NamedTuple):
 # -- requests of no fields of their own
 
 
+CACHE_INFO_SIZE = 4 << 20  # some ten thousand volumes
 DETAILS_SIZE = 1 << 18  # of what a node says of itself or of an object: names of thousands of nodes
 
 
@@ -248,6 +249,14 @@ def attribute_id(connection: Connection, payload: bytes, snap_id: int, flags: in
 def _found(header: bytes) -> Found:
     answer = wire.VDI_RESPONSE.unpack(header)
     return Found(Vid(answer.vdi_id), answer.copies, answer.block_size_shift)
+
+
+def cache_info(connection: Connection) -> dict[str, Any]:
+    """What the node's object cache holds (frontends.qemu.caches); NO_CACHE if it has none."""
+    import json
+
+    found: dict[str, Any] = json.loads(bytes(plain(connection, Opcode.CACHE_INFO, limit=CACHE_INFO_SIZE)))
+    return found
 
 
 # -- objects

@@ -9,6 +9,7 @@ inode      a client made the inode of a registered vid       record
 lock       lookup and lock (LOCK_VDI)                        name, tag, snap_id, shared
 release    unlock (RELEASE_VDI)                              vid, shared
 coherence  a sharer's client writes the map, or reads it     vid, write
+cache      who caches a volume (core.claims)                  vid, do, cache, dirty
 find       lookup in the order of all events (GET_VDI_INFO)  name, tag, snap_id
 recovery   automatic recovery on or off                      enabled
 shutdown   all nodes stop
@@ -24,8 +25,8 @@ from typing import Any
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid
-from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status
-from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord, VdiTable
+from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_key
+from sheepdog.cluster.core.vdi import Claim, LockState, Sharing, VdiRecord, VdiTable
 
 Command = dict[str, Any]
 MAX_PARTICIPANTS = 31  # protocol.md 8.5
@@ -189,6 +190,50 @@ def _coherence(state: ClusterState, sender: str, command: Command) -> tuple[Resu
     return Result.SUCCESS, record.rounds
 
 
+def _cache(state: ClusterState, sender: str, command: Command) -> Any:
+    """core.claims: what each of these means."""
+    vid, vdis = Vid(command["vid"]), state.vdis
+    claim = vdis.claims.get(vid)
+    mine = claim is not None and (claim.owner, claim.cache) == (sender, command["cache"])
+    match command["do"]:
+        case "take":
+            return _claim(state, sender, command)
+        case "dirty" if claim is not None and mine:
+            claim.dirty = command["dirty"]
+        case "release" if claim is not None and (mine or (claim.owner == sender and not claim.dirty)):
+            del vdis.claims[vid]
+        case "lost" | "found" if claim is not None and claim.owner == sender:
+            claim.lost = command["do"] == "lost"
+        case "evict" if claim is not None:
+            here = [node_key(member.id) for member in state.members]
+            if claim.dirty or (claim.owner in here and claim.owner != sender):
+                return Result.VDI_LOCKED
+            del vdis.claims[vid]
+        case "purge":
+            vdis.claims.pop(vid, None)
+            vdis.claim_number += 1
+            return Result.SUCCESS, vdis.claim_number
+        case "dirty":
+            return Result.VDI_LOCKED
+    return Result.SUCCESS
+
+
+def _claim(state: ClusterState, sender: str, command: Command) -> tuple[Result, int]:
+    """Of a volume that nobody else caches, shares, or has locked elsewhere."""
+    vid, vdis = Vid(command["vid"]), state.vdis
+    record, claim = vdis.get(vid), vdis.claims.get(vid)
+    if record is None or record.deleted or record.is_snapshot:
+        return Result.NO_VDI, 0
+    if record.lock == LockState.SHARED or (record.lock == LockState.LOCKED and sender not in record.owners):
+        return Result.VDI_LOCKED, 0
+    if claim is not None and (claim.owner, claim.cache) != (sender, command["cache"]):
+        return Result.VDI_LOCKED, 0
+    dirty = command["dirty"] or (claim is not None and claim.dirty)
+    vdis.claims[vid] = Claim(sender, command["cache"], dirty)
+    vdis.claim_number += 1
+    return Result.SUCCESS, vdis.claim_number
+
+
 def _recovery(state: ClusterState, _: str, command: Command) -> Result:
     state.disable_recovery = not command["enabled"]
     return Result.SUCCESS
@@ -208,7 +253,7 @@ def _nothing(_: ClusterState, __: str, ___: Command) -> Result:
     return Result.SUCCESS
 
 
-_NEED_TABLE = ("find", "lock", "release", "add")
+_NEED_TABLE = ("find", "lock", "release", "add", "cache")
 _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "vdis": _vdis,
     "header": _header,
@@ -218,6 +263,7 @@ _HANDLERS: dict[str, Callable[[ClusterState, str, Command], Any]] = {
     "lock": _lock,
     "release": _release,
     "coherence": _coherence,
+    "cache": _cache,
     "recovery": _recovery,
     "shutdown": _shutdown,
     "kill": _nothing,

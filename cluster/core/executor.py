@@ -24,7 +24,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.everyone import Everyone
-from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.gateway import Gateway, OperationKey
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import (
     ObjectId,
@@ -77,13 +77,22 @@ _MAP_CHUNK_ENTRIES = 1 << 16
 class Executor:
     """Of one node."""
 
-    def __init__(self, context: Context, gateway: Gateway, everyone: Everyone, inodes: InodeWrites) -> None:
+    def __init__(
+        self,
+        context: Context,
+        gateway: Gateway,
+        everyone: Everyone,
+        inodes: InodeWrites,
+        freeze_here: Callable[[Vid, OperationKey, Callable[[int, Buffer], None]], None],
+        left_dirty: Callable[[Callable[[str, list[Vid]], None]], None],
+    ) -> None:
         self._context = context
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
         self.sweep = Sweep(context, gateway, everyone, inodes)
-        self.table = TableLoad(context, everyone)
+        self.table = TableLoad(context, everyone, left_dirty)
+        self._freeze_here = freeze_here
 
     def execute(self, operation: Values) -> None:
         """Runs to the end, then proposes the commit."""
@@ -124,9 +133,17 @@ class Executor:
             Kind.DRAIN,
             inode_oid(vid),
             json.dumps(by).encode(),
-            lambda answered: self._gateway.freeze(vid, by, lambda: answered(Result.SUCCESS, b"")),
+            lambda answered: self._freeze_here(vid, by, answered),
             lambda result, _: done(result),
         )
+
+    def _freeze_all(self, vid: Vid, operation: Values) -> Script[int]:
+        """As `_freeze`; refused while acknowledged data of the volume is out of reach."""
+        claims = self._gateway.claims
+        if claims is not None and claims.unreachable(vid):
+            return int(Result.VDI_LOCKED)
+        result = yield self._freeze(vid, operation)
+        return int(result)
 
     def _flush(self, vid: Vid) -> Step:
         return lambda done: self._gateway.flush(vid, lambda result, _: done(result))
@@ -156,7 +173,9 @@ class Executor:
         entries = b""
         if snapshot:
             assert working is not None
-            yield self._freeze(working.vid, operation)
+            frozen_result = yield from self._freeze_all(working.vid, operation)
+            if frozen_result:
+                return {"result": frozen_result}
             if (yield self._flush(working.vid)):
                 return {"result": int(Result.BASE_VDI_READ)}
         if base is not None:
@@ -227,7 +246,9 @@ class Executor:
         )
         if isinstance(record, Result):
             return {"result": int(record)}
-        yield self._freeze(record.vid, operation)
+        refusal = yield from self._freeze_all(record.vid, operation)
+        if refusal:
+            return {"result": refusal}
         if (yield from self._erase(record)):
             return {"result": int(Result.VDI_WRITE)}
         changes: Values = {"put": [_tombstone(record)]}

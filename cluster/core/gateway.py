@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from sheepdog.cluster.core.claims import Claims
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.copying import copy_large
@@ -35,6 +36,7 @@ from sheepdog.cluster.core.striping import cut
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 ClientWrite: TypeAlias = Callable[[ObjectId, int, Buffer, bool, IoDone], None]
+FLUSH_CACHES = b"caches"  # body of a client's FLUSH: caches push first. A home that asks waits for a push itself
 _AGAIN = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
 
 
@@ -109,6 +111,8 @@ class Gateway:
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
         self.inode_create: ClientWrite | None = None
         self.coherence: Coherence | None = None  # set by the node
+        self.claims: Claims | None = None  # set by the node
+        self.push: Callable[[Vid, Callable[[int], None]], None] | None = None  # the cache's part of a flush
         self.pending: dict[int, _Request] = {}  # by number, in the order they came
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
         context.active_requests = lambda: len(self.pending)
@@ -130,8 +134,15 @@ class Gateway:
             done(refusal, b"")
         elif self.gate.suspended:
             self._held.append(lambda: self.read(oid, offset, length, done))
+        elif self.context.state.vdis.claims and self._cached_elsewhere(
+            oid, False, lambda: self.read(oid, offset, length, done), done
+        ):
+            return
         else:
             self.raw_read(oid, offset, length, done)
+
+    def _cached_elsewhere(self, oid: ObjectId, changes: bool, again: Callable[[], None], done: IoDone) -> bool:
+        return self.claims is not None and self.claims.held(oid, changes, again, done)
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """Overwrites a range of an existing object. Inodes have side effects (core.inode_writes)."""
@@ -188,6 +199,8 @@ class Gateway:
             done(refusal, b"")
         elif self.gate.suspended:
             self._held.append(lambda: self.block_map(oid, done))
+        elif self._cached_elsewhere(oid, False, lambda: self.block_map(oid, done), done):
+            return
         else:
             self._next_number = number = self._next_number + 1
             request = _Request(self, number, True, oid, Flag.MAP, 0, self.context.size_of(oid), b"", 0, done)
@@ -225,19 +238,29 @@ class Gateway:
         """Everything acknowledged so far for this volume (and what it was branched off) becomes durable."""
         self.context.counters.flushes += 1
         refusal = self.context.state.result()
+        if not refusal and self.claims is not None and self.claims.unreachable(vid):
+            refusal = Result.VDI_LOCKED  # what is to be made durable cannot be had
         if refusal:
             done(refusal, b"")
             return
         self._everyone.ask(
             Kind.FLUSH,
             inode_oid(vid),
-            b"",
+            FLUSH_CACHES,
             lambda answered: self.flush_here(vid, answered),
             lambda result, _: self.gate.answer(done, result, b""),
         )
 
     def flush_here(self, vid: Vid, answered: IoDone) -> None:
-        """This node's part of a flush."""
+        """This node's part of a flush: what its cache has, then what its copies have."""
+        if self.claims is not None and self.claims.lost(vid):
+            answered(Result.VDI_LOCKED, b"")
+        elif self.push is None:
+            self.flush_store(vid, answered)
+        else:
+            self.push(vid, lambda result: answered(result, b"") if result else self.flush_store(vid, answered))
+
+    def flush_store(self, vid: Vid, answered: IoDone) -> None:
         vids = frozenset([vid, *self.context.state.vdis.ancestors(vid)])
 
         def flushed(error: StoreError | None) -> None:
@@ -263,7 +286,7 @@ class Gateway:
         if self._frozen and vid_of(oid) in self._frozen:
             self._frozen[vid_of(oid)].append(retry)
             return False
-        return True
+        return not (state.vdis.claims and self._cached_elsewhere(oid, True, retry, done))
 
     def _refusal(self, state: ClusterState, oid: ObjectId) -> Result:
         if is_data(oid) or is_vmstate(oid):
@@ -466,6 +489,18 @@ class Gateway:
         """Holds new writes of a volume; `drained` when none is under way. Ends with `thaw` by the same operation."""
         self._frozen.setdefault(vid, [])
         self._freezers[vid] = by
+        self._drain(vid, drained)
+
+    def drain(self, vid: Vid, drained: Callable[[], None]) -> None:
+        """`drained` when no change that was let in before this call is under way, nor waits for a freeze to end."""
+        if self.gate.suspended:
+            self._held.append(lambda: self.drain(vid, drained))
+        elif vid in self._frozen:
+            self.when_thawed(vid, lambda: self.drain(vid, drained))
+        else:
+            self._drain(vid, drained)
+
+    def _drain(self, vid: Vid, drained: Callable[[], None]) -> None:
         left = {
             number: None
             for number, request in self.pending.items()

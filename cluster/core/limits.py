@@ -71,3 +71,16 @@ SWEEP_DELAY_NS = 1_000_000_000  # after a deletion or a change of members: many 
 RECLAIM_PARALLEL = 64  # objects freed at a time: deleting a volume must not starve its neighbours
 ATTRIBUTE_PROBES = 64  # places an attribute may move to when ids collide: 32-bit ids make even two rare
 COPY_CHUNK_BYTES = 1 << 22  # of an object copied on write: one of the usual size at once, 2 GiB not
+
+CACHE_GROUP_BLOCKS = 16  # one mark on the disk for 64 KiB: a random write marks once, a restart pushes little too much
+CACHE_PUSH_BYTES = 1 << 20  # of one push: neighbours leave together, and no single one delays clients for long
+CACHE_PUSHES = 16  # pushes under way: they share the syncs of the replicas
+CACHE_PUSH_AGE_NS = 5_000_000_000  # dirty blocks are pushed after so long without a flush, as kernels do
+CACHE_TICK_NS = 1_000_000_000  # between looks at their age; only while there are any
+CACHE_DIRTY_PART = 2  # of the cache's size 1/2 may be dirty; beyond it writes wait for their push
+CACHE_HIGH_PERCENT = 90  # of its size in use: the least recently used clean objects go ...
+CACHE_LOW_PERCENT = 80  # ... until this much is in use
+CACHE_READ_AHEAD_MIN_BYTES = 64 << 10  # the window when a second read continues the first; it doubles ...
+CACHE_READ_AHEAD_MAX_BYTES = 1 << 20  # ... up to this
+CACHE_QUIET_NS = 10_000_000_000  # a volume that another gateway wanted is not cached again for so long
+CACHE_END_NS = 20_000_000_000  # an orderly end pushes for so long; the rest stays in the cache for the next start

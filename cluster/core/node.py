@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from sheepdog.cluster.core.cache import Cache
+from sheepdog.cluster.core.claims import Claims
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
-from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.gateway import FLUSH_CACHES, Gateway, OperationKey
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import (
     NO_VERSION,
@@ -27,11 +29,18 @@ from sheepdog.cluster.core.ids import (
     NodeId,
     ObjectId,
     Version,
+    Vid,
     plain_oid,
     vid_of,
 )
 from sheepdog.cluster.core.inode_writes import InodeWrites
-from sheepdog.cluster.core.limits import LEASE_NS, LOST_PART_ENTRIES, MAX_EARLY_MESSAGES, MAX_ENDED_OPERATIONS
+from sheepdog.cluster.core.limits import (
+    CACHE_END_NS,
+    LEASE_NS,
+    LOST_PART_ENTRIES,
+    MAX_EARLY_MESSAGES,
+    MAX_ENDED_OPERATIONS,
+)
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.operations import Operations
@@ -58,6 +67,14 @@ from sheepdog.cluster.core.state import ClusterState, Status, node_key
 from sheepdog.cluster.core.vigil import Vigil
 
 
+class CacheDisk(NamedTuple):
+    """Where the object cache keeps its bytes."""
+
+    store: Store
+    identity: str  # of what is in it: another one when that was lost
+    size_bytes: int
+
+
 class Node:
     """See the module. `on_exit(status, reason)` is set by the daemon and called when the node must end."""
 
@@ -73,6 +90,7 @@ class Node:
         engine: Engine,
         log: Log,
         fixed_vnodes: bool = False,
+        cache_disk: CacheDisk | None = None,
     ) -> None:
         self.on_exit: Callable[[int, str], None] = lambda status, reason: None
         self.on_lost: Callable[[str], None] = lambda reason: self.on_exit(1, reason)
@@ -97,9 +115,15 @@ class Node:
         self.gateway = Gateway(self.context, self.replica, self.everyone)
         self.operations = Operations(self.context)
         self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone, self.operations)
+        identity = "" if cache_disk is None else cache_disk.identity
+        self.claims = self.gateway.claims = Claims(self.context, self.everyone, self.gateway.drain, identity)
+        self.cache: Cache | None = None
+        if cache_disk is not None:
+            self.cache = Cache(self.context, self.gateway, self.claims, cache_disk.store, cache_disk.size_bytes)
+            self.gateway.push = self.cache.push_here
         inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
         self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
-        self._executor = Executor(self.context, self.gateway, self.everyone, inodes)
+        self._executor = Executor(self.context, self.gateway, self.everyone, inodes, self.freeze, self.left_dirty)
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
         self.scrub = Scrub(self.context, state, self.gateway.repair)
         self.home: Home | None = None
@@ -140,6 +164,11 @@ class Node:
     def cluster(self) -> ClusterState:
         return self.machine.state
 
+    @property
+    def door(self) -> Gateway | Cache:
+        """What takes clients' requests."""
+        return self.gateway if self.cache is None else self.cache
+
     def start(self) -> None:
         """Reads what the disks remember of the cluster; before the engine is attached."""
         self._settled = self._disk.load_settled()
@@ -150,10 +179,25 @@ class Node:
         self.replica.strips.undo.load(self._disk, self.context.store.version)
 
     def stop(self, done: Callable[[], None]) -> None:
-        """Leaves the cluster orderly. Nothing is answered any more: the others go on without this node at once."""
-        self.gateway.suspend(True)
-        self._engine.leave()
-        self.context.store.flush(None, lambda _: done())
+        """Leaves the cluster orderly. Nothing is answered any more: the others go on without this node at once.
+
+        What is dirty in the cache is pushed before; what that does not manage in time, the next start finds.
+        """
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                self.gateway.suspend(True)
+                self._engine.leave()
+                self.context.store.flush(None, lambda _: done())
+
+        if self.cache is None or self.cluster.result():
+            leave()
+        else:
+            self.context.clock.after(CACHE_END_NS, leave)
+            self.cache.end_orderly(leave)
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -206,11 +250,19 @@ class Node:
         if operation["op"] == "load":
             self._tell_inventory()
         self.coherence.changed()
+        self._claims_changed()
         key = operation["owner"], operation["number"]
         self._ended = {**dict(list(self._ended.items())[1 - MAX_ENDED_OPERATIONS :]), key: None}
+        if self.cache is not None:
+            self.cache.thaw(key)
         self.gateway.thaw(key)
         self.operations.ended(operation)
         self._executor.sweep.consider()
+
+    def _claims_changed(self) -> None:
+        if self.cache is not None:
+            self.cache.changed()
+        self.claims.changed()
 
     def state_changed(self, command: Command) -> None:
         kind = command["t"]
@@ -218,6 +270,8 @@ class Node:
             self.context.placement.forget()
         elif kind in ("coherence", "release"):
             self.coherence.changed()
+        elif kind == "cache":
+            self._claims_changed()
         elif kind == "recovery":
             self._save_config()
             if self.home is not None and self.home.active:
@@ -237,6 +291,8 @@ class Node:
     def _retire(self, result: Result) -> None:
         """This node serves no more."""
         self.scrub.retire()
+        if self.cache is not None:
+            self.cache.stop(result)
         self.gateway.stop(result)
         self.operations.forget_all(result)
 
@@ -256,6 +312,8 @@ class Node:
         self._disk.clear_epochs(self._must_work)
         self._disk.save_settled(0, self._must_work)
         self.operations.forget_all(Result.VDI_NOT_EMPTY)
+        if self.cache is not None:
+            self.cache.forget_all()
         self.gateway.start_over(Result.NO_OBJ)
         for oid, _ in list(store.inventory()):
             store.remove(oid, self._must_work)
@@ -362,6 +420,9 @@ class Node:
             context.clock.after(grace_ns, lambda: self._tell_inventory() if context.fence == fence else None)
             return
         self._told = True
+        self.claims.settle()
+        if self.cache is not None:
+            self.cache.begin()
         by_home: list[list[Holding]] = [[] for _ in placement.members]
         for oid, version in context.store.inventory():
             home = placement.home(oid)
@@ -580,7 +641,8 @@ class Node:
         self._home_done(sender)
 
     def _on_flush(self, sender: NodeId, message: Message) -> None:
-        self.gateway.flush_here(vid_of(message.oid), self._answering(sender, message))
+        flush = self.gateway.flush_here if message.body == FLUSH_CACHES else self.gateway.flush_store
+        flush(vid_of(message.oid), self._answering(sender, message))
 
     def _on_drain(self, sender: NodeId, message: Message) -> None:
         answer = self._answering(sender, message)
@@ -588,7 +650,32 @@ class Node:
         if (owner, number) in self._ended:  # asked again over a new link, when it was all over
             answer(Result.SUCCESS, b"")
         else:
-            self.gateway.freeze(vid_of(message.oid), (owner, number), lambda: answer(Result.SUCCESS, b""))
+            self.freeze(vid_of(message.oid), (owner, number), answer)
+
+    def freeze(self, vid: Vid, by: OperationKey, answered: Callable[[int, Buffer], None]) -> None:
+        """This node's part of a freeze (gateway.freeze): its cache has nothing more of the volume than the cluster."""
+
+        def pushed(result: int) -> None:
+            if result or by in self._ended:  # it may have ended while the cache was pushing
+                if self.cache is not None and by in self._ended:
+                    self.cache.thaw(by)
+                answered(result, b"")
+            else:
+                self.gateway.freeze(vid, by, lambda: answered(Result.SUCCESS, b""))
+
+        if self.claims.lost(vid):
+            pushed(Result.VDI_LOCKED)
+        elif self.cache is None:
+            pushed(Result.SUCCESS)
+        else:
+            self.cache.freeze(vid, by, pushed)
+
+    def left_dirty(self, done: Callable[[str, list[Vid]], None]) -> None:
+        """The volumes that this node's cache may have unpushed data of, and which contents of it that are."""
+        if self.cache is None:
+            done("", [])
+        else:
+            self.cache.left_dirty(lambda vids: done(self.claims.identity, vids))
 
     def _on_query(self, sender: NodeId, message: Message) -> None:
         question = json.loads(bytes(_body(message)))
@@ -597,7 +684,9 @@ class Node:
         elif question == "orphans":
             self._executor.sweep.candidates_here(self._answering(sender, message))
         else:
-            self.coherence.asked(question, self._answering(sender, message))
+            answer = self._answering(sender, message)
+            if not self.claims.asked(question, answer):
+                self.coherence.asked(question, answer)
 
     def _answering(self, sender: NodeId, message: Message) -> Callable[[int, Buffer], None]:
         def answer(result: int, body: Buffer) -> None:

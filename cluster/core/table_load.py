@@ -14,17 +14,21 @@ from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Buffer, Kind
 from sheepdog.cluster.core.script import Script, Step, gather
-from sheepdog.cluster.core.vdi import VdiTable
+from sheepdog.cluster.core.state import node_key
+from sheepdog.cluster.core.vdi import Claim, VdiTable
 
 Values = dict[str, Any]
+LeftDirty = Callable[[Callable[[str, list[Vid]], None]], None]
+"""Tells the identity of this node's cache, and the volumes that it may have unpushed data of."""
 
 
 class TableLoad:
     """Of one node."""
 
-    def __init__(self, context: Context, everyone: Everyone) -> None:
+    def __init__(self, context: Context, everyone: Everyone, left_dirty: LeftDirty) -> None:
         self._context = context
         self._everyone = everyone
+        self._left_dirty = left_dirty
         self._settled = 0
 
     def load(self, _: Values) -> Script[Values]:
@@ -32,14 +36,21 @@ class TableLoad:
         answers: dict[Any, Buffer] = yield self._ask_inodes()
         best: dict[int, tuple[tuple[Any, ...], InodeHeader]] = {}
         attributes: set[tuple[Vid, int]] = set()
+        claims: dict[Vid, Claim] = {}
         for node in sorted(answers):
-            inodes, places = json.loads(bytes(answers[node]))
+            inodes, places, cache, cached = json.loads(bytes(answers[node]))
+            claims.update((Vid(vid), Claim(node_key(node), cache, True)) for vid in cached)
             attributes.update((Vid(vid), place) for vid, place in places)
             for vid, as_of, version, text in inodes:
                 rank = (as_of, tuple(version))
                 if vid not in best or rank > best[vid][0]:
                     best[vid] = (rank, InodeHeader.unpack(bytes.fromhex(text)))
         table, unfinished = VdiTable.of_inodes(header for _, (_, header) in sorted(best.items()))
+        for vid, claim in sorted(claims.items()):
+            record = table.get(vid)
+            if record is not None and not record.deleted and not record.is_snapshot:
+                table.claims[vid] = claim
+        table.claim_number = self._context.state.vdis.claim_number
         for owner, place in sorted(attributes):
             table.attributes.setdefault(owner, []).append(place)
         self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")
@@ -52,7 +63,8 @@ class TableLoad:
         )
 
     def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
-        """JSON of this node's [[vid, as_of, version, hex of the inode's header]...] and [[vid, attribute id]...]."""
+        """JSON of this node's [[vid, as_of, version, hex of the inode's header]...], [[vid, attribute id]...], its
+        cache's identity and the [vid...] that it may have unpushed data of."""
         here = [(oid, version) for oid, version in self._context.store.inventory() if version != NO_VERSION]
         copies = [(oid, version) for oid, version in here if is_inode(oid)]
         attributes = [(vid_of(oid), oid & 0xFFFFFFFF) for oid, _ in here if is_attribute(oid)]
@@ -64,7 +76,9 @@ class TableLoad:
                 if header is not None:
                     as_of = max(self._settled, version.epoch)
                     found.append([vid_of(oid), as_of, list(version), header.pack().hex()])
-            answered(Result.SUCCESS, json.dumps([found, attributes]).encode())
+            self._left_dirty(
+                lambda cache, vids: answered(Result.SUCCESS, json.dumps([found, attributes, cache, vids]).encode())
+            )
 
         gather([self._read_header(oid) for oid, _ in copies], RECLAIM_PARALLEL)(collect)
 

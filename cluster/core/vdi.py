@@ -141,6 +141,16 @@ class VdiRecord:
         )
 
 
+@dataclass(slots=True)
+class Claim:
+    """One gateway caches the data of a volume (core.claims)."""
+
+    owner: str  # hex of address and port
+    cache: str  # which contents of its cache: a gateway that lost its disk comes back with others
+    dirty: bool  # acknowledged writes may be there and nowhere else
+    lost: bool = False  # ... and the owner has come back without that cache
+
+
 class VdiTable:
     """All VDIs by vid and by name."""
 
@@ -150,6 +160,8 @@ class VdiTable:
         self._children: dict[Vid, list[Vid]] = {}
         self._ancestors: dict[Vid, list[Vid]] = {}  # asked for since the last change: every flush asks
         self.attributes: dict[Vid, list[int]] = {}  # ids of attribute objects by the vid in their object ids
+        self.claims: dict[Vid, Claim] = {}  # of the volumes that some gateway caches
+        self.claim_number = 0  # counts claims taken
         self._in_use = bytearray(BITMAP_SIZE)
         self._deleted = bytearray(BITMAP_SIZE)
 
@@ -181,6 +193,8 @@ class VdiTable:
         if record.parent:
             self._children.setdefault(record.parent, []).append(record.vid)
         self._ancestors.clear()
+        if record.deleted or record.is_snapshot:
+            self.claims.pop(record.vid, None)  # it does not change any more, or is gone
         self.mark(record.vid, record.deleted)
 
     def mark(self, vid: Vid, deleted: bool) -> None:
@@ -286,9 +300,12 @@ class VdiTable:
 
     def to_json(self) -> dict[str, Any]:
         attributes = [[vid, ids] for vid, ids in sorted(self.attributes.items())]
+        claims = [[vid, asdict(claim)] for vid, claim in sorted(self.claims.items())]
         return {
             "records": [record.to_json() for record in self.records()],
             "attributes": attributes,
+            "claims": claims,
+            "claim_number": self.claim_number,
         }
 
     @classmethod
@@ -297,6 +314,8 @@ class VdiTable:
         for value in values["records"]:
             table.put(VdiRecord.from_json(value))
         table.attributes = {Vid(vid): ids for vid, ids in values["attributes"]}
+        table.claims = {Vid(vid): Claim(**claim) for vid, claim in values.get("claims", ())}
+        table.claim_number = values.get("claim_number", 0)
         return table
 
     @classmethod

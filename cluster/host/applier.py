@@ -158,15 +158,19 @@ class Applier:
                 self._failed(record, result)
             else:
                 self._large_written(record)
-            while later:
-                if copy.later is not None:
-                    copy.later.extend(later)
-                    break
-                self.apply(later.popleft())
+            self._go_on(copy, later)
             self._check_barriers()
             self._copies.files.close_if_unused(copy)
 
         self._copies.workers.run(lambda: write_all(self._disk, fd, record.data, record.first << 12), finished)
+
+    def _go_on(self, copy: Copy, later: deque[Record]) -> None:
+        """Applies what waited. A function of its own: the compiler would take `copy.later` for what it was just set to."""
+        while later:
+            if copy.later is not None:
+                copy.later.extend(later)
+                break
+            self.apply(later.popleft())
 
     def _large_written(self, record: Record) -> None:
         copy = record.copy

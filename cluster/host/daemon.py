@@ -21,6 +21,7 @@ from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.drivers import registry
 from sheepdog.cluster.drivers.base import Driver
 from sheepdog.cluster.host import lifecycle, usage
+from sheepdog.cluster.host.cache_files import CacheFiles
 from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.disk_control import DiskControl
@@ -138,11 +139,21 @@ class Daemon:
             self._state.forget_settled()
         self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies_lost(oids))
         self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
+        self._cache = self._open_cache(disk) if options.cache is not None else None
         self._id = NodeId(self.address, options.port)
         self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
         self._server = Server(self._loop, self.links.adopt, self._adopt_client, self._log)
         self._check_fixed_vnodes()
         self._begin_incarnation(driver)
+
+    def _open_cache(self, disk: RealDisk) -> CacheFiles:
+        options = self.options
+        assert options.cache is not None
+        directory = options.cache.directory or f"{options.metadata}/cache"
+        size = options.cache.size_bytes
+        cache = CacheFiles(directory, size, disk, self._workers, self._clock, self._turn.at_end, self._log)
+        self._log(6, f"object cache of {size} bytes in {directory}")
+        return cache
 
     def _adopt_client(self, sock: socket.socket) -> None:
         self._clients.adopt(sock)
@@ -159,6 +170,7 @@ class Daemon:
             self._attachment,
             self._log,
             self.options.vnodes is not None,
+            None if self._cache is None else self._cache.disk,
         )
         node.context.coder = self._coder
         self.links.on_message = node.on_message
@@ -169,7 +181,10 @@ class Daemon:
         node.on_exit = self._end
         node.on_lost = self._on_lost
         requests = Requests(
-            node.gateway, lambda: node.cluster, handlers(node, self.logs, self.store, self._disks, self._failed_disks)
+            node.door,
+            lambda: node.cluster,
+            handlers(node, self.logs, self.store, self._disks, self._failed_disks),
+            None if node.cache is None else node.cache.wanted,
         )
         self._clients = Clients(
             self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log
@@ -247,18 +262,25 @@ class Daemon:
             self._clients.close()
             self.links.close()
             await self._leave()
-            closed: asyncio.Future[None] = self._loop.create_future()
-            self.store.close(lambda: None if closed.done() else closed.set_result(None))
-            try:
-                await asyncio.wait_for(closed, END_TIMEOUT_S)
-            except TimeoutError:
-                self._log(
-                    3, f"the store was not closed within {END_TIMEOUT_S:.0f} s; it will be checked at the next start"
-                )
+            await self._close("store", self.store.close)
+            if self._cache is not None and await self._close("object cache", self._cache.close):
+                self._cache.closed()
             self._workers.stop()
             if self._pid_file is not None:
                 self._pid_file.remove()
             self._log(6, "shutdown")
+
+    async def _close(self, what: str, close: Callable[[Callable[[], None]], None]) -> bool:
+        closed: asyncio.Future[None] = self._loop.create_future()
+        close(lambda: None if closed.done() else closed.set_result(None))
+        try:
+            await asyncio.wait_for(closed, END_TIMEOUT_S)
+        except TimeoutError:
+            self._log(
+                3, f"the {what} was not closed within {END_TIMEOUT_S:.0f} s; it will be checked at the next start"
+            )
+            return False
+        return True
 
     async def _stay_joined(self) -> None:
         """Attaches to the membership engine; UsageError. Does so again, for as long as it takes, when it is lost."""

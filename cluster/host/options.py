@@ -144,7 +144,11 @@ class Options:
             ("-D", self.direct_io, "object files are read and written through the page cache"),
             ("-i", self.io_address is not None, "all traffic uses the node's one address"),
             ("-u", self.upgrade, "there is no older store layout to migrate"),
-            ("-w", self.cache is not None, "there is no object cache: reads and writes go to the cluster"),
+            (
+                "-w directio",
+                self.cache is not None and self.cache.direct_io,
+                "the object cache is read and written through the page cache",
+            ),
             ("-w", bool(self.threads), "thread numbers are chosen by the daemon"),
             ("-W", self.wildcard_recovery, "recovery always looks at every node"),
             ("-x", self.max_dynamic_threads is not None, "thread numbers are chosen by the daemon"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sheepdog.cluster.core.cache import Cache
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import map_offset
 from sheepdog.cluster.core.limits import BLOCK_SIZE
@@ -112,6 +114,16 @@ class Door:
             answer, self._waiting = self._waiting.answer, None
             self._machine += 1
             answer(LOST, None)
+
+
+def door_of(process: Process, oid: ObjectId, cached: bool, writing: bool) -> Gateway | Cache:
+    """What takes the request, as frontends.qemu.requests does; `cached`: it has the CACHE flag."""
+    cache = process.node.cache
+    if cache is None:
+        return process.node.gateway
+    if cached:
+        cache.wanted(oid, writing)
+    return cache
 
 
 class Volume:
@@ -235,7 +247,10 @@ class BlockClient:
             self._pause()
 
         self._door.ask(
-            lambda process, done: process.node.gateway.write(oid, first * BLOCK_SIZE, data, durable, done), answered
+            lambda process, done: door_of(process, oid, not durable, True).write(
+                oid, first * BLOCK_SIZE, data, durable, done
+            ),
+            answered,
         )
 
     def _count(self, result: int) -> None:
@@ -260,5 +275,8 @@ class BlockClient:
             done()
 
         self._door.ask(
-            lambda process, done: process.node.gateway.read(oid, first * BLOCK_SIZE, count * BLOCK_SIZE, done), answered
+            lambda process, done: door_of(process, oid, True, False).read(
+                oid, first * BLOCK_SIZE, count * BLOCK_SIZE, done
+            ),
+            answered,
         )

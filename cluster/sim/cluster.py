@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sheepdog.cluster.core.ids import Member, NodeId
 from sheepdog.cluster.core.messages import Message
-from sheepdog.cluster.core.node import Node
+from sheepdog.cluster.core.node import CacheDisk, Node
 from sheepdog.cluster.core.state import Status, node_key
 from sheepdog.cluster.sim.engine import SimAttachment, SimEngine
 from sheepdog.cluster.sim.network import Fabric, SimNetwork
@@ -49,6 +49,7 @@ class Process:
         self.clock = SimClock(world, life)
         self.store = SimStore(machine.disk, world, life)
         self.state = SimNodeState(machine.state, world, life)
+        self.cache_store = SimStore(machine.cache_disk, world, life)
         self.network: SimNetwork = cluster.fabric.attach(machine.id, self._on_message, self._on_link, life)
         self.node: Node = cluster.make_node(
             Member(machine.id, machine.zone, machine.vnodes, machine.space),
@@ -58,7 +59,10 @@ class Process:
             self.state,
             self,
             lambda level, text: world.say(f"{machine.name} <{level}> {text}"),
+            **self._cache(cluster.cache_bytes),
         )
+        if self.node.cache is not None:
+            self.node.cache.age_ns, self.node.cache.quiet_ns = cluster.cache_times_ns
         self.node.on_exit = self._exited
         self.node.on_lost = self._lost
         self.node.start()
@@ -69,6 +73,11 @@ class Process:
     @property
     def alive(self) -> bool:
         return self.life.alive
+
+    def _cache(self, size_bytes: int) -> dict[str, CacheDisk]:
+        if not size_bytes:
+            return {}
+        return {"cache_disk": CacheDisk(self.cache_store, self.machine.cache_identity, size_bytes)}
 
     # The network and the node need each other: calls go through here.
 
@@ -136,6 +145,8 @@ class Machine:
         self.space = 1 << 40
         self.disk = SimDisk(cluster.world, self.name)
         self.state = SimStateDisk(cluster.world, self.name, self.disk)
+        self.cache_disk = SimDisk(cluster.world, f"{self.name} cache")
+        self._caches_lost = 0
         self.process: Process | None = None
         self.exits: list[tuple[int, str]] = []
         self._not_before_ns = 0
@@ -166,9 +177,29 @@ class Machine:
             self.process.end()
             self.disk.crash(power)
             self.state.crash(power)
+            self._crash_cache(power)
         elif power:
             self.disk.crash(power)
             self.state.crash(power)
+            self._crash_cache(power)
+
+    @property
+    def cache_identity(self) -> str:
+        """Of the contents of the cache's disk (host.cache_files)."""
+        return f"{self.name}.{self._caches_lost}"
+
+    def _crash_cache(self, power: bool) -> None:
+        """The cache syncs nothing: a power failure voids it."""
+        if power:
+            self.lose_cache()
+        else:
+            self.cache_disk.crash(False)
+
+    def lose_cache(self) -> None:
+        """The cache's disk is another one from the next start on."""
+        assert self.process is None
+        self._caches_lost += 1
+        self.cache_disk = SimDisk(self.cluster.world, f"{self.name} cache {self._caches_lost}")
 
     def lose_disk(self) -> None:
         """A disk fails under the running process."""
@@ -214,8 +245,11 @@ class SimCluster:
         gateways: int = 0,
         session_ns: int = 0,
         zone_of: tuple[int, ...] = (),
+        cache_bytes: int = 0,
     ) -> None:
         self.world = world
+        self.cache_bytes = cache_bytes  # of each machine's object cache; 0: none
+        self.cache_times_ns = (100 * MILLISECOND, 50 * MILLISECOND)  # age of a push, quiet after letting go
         self.fabric = Fabric(world)
         self.engine = SimEngine(world, session_ns)
         self._zone_of = zone_of  # of the first machines; the others are zones of their own

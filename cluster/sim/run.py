@@ -36,6 +36,7 @@ class Scenario:
     duration_ns: int = 2 * SECOND
     faults: Faults = field(default_factory=Faults)
     make_node: NodeFactory = Node
+    cache_bytes: int = 0  # of each gateway's object cache; 0: none
     gateways: int = 0  # more machines, which store nothing
     zone_of: tuple[int, ...] = ()  # failure domain of each machine; empty: every machine is one
     session_ns: int = 0  # of the membership engine; 0: only proven deaths count (cluster.sim.engine)
@@ -61,7 +62,13 @@ class Run:
         self.scenario = scenario
         self.world = World(seed)
         self.cluster = SimCluster(
-            self.world, scenario.machines, scenario.make_node, scenario.gateways, scenario.session_ns, scenario.zone_of
+            self.world,
+            scenario.machines,
+            scenario.make_node,
+            scenario.gateways,
+            scenario.session_ns,
+            scenario.zone_of,
+            scenario.cache_bytes,
         )
         self.history = History()
         self.errors: dict[int, int] = {}
@@ -188,6 +195,8 @@ class Run:
                     self.world.run_until(lambda: not door.busy, SECOND, "a read in peace")  # noqa: B023
 
     def _judge(self) -> None:
+        if self.scenario.cache_bytes:
+            self.world.run_for(SECOND)  # claims that readers took are known to all
         allowed = [*NOT_NOW, *self.scenario.tolerated]
         faults = self.nemesis.counts
         if "full" in faults:

@@ -64,6 +64,8 @@ class Opcode(IntEnum):
     MD_UNPLUG = 0xB3
     GET_HASH = 0xB4
     REWEIGHT = 0xB5
+    CACHE_INFO = 0xB6  # these two as in the versions that had an object cache; the answer is JSON
+    CACHE_PURGE = 0xB7
     STAT = 0xB8
     GET_LOGLEVEL = 0xB9
     SET_LOGLEVEL = 0xBA

@@ -110,8 +110,6 @@ class Administration:
             Opcode.TRACE_READ_BUF: _no_support,
             Opcode.NFS_CREATE: _no_support,
             Opcode.NFS_DELETE: _no_support,
-            Opcode.FLUSH_DEL_CACHE: lambda call: call.done(Result.SUCCESS),  # there is nothing like it any more
-            Opcode.DELETE_CACHE: lambda call: call.done(Result.SUCCESS),
         }
 
     # -- the cluster -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
 from sheepdog.frontends.qemu.administration import Administration, Disks, Logs
+from sheepdog.frontends.qemu.caches import CacheOperations
 from sheepdog.frontends.qemu.copies import Copies
 from sheepdog.frontends.qemu.requests import Handler
 from sheepdog.frontends.qemu.vdis import VdiOperations
@@ -23,6 +24,7 @@ def handlers(
     return {
         **VdiOperations(node).handlers(),
         **Administration(node, store, logs, disks, failed_disks).handlers(),
+        **CacheOperations(node).handlers(),
         **Copies(node, store, _next_turn).handlers(),
     }
 

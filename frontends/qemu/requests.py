@@ -44,6 +44,7 @@ _DATA = frozenset(
         Opcode.FLUSH_VDI,
     )
 )
+_CACHED = Flags.CACHE | Flags.DIRECT
 _WAITING = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
 
 
@@ -69,14 +70,25 @@ class Gateway(Protocol):
     def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool: ...
 
 
+Wanted: TypeAlias = Callable[[ObjectId, bool], None]
+
+
 class Requests:
     """Gives every request to its handler; a refused one is answered, its connection stays."""
 
     def __init__(
-        self, gateway: Gateway, cluster: Callable[[], ClusterState], operations: Mapping[int, Handler]
+        self,
+        gateway: Gateway,
+        cluster: Callable[[], ClusterState],
+        operations: Mapping[int, Handler],
+        wanted: Wanted | None = None,
     ) -> None:
-        """`cluster` gives the state as it is now; `operations` are the handlers of everything but object I/O."""
+        """`cluster` gives the state as it is now; `operations` are the handlers of everything but object I/O.
+
+        `wanted(oid, writing)` is told of what clients let be cached; None without a cache.
+        """
         self._gateway = gateway
+        self._wanted = wanted
         self._cluster = cluster
         self._handlers: dict[int, Handler] = {
             Opcode.CREATE_AND_WRITE_OBJ: self._create,
@@ -128,6 +140,8 @@ class Requests:
         elif call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, call.length, call.read):
             return
         elif call.length:
+            if self._wanted is not None and call.flags & _CACHED == Flags.CACHE:
+                self._wanted(oid, False)
             self._gateway.read(oid, offset, call.length, call.read)
         else:
             self._touch(oid, call)
@@ -148,6 +162,8 @@ class Requests:
         if call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written):
             return
         if data:
+            if self._wanted is not None and call.flags & _CACHED == Flags.CACHE:
+                self._wanted(oid, True)
             self._gateway.write(oid, offset, data, _durable(call), call.written)
         else:
             self._touch(oid, call)

@@ -1,53 +1,83 @@
-"""`dog vdi cache` (cli.md 5) of nodes that have no object cache, which all are: nothing is kept back anywhere."""
+"""`dog vdi cache info|flush|delete|purge` (docs/cache.md)."""
 
 from __future__ import annotations
 
+import os
+
+from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.core.ids import Vid
-from sheepdog.cluster.wire import header as wire
-from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid, inode_oid
+from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
-from sheepdog.tools.dog.output import confirm, text
+from sheepdog.tools.dog.output import confirm, human_size, text
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.volumes import find, name_of
 
-INFO, PURGE = 0xB6, 0xB7  # of daemons that have a cache; the others refuse them
 _PURGE_QUESTION = "This operation purges the cache of all the vdi. Continue? [yes/no]: "
+_AWAY = "acknowledged writes are in the cache of a node that is away, or has lost it"
 
 
 def info(context: Context) -> None:
+    """What the node's cache holds, volume by volume."""
     try:
-        context.gateway().call(bytearray(wire.REQUEST.pack(wire.Request(protocol_version(INFO), INFO))))
+        found = admin.cache_info(context.gateway())
     except SheepError as error:
         raise Failure(f"failed to get cache information: {text(error.result)}") from error
+    if context.json:
+        from sheepdog.tools.dog.records import print_json
+
+        print_json(found)
+        return
+    print("Name\tTag\tTotal\tDirty\tClean")
+    for volume in found["volumes"]:
+        total, dirty = volume["total"], volume["dirty"]
+        sizes = "\t".join(human_size(size) for size in (total, dirty, total - dirty))
+        print(f"{_shown(volume['name'])}\t{_shown(volume['tag'])}\t{sizes}")
+    print(f"\nCache size {human_size(found['size'])}, used {human_size(found['used'])}, non-directio")
+
+
+def _shown(name: str) -> str:
+    return os.fsdecode(name.encode("latin-1"))
 
 
 def flush(context: Context) -> None:
-    """Returns when everything acknowledged so far is durable."""
-    _order(context, Opcode.FLUSH_VDI, _vid(context))
+    """What is dirty in any node's cache of the volume is pushed; it is durable at the end."""
+    _ask(context, Opcode.FLUSH_VDI)
 
 
 def delete(context: Context) -> None:
-    _order(context, Opcode.FLUSH_DEL_CACHE, _vid(context))
+    """As flush; then no node has anything of the volume in its cache."""
+    _ask(context, Opcode.FLUSH_VDI)
+    _ask(context, Opcode.FLUSH_DEL_CACHE)
 
 
 def purge(context: Context) -> None:
-    if context.optional(0) is None:
-        confirm(_PURGE_QUESTION)
-        _order(context, PURGE, Vid(0))
-    else:
-        _order(context, PURGE, _vid(context))
+    """What is in caches of the volume, or of all, is dropped without having been pushed."""
+    if context.optional(0) is not None:
+        _ask(context, Opcode.CACHE_PURGE)
+        return
+    confirm(_PURGE_QUESTION)
+    connection = context.gateway()
+    for vid in admin.volume_ids(connection):
+        try:
+            _request(connection, Opcode.CACHE_PURGE, vid)
+        except SheepError as error:
+            if error.result != Result.NO_CACHE:
+                raise Failure("failed to execute request") from error
 
 
-def _vid(context: Context) -> Vid:
+def _ask(context: Context, opcode: Opcode) -> None:
     tag, snap_id = snapshot_option(context)
-    return find(context.gateway(), name_of(context.argument(0)), tag, snap_id)
-
-
-def _order(context: Context, opcode: int, vid: Vid) -> None:
-    fields = wire.ObjectRequest(protocol_version(opcode), opcode, oid=int(vid) << 32)
+    vid = find(context.gateway(), name_of(context.argument(0)), tag, snap_id)
     try:
-        context.gateway().call(bytearray(wire.OBJECT_REQUEST.pack(fields)))
+        _request(context.gateway(), opcode, vid)
     except SheepError as error:
-        raise Failure("failed to execute request") from error
+        why = f": {_AWAY}" if error.result == Result.VDI_LOCKED else ""
+        raise Failure(f"failed to execute request{why}") from error
+
+
+def _request(connection: Connection, opcode: Opcode, vid: Vid) -> None:
+    connection.call(admin.object_request(opcode, inode_oid(vid)))

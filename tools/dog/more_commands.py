@@ -10,7 +10,7 @@ _ORIGIN = Option("o", "orig", "specify the version of the original format", True
 
 CACHE = Command(
     "cache",
-    (SNAPSHOT, *NETWORK, *LAST),
+    (SNAPSHOT, *NETWORK, *LAST, JSON),
     "control the object cache of a node",
     nested=(
         Command("flush", (), "write what is only in the cache to the cluster", "cache:flush", "<vdiname>"),

@@ -1,0 +1,157 @@
+"""Brings dirty blocks to the cluster: neighbours together, several at a time, each durable when it is answered.
+
+A block that changes while it is being pushed stays dirty. Whoever waits for a set of blocks is told when a push that
+began after the call (or was under way, for what has not changed since) has ended for each, or at the first error;
+blocks whose push failed stay dirty.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
+from sheepdog.cluster.core.extents import CachedObject, runs, span
+from sheepdog.cluster.core.gateway import Gateway
+from sheepdog.cluster.core.limits import BLOCK_SIZE, CACHE_PUSH_BYTES, CACHE_PUSHES
+from sheepdog.cluster.core.messages import Buffer, Flag
+from sheepdog.cluster.core.ports import Store
+
+_MOST = CACHE_PUSH_BYTES // BLOCK_SIZE
+
+
+class _Wait:
+    """Blocks that somebody waits for: (object, blocks, the first push that counts)."""
+
+    __slots__ = ("done", "left")
+
+    def __init__(self, done: Callable[[int], None]) -> None:
+        self.left: list[tuple[CachedObject, int, int]] = []
+        self.done = done
+
+
+class Pusher:
+    """Of one cache. `clean` and `gone` are told of objects whose blocks have reached the cluster, or cannot."""
+
+    def __init__(
+        self,
+        context: Context,
+        gateway: Gateway,
+        store: Store,
+        moved: Callable[[CachedObject], None],
+        gone: Callable[[CachedObject], None],
+    ) -> None:
+        self.pushes = self.push_ns = self.pushed_blocks = self.failures = 0
+        self._context = context
+        self._gateway = gateway
+        self._store = store
+        self._moved = moved
+        self._gone = gone
+        self._number = 0
+        self._under_way = 0
+        self._queue: deque[CachedObject] = deque()
+        self._waits: dict[_Wait, None] = {}
+
+    def push(self, objects: list[CachedObject], done: Callable[[int], None], only: int = -1) -> None:
+        """Everything that is dirty in these now (of one object: `only` these blocks); `done` with the first error."""
+        wait = _Wait(done)
+        for entry in objects:
+            dirty, pushing = entry.dirty & only, entry.pushing & ~entry.dirty & only
+            if pushing:
+                wait.left.append((entry, pushing, 0))
+            if dirty:
+                wait.left.append((entry, dirty, self._number + 1))
+            self._queue.append(entry)
+        if not wait.left:
+            done(Result.SUCCESS)
+            return
+        self._waits[wait] = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._queue and self._under_way < CACHE_PUSHES:
+            entry = self._queue[0]
+            ready = entry.dirty & ~entry.pushing & ~entry.writing
+            if not ready or entry.volume.over:
+                self._queue.popleft()
+                continue
+            first, count = next(runs(ready))
+            self._push(entry, first, min(count, _MOST))
+
+    def _push(self, entry: CachedObject, first: int, count: int) -> None:
+        bits = span(first, count)
+        entry.pushing |= bits
+        entry.dirty &= ~bits
+        entry.volume.dirty_blocks -= count
+        self._under_way += 1
+        self._number += 1
+        number, began_ns = self._number, self._context.clock.now_ns()
+
+        def found(data: Buffer | StoreError) -> None:
+            if entry.volume.over:
+                ended(Result.EIO)
+            elif not isinstance(data, StoreError):
+                flags = Flag.DURABLE
+                self._gateway.change(entry.oid, flags, first * BLOCK_SIZE, 0, data, 0, lambda result, _: ended(result))
+            else:
+                self._context.log(3, f"object cache, {entry.oid:016x}: unpushed data cannot be read: {data}")
+                ended(Result.EIO if isinstance(data, Corrupt) else data.result)
+
+        def ended(result: int) -> None:
+            self.push_ns += self._context.clock.now_ns() - began_ns
+            self._ended(entry, bits, number, result)
+
+        self._store.read(entry.oid, first * BLOCK_SIZE, count * BLOCK_SIZE, found)
+
+    def _ended(self, entry: CachedObject, bits: int, number: int, result: int) -> None:
+        self._under_way -= 1
+        self.pushes += 1
+        entry.pushing &= ~bits
+        if entry.volume.over:
+            result = result or Result.EIO
+        elif result == Result.NO_OBJ:
+            # Its volume does not name it any more: a client freed it through the map.
+            self._context.probe("cache.pushed_to_nothing")
+            self._gone(entry)
+            result = Result.SUCCESS
+        elif result:
+            self.failures += 1
+            entry.volume.dirty_blocks += (bits & ~entry.dirty).bit_count()
+            entry.dirty |= bits
+        else:
+            self.pushed_blocks += bits.bit_count()
+        if result or entry.dirty & bits:
+            self._context.probe("cache.dirty_again" if not result else "cache.push_failed")
+        self._tell(entry, bits, number, result)
+        self._moved(entry)
+        if not result:
+            self._queue.append(entry)
+        self._go_on()
+
+    def _tell(self, entry: CachedObject, bits: int, number: int, result: int) -> None:
+        ready: list[_Wait] = []
+        for wait in self._waits:
+            left: list[tuple[CachedObject, int, int]] = []
+            for one, wanted, since in wait.left:
+                if one is entry and number >= since and wanted & bits:
+                    if result:
+                        ready.append(wait)
+                        left = []
+                        break
+                    wanted &= ~bits
+                if wanted:
+                    left.append((one, wanted, since))
+            wait.left = left
+            if not left and wait not in ready:
+                ready.append(wait)
+        for wait in ready:
+            del self._waits[wait]
+        for wait in ready:
+            wait.done(result)
+
+    def stop(self, result: int) -> None:
+        waits, self._waits = self._waits, {}
+        self._queue.clear()
+        for wait in waits:
+            wait.done(result)

@@ -1,0 +1,114 @@
+"""The object cache on its disk: a store of its own that syncs nothing, and what its contents are called.
+
+What was written survives the death of the process, as the page cache does, and an orderly end. A power failure may take
+any of it back to an older state, so the contents then count as lost: they get another identity and begin empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.node import CacheDisk
+from sheepdog.cluster.core.ports import Clock, Log
+from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
+from sheepdog.cluster.host.pipeline import AtEnd
+from sheepdog.cluster.host.workers import Workers
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MIN_JOURNAL_BYTES, _MAX_JOURNAL_BYTES = 8 << 20, 128 << 20  # two segments; they come on top of the cache's size
+_JOURNAL_PART = 8
+
+
+class CacheFiles:
+    """Opened with the daemon, closed with it. UsageError if the directory cannot be used."""
+
+    def __init__(
+        self, directory: str, size_bytes: int, disk: Disk, workers: Workers, clock: Clock, at_end: AtEnd, log: Log
+    ) -> None:
+        self._log = log
+        self._path = Path(directory)
+        journal = max(_MIN_JOURNAL_BYTES, min(_MAX_JOURNAL_BYTES, size_bytes // _JOURNAL_PART))
+        try:
+            self._identity = self._identify()
+            self._store = ObjectStore(
+                directory,
+                (f"{directory}/obj",),
+                disk,
+                workers,
+                clock,
+                at_end,
+                log,
+                self._failed,
+                StoreOptions(nosync=True, journal_bytes=journal),
+            )
+            self._store.open()
+        except OSError as error:
+            raise UsageError(f"the object cache in {directory} cannot be used: {error}") from None
+        self.disk = CacheDisk(self._store, self._identity, size_bytes)
+
+    def _identify(self) -> str:
+        """What the contents are called; they are removed if they cannot be trusted."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        known: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((self._path / "identity").read_text())
+        boot = _boot_id()
+        if known.get("boot") not in (boot, "closed"):
+            if known:
+                self._log(4, f"object cache in {self._path}: the host has failed since; it begins empty")
+            for name in ("obj", "identity"):
+                path = self._path / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            for path in self._path.glob("journal_file*"):
+                path.unlink()
+            known = {"id": uuid.uuid4().hex}
+        self._note(known["id"], boot)
+        return known["id"]
+
+    def _note(self, identity: str, boot: str) -> None:
+        """Durable before it counts: an older file would say that contents are good which are not."""
+        path = self._path / "identity.new"
+        with path.open("w") as file:
+            file.write(json.dumps({"id": identity, "boot": boot}))
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(self._path / "identity")
+        directory = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _failed(self, directory: str, reason: str, last: bool) -> None:
+        self._log(2, f"object cache in {directory}: {reason}; volumes with unpushed data in it answer errors")
+
+    def close(self, done: Callable[[], None]) -> None:
+        """An orderly end: brings everything into the files. Call `closed` after it."""
+        self._store.close(done)
+
+    def closed(self) -> None:
+        """Puts it on the disk; the contents may be trusted even after a reboot. Blocks."""
+        os.sync()
+        try:
+            self._note(self._identity, "closed")
+        except OSError as error:
+            self._log(4, f"object cache in {self._path}: {error}")
+
+
+def _boot_id() -> str:
+    """Differs after every boot; each start counts as one where the kernel does not tell."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex
