@@ -29,7 +29,7 @@ _dog() {
     "vdi restore") words="-s --snapshot -a --address -p --port -B --batched_reclamation -I --interval -h --help -T --time"; volumes=1 ;;
     "vdi alter-copy") words="-c --copies -f --force -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi lock") words="list unlock -s --snapshot -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
-    "vdi cache") words="flush delete info purge -s --snapshot -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    "vdi cache") words="flush delete info purge -s --snapshot -a --address -p --port -h --help -T --time --json"; volumes=1 ;;
     "vdi export") words="-s --snapshot -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "vdi import") words="-c --copies -z --block_size_shift -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     node) words="list info stat kill may-stop recovery md scrub log vnodes format" ;;
