@@ -129,12 +129,13 @@ class Gateway:
         counters = self.context.counters
         counters.reads += 1
         counters.tx += length
-        refusal = self.context.state.result()
+        state = self.context.state
+        refusal = state.result()
         if refusal:
             done(refusal, b"")
         elif self.gate.suspended:
             self._held.append(lambda: self.read(oid, offset, length, done))
-        elif self.context.state.vdis.claims and self._cached_elsewhere(
+        elif state.vdis.claims and self._cached_elsewhere(
             oid, False, lambda: self.read(oid, offset, length, done), done
         ):
             return

@@ -165,7 +165,7 @@ class Applier:
         self._copies.workers.run(lambda: write_all(self._disk, fd, record.data, record.first << 12), finished)
 
     def _go_on(self, copy: Copy, later: deque[Record]) -> None:
-        """Applies what waited. A function of its own: the compiler would take `copy.later` for what it was just set to."""
+        """Applies what waited. Apart: mypyc takes `copy.later` for what it was just set to."""
         while later:
             if copy.later is not None:
                 copy.later.extend(later)

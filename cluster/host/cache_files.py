@@ -18,8 +18,9 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.node import CacheDisk
 from sheepdog.cluster.core.ports import Clock, Log
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.object_store import ObjectStore, StoreOptions
+from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.pipeline import AtEnd
+from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import Workers
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
