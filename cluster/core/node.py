@@ -327,7 +327,9 @@ class Node:
         context.epoch = record.epoch
         context.fence = state.era << 32 | record.epoch
         context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)
-        context.origins.begin(record.members)
+        # After a full stop the epoch goes on, and its record names the processes of before.
+        present = {member.id: member for member in state.members}
+        context.origins.begin([present.get(member.id, member) for member in record.members])
         context.peers.forget_all()
         context.network.connect([node for node in context.placement.nodes if node != context.me])
         self._log(5, f"epoch {record.epoch} with {len(record.members)} nodes")
