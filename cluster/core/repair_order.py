@@ -28,8 +28,7 @@ def repair(gateway: Gateway, replica: Replica, oid: ObjectId, done: IoDone) -> N
         _repair_strip(gateway, oid, home, replicas[0], done)
         return
     if replicas[0] == me:
-        home.recovery.suspect(oid, me)
-        gateway.raw_read(oid, 0, 1, lambda result, _: done(result, b""))  # waits for the home's own copy
+        _repair_at_home(gateway, replica, oid, home, done)
         return
     replica.missing[oid] = None
     fence, tries = context.fence, 0
@@ -53,6 +52,16 @@ def repair(gateway: Gateway, replica: Replica, oid: ObjectId, done: IoDone) -> N
 
     message = Message(Kind.READ, context.fence, 0, oid, 0, 1, Flag.REPAIR)
     context.peers.request(context.placement.nodes[replicas[0]], message, answered)
+
+
+def _repair_at_home(gateway: Gateway, replica: Replica, oid: ObjectId, home: Home, done: IoDone) -> None:
+    if not home.active:
+        home.hold(lambda: repair(gateway, replica, oid, done))
+    elif home.is_lost(oid) or not home.exists(oid, None):
+        done(home.absent(oid), b"")
+    else:
+        home.recovery.suspect(oid, home.me)
+        home.recovery.when_restored(oid, lambda result: done(result, b""))
 
 
 def _repair_strip(gateway: Gateway, oid: ObjectId, home: Home, first: int, done: IoDone) -> None:

@@ -53,7 +53,7 @@ from sheepdog.cluster.wire.structures import (
 MIB = 1 << 20
 OBJECT = 4 * MIB
 OBSOLETE = (Opcode.FLUSH_DEL_CACHE, Opcode.DELETE_CACHE)
-UNSUPPORTED = (Opcode.TRACE_ENABLE, Opcode.TRACE_STATUS, Opcode.MD_PLUG, Opcode.NFS_CREATE)
+UNSUPPORTED = (Opcode.TRACE_ENABLE, Opcode.TRACE_STATUS, Opcode.NFS_CREATE)
 INTERNAL = (Opcode.REMOVE_OBJ, Opcode.GET_OBJ_LIST, Opcode.WRITE_PEER, Opcode.INODE_COHERENCE, 0xB6, 0x7F)
 
 

@@ -20,7 +20,7 @@ FAULTS = {
     "kills": Faults(kill=2, link=0.5, mean_ns=80 * MILLISECOND),
     "full stops": Faults(kill=1, everybody=0.4, blackout=0.2, mean_ns=200 * MILLISECOND),
 }
-SEEDS = {"kills": (0, 4, 12, 20), "full stops": range(4)}  # 12: a snapshot that can be neither finished nor undone
+SEEDS = {"kills": (0, 4, 12, 20), "full stops": range(4, 8)}  # 12: a snapshot that can be neither finished nor undone
 
 
 def delete_everything(cluster: SimCluster) -> None:
