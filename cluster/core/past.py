@@ -59,10 +59,16 @@ class Past:
         for base in sorted(dict.fromkeys([*complete, 0]), reverse=True):
             witnesses = [node for node, epoch in zip(nodes, complete, strict=True) if epoch >= base]
             if (not base or self._covered(base, witnesses)) and all(
-                self._covered(epoch, nodes) for epoch in range(base + 1, self._placement.epoch)
+                self._stored_nothing(epoch) or self._covered(epoch, nodes)
+                for epoch in range(base + 1, self._placement.epoch)
             ):
                 return True
         return False
+
+    def _stored_nothing(self, epoch: int) -> bool:
+        """All members were gateways: no object was made or written. (Nor does such an epoch witness what there is.)"""
+        members = self._members(epoch)
+        return members is not None and not any(member.vnodes for member in members)
 
     def _covered(self, epoch: int, witnesses: Container[NodeId]) -> bool:
         """Of whatever was stored in the epoch, one of the witnesses was a replica."""
