@@ -274,7 +274,8 @@ class Inventories:
         """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
 
         The origins that a member tells are those of its own copy, so they count if that is the current one. Of strips
-        that go back to one state, those before it count.
+        that go back to one state, those before it count; of an object that is gone, those of members that know it is:
+        what the others still hold may be of a creation that never was done.
         """
         asked = dict.fromkeys(origin.oid for origins in self._origins for origin in origins)
         if not asked:
@@ -300,7 +301,8 @@ class Inventories:
                 current = decided.get(oid)
                 if current is None:  # equal wherever it is, or nowhere at all
                     current = next((versions[oid][0] for versions in held if oid in versions), None)
-                if current == NO_VERSION or current in held[member].get(oid, ()):
+                holding = held[member].get(oid, ())
+                if current in holding or (current == NO_VERSION and not holding):
                     found[gateway, number] = None
         return found
 

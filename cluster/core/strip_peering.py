@@ -1,7 +1,8 @@
 """Peering of erasure-coded objects: which state of the object all strips can be brought to, and which strip goes where.
 
 current     strips that were proven current in the newest epoch known to any of them; and where that is the epoch of the
-            last write itself, also the strips of that epoch's replicas: they were made current before it was written
+            last write itself, also the strips of that epoch's replicas: they were made current before it was written;
+            but not those of which a member knows that it was to make them anew: an agreement gives a version, too
 unfinished  a write that some strip has and another proven one lacks which it touches: it was not answered, nor was
             any later one of the object, so it is undone with all that came after. The *cut* is the first such write
 state       what a strip was before the cut: it goes back to that (core.strip_undo)
@@ -130,10 +131,18 @@ def decide(
     )
     if not real or not enough or facts.superseded(oid, best_as_of, least):
         return StripDecision(oid, policy, NO_VERSION, lost=lost)
+    lacking = {
+        (entry.member, entry.strip) for entry in held if entry.version == NO_VERSION and entry.as_of >= best_as_of
+    }
     current = [
         entry
         for entry in real
-        if entry.as_of == best_as_of or (best_as_of == best.epoch and facts.was_replica(oid, entry.member, best.epoch))
+        if entry.as_of == best_as_of
+        or (
+            best_as_of == best.epoch
+            and (entry.member, entry.strip) not in lacking
+            and facts.was_replica(oid, entry.member, best.epoch)
+        )
     ]
     proven = [entry for entry in real if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.

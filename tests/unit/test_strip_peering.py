@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.ids import Version, Vid, data_oid
+from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid
 from sheepdog.cluster.core.strip_peering import Held, StripDecision, decide
 from sheepdog.cluster.core.strip_undo import ALL_STRIPS, NO_STRIPS, Step
 
@@ -136,3 +136,12 @@ def test_strips_that_were_brought_level_on_the_way() -> None:
     )
     assert decision.cut == V[3]
     assert states(decision) == {0: V[2], 1: V[2], 2: V[2], 3: V[2]}
+
+
+def test_a_strip_that_an_agreement_was_to_rebuild_does_not_stand_for_itself() -> None:
+    """Strip 0 lacks writes: it was to be decoded from 1 and 2, and 2 went away. Found by the simulator."""
+    agreed = held(1, N, (V[1], ALL_STRIPS), as_of=3)
+    decision = decided(agreed, held(0, V[2], (V[1], FIRST)), held(0, NO_VERSION, as_of=3))
+    assert decision.is_lost
+    interrupted = decided(agreed, held(0, V[2], (V[1], FIRST)))  # its turn to agree may not have come
+    assert states(interrupted) == {0: V[2], 1: N}
