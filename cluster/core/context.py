@@ -105,6 +105,11 @@ class Context:
         """The VDI table here says how the object is kept."""
         return bool(oid & _NEVER_CODED) or self.state.vdis.get(vid_of(oid)) is not None
 
+    def copies_told(self, oid: ObjectId) -> int:
+        """Copies of an inode or the like, for a home whose VDI table may not have it yet; 0: the table says it."""
+        record = self.state.vdis.get(vid_of(oid)) if oid & _NEVER_CODED and not is_attribute(oid) else None
+        return 0 if record is None else record.copies
+
     def policy_of(self, oid: ObjectId) -> Policy | None:
         """How an object is coded: data and vmstate of a coded VDI; None for what is kept as whole copies."""
         if oid & _NEVER_CODED:

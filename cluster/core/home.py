@@ -257,7 +257,7 @@ class Home:
                 context.peers.request(self._placement.nodes[replica], message, lambda answer: flushed(answer.result))
 
     def _replicas(self, submission: Submission) -> tuple[int, ...]:
-        if submission.copies:  # a new inode: the VDI table does not know it yet
+        if submission.copies:  # an inode: the VDI table here may not know it yet
             return self._placement.ring.replicas(submission.oid, submission.copies)
         return self._placement.replicas(submission.oid)
 
