@@ -128,8 +128,11 @@ class Replica:
 
     def is_current(self, oid: ObjectId) -> bool:
         """The copy here was proven current in this epoch."""
-        home = self._context.placement.home(oid)
-        return home is not None and home < len(self.settled) and self.settled[home] and oid not in self.missing
+        placement = self._context.placement
+        replicas = placement.replicas(oid)
+        if placement.me not in replicas:
+            return False  # left over from before: nobody told this node what has become of the object
+        return replicas[0] < len(self.settled) and self.settled[replicas[0]] and oid not in self.missing
 
     def readable(self, oid: ObjectId, home: int, offset: int, length: int) -> bool:
         if not self.settled[home] or oid in self.missing or oid in self.unequal[home]:
