@@ -116,14 +116,14 @@ def lost_is_named(left: Left, listed: list[dict[str, Any]]) -> None:
     for volume, tag, options in (("plain", "", ()), ("coded", "before", ("-s", "before"))):
         vid = next(one["vdi_id"] for one in listed if (one["name"], one["tag"]) == (volume, tag))
         name = f"{vid << 32 | 1:016x}"
-        for path in left.files(name)[:3]:
+        for path in left.files(name):
             dd(path, 3, 4096)
         done = dog_store("salvage", *left.stores, "--vdi", volume, *options, status=1)
         assert f"object {name}".encode() in done.stderr
         assert b"are lost" in done.stderr
         image, data = done.stdout, left.data[tag or volume]
         wrong = [start for start in range(0, SIZE, 4096) if image[start : start + 4096] != data[start : start + 4096]]
-        assert 1 <= len(wrong) <= 3
+        assert 1 <= len(wrong) <= 4  # one block of the copies, or of each data strip
         assert all(not any(image[start : start + 4096]) for start in wrong)
 
 
