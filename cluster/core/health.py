@@ -127,7 +127,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         unfinished=recovery.unfinished if recovery is not None else 0,
         finished=recovery.finished if recovery is not None else 0,
         total=recovery.total if recovery is not None else 0,
-        restored_bytes=node.puller.bytes_pulled,
+        restored_bytes=node.copies.puller.bytes_pulled,
         sole=recovery.sole() if recovery is not None else {},
         full=recovery.full() if recovery is not None else 0,
         lost=home.lost if home is not None else 0,

@@ -117,6 +117,12 @@ class Message:
         self.floor = floor
         self.gateway = gateway
 
+    def payload(self) -> Buffer:
+        """The body of a message that came: one buffer."""
+        body = self.body
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        return body
+
     def __repr__(self) -> str:
         return (
             f"Message({Kind(self.kind).name} fence={self.fence:x} rid={self.rid} oid={self.oid:016x} "

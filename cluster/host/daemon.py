@@ -137,7 +137,7 @@ class Daemon:
         self.store.open()
         if self.store.disks.incomplete:
             self._state.forget_settled()
-        self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies_lost(oids))
+        self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies.lost(oids))
         self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
         self._cache = self._open_cache(disk) if options.cache is not None else None
         self._id = NodeId(self.address, options.port)
@@ -173,7 +173,7 @@ class Daemon:
             None if self._cache is None else self._cache.disk,
         )
         node.context.coder = self._coder
-        self.links.on_message = node.on_message
+        self.links.on_message = node.dispatch.on_message
         self.links.on_link = node.on_link
         if self.options.recovery is not None:
             throttle = self.options.recovery
@@ -193,7 +193,7 @@ class Daemon:
         node.start()
 
     def _is_only_here(self, oid: ObjectId) -> bool:
-        return self.node.is_only_here(oid)  # of the present incarnation
+        return self.node.copies.is_only_here(oid)  # of the present incarnation
 
     def _call_later(self, call: Callable[[], None]) -> None:
         """In a turn of its own: the store is in the middle of something."""

@@ -82,7 +82,7 @@ class Process:
     # The network and the node need each other: calls go through here.
 
     def _on_message(self, sender: NodeId, message: Message) -> None:
-        self.node.on_message(sender, message)
+        self.node.dispatch.on_message(sender, message)
 
     def _on_link(self, peer: NodeId, up: bool) -> None:
         self.node.on_link(peer, up)
@@ -206,7 +206,7 @@ class Machine:
         if self.process is not None:
             lost = self.disk.lose()
             self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
-            self.node.copies_lost(lost)
+            self.node.copies.lost(lost)
 
     def replace_disk(self) -> None:
         """All its disks are lost, what the node knew of its cluster too; the machine is down."""

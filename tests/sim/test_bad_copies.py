@@ -87,7 +87,7 @@ def test_two_copies_heal_each_other() -> None:
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "repair")
     audit(cluster)
     assert cluster.probes()["repair.blocks"] == 2
-    assert sum(machine.node.puller.bytes_pulled for machine in cluster.machines) == 0, "no copy was made anew"
+    assert sum(machine.node.copies.puller.bytes_pulled for machine in cluster.machines) == 0, "no copy was made anew"
 
 
 def test_no_copy_can_be_read() -> None:

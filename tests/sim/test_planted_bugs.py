@@ -11,6 +11,7 @@ import pytest
 import sheepdog.cluster.core.home as home_module
 import sheepdog.cluster.core.replica as replica_module
 from sheepdog.cluster.core import home_writes
+from sheepdog.cluster.core.dispatch import Dispatch
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
@@ -18,7 +19,6 @@ from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.ids import NO_VERSION
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
-from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.peering import Decision, Inventories, Standing
 from sheepdog.cluster.core.recovery_jobs import Job
@@ -83,13 +83,13 @@ def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
 
 
 def fence_not_checked(patch: pytest.MonkeyPatch) -> None:
-    on_message = Node.on_message
+    on_message = Dispatch.on_message
 
-    def unfenced(self: Node, sender: Any, message: Message) -> None:
-        message.fence = max(message.fence, self.context.fence)
+    def unfenced(self: Dispatch, sender: Any, message: Message) -> None:
+        message.fence = max(message.fence, self._context.fence)
         on_message(self, sender, message)
 
-    patch.setattr(Node, "on_message", unfenced)
+    patch.setattr(Dispatch, "on_message", unfenced)
 
 
 def watermark_too_high(patch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def victim_of(cluster: SimCluster, volume: Volume) -> tuple[Machine, list[int]]:
 
 
 def moved(cluster: SimCluster) -> int:
-    return sum(machine.node.puller.bytes_pulled for machine in cluster.machines if machine.up)
+    return sum(machine.node.copies.puller.bytes_pulled for machine in cluster.machines if machine.up)
 
 
 def test_nothing_moves_before_its_time_and_nothing_waits() -> None:

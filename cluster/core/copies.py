@@ -1,0 +1,254 @@
+"""The copies and strips on this node: how current each is known to be, and how one is restored here.
+
+Each home is told of those of its objects at the start of an epoch (`tell`). What the home of this node decides about
+them comes as a call, what others decide comes through core.dispatch. When all homes are done, every copy here is
+current: `settled` is remembered durably, and after a restart this node's word counts for that epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
+from sheepdog.cluster.core.limits import LOST_PART_ENTRIES
+from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.origins import Origin, encode_origins
+from sheepdog.cluster.core.peering import (
+    FIRM,
+    UNDOABLE,
+    Holding,
+    Standing,
+    Verdict,
+    decode_members,
+    encode_oids,
+    parts,
+)
+from sheepdog.cluster.core.placement import Placement
+from sheepdog.cluster.core.ports import Done, NodeState
+from sheepdog.cluster.core.puller import Puller
+from sheepdog.cluster.core.rebuilder import Rebuilder
+from sheepdog.cluster.core.replica import Replica
+
+
+class Copies:
+    """Of one node, over all epochs (home_writes.HomeHooks). `must_work` gets the outcome of writes to the node's own
+    state; `settled` is called when the home of this node knows all inventories."""
+
+    def __init__(self, context: Context, state: NodeState, must_work: Done, settled: Callable[[], None]) -> None:
+        self.replica = Replica(context)
+        self.puller = Puller(context)
+        self.rebuilder = Rebuilder(context, self.puller)
+        self.home: Home | None = None  # this node's, of the present epoch
+        self._context = context
+        self._disk = state
+        self._must_work = must_work
+        self._on_settled = settled
+        self._standing = Standing(0)
+        self._lacking: dict[ObjectId, int] = {}  # no current copy here of these; they existed in that epoch
+        self._settled = 0
+        self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
+
+    # -- epochs ----------------------------------------------------------------------------------------------------
+
+    def load(self) -> int:
+        """What the disk remembers; the epoch in which all copies here were current."""
+        self._settled = self._disk.load_settled()
+        self._standing = Standing(self._settled)
+        self.replica.strips.undo.load(self._disk, self._context.store.version)
+        return self._settled
+
+    def forget(self) -> None:
+        """The cluster was formatted: nothing of before counts."""
+        self._context.origins.clear()
+        self.replica.strips.clear()
+        self._lacking = {}
+        self._settled = 0
+        self._standing = Standing(0)
+        self._disk.save_settled(0, self._must_work)
+
+    def end_epoch(self) -> None:
+        """Keeps what is known of the copies at the end of the epoch that is over."""
+        context = self._context
+        settled = self.replica.all_settled()
+        known = self._lacking
+        self._lacking = {} if settled else dict(known)
+        for oid in self.replica.missing:
+            self._lacking[oid] = known.get(oid, 0) if oid in self.replica.lost else context.epoch
+        self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
+
+    def begin(self) -> None:
+        """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
+        self._complete = {}
+        self.replica.begin()
+        self.puller.begin()
+        self.rebuilder.begin()
+
+    def tell(self) -> None:
+        """Tells each home which of its objects are here."""
+        context, placement = self._context, self._context.placement
+        origins: list[list[Origin]] = [[] for _ in placement.members]
+        for origin in context.origins:
+            home = placement.home(origin.oid)
+            if home is not None:
+                origins[home].append(origin)
+        for member, holdings in enumerate(self._holdings(placement)):
+            bodies = [encode_origins(origins[member]), *parts(holdings)]
+            for index, body in enumerate(bodies):
+                flags = Flag.LAST if index == len(bodies) - 1 else 0
+                message = Message(
+                    Kind.INVENTORY,
+                    context.fence,
+                    offset=index,
+                    length=self._standing.complete,
+                    flags=flags if index else flags | Flag.ORIGINS,
+                    body=body,
+                )
+                if member == placement.me:
+                    self.at_home().on_inventory(context.me, message)
+                else:
+                    context.peers.request(placement.nodes[member], message, _delivered)
+
+    def _holdings(self, placement: Placement) -> list[list[Holding]]:
+        """By home: the copies here, the states to which strips can go back, and what is known to lack."""
+        by_home: list[list[Holding]] = [[] for _ in placement.members]
+        for oid, version in self._context.store.inventory():
+            home = placement.home(oid)
+            if home is not None:
+                by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
+                if oid >> STRIP_SHIFT:
+                    steps = self.replica.strips.undo.steps(oid, version)
+                    by_home[home].extend(
+                        Holding(oid, step.before, step.touched, UNDOABLE if step.back else FIRM) for step in steps
+                    )
+        for oid, known in self._lacking.items():
+            home = placement.home(oid)
+            if home is not None:
+                by_home[home].append(Holding(oid, NO_VERSION, known))
+        return by_home
+
+    def home_done(self, node: NodeId) -> None:
+        """Everything that node is home of is recovered."""
+        self._complete[node] = None
+        context = self._context
+        if not self.all_done() or self.replica.missing or not self.replica.all_settled():
+            return
+        if self._settled >= context.epoch:
+            return
+        self._settled = context.epoch
+        self._lacking = {}
+        self._standing.settle(context.epoch)
+        self._disk.save_settled(context.epoch, self._must_work)
+        context.log(6, f"all copies are current in epoch {context.epoch}")
+
+    def home_undone(self, node: NodeId) -> None:
+        """That node has something to recover again."""
+        self._complete.pop(node, None)
+
+    def all_done(self) -> bool:
+        """Nothing is left to be recovered anywhere."""
+        return len(self._complete) == len(self._context.placement.nodes)
+
+    # -- what homes decide -----------------------------------------------------------------------------------------
+
+    def at_home(self) -> Home:
+        assert self.home is not None  # there is one as soon as there is an epoch
+        return self.home
+
+    def settled_locally(self, verdict: Verdict) -> None:
+        self.replica.settle(self._context.placement.me, verdict)
+        self._on_settled()
+
+    def completed_locally(self) -> None:
+        self.home_done(self._context.me)
+
+    def restored_locally(self, oid: ObjectId) -> None:
+        self.replica.restored(oid)
+
+    def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
+        """Restores a copy or a strip here."""
+        placement, oid = self._context.placement, message.oid
+        members = decode_members(message.payload(), len(placement.nodes))
+        repair = bool(message.flags & Flag.REPAIR)
+        if not oid >> STRIP_SHIFT:
+            self.puller.pull(oid, message.version, [placement.nodes[index] for index in members], repair, pulled)
+            return
+        policy = self._context.policy_of(plain_oid(oid))
+        if policy is None or len(members) != policy.strips:
+            pulled(Result.INVALID_PARMS)
+        else:
+            self.replica.strips.replaced(oid)
+            self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled)
+
+    def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
+        """Brings a strip here back to the state that all of them can have."""
+        strip, fence = message.oid, self._context.fence
+
+        def done(error: StoreError | None) -> None:
+            if self._context.fence != fence:
+                return
+            if error is not None:
+                self.replica.missing[strip] = None
+            else:
+                self._context.spoilt.pop(strip, None)
+            agreed(Result.SUCCESS if error is None else error.result)
+
+        state = Version(message.offset, message.length, message.sequence)
+        self.replica.strips.agree(strip, state, message.version, message.payload(), done)
+
+    def drop(self, oid: ObjectId) -> None:
+        """Removes a copy that does not belong here any more."""
+        if oid >> STRIP_SHIFT:
+            self.replica.strips.replaced(oid)
+            self.replica.restored(oid)
+        else:
+            self._context.origins.forget(oid)
+        self._context.store.remove(oid, lambda _: None)
+
+    # -- disks -----------------------------------------------------------------------------------------------------
+
+    def lost(self, oids: Sequence[ObjectId]) -> None:
+        """A disk of this node went, and these copies and strips with it (the store keeps them without a version).
+
+        What is left is not all that this node should have, and must not be taken for it after a restart.
+        """
+        context, placement = self._context, self._context.placement
+        if not oids:
+            return
+        self._settled = 0
+        self._disk.save_settled(0, self._must_work)
+        if not context.epoch:
+            return
+        context.probe("node.copies_lost")
+        by_home: dict[int, list[ObjectId]] = {}
+        for oid in oids:
+            if context.store.version(oid) is None:
+                continue  # removed meanwhile
+            self.replica.missing[oid] = None
+            if oid >> STRIP_SHIFT:
+                self.replica.strips.undo.drop(oid)
+            home = placement.home(oid)
+            if home is not None:
+                by_home.setdefault(home, []).append(oid)
+        for home, lost in by_home.items():
+            node = placement.nodes[home]
+            self.home_undone(node)
+            if home == placement.me:
+                self.at_home().on_lost(home, lost)
+                continue
+            for start in range(0, len(lost), LOST_PART_ENTRIES):
+                body = encode_oids(lost[start : start + LOST_PART_ENTRIES])
+                context.peers.request(node, Message(Kind.LOST, context.fence, body=body), _delivered)
+
+    def is_only_here(self, oid: ObjectId) -> bool:
+        """Without the copy (strip) on this node the object would be lost."""
+        context, whole = self._context, plain_oid(oid)
+        policy = context.policy_of(whole)
+        needed = 1 if policy is None else policy.data
+        return len(context.placement.replicas(whole)) <= needed
+
+
+def _delivered(_: Message) -> None:
+    """Asked only to have the message delivered."""
