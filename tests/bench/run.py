@@ -185,7 +185,9 @@ def main() -> int:
     parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
-    parser.add_argument("--only", default="", help="only workloads whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="only workloads whose name contains this; `stream` with --administration"
+    )
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
     arguments = parser.parse_args()
     if not QEMU_IMG.exists() and not arguments.administration:
@@ -199,7 +201,7 @@ def main() -> int:
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
         if arguments.administration:
-            administration.measure(cluster)
+            administration.measure(cluster, arguments.only)
             return 0
         if arguments.coded:
             measure_coded(cluster, arguments.runs, arguments.seconds, arguments.only)

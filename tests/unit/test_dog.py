@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import pty
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from zlib import crc32
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
+from tests.unit.conftest import Dog
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.commands import COMMANDS
-from sheepdog.tools.dog.main import main
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import human_size, parse_size
 from sheepdog.tools.dog.table import Command
 from sheepdog.tools.dog.values import parse_redundancy
 
 MIB = 1 << 20
-Dog = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sheep() -> Iterator[FakeSheep]:
-    with FakeSheep() as sheep:
-        yield sheep
-
-
-@pytest.fixture
-def dog(sheep: FakeSheep, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dog:
-    """Runs a command against the fake sheep: (status, stdout, stderr)."""
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    monkeypatch.setenv("SHEEPDOG_DOG_PORT", str(sheep.address[1]))
-
-    def run(*words: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = main(words)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return run
 
 
 # -- command lines
@@ -544,49 +518,6 @@ def test_object_map_and_tree(dog: Dog, sheep: FakeSheep) -> None:
         '  "1ec8c" -> "1ec8d";\n  "1ec8d" [\n    group = "a",\n    label = "Name:          a\\nTag:           2\\n'
         in (dog("vdi", "graph")[1])
     )
-
-
-@pytest.mark.parametrize("original", [False, True])
-def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch, original: bool) -> None:
-    sheep.create("a", 10 * MIB)
-    dog("vdi", "write", "a", "0", "9M", stdin=b"a" * 9 * MIB)
-    dog("vdi", "snapshot", "-s", "t1", "a")
-    dog("vdi", "write", "a", "5000", "1", stdin=b"b")
-    dog("vdi", "snapshot", "-s", "t2", "a")
-    dog("vdi", "write", "a", "0", "3", stdin=b"now")
-    assert dog("vdi", "backup", "a", "-s", "t2")[::2] == (64, "Please specify snapshots with '-F' and '-s' options\n")
-    out = io.BytesIO()
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
-        assert main(["vdi", "backup", "a", "-F", "t1", "-s", "t2"]) == 0
-        stream = out.getvalue()
-    assert len(stream) == 8 + 16 + 512 + 16
-    assert stream[:20] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000")
-    assert stream[20:24] == crc32(stream[24:536], crc32(stream[:20])).to_bytes(4, "little")
-    assert dog("vdi", "restore", "a")[::2] == (
-        64,
-        "We can restore a backup file only to snapshots\nPlease specify the '-s' option\n",
-    )
-    assert dog("vdi", "restore", "-s", "nono", "a") == (1, "", "Snapshot ID 0 or tag nono doesn't exist\n")
-    before = dog("vdi", "list", "-r")
-    assert dog("vdi", "restore", "-s", "t1", "a", stdin=b"garbage!") == (1, "", "The backup file is corrupted\n")
-    assert dog("vdi", "list", "-r") == before
-    flipped = [
-        stream[:at] + bytes([stream[at] ^ 4]) + stream[at + 1 :] for at in (8, 13, 17, 21, 24, 535, 537, 545, 551)
-    ]
-    for cut in (stream[:30], stream[:-1], *flipped):
-        assert dog("vdi", "restore", "-s", "t1", "a", stdin=cut)[::2] == (1, "The backup file is corrupted\n")
-        assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
-        assert len(dog("vdi", "list", "-r")[1].splitlines()) == 3
-    if original:  # Sheepdog 1.0 wrote no checks
-        stream = stream[:20] + bytes(4) + stream[24:540] + bytes(12)
-    assert dog("vdi", "restore", "-s", "t1", "a", stdin=stream) == (0, "", "")
-    assert dog("vdi", "read", "a", "0", "4")[1] == "nowa"
-    rows = [row.split(" ") for row in dog("vdi", "list", "-r")[1].splitlines()]
-    restored = [row[2] for row in rows if row[0] == "s" and not row[9]]
-    assert len(restored) == 1
-    assert len(rows) == 4
-    assert dog("vdi", "read", "a", "-s", restored[0], "4999", "3")[1] == "aba"
 
 
 def test_check(dog: Dog, sheep: FakeSheep) -> None:

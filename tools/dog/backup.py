@@ -1,47 +1,31 @@
-"""`dog vdi backup|restore`: the difference between two snapshots as a stream (cli.md 2.6).
-
-Stream, little-endian: u32 version 1, u32 magic; for each changed object, ascending, u32 index, u32 offset, u32 length,
-u32 check and `length` bytes; at the end u32 index 0xffffffff, u32 0, u32 number of objects, u32 check. Equal 512-byte
-sectors at both ends of an object are left out. `check` is the CRC-32 of the header and of all records so far without
-their checks, this one with its bytes included: a stream that lost, repeated or changed anything is refused.
-Sheepdog 1.0 wrote zeros for the number and every check, and reads ours; nothing but zeros there is taken as its stream.
-"""
+"""`dog vdi backup|restore`: the difference between two snapshots as a stream (cli.md 2.6; its bytes: `difference`)."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from struct import Struct
-from typing import BinaryIO
-from zlib import crc32
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import zip_longest
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.requests import read_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
-from sheepdog.cluster.core.messages import Buffer
 from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.difference import SECTOR, Piece, Shape, Writer, pieces, proved
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import text
 from sheepdog.tools.dog.values import positive, snapshot_option, snapshot_value
 from sheepdog.tools.dog.volumes import RECLAIM_BATCH, Opened, delete, name_of, open_volume
+from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, run_all, standard_input, unequal_range
 
-VERSION, MAGIC = 1, 0x11921192
-END = 0xFFFFFFFF
-SECTOR = 512
-_HEADER = Struct("<II")
-_RECORD = Struct("<IIII")
-_FIELDS = Struct("<III")  # of a record, what its check covers
-
-
-def _check(fields: bytes, data: Buffer = b"", before: int = 0) -> int:
-    """CRC-32 of what came before, of a record's fields and of its data."""
-    return crc32(data, crc32(fields, before))
-
+_ZEROS = memoryview(bytes(CHUNK_BYTES))
 
 # -- backup
 
@@ -57,37 +41,43 @@ def backup(context: Context) -> None:
     context.nodes()
     old = open_volume(connection, name, old_tag, old_id)
     new = open_volume(connection, name, tag, snap_id)
-    out = sys.stdout.buffer
-    check, count = _check(_HEADER.pack(VERSION, MAGIC)), 0
-    out.write(_HEADER.pack(VERSION, MAGIC))
+    channel = Channel((context.host, context.port), patience_s=0)
+    writer = Writer(sys.stdout.buffer)
+    for index, offset, data in in_order(_comparisons(channel, old, new)):
+        if data:
+            writer.add(index, offset, data)
+    writer.end()
+
+
+def _comparisons(channel: Channel, old: Opened, new: Opened) -> Iterator[Callable[[], Piece]]:
+    """Looks at everything that may have changed, in parts of objects."""
     size = new.inode.object_size
-    for index in range(max(old.inode.object_count, new.inode.object_count)):
-        if old.owner(index) == new.owner(index):
+    length = min(size, CHUNK_BYTES)
+    before, after = buffers(), buffers()
+    for index, (old_owner, new_owner) in enumerate(zip_longest(old.entries, new.entries, fillvalue=0)):
+        if old_owner == new_owner:
             continue
-        before, after = (_object(connection, one, index, size) for one in (old, new))
-        start, end = _changed(before, after)
-        if start < end:
-            count += 1
-            check = _check(_FIELDS.pack(index, start, end - start), after[start:end], check)
-            out.write(_RECORD.pack(index, start, end - start, check))
-            out.write(after[start:end])
-    out.write(_RECORD.pack(END, 0, count, _check(_FIELDS.pack(END, 0, count), b"", check)))
-    out.flush()
+        for offset in range(0, size, length):
+            first = partial(_part, channel, old_owner, index, offset, next(before)[:length])
+            second = partial(_part, channel, new_owner, index, offset, next(after)[:length])
+            yield partial(_changed, index, offset, first, second)
 
 
-def _object(connection: Connection, volume: Opened, index: int, size: int) -> memoryview:
-    owner = volume.owner(index)
-    return memoryview(admin.read_object(connection, data_oid(owner, index), 0, size) if owner else bytes(size))
+def _part(channel: Channel, owner: int, index: int, offset: int, space: memoryview) -> memoryview:
+    """Bytes of an object; zeros without one."""
+    if not owner:
+        return _ZEROS[: len(space)]
+    result, got = channel.ask(read_header(data_oid(Vid(owner), index), offset, len(space)), b"", space)
+    if result or got != len(space):
+        raise SheepError(result or Result.EIO)
+    return space
 
 
-def _changed(before: memoryview, after: memoryview) -> tuple[int, int]:
-    """The range of sectors in which two objects differ; empty if they do not."""
-    start, end = 0, len(after)
-    while start < end and before[start : start + SECTOR] == after[start : start + SECTOR]:
-        start += SECTOR
-    while end > start and before[end - SECTOR : end] == after[end - SECTOR : end]:
-        end -= SECTOR
-    return start, end
+def _changed(index: int, offset: int, first: Callable[[], memoryview], second: Callable[[], memoryview]) -> Piece:
+    """The sectors in which two versions differ, as the second has them; empty if they do not."""
+    before, after = first(), second()
+    start, end = unequal_range(before, after, SECTOR)
+    return Piece(index, offset + start, after[start:end])
 
 
 # -- restore
@@ -96,8 +86,8 @@ def _changed(before: memoryview, after: memoryview) -> tuple[int, int]:
 def restore(context: Context) -> None:
     """The working volume becomes a snapshot plus a stream from stdin, is frozen, and its former state goes on.
 
-    Nothing is touched before the stream has proved to be one. The former state is itself kept as a
-    snapshot meanwhile, so that a stream that breaks in the middle, or an interruption, loses nothing.
+    Nothing is touched before the whole stream has proved to be sound. The former state is itself kept as a snapshot
+    meanwhile, so that a failure or an interruption in the middle loses nothing.
     """
     word = context.argument(0)
     name = name_of(word)
@@ -116,17 +106,16 @@ def restore(context: Context) -> None:
         if error.result in (Result.NO_VDI, Result.NO_TAG):
             raise Failure(f"Snapshot ID {snap_id} or tag {os.fsdecode(tag)} doesn't exist") from error
         raise
-    source = sys.stdin.buffer
-    if _take(source, _HEADER.size) != _HEADER.pack(VERSION, MAGIC):
-        raise Failure("The backup file is corrupted")
-    former = _working(connection, name)
-    # With a working volume this freezes it and goes on from `base`; without one it is a plain branch.
-    _next(connection, name, base, Vid(base.vdi_id), snapshot=former is not None)
-    try:
-        _apply(context, name, source, base)
-        failure = None
-    except (Failure, OSError) as error:
-        failure = error
+    shape = Shape(base.object_count, base.object_size)
+    with proved(standard_input(), shape) as source:
+        former = _working(connection, name)
+        # With a working volume this freezes it and goes on from `base`; without one it is a plain branch.
+        _next(connection, name, base, Vid(base.vdi_id), snapshot=former is not None)
+        failure: BaseException | None = None
+        try:
+            _apply(context, name, pieces(source, shape, buffers(), summed=False))
+        except BaseException as error:  # also an interruption: the former state must go on
+            failure = error
     if former is not None:
         _resume(connection, name, former, keep=failure is None, batch=batch, pause_s=pause_s)
     elif failure is None:
@@ -178,34 +167,15 @@ def _resume(connection: Connection, name: bytes, former: InodeHeader, keep: bool
     delete(connection, frozen, name, b"", former.snap_id, batch, pause_s)
 
 
-def _apply(context: Context, name: bytes, source: BinaryIO, base: InodeHeader) -> None:
+def _apply(context: Context, name: bytes, changes: Iterator[Piece]) -> None:
     volume = BlockingVolume.open((context.host, context.port), name, patience_s=0)
-    for index, offset, data in _records(source, base):
-        start = index * base.object_size + offset
-        volume.write(start, memoryview(data)[: max(0, volume.size - start)], durable=True)
+    run_all(_writes(volume, changes))
     volume.close()
 
 
-def _records(source: BinaryIO, base: InodeHeader) -> Iterator[tuple[int, int, Buffer]]:
-    count, check, unchecked = 0, _check(_HEADER.pack(VERSION, MAGIC)), True
-    while True:
-        index, offset, length, said = _RECORD.unpack(_take(source, _RECORD.size))
-        ends = index == END
-        if not ends and (index >= base.object_count or offset + length > base.object_size):
-            raise Failure("The backup file is corrupted")
-        data = b"" if ends else _take(source, length)
-        check = _check(_FIELDS.pack(index, offset, length), data, check)
-        unchecked = unchecked and not said and not (ends and length)
-        if (said != check and not unchecked) or (ends and not unchecked and length != count):
-            raise Failure("The backup file is corrupted")
-        if ends:
-            return
-        count += 1
-        yield index, offset, data
-
-
-def _take(source: BinaryIO, size: int) -> bytes:
-    data = source.read(size)
-    if len(data) != size:
-        raise Failure("The backup file is corrupted")
-    return data
+def _writes(volume: BlockingVolume, changes: Iterator[Piece]) -> Iterator[Callable[[], None]]:
+    """Writes of all changes; durable once the volume is closed."""
+    for number, offset, data in changes:
+        start = number * volume.object_size + offset
+        if start < volume.size:
+            yield partial(volume.write, start, data[: volume.size - start])

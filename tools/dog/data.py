@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.errors import SheepError
@@ -12,8 +14,7 @@ from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import parse_size, text
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.volumes import name_of, not_opened
-
-CHUNK_BYTES = 4 << 20  # at most one object of the usual size per request
+from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, run_all, standard_input
 
 
 def read(context: Context) -> None:
@@ -26,15 +27,27 @@ def read(context: Context) -> None:
     end = volume.size if length is None else min(volume.size, offset + length)
     out = sys.stdout.buffer
     try:
-        while offset < end:
-            step = min(end, _boundary(offset, volume))
-            out.write(volume.read(offset, step - offset))
-            offset = step
+        for data in in_order(_reads(volume, offset, end)):
+            out.write(data)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise Failure(f"{_reason(error)}Failed to read VDI") from error
     out.flush()
+
+
+def _reads(volume: BlockingVolume | HyperVolume, offset: int, end: int) -> Iterator[Callable[[], memoryview]]:
+    """Reads of a range, each inside one object."""
+    space = buffers()
+    while offset < end:
+        step = min(end, _boundary(offset, volume))
+        yield partial(_read, volume, offset, next(space)[: step - offset])
+        offset = step
+
+
+def _read(volume: BlockingVolume | HyperVolume, offset: int, space: memoryview) -> memoryview:
+    volume.read_into(offset, space)
+    return space
 
 
 def write(context: Context) -> None:
@@ -48,23 +61,29 @@ def write(context: Context) -> None:
         raise Failure("Write offset is beyond the end of the VDI")
     end = volume.size if length is None else min(volume.size, offset + length)
     durable = not context.flag("writeback")
-    source = sys.stdin.buffer
     try:
-        while offset < end:
-            begin = offset
-            chunk_end = min(end, (offset // volume.object_size + 1) * volume.object_size)
-            while offset < chunk_end:
-                size = min(chunk_end - offset, CHUNK_BYTES)
-                data = source.read(size)
-                if data:
-                    volume.write(offset, data, durable)
-                    offset += len(data)
-                if len(data) < size:
-                    if offset > begin:
-                        volume.zero(offset, chunk_end - offset, durable)
-                    return
+        run_all(_writes(volume, offset, end, durable))
     except OSError as error:
         raise Failure(f"{_reason(error)}Failed to write VDI") from error
+
+
+def _writes(volume: BlockingVolume | HyperVolume, offset: int, end: int, durable: bool) -> Iterator[Callable[[], None]]:
+    """Writes of what stdin gives, each inside one object."""
+    space = buffers()
+    source = standard_input()
+    padded = 0  # the end of the chunk that the last bytes are in
+    while offset < end:
+        chunk_end = min(end, (offset // volume.object_size + 1) * volume.object_size)
+        data = next(space)[: min(chunk_end - offset, CHUNK_BYTES)]
+        count = source.readinto(data)
+        if count:
+            yield partial(volume.write, offset, data[:count], durable)
+            offset += count
+            padded = chunk_end
+        if count < len(data):
+            if offset < padded:
+                yield partial(volume.zero, offset, padded - offset, durable)
+            return
 
 
 def _boundary(offset: int, volume: BlockingVolume | HyperVolume) -> int:

@@ -19,7 +19,6 @@ from sheepdog.tools.dog.volumes import (
     RECLAIM_BATCH,
     Opened,
     delete,
-    fill,
     name_of,
     open_header,
     open_volume,
@@ -99,10 +98,11 @@ def clone(context: Context) -> None:
         made = _next_volume(connection, name, source.inode, Vid(0) if alone else source.vid)
     except SheepError as error:
         raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
-    if context.flag("prealloc"):
-        fill(connection, made, source, range(source.inode.object_count))
-    elif alone:
-        fill(connection, made, source, [index for index, _ in admin.allocated(source.entries)])
+    if context.flag("prealloc") or alone:
+        from sheepdog.tools.dog.filling import fill
+
+        every = range(source.inode.object_count)
+        fill(connection, made, source, every if context.flag("prealloc") else filter(source.owner, every))
     if context.verbose:
         print(f"{made:x}" if context.raw else f"VDI ID of newly created clone: {made:x}")
 

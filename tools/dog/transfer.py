@@ -9,23 +9,26 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.core.messages import Buffer
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import text
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import parse_redundancy, parse_shift, snapshot_option
 from sheepdog.tools.dog.volumes import name_of, not_opened
+from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, is_zero, run_all, standard_input
 
 FORMATS = ("raw", "qcow2")
-CHUNK_BYTES = 4 << 20
 STREAM = "-"
 SECTOR = 512
 
@@ -74,16 +77,33 @@ def export(context: Context) -> None:
 
 def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
     progress = Progress("export", volume.size)
+    for length, data in in_order(_reads(volume, sparse)):
+        if data is None:
+            out.seek(length, os.SEEK_CUR)
+        else:
+            out.write(data)
+        progress.advance(length)
+    progress.end()
+
+
+def _reads(volume: BlockingVolume, sparse: bool) -> Iterator[Callable[[], tuple[int, Buffer | None]]]:
+    """The volume's bytes in order: how many, and which unless they are a hole that stays one (`sparse`)."""
+    space = buffers()
     for extent in volume.extents(0, volume.size):
         if sparse and not extent.allocated:
-            out.seek(extent.length, os.SEEK_CUR)
-            progress.advance(extent.length)
+            yield partial(_hole, extent.length)
             continue
         for start in range(extent.offset, extent.offset + extent.length, CHUNK_BYTES):
             length = min(CHUNK_BYTES, extent.offset + extent.length - start)
-            out.write(volume.read(start, length) if extent.allocated else bytes(length))
-            progress.advance(length)
-    progress.end()
+            yield partial(_read, volume, start, next(space)[:length])
+
+
+def _hole(length: int) -> tuple[int, Buffer | None]:
+    return length, None
+
+
+def _read(volume: BlockingVolume, offset: int, space: memoryview) -> tuple[int, Buffer | None]:
+    return volume.read_into(offset, space), space
 
 
 # -- import
@@ -116,10 +136,10 @@ def import_file(context: Context) -> None:
 
 
 @contextmanager
-def _source(path: str, kind: str) -> Iterator[BinaryIO]:
+def _source(path: str, kind: str) -> Iterator[BufferedIOBase]:
     """The raw bytes to import."""
     if path == STREAM:
-        yield sys.stdin.buffer
+        yield standard_input()
     elif kind == "raw":
         with open(path, "rb") as file:
             yield file
@@ -135,22 +155,32 @@ def _sectors(size: int) -> int:
     return -(-size // SECTOR) * SECTOR
 
 
-def _fill(context: Context, name: bytes, source: BinaryIO, size: int) -> None:
+def _fill(context: Context, name: bytes, source: BufferedIOBase, size: int) -> None:
     """Only what the file holds: its holes, and whole chunks of zeros, stay holes."""
     volume = _open(context, name)
     progress = Progress("import", size)
-    for start, end in _data(source, size):
-        source.seek(start)
-        for offset in range(start, end, CHUNK_BYTES):
-            data = source.read(min(CHUNK_BYTES, end - offset))
-            if data.count(0) != len(data):
-                volume.write(offset, data)
-            progress.advance(len(data))
+    for length in in_order(_writes(volume, source, size)):
+        progress.advance(length)
     progress.end()
     volume.close()
 
 
-def _data(source: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+def _writes(volume: BlockingVolume, source: BufferedIOBase, size: int) -> Iterator[Callable[[], int]]:
+    space = buffers()
+    for start, end in _data(source, size):
+        source.seek(start)
+        for offset in range(start, end, CHUNK_BYTES):
+            data = next(space)[: min(CHUNK_BYTES, end - offset)]
+            yield partial(_write, volume, offset, data[: source.readinto(data)])
+
+
+def _write(volume: BlockingVolume, offset: int, data: memoryview) -> int:
+    if not is_zero(data):
+        volume.write(offset, data)
+    return len(data)
+
+
+def _data(source: BufferedIOBase, size: int) -> Iterator[tuple[int, int]]:
     """The ranges of a file that are no holes."""
     position = 0
     while position < size:
@@ -163,16 +193,20 @@ def _data(source: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
         position = end
 
 
-def _fill_from_pipe(context: Context, name: bytes, source: BinaryIO) -> None:
+def _fill_from_pipe(context: Context, name: bytes, source: BufferedIOBase) -> None:
     """The volume grows with what comes."""
     volume = _open(context, name)
-    offset = 0
-    while data := source.read(CHUNK_BYTES):
-        volume.resize(_sectors(offset + len(data)))
-        if data.count(0) != len(data):
-            volume.write(offset, data)
-        offset += len(data)
+    run_all(_growing_writes(volume, source))
     volume.close()
+
+
+def _growing_writes(volume: BlockingVolume, source: BufferedIOBase) -> Iterator[Callable[[], int]]:
+    space = buffers()
+    offset = 0
+    while count := source.readinto(data := next(space)):
+        volume.resize(_sectors(offset + count))
+        yield partial(_write, volume, offset, data[:count])
+        offset += count
 
 
 # -- both

@@ -19,7 +19,6 @@ from sheepdog.tools.dog.volumes import (
     RECLAIM_BATCH,
     Opened,
     clear_map,
-    fill,
     name_of,
     open_header,
     open_volume,
@@ -49,6 +48,8 @@ def create(context: Context) -> None:
     limit = size_limit(shift, hyper)
     if size > limit:
         raise UsageFailure("VDI size is too large" if hyper else _too_large(limit))
+    if hyper and context.flag("prealloc"):
+        raise Failure("preallocation of a hyper volume is not supported")
     try:
         made = admin.new_volume(
             connection, name, size, copies=copies, policy=policy, store_policy=int(hyper), shift=shift
@@ -56,8 +57,8 @@ def create(context: Context) -> None:
     except SheepError as error:
         raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
     if context.flag("prealloc"):
-        if hyper:
-            raise Failure("preallocation of a hyper volume is not supported")
+        from sheepdog.tools.dog.filling import fill
+
         count = objects_of(size, shift)
         empty = Opened(admin.read_header(connection, made.vid), array("I", bytes(4 * count)))
         fill(connection, made.vid, empty, range(count))

@@ -1,26 +1,23 @@
-"""Steps that several `dog vdi` commands share: opening by name, clearing a map, writing copied objects."""
+"""Steps that several `dog vdi` commands share: opening by name, clearing a map."""
 
 from __future__ import annotations
 
 import os
 import time
 from array import array
-from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
-from sheepdog.cluster.core.inode import InodeHeader, map_offset, pack_map
+from sheepdog.cluster.core.ids import Vid, inode_oid
+from sheepdog.cluster.core.inode import InodeHeader, map_offset
 from sheepdog.cluster.core.limits import MAX_MAP_ENTRIES
 from sheepdog.cluster.core.strings import NAME_SIZE
-from sheepdog.cluster.wire.opcodes import Flags
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure
 from sheepdog.tools.dog.output import text
 
 RECLAIM_BATCH = 128  # objects whose entries one request clears
-COPY_BATCH = 16  # objects copied before the map names them: little is lost when the command is interrupted
 MAX_HYPER_SIZE = 1 << 54  # 2^32 objects of 4 MiB
 
 Entries: TypeAlias = "dict[int, Vid] | array[int]"
@@ -113,28 +110,3 @@ def delete(
     """Clears the map, then deletes the volume or snapshot."""
     clear_map(connection, volume, batch, pause_s)
     admin.delete_volume(connection, name, tag, snap_id)
-
-
-def fill(connection: Connection, target: Vid, source: Opened, indexes: Iterable[int]) -> None:
-    """Gives `target` (a plain volume) objects of its own at `indexes`, with the content that `source` has there."""
-    size = source.inode.object_size
-    made: list[int] = []
-    for index in indexes:
-        owner = source.owner(index)
-        data = admin.read_object(connection, data_oid(owner, index), 0, size) if owner else b""
-        admin.create_object(connection, data_oid(target, index), 0, data)
-        made.append(index)
-        if len(made) == COPY_BATCH or index - made[0] >= COPY_BATCH:
-            _name_objects(connection, target, made)
-            made.clear()
-    _name_objects(connection, target, made)
-
-
-def _name_objects(connection: Connection, target: Vid, indexes: list[int]) -> None:
-    """Writes the map entries of created objects, one request for each run of neighbours."""
-    start = 0
-    for position in range(1, len(indexes) + 1):
-        if position == len(indexes) or indexes[position] != indexes[position - 1] + 1:
-            run = array("I", [target]) * (position - start)
-            admin.write_object(connection, inode_oid(target), map_offset(indexes[start]), pack_map(run), Flags.DIRECT)
-            start = position
