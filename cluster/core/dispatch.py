@@ -69,13 +69,13 @@ class Dispatch:
     # -- for the home of this node ---------------------------------------------------------------------------------
 
     def _on_submit(self, sender: NodeId, message: Message) -> None:
-        self._copies.at_home().on_submit(sender, message)
+        self._copies.at_home().requests.on_submit(sender, message)
 
     def _on_read(self, sender: NodeId, message: Message) -> None:
         if message.oid >> STRIP_SHIFT:
-            self._gateway.strip_reads.on_read(sender, message)
+            self._gateway.router.strip_reads.on_read(sender, message)
         else:
-            self._copies.at_home().on_read(sender, message)
+            self._copies.at_home().requests.on_read(sender, message)
 
     def _on_inventory(self, sender: NodeId, message: Message) -> None:
         self._acknowledge(sender, message)

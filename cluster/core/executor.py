@@ -356,7 +356,7 @@ class Executor:
 
     def _move(self, operation: Values) -> Script[Values]:
         vid = Vid(operation["vid"])
-        result = yield from self._gateway.moves.move(vid, self._freeze(vid, operation))
+        result = yield from self._gateway.router.moves.move(vid, self._freeze(vid, operation))
         return {"result": result}
 
     # -- late map writes -------------------------------------------------------------------------------------------

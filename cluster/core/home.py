@@ -19,7 +19,8 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.home_reads import HomeReads
-from sheepdog.cluster.core.home_writes import HomeHooks, IoDone, Submission, Write
+from sheepdog.cluster.core.home_requests import HomeRequests
+from sheepdog.cluster.core.home_writes import HomeHooks, Submission, Write
 from sheepdog.cluster.core.ids import (
     NO_VERSION,
     NodeId,
@@ -36,7 +37,7 @@ from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.peering import Decision, Inventories, Verdict
-from sheepdog.cluster.core.ports import Buffer, Timer
+from sheepdog.cluster.core.ports import Timer
 from sheepdog.cluster.core.recovery import Recovery
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 from sheepdog.cluster.core.replica import note_origin, perform
@@ -64,7 +65,6 @@ class Home:
         self._inventories = Inventories(len(self._placement.members))
         self._held: list[Callable[[], None]] = []
         self.sequence = 0
-        self._seen: dict[NodeId, dict[int, int | None]] = {}  # requests of gateways: result, None while running
         self._flying: dict[int, Write | None] = {}  # by sequence, ascending
         self.writing: dict[ObjectId, list[Write]] = {}
         self._lost: dict[ObjectId, list[tuple[int, ObjectId]]] = {}  # with the copies or strips that may be somewhere
@@ -75,6 +75,7 @@ class Home:
         self.recovery = Recovery(context, self)
         self.strips = StripHome(context, self, strips)
         self.reads = HomeReads(self)
+        self.requests = HomeRequests(context, self)
 
     # -- peering -----------------------------------------------------------------------------------------------
 
@@ -82,15 +83,8 @@ class Home:
         """Part of a member's inventory: `offset` is the part's number, `length` the epoch it is complete for."""
         if self.active:
             return
-        body = message.body
-        assert isinstance(body, (bytes, bytearray, memoryview))
-        self._inventories.add(
-            self._placement.index_of[sender],
-            message.offset,
-            body,
-            message.length,
-            message.flags,
-        )
+        member = self._placement.index_of[sender]
+        self._inventories.add(member, message.offset, message.payload(), message.length, message.flags)
         if self._inventories.all_here():
             self._settle()
 
@@ -440,10 +434,6 @@ class Home:
             self.context.network.send(self._placement.nodes[member], message)
         self._untold.clear()
 
-    def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
-        """For this node's gateway, or another's (core.home_reads)."""
-        self.reads.read(oid, offset, length, done, flags)
-
     def hold(self, call: Callable[[], None]) -> None:
         """Calls when peering is over."""
         self._held.append(call)
@@ -457,80 +447,16 @@ class Home:
         if self.context.policy_of(oid) is None and self.context.store.version(oid) == NO_VERSION:
             self._lost[oid] = [(self.me, oid)]
 
-    # -- requests of other gateways ------------------------------------------------------------------------------
-
-    def on_submit(self, sender: NodeId, message: Message) -> None:
-        """A gateway's change. One that comes again (the link broke) is not executed again."""
-        seen = self._seen.setdefault(sender, {})
-        rid = message.rid
-        if rid in seen:
-            self.context.probe("home.submit_repeated")
-            result = seen[rid]
-            if result is not None:
-                self.context.peers.answer(sender, message, result)
-            return
-        while seen and (oldest := next(iter(seen))) < message.watermark:
-            del seen[oldest]  # the gateway has that answer
-        seen[rid] = None
-
-        def done(result: int, _: Buffer) -> None:
-            seen[rid] = result
-            self.context.peers.answer(sender, message, result)
-
-        body = message.body
-        assert isinstance(body, (bytes, bytearray, memoryview))
-        gateway = self._placement.index_of[sender]
-        self.submit(
-            Submission(
-                message.oid,
-                message.flags,
-                message.offset,
-                message.length,
-                body,
-                message.copies,
-                done,
-                gateway,
-                message.origin,
-                message.floor,
-            )
-        )
-
     def on_lost(self, member: int, oids: Sequence[ObjectId]) -> None:
         """A disk of `member` went, and these copies or strips with it."""
         if not self.active:
             self._held.append(lambda: self.on_lost(member, oids))
         else:
-            self.recovery.lose([oid for oid in map(plain_oid, oids) if self._has_been(oid)], member)
+            self.recovery.lose([oid for oid in map(plain_oid, oids) if self.has_been(oid)], member)
 
-    def _has_been(self, oid: ObjectId) -> bool:
+    def has_been(self, oid: ObjectId) -> bool:
+        """The object exists, and a copy of it can be trusted."""
         return oid not in self._lost and self.exists(oid, self.context.policy_of(oid))
-
-    def on_read(self, sender: NodeId, message: Message) -> None:
-        """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
-        if message.flags & Flag.REPAIR and self.context.policy_of(message.oid) is not None:
-            member = self._placement.index_of[sender]
-            self.repair_strip(message.oid, member, lambda result, _: self.context.peers.answer(sender, message, result))
-            return
-        if message.flags & Flag.REPAIR and self.active and self._has_been(message.oid):
-            self.recovery.suspect(message.oid, self._placement.index_of[sender])
-
-        def done(result: int, data: Buffer) -> None:
-            self.context.peers.answer(sender, message, result, data)
-
-        self.read(message.oid, message.offset, message.length, done, message.flags)
-
-    def repair_strip(self, oid: ObjectId, member: int, done: IoDone) -> None:
-        """The strip of `member` is made anew from the others; done when the object is clean."""
-        if not self.active:
-            self._held.append(lambda: self.repair_strip(oid, member, done))
-            return
-        policy = self.context.policy_of(oid)
-        if policy is None or oid in self._lost or not self.strips.exists(oid, policy):
-            done(Result.NO_OBJ, b"")
-            return
-        self.recovery.suspect(oid, member)
-        if not self.recovery.holds(oid, False, lambda: done(Result.SUCCESS, b"")):
-            done(Result.SUCCESS, b"")
 
 
 def _ignore(_: Message) -> None:

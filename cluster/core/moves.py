@@ -25,7 +25,7 @@ from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
 if TYPE_CHECKING:
     from array import array
 
-    from sheepdog.cluster.core.gateway import Gateway
+    from sheepdog.cluster.core.router import Router
 
 MOVED_TAG = b"alter-copy"
 IoDone: TypeAlias = Callable[[int, Buffer], None]
@@ -52,12 +52,12 @@ def went_back(vdis: VdiTable, record: VdiRecord, old: array[int], new: array[int
 class Moves:
     """Of one node."""
 
-    def __init__(self, context: Context, gateway: Gateway) -> None:
+    def __init__(self, context: Context, router: Router) -> None:
         self._context = context
-        self._gateway = gateway
+        self._router = router
 
     def _read(self, oid: ObjectId, offset: int, length: int) -> Step:
-        return lambda done: self._gateway.raw_read(oid, offset, length, done)
+        return lambda done: self._router.read(oid, offset, length, done)
 
     # -- moving ------------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class Moves:
         if result:
             return int(result)
         flags = Flag.CREATE | Flag.ONLY_NEW | Flag.DURABLE
-        result, _ = yield lambda done: self._gateway.change(target, flags, 0, size, data, 0, done)
+        result, _ = yield lambda done: self._router.change(target, flags, 0, size, data, 0, done)
         return int(result)
 
     def _naming(self, vid: Vid, index: int, owner: Vid) -> Step:
@@ -114,7 +114,7 @@ class Moves:
         if result:
             return int(result)
         data = (vid).to_bytes(4, "little")
-        result, _ = yield lambda done: self._gateway.change(oid, Flag.DURABLE, offset, 0, data, 0, done)
+        result, _ = yield lambda done: self._router.change(oid, Flag.DURABLE, offset, 0, data, 0, done)
         return int(result)
 
     # -- reads of what was moved -------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ class Node:
         self.copies.begin()
         past = Past(context.placement, self._former_placement, self._former_members, self._fewest_copies)
         self.copies.home = home = Home(context, self.replica.strips, self._former_placement, past, self.copies)
-        self.gateway.begin(home)
+        self.gateway.router.begin(home)
         self.everyone.begin()
         self._record()
         self._executor.sweep.consider()

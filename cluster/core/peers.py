@@ -1,6 +1,6 @@
 """Requests between nodes: matched by id, sent again when a link comes back, forgotten when the epoch changes.
 
-A machine that must have its answer across epochs asks again in the new one (`core.gateway`, `core.operations`).
+A machine that must have its answer across epochs asks again in the new one (`core.router`, `core.operations`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.home_writes import IoDone
@@ -12,23 +11,19 @@ from sheepdog.cluster.core.limits import MAX_RETRIES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.replica import Replica
 
-if TYPE_CHECKING:
-    from sheepdog.cluster.core.gateway import Gateway
 
-
-def repair(gateway: Gateway, replica: Replica, oid: ObjectId, done: IoDone) -> None:
+def repair(context: Context, home: Home | None, replica: Replica, oid: ObjectId, done: IoDone) -> None:
     """Makes this node's copy anew from the others'; NO_OBJ if none belongs here. Done when it is current."""
-    context, home = gateway.context, gateway.home
     replicas = context.placement.replicas(oid)
     me = context.placement.me
     if home is None or me not in replicas:
         done(Result.NO_OBJ, b"")
         return
     if context.policy_of(oid) is not None:
-        _repair_strip(gateway, oid, home, replicas[0], done)
+        _repair_strip(context, oid, home, replicas[0], done)
         return
     if replicas[0] == me:
-        _repair_at_home(gateway, replica, oid, home, done)
+        _repair_at_home(context, replica, oid, home, done)
         return
     replica.missing[oid] = None
     fence, tries = context.fence, 0
@@ -54,9 +49,9 @@ def repair(gateway: Gateway, replica: Replica, oid: ObjectId, done: IoDone) -> N
     context.peers.request(context.placement.nodes[replicas[0]], message, answered)
 
 
-def _repair_at_home(gateway: Gateway, replica: Replica, oid: ObjectId, home: Home, done: IoDone) -> None:
+def _repair_at_home(context: Context, replica: Replica, oid: ObjectId, home: Home, done: IoDone) -> None:
     if not home.active:
-        home.hold(lambda: repair(gateway, replica, oid, done))
+        home.hold(lambda: repair(context, home, replica, oid, done))
     elif home.is_lost(oid) or not home.exists(oid, None):
         done(home.absent(oid), b"")
     else:
@@ -64,11 +59,10 @@ def _repair_at_home(gateway: Gateway, replica: Replica, oid: ObjectId, home: Hom
         home.recovery.when_restored(oid, lambda result: done(result, b""))
 
 
-def _repair_strip(gateway: Gateway, oid: ObjectId, home: Home, first: int, done: IoDone) -> None:
+def _repair_strip(context: Context, oid: ObjectId, home: Home, first: int, done: IoDone) -> None:
     """Makes this node's strip anew from the others."""
-    context = gateway.context
     if first == context.placement.me:
-        home.repair_strip(oid, first, done)
+        home.requests.repair_strip(oid, first, done)
         return
     message = Message(Kind.READ, context.fence, 0, oid, 0, 0, Flag.REPAIR)
     context.peers.request(context.placement.nodes[first], message, lambda answer: done(answer.result, b""))

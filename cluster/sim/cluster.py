@@ -306,7 +306,7 @@ class SimCluster:
             return unsettled
         for machine in self.machines:
             node = machine.node
-            if node.gateway.pending or node.gateway.drains:
+            if node.gateway.router.pending or node.gateway.router.drains:
                 return f"{machine.name}: requests under way"
             if node.cluster.queue:
                 return f"{machine.name}: operations queued"

@@ -14,8 +14,8 @@ from sheepdog.cluster.core import home_writes
 from sheepdog.cluster.core.dispatch import Dispatch
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
-from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.home_reads import HomeReads
+from sheepdog.cluster.core.home_requests import HomeRequests
 from sheepdog.cluster.core.ids import NO_VERSION
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
@@ -138,13 +138,13 @@ def write_executed_again_after_an_epoch(patch: pytest.MonkeyPatch) -> None:
 
 
 def repeated_submission_executed_again(patch: pytest.MonkeyPatch) -> None:
-    on_submit = Home.on_submit
+    on_submit = HomeRequests.on_submit
 
-    def forgetful(self: Home, sender: Any, message: Message) -> None:
+    def forgetful(self: HomeRequests, sender: Any, message: Message) -> None:
         self._seen.clear()
         on_submit(self, sender, message)
 
-    patch.setattr(Home, "on_submit", forgetful)
+    patch.setattr(HomeRequests, "on_submit", forgetful)
 
 
 def replica_applies_twice(patch: pytest.MonkeyPatch) -> None:

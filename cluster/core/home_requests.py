@@ -1,0 +1,91 @@
+"""What other gateways ask of a home: each change is executed once, also when it comes again over a new link."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.home_writes import IoDone, Submission
+from sheepdog.cluster.core.ids import NodeId, ObjectId
+from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.ports import Buffer
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.core.home import Home
+
+
+class HomeRequests:
+    """Of one home machine."""
+
+    def __init__(self, context: Context, home: Home) -> None:
+        self._context = context
+        self._home = home
+        self._seen: dict[NodeId, dict[int, int | None]] = {}  # by gateway: result of a change, None while it runs
+
+    def on_submit(self, sender: NodeId, message: Message) -> None:
+        """A gateway's change."""
+        seen = self._seen.setdefault(sender, {})
+        rid = message.rid
+        if rid in seen:
+            self._context.probe("home.submit_repeated")
+            result = seen[rid]
+            if result is not None:
+                self._context.peers.answer(sender, message, result)
+            return
+        while seen and (oldest := next(iter(seen))) < message.watermark:
+            del seen[oldest]  # the gateway has that answer
+        seen[rid] = None
+
+        def done(result: int, _: Buffer) -> None:
+            seen[rid] = result
+            self._context.peers.answer(sender, message, result)
+
+        body = message.body  # as Message.payload, without the call
+        assert isinstance(body, (bytes, bytearray, memoryview))
+        self._home.submit(
+            Submission(
+                message.oid,
+                message.flags,
+                message.offset,
+                message.length,
+                body,
+                message.copies,
+                done,
+                self._context.placement.index_of[sender],
+                message.origin,
+                message.floor,
+            )
+        )
+
+    def on_read(self, sender: NodeId, message: Message) -> None:
+        """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
+        home, oid = self._home, message.oid
+        if message.flags & Flag.REPAIR:
+            member = self._context.placement.index_of[sender]
+            if self._context.policy_of(oid) is not None:
+                self.repair_strip(oid, member, self._answering(sender, message))
+                return
+            if home.active and home.has_been(oid):
+                home.recovery.suspect(oid, member)
+        home.reads.read(oid, message.offset, message.length, self._answering(sender, message), message.flags)
+
+    def _answering(self, sender: NodeId, message: Message) -> IoDone:
+        def done(result: int, data: Buffer) -> None:
+            self._context.peers.answer(sender, message, result, data)
+
+        return done
+
+    def repair_strip(self, oid: ObjectId, member: int, done: IoDone) -> None:
+        """The strip of `member` is made anew from the others; done when the object is clean."""
+        home = self._home
+        if not home.active:
+            home.hold(lambda: self.repair_strip(oid, member, done))
+            return
+        policy = self._context.policy_of(oid)
+        if policy is None or home.is_lost(oid) or not home.strips.exists(oid, policy):
+            done(Result.NO_OBJ, b"")
+            return
+        home.recovery.suspect(oid, member)
+        if not home.recovery.holds(oid, False, lambda: done(Result.SUCCESS, b"")):
+            done(Result.SUCCESS, b"")
