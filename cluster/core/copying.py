@@ -59,7 +59,7 @@ def _copied(
     def write(result: int) -> None:
         if result:
             done(result, b"")
-        elif gateway.may_change(oid, answer, lambda: write(Result.SUCCESS)):
+        elif gateway.may_change(oid, answer, lambda: _copied(gateway, oid, offset, data, flags, done)(Result.SUCCESS)):
             gateway.change(oid, flags & ~Flag.CREATE, offset, 0, data, 0, done)
 
     return write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.blocks import block_map
@@ -51,16 +52,11 @@ class HomeReads:
             done(home.absent(oid), b"")
             return
 
-        def deliver(data: Buffer, begun: int) -> None:
-            # Bytes of a write that began while the store was reading may be among the data already.
-            if not self.waits_for_write(oid, offset, length, begun, lambda: deliver(data, begun)):
-                done(Result.SUCCESS, data)
-
         def read(data: Buffer | StoreError) -> None:
             if home.context.fence != home.fence:
                 return  # fenced: the gateway asks again in the new epoch
             if not isinstance(data, StoreError):
-                deliver(data, home.sequence)
+                self._deliver(oid, offset, length, done, data, home.sequence)
             elif policy is None and self._is_bad(oid, data):
                 home.context.probe("home.corrupt")
                 home.context.log(3, f"object {oid:016x}: {data}; another copy answers")
@@ -82,6 +78,12 @@ class HomeReads:
             home.context.store.read(oid, offset, length, read)
         else:
             home.strips.read(oid, policy, offset, length, read)
+
+    def _deliver(self, oid: ObjectId, offset: int, length: int, done: IoDone, data: Buffer, begun: int) -> None:
+        """Bytes of a write that began while the store was reading may be among the data already."""
+        again = partial(self._deliver, oid, offset, length, done, data, begun)
+        if not self.waits_for_write(oid, offset, length, begun, again):
+            done(Result.SUCCESS, data)
 
     def _answer_map(self, oid: ObjectId, done: IoDone) -> None:
         try:
@@ -118,21 +120,17 @@ class HomeReads:
             else:
                 self.read(oid, offset, length, done)
 
-        def ask(index: int) -> None:
-            if index == len(others):
-                home.recovery.when_restored(oid, repaired)
-                return
+        def answered(answer: Message) -> None:
+            if answer.result == Result.SUCCESS:
+                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                done(Result.SUCCESS, answer.body)
+            elif answer.result == Result.STALE_OBJ and home.recovery.elsewhere(oid) is None:
+                self.read(oid, offset, length, done)  # it was repaired, and written, meanwhile
+            else:
+                self._read_elsewhere(oid, offset, length, done, version, others[1:])
+
+        if others:
             message = Message(Kind.FETCH, home.fence, oid=oid, offset=offset, length=length, version=version)
-
-            def answered(answer: Message) -> None:
-                if answer.result == Result.SUCCESS:
-                    assert isinstance(answer.body, (bytes, bytearray, memoryview))
-                    done(Result.SUCCESS, answer.body)
-                elif answer.result == Result.STALE_OBJ and home.recovery.elsewhere(oid) is None:
-                    self.read(oid, offset, length, done)  # it was repaired, and written, meanwhile
-                else:
-                    ask(index + 1)
-
-            home.context.peers.request(home.context.placement.nodes[others[index]], message, answered)
-
-        ask(0)
+            home.context.peers.request(home.context.placement.nodes[others[0]], message, answered)
+        else:
+            home.recovery.when_restored(oid, repaired)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from sheepdog.cluster.core.context import Context
@@ -378,36 +379,17 @@ class StripHome:
         left = sorted(
             (strip for strip in holders if strip != wanted), key=lambda strip: (holders[strip] != self._me, strip)
         )
-        have: dict[int, Buffer] = {}
-        under_way = 0
-        ended = False
 
-        def more() -> None:
-            nonlocal under_way, ended
-            while left and len(have) + under_way < policy.data:
-                strip = left.pop(0)
-                under_way += 1
-                self._fetch(oid, strip, holders[strip], offset, length, arrived(strip))
-            if ended:
-                return
+        def fetch(strip: int, arrived: ReadDone) -> None:
+            self._fetch(oid, strip, holders[strip], offset, length, arrived)
+
+        def decoded(have: dict[int, Buffer]) -> None:
             if len(have) == policy.data:
-                ended = True
                 done(self._context.coder.decode(policy, have, [wanted])[0])
-            elif not under_way:
-                ended = True
+            else:
                 done(DiskError(f"object {oid:016x}: {len(have)} strips are readable, {policy.data} are needed"))
 
-        def arrived(strip: int) -> Callable[[Buffer | StoreError], None]:
-            def got(data: Buffer | StoreError) -> None:
-                nonlocal under_way
-                under_way -= 1
-                if not isinstance(data, StoreError):
-                    have[strip] = data
-                more()
-
-            return got
-
-        more()
+        _Fetches(left, policy.data, fetch, decoded).go_on()
 
     def _fetch(self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone) -> None:
         """Present bytes of a strip; one that cannot be read is going to be repaired."""
@@ -442,3 +424,39 @@ class StripHome:
         else:
             message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
             context.peers.request(self._placement.nodes[member], message, answered)
+
+
+class _Fetches:
+    """Strips asked for, `wanted` at a time: for each that cannot be read another one, until so many are here."""
+
+    __slots__ = ("_done", "_fetch", "_have", "_left", "_under_way", "_wanted")
+
+    def __init__(
+        self,
+        left: list[int],
+        wanted: int,
+        fetch: Callable[[int, ReadDone], None],
+        done: Callable[[dict[int, Buffer]], None],
+    ) -> None:
+        """`done` is called once, with bytes by strip; with fewer than `wanted` when no more can be read."""
+        self._left = left
+        self._wanted = wanted
+        self._fetch = fetch
+        self._done: Callable[[dict[int, Buffer]], None] | None = done
+        self._have: dict[int, Buffer] = {}
+        self._under_way = 0
+
+    def go_on(self) -> None:
+        while self._left and len(self._have) + self._under_way < self._wanted:
+            strip = self._left.pop(0)
+            self._under_way += 1
+            self._fetch(strip, partial(self._arrived, strip))
+        if self._done is not None and (len(self._have) == self._wanted or not self._under_way):
+            done, self._done = self._done, None
+            done(self._have)
+
+    def _arrived(self, strip: int, data: Buffer | StoreError) -> None:
+        self._under_way -= 1
+        if not isinstance(data, StoreError):
+            self._have[strip] = data
+        self.go_on()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
@@ -237,24 +238,23 @@ class Applier:
 
     def sync_with_name(self, copy: Copy, done: Callable[[StoreError | None], None]) -> None:
         """The copy's bytes and its name are on the disk at `done`."""
-
-        def synced(error: StoreError | None) -> None:
-            if error is not None or copy not in self.unnamed:
-                done(error)
-            else:
-                self._directories.sync(copy.home, named)
-
-        def named(error: StoreError | None) -> None:
-            self.unnamed.pop(copy, None)
-            intents = self.unnamed_intents.pop(copy, None)
-            if intents and error is None:
-                self._syncs.covered(copy, intents)
-            done(error)
-
         if copy.dirty or copy.running is not None:
-            self._syncs.cover(copy, synced)
+            self._syncs.cover(copy, partial(self._bytes_synced, copy, done))
         else:
-            synced(None)
+            self._bytes_synced(copy, done, None)
+
+    def _bytes_synced(self, copy: Copy, done: Callable[[StoreError | None], None], error: StoreError | None) -> None:
+        if error is not None or copy not in self.unnamed:
+            done(error)
+        else:
+            self._directories.sync(copy.home, partial(self._named, copy, done))
+
+    def _named(self, copy: Copy, done: Callable[[StoreError | None], None], error: StoreError | None) -> None:
+        self.unnamed.pop(copy, None)
+        intents = self.unnamed_intents.pop(copy, None)
+        if intents and error is None:
+            self._syncs.covered(copy, intents)
+        done(error)
 
     def _remove(self, record: Record) -> None:
         copy = record.copy

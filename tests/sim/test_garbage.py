@@ -1,0 +1,56 @@
+"""Requests leave nothing for the garbage collector: under load it looks once a minute, and each may hold megabytes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+from tests.sim.test_directed import fresh
+
+from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.sim.world import SECOND
+
+REQUESTS = 50
+OTHERS = REQUESTS // 2  # objects freed meanwhile: of timers and of the simulator
+
+
+def garbage(work: Callable[[], None]) -> int:
+    """Objects that only the collector frees after `work`."""
+    gc.collect()
+    gc.disable()
+    try:
+        work()
+        return gc.collect()
+    finally:
+        gc.enable()
+
+
+def test_reads_and_writes_are_freed_when_they_are_answered() -> None:
+    cluster, volume = fresh(3, 3)
+    oid = data_oid(volume.vid, 0)
+    data = bytes(BLOCK_SIZE)
+    answers = 0
+
+    def answered(result: int, _: object) -> None:
+        nonlocal answers
+        assert result == 0
+        answers += 1
+
+    for machine in cluster.machines:
+        gateway = machine.node.gateway
+
+        def each(call: Callable[[int], None]) -> Callable[[], None]:
+            def run() -> None:
+                for number in range(REQUESTS):
+                    wanted = answers + 1
+                    call(BLOCK_SIZE * number)
+                    cluster.world.run_until(lambda: answers == wanted, 5 * SECOND, "answer")  # noqa: B023
+
+            return run
+
+        write = each(lambda at: gateway.write(oid, at, data, True, answered))  # noqa: B023
+        read = each(lambda at: gateway.read(oid, at, BLOCK_SIZE, answered))  # noqa: B023
+        write()  # connections and placements are remembered from here on
+        assert garbage(write) < OTHERS
+        assert garbage(read) < OTHERS

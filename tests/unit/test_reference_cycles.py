@@ -1,0 +1,67 @@
+"""What a request leaves behind is freed at once: the daemon's garbage collector runs once a minute under load.
+
+A function nested in another that names itself, directly or by way of its neighbours, is a cycle that holds everything
+the outer one knew: the bytes of a write, say. In compiled modules one neighbour naming another is enough, because there
+they share one environment. Such functions are methods, or `partial`s of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src/sheepdog"
+SLOW = {  # once for an epoch, a checkpoint, an operation on a VDI, a plug, a repair by order: nothing piles up
+    ("cluster/core/node.py", "_record"),
+    ("cluster/core/operations.py", "_once_loaded"),
+    ("cluster/core/repair_order.py", "repair"),
+    ("cluster/host/checkpoint.py", "_settle_all"),
+    ("cluster/host/disk_control.py", "plug"),
+    ("cluster/core/home.py", "_done_before"),  # a write cut by the end of an epoch
+    ("cluster/core/recovery.py", "_learn"),
+    ("cluster/host/object_store.py", "close"),
+}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def names_in(tree: ast.AST, wanted: set[str]) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in wanted}
+
+
+def has_cycle(outer: Function, compiled: bool) -> bool:
+    nested = {node.name: node for node in ast.walk(outer) if isinstance(node, Function) and node is not outer}
+    named = {name: names_in(node, set(nested)) for name, node in nested.items()}
+    if compiled:
+        lambdas = [node for node in ast.walk(outer) if isinstance(node, ast.Lambda)]
+        return any(named.values()) or any(names_in(node, set(nested)) for node in lambdas)
+    for name in named:
+        reached: set[str] = set()
+        ahead = [name]
+        while ahead:
+            new = named[ahead.pop()] - reached
+            reached |= new
+            ahead += new
+        if name in reached:
+            return True
+    return False
+
+
+def cycles(path: Path, compiled: bool) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, Function) and has_cycle(node, compiled):
+            yield node.name
+
+
+def test_no_request_leaves_a_cycle() -> None:
+    command = [sys.executable, str(SOURCE.parents[1] / "packaging/compile"), "--sources"]
+    compiled = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    compiled = [name.removeprefix("src/sheepdog/") for name in compiled]
+    plain = [
+        str(path.relative_to(SOURCE)) for room in ("core", "host") for path in (SOURCE / "cluster" / room).glob("*.py")
+    ]
+    names = dict.fromkeys(compiled + plain)
+    found = {(name, function) for name in names for function in cycles(SOURCE / name, name in compiled)}
+    assert found == SLOW
