@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS, BlockingVolume
 from sheepdog.cluster.client.btree import Leaf, NodeWrite, Tree
@@ -41,7 +41,7 @@ class HyperVolume:
         self._connection = connection
         self._vid = vid
         self.read_only = read_only
-        self.inode = admin.read_header(connection, vid)
+        self.inode = inodes.read_header(connection, vid)
         self.object_size = self.inode.object_size
         self._making = threading.Lock()  # around the connection: one object is made at a time
         self._table = threading.Lock()  # around every look at the tree; never held during I/O
@@ -149,14 +149,14 @@ class HyperVolume:
         if size > MAX_OBJECTS * self.object_size:
             raise os_error(errno.EFBIG)
         with self._making:
-            changed = replace(admin.read_header(self._connection, self._vid), vdi_size=size)
+            changed = replace(inodes.read_header(self._connection, self._vid), vdi_size=size)
             admin.write_object(self._connection, inode_oid(self._vid), 0, changed.pack())
             self.inode = changed
 
     def refresh(self) -> None:
         """Learns what others have done: the size, and if the volume is read-only which objects there are."""
         with self._making:
-            self.inode = admin.read_header(self._connection, self._vid)
+            self.inode = inodes.read_header(self._connection, self._vid)
             if self.read_only:
                 self._replace_tree()
 
@@ -239,7 +239,7 @@ class HyperVolume:
     def _make_sure(self) -> None:
         if self._unsure:
             with self._making:
-                self.inode = admin.read_header(self._connection, self._vid)
+                self.inode = inodes.read_header(self._connection, self._vid)
                 self._replace_tree()
 
     def _replace_tree(self) -> None:

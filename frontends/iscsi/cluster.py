@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.attributes import Attribute
@@ -53,7 +53,7 @@ def documents(connection: Connection) -> Iterator[Exported]:
     """All volumes that are, or once were, exported; by name."""
     working = [
         header
-        for header in admin.headers(connection, admin.volume_ids(connection))
+        for header in inodes.headers(connection, inodes.volume_ids(connection))
         if isinstance(header, InodeHeader) and not header.is_snapshot
     ]
     for header in sorted(working, key=lambda header: header.name):

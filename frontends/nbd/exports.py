@@ -13,7 +13,7 @@ import os
 import threading
 from typing import NamedTuple
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
@@ -108,7 +108,7 @@ class Exports:
         with_snapshots = []
         connection = Connection(self._address, 0)
         try:
-            for inode in admin.headers(connection, admin.volume_ids(connection)):
+            for inode in inodes.headers(connection, inodes.volume_ids(connection)):
                 if isinstance(inode, InodeHeader):
                     with_snapshots.append((_name_of(inode), describe(inode)))
         finally:

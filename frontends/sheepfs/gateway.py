@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.session import Session
@@ -182,9 +182,9 @@ class GatewayCluster:
         return await self._in_thread(_read_space)
 
     def _read_catalog(self, connection: Connection) -> list[VolumeInfo]:
-        vids = admin.volume_ids(connection)
+        vids = inodes.volume_ids(connection)
         headers: dict[Vid, InodeHeader] = {vid: self._snapshots[vid] for vid in vids if vid in self._snapshots}
-        for header in admin.headers(connection, [vid for vid in vids if vid not in headers]):
+        for header in inodes.headers(connection, [vid for vid in vids if vid not in headers]):
             if isinstance(header, InodeHeader):
                 headers[Vid(header.vdi_id)] = header
         self._snapshots = {vid: header for vid, header in headers.items() if header.snap_ctime}

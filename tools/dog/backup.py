@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.connection import Connection
@@ -101,7 +101,7 @@ def restore(context: Context) -> None:
     connection = context.gateway()
     context.nodes()
     try:
-        base = admin.read_header(connection, admin.find(connection, name, tag, snap_id).vid)
+        base = inodes.read_header(connection, admin.find(connection, name, tag, snap_id).vid)
     except SheepError as error:
         if error.result in (Result.NO_VDI, Result.NO_TAG):
             raise Failure(f"Snapshot ID {snap_id} or tag {os.fsdecode(tag)} doesn't exist") from error
@@ -130,7 +130,7 @@ def _vid(connection: Connection, name: bytes) -> Vid:
 
 def _working(connection: Connection, name: bytes) -> InodeHeader | None:
     try:
-        return admin.read_header(connection, _vid(connection, name))
+        return inodes.read_header(connection, _vid(connection, name))
     except SheepError as error:
         if error.result == Result.NO_VDI:
             return None
@@ -160,10 +160,10 @@ def _resume(connection: Connection, name: bytes, former: InodeHeader, keep: bool
     if not keep:
         current = _working(connection, name)
         assert current is not None
-        delete(connection, Opened(current, admin.read_map(connection, current)), name, batch=batch, pause_s=pause_s)
+        delete(connection, Opened(current, inodes.read_map(connection, current)), name, batch=batch, pause_s=pause_s)
     _next(connection, name, former, former_vid, snapshot=keep)
     # The snapshot that held the former state was ours; its objects live on in the volume that has branched off it.
-    frozen = Opened(former, admin.read_map(connection, former))
+    frozen = Opened(former, inodes.read_map(connection, former))
     delete(connection, frozen, name, b"", former.snap_id, batch, pause_s)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
@@ -61,7 +61,7 @@ def purge(context: Context) -> None:
         return
     confirm(_PURGE_QUESTION)
     connection = context.gateway()
-    for vid in admin.volume_ids(connection):
+    for vid in inodes.volume_ids(connection):
         try:
             _request(connection, Opcode.CACHE_PURGE, vid)
         except SheepError as error:

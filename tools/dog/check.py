@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
@@ -48,14 +48,14 @@ def cluster(context: Context) -> None:
             print(f'fix snapshot {name} (id: {inode.snap_id}, tag: "{os.fsdecode(inode.tag)}")', flush=True)
         else:
             print(f"fix vdi {name}", flush=True)
-        _repair(context, nodes, Opened(inode, admin.read_map(connection, inode)))
+        _repair(context, nodes, Opened(inode, inodes.read_map(connection, inode)))
         print(f"finish check&repair {name}", flush=True)
 
 
 def _objects(opened: Opened) -> Iterator[ObjectId]:
     """The inode and every data object that it names."""
     yield inode_oid(opened.vid)
-    for index, owner in admin.allocated(opened.entries):
+    for index, owner in inodes.allocated(opened.entries):
         yield data_oid(owner, index)
 
 

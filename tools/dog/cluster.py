@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Member
@@ -162,7 +162,7 @@ def _format(
             "Are you sure you want to continue? [yes/no]: "
         )
     connection = context.gateway()
-    if not context.flag("force") and admin.volume_ids(connection):
+    if not context.flag("force") and inodes.volume_ids(connection):
         caution("Caution! The cluster is not empty.")
     print(f"using backend {store} store", flush=True)
     now = time.time_ns()

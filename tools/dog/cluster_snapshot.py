@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid, vid_of, vmstate_oid
@@ -100,7 +100,7 @@ def _save(context: Context, archive: Archive, states: Sequence[State], tag: str,
     wanted: dict[ObjectId, int] = {}  # and their sizes
     for inode in chosen:
         vid = Vid(inode.vdi_id)
-        entries = list(admin.allocated(admin.read_map(connection, inode)))
+        entries = list(inodes.allocated(inodes.read_map(connection, inode)))
         state.maps[f"{vid:x}"] = [[index, owner] for index, owner in entries]
         wanted.update((data_oid(owner, index), inode.object_size) for index, owner in entries)
         chunks = objects_of(inode.vm_state_size, inode.block_size_shift)
@@ -120,8 +120,8 @@ def _save(context: Context, archive: Archive, states: Sequence[State], tag: str,
 
 
 def _all_inodes(connection: Connection) -> Iterator[InodeHeader]:
-    for found in admin.headers(connection, admin.volume_ids(connection, deleted=True), deleted=True):
-        if isinstance(found, admin.Unread):
+    for found in inodes.headers(connection, inodes.volume_ids(connection, deleted=True), deleted=True):
+        if isinstance(found, inodes.Unread):
             unreadable(found.vid, found.result)
         else:
             yield found
@@ -183,7 +183,7 @@ def show(context: Context) -> None:
     word, path = context.argument(0), context.argument(1, _NO_PATH)
     message = "Fail to show snapshot"
     with _failing(message):
-        inodes = [inode for inode in _headers(_chosen(Archive(Path(path)), word, message)) if not inode.is_deleted]
+        headers = [inode for inode in _headers(_chosen(Archive(Path(path)), word, message)) if not inode.is_deleted]
     if context.json:
         from sheepdog.tools.dog.records import print_json
 
@@ -196,11 +196,11 @@ def show(context: Context) -> None:
                     "snapshot_id": inode.snap_id,
                     "size": inode.vdi_size,
                 }
-                for inode in inodes
+                for inode in headers
             ]
         )
         return
-    for number, inode in enumerate(inodes, 1):
+    for number, inode in enumerate(headers, 1):
         warn(f"{number}. VDI id: {inode.vdi_id:x}, name: {decoded(inode.name)}, tag: {decoded(inode.tag)}")
 
 
@@ -225,8 +225,8 @@ def load(context: Context) -> None:
     with _failing(message):
         archive = Archive(Path(path))
         state = _chosen(archive, word, message)
-        inodes = _headers(state)
-        chosen = [inode for inode in inodes if not inode.is_deleted and (not names or inode.name in names)]
+        headers = _headers(state)
+        chosen = [inode for inode in headers if not inode.is_deleted and (not names or inode.name in names)]
         if not chosen:
             raise Failure(_NOT_FOUND if names else _EMPTY, 2)
         objects = _needed(state, chosen)
@@ -234,7 +234,7 @@ def load(context: Context) -> None:
             archive.get(name)  # nothing is discarded before everything has proved to be there
         make_cluster(context, state.copies, state.policy, state.shift)
         owners = {vid_of(oid) for oid in objects} | {Vid(inode.vdi_id) for inode in chosen}
-        _load(context, archive, state, [inode for inode in inodes if inode.vdi_id in owners], chosen, objects)
+        _load(context, archive, state, [inode for inode in headers if inode.vdi_id in owners], chosen, objects)
 
 
 def _needed(state: State, chosen: Sequence[InodeHeader]) -> dict[ObjectId, list[str]]:
@@ -253,12 +253,12 @@ def _load(
     context: Context,
     archive: Archive,
     state: State,
-    inodes: Sequence[InodeHeader],
+    headers: Sequence[InodeHeader],
     chosen: Sequence[InodeHeader],
     objects: dict[ObjectId, list[str]],
 ) -> None:
     connection = context.gateway()
-    for inode in inodes:
+    for inode in headers:
         admin.register_volume(connection, inode)
     progress = Progress("load", CHUNK_BYTES * sum(len(chunks) for chunks in objects.values()))
     for oid, chunks in objects.items():
@@ -269,9 +269,9 @@ def _load(
         progress.advance(CHUNK_BYTES * len(chunks))
     progress.end()
     kept = {inode.vdi_id for inode in chosen}
-    for inode in inodes:
+    for inode in headers:
         header = inode if inode.vdi_id in kept else _tombstone(inode)
-        entries = admin.empty_map(header)
+        entries = inodes.empty_map(header)
         for index, owner in state.maps[f"{inode.vdi_id:x}"] if inode.vdi_id in kept else ():
             entries[index] = owner
         oid = inode_oid(Vid(inode.vdi_id))

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import PurePath
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.hashing import node_hash
 from sheepdog.cluster.core.ids import Member, format_address
@@ -109,8 +109,8 @@ def _space(disk: admin.Disk, raw: bool) -> str:
 
 def _virtual_size(context: Context) -> int:
     connection = context.gateway()
-    found = admin.headers(connection, admin.volume_ids(connection))
-    return sum(one.vdi_size for one in found if not isinstance(one, admin.Unread) and not one.is_snapshot)
+    found = inodes.headers(connection, inodes.volume_ids(connection))
+    return sum(one.vdi_size for one in found if not isinstance(one, inodes.Unread) and not one.is_snapshot)
 
 
 def kill(context: Context) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from struct import Struct
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, data_oid, inode_oid
@@ -131,7 +131,7 @@ def object_map(context: Context) -> None:
         from sheepdog.tools.dog.records import print_json
 
         indexes = range(_index(context, volume.inode), 1 << 32)[:1] if context.flag("index") else None
-        entries = [(index, volume.owner(index)) for index in indexes] if indexes else admin.allocated(volume.entries)
+        entries = [(index, volume.owner(index)) for index in indexes] if indexes else inodes.allocated(volume.entries)
         print_json([{"index": index, "vdi_id": f"{owner:x}"} for index, owner in entries])
         return
     print("Index       VID")
@@ -139,7 +139,7 @@ def object_map(context: Context) -> None:
         index = _index(context, volume.inode)
         print(f"{index:08d} {volume.owner(index):8x}")
         return
-    for index, owner in admin.allocated(volume.entries):
+    for index, owner in inodes.allocated(volume.entries):
         print(f"{index:08d} {owner:8x}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import Vid, inode_oid
@@ -79,7 +79,7 @@ def volume(context: Context) -> None:
 
 def _shares_nothing(connection: Connection, inode: InodeHeader) -> bool:
     """The parent was only made to change the redundancy, and has gone since: all objects are the volume's own."""
-    return admin.read_header(connection, Vid(inode.parent_vdi_id)).tag == MOVED_TAG
+    return inodes.read_header(connection, Vid(inode.parent_vdi_id)).tag == MOVED_TAG
 
 
 def _moved_from(connection: Connection, inode: InodeHeader) -> InodeHeader | None:

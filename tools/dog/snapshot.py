@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
@@ -43,14 +43,14 @@ def snapshot(context: Context) -> None:
     if tag:
         _check_free(connection, word, name, tag)
     try:
-        inode = admin.read_header(connection, admin.find(connection, name).vid)
+        inode = inodes.read_header(connection, admin.find(connection, name).vid)
     except SheepError as error:
         raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
     if inode.store_policy:
         raise Failure("creating a snapshot of hypervolume is not supported")
     vid = Vid(inode.vdi_id)
     if context.flag("reduce_identical_snapshots"):
-        entries = admin.read_map(connection, inode)
+        entries = inodes.read_map(connection, inode)
         if vid not in entries:
             if context.verbose:
                 warn(f"VDI {word} doesn't have its own objects, skipping creation of snapshot")
@@ -122,8 +122,8 @@ def rollback(context: Context) -> None:
     base = open_header(connection, name, tag, snap_id)
     try:
         working = Opened(
-            current := admin.read_header(connection, admin.find(connection, name).vid),
-            admin.read_map(connection, current),
+            current := inodes.read_header(connection, admin.find(connection, name).vid),
+            inodes.read_map(connection, current),
         )
     except SheepError as error:
         if error.result != Result.NO_VDI:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, inode_oid
@@ -60,7 +60,7 @@ def create(context: Context) -> None:
         from sheepdog.tools.dog.filling import fill
 
         count = objects_of(size, shift)
-        empty = Opened(admin.read_header(connection, made.vid), array("I", bytes(4 * count)))
+        empty = Opened(inodes.read_header(connection, made.vid), array("I", bytes(4 * count)))
         fill(connection, made.vid, empty, range(count))
     if context.verbose:
         print(f"{made.vid:x}" if context.raw else f"VDI ID of newly created VDI: {made.vid:x}")

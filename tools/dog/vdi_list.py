@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import ObjectId, Vid, index_of, inode_oid, is_data, vid_of
@@ -69,8 +69,8 @@ def run(context: Context) -> None:
 
 def volumes(connection: Connection, name: bytes | None = None) -> Iterator[Row]:
     """Every volume (of this name) in ascending order of vid; one that cannot be read is named on stderr."""
-    for found in admin.contents(connection, admin.volume_ids(connection, name=name), name):
-        if isinstance(found, admin.Unread):
+    for found in inodes.contents(connection, inodes.volume_ids(connection, name=name), name):
+        if isinstance(found, inodes.Unread):
             unreadable(found.vid, found.result)
             continue
         inode, entries = found
@@ -85,8 +85,8 @@ def volumes(connection: Connection, name: bytes | None = None) -> Iterator[Row]:
 
 def headers(connection: Connection, deleted: bool = False) -> Iterator[InodeHeader]:
     """The inode headers of all volumes in ascending order of vid; those that cannot be read are named on stderr."""
-    for found in admin.headers(connection, admin.volume_ids(connection, deleted)):
-        if isinstance(found, admin.Unread):
+    for found in inodes.headers(connection, inodes.volume_ids(connection, deleted)):
+        if isinstance(found, inodes.Unread):
             unreadable(found.vid, found.result)
         else:
             yield found

@@ -7,7 +7,7 @@ import time
 from array import array
 from typing import NamedTuple, TypeAlias
 
-from sheepdog.cluster.client import admin
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import Vid, inode_oid
@@ -66,13 +66,13 @@ def find(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0
 
 def open_header(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0, code: int = 1) -> InodeHeader:
     """The inode header of a volume or snapshot."""
-    return admin.read_header(connection, find(connection, name, tag, snap_id, code))
+    return inodes.read_header(connection, find(connection, name, tag, snap_id, code))
 
 
 def open_volume(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0, code: int = 1) -> Opened:
     """Header and map of a volume or snapshot."""
     inode = open_header(connection, name, tag, snap_id, code)
-    return Opened(inode, admin.read_map(connection, inode))
+    return Opened(inode, inodes.read_map(connection, inode))
 
 
 def size_limit(shift: int, hyper: bool) -> int:
