@@ -123,10 +123,10 @@ class CorosyncDriver:
             try:
                 votes = cpg.votes(nodes)
             except cpg.CorosyncError:
-                order.quorum = 0
+                order.quorum.needed = 0
             else:
-                order.quorum, order.tie_breaker = votes.quorum, votes.two_node
-                order.votes.update(votes.of_nodes)
+                order.quorum.needed, order.quorum.tie_breaker = votes.quorum, votes.two_node
+                order.quorum.votes.update(votes.of_nodes)
         order.on_quorum(quorate, sequence)
 
     @property

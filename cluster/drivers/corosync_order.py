@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
@@ -38,17 +37,11 @@ from sheepdog.cluster.drivers.corosync_messages import (
     seat_of,
     seat_values,
 )
+from sheepdog.cluster.drivers.corosync_quorum import Quorum, Ring, Verdict
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
 ROUNDS_NS = 200_000_000  # the token goes round a hundred times meanwhile; each time a daemon may ask for what it lacks
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
-
-
-class Ring(NamedTuple):
-    """A new ring; what comes after it in the stream belongs to it, and the change right before it."""
-
-    sequence: int
-    nodes: tuple[int, ...]
 
 
 class Ordered(NamedTuple):
@@ -66,13 +59,6 @@ class Gone(NamedTuple):
 
     processes: tuple[Process, ...]
     proven: bool
-
-
-class Verdict(Enum):
-    YES = "quorate"
-    NO = "not quorate"
-    OPEN = "not known yet"
-    LOST = "another order may have gone on"
 
 
 Item: TypeAlias = "Ring | Change | tuple[Process, bytes]"
@@ -94,21 +80,17 @@ class Order:
         self.lost = False
         self.established = False
         self.origin = 0  # incarnation of the first founder: two orders of one group never have the same
-        self.tie_breaker = False  # two nodes that are quorate alone: only the one with the lower number goes on
-        self.votes: dict[int, int] = {}  # of nodes
-        self.quorum = 0  # how many votes it takes; 0: not known
+        self.quorum = Quorum()
         self._process = process
         self._lease_ns = lease_ns
         self._send = send
         self._emit_event = emit
         self._now_ns = now_ns
         self._counter = 0
-        # the stream, and the verdicts about its rings
+        # the stream
         self._inbox: deque[Item] = deque()
-        self._verdicts: dict[int, bool] = {}
         self._ring = Ring(0, ())
         self._newest = 0  # sequence of the latest ring in the stream
-        self._whole: tuple[int, ...] = ()  # nodes of the latest ring that this order went on in
         self._clear = False  # what follows in the stream may be handled
         self._undecided: dict[Process, None] = {}  # members that went with their node, in rings without verdict
         self._suspended: str | None = None
@@ -146,7 +128,7 @@ class Order:
 
     def on_quorum(self, quorate: bool, sequence: int) -> None:
         """The verdict about a ring; it may change while the ring lasts."""
-        self._verdicts[sequence] = quorate
+        self.quorum.tell(sequence, quorate)
         if sequence == self._ring.sequence:
             if self.established and not quorate:
                 self._clear = False
@@ -217,7 +199,7 @@ class Order:
 
     def _on_ring(self, ring: Ring) -> None:
         self._ring = ring
-        self._verdicts = {number: verdict for number, verdict in self._verdicts.items() if number >= ring.sequence}
+        self.quorum.begin(ring)
         if self.established:
             self._clear = False
         else:
@@ -236,7 +218,7 @@ class Order:
             self.suspend(f"no quorum: only nodes {nodes} are in reach")
         elif verdict is Verdict.YES:
             self._clear = True
-            self._whole = self._ring.nodes
+            self.quorum.gone_on(self._ring)
             if self._undecided:
                 gone, self._undecided = tuple(self._undecided), {}
                 self._stable_up_to = self._position  # those who are left have the same messages
@@ -247,7 +229,7 @@ class Order:
     def _verdict(self) -> Verdict:
         """About the present ring. One that was over before its verdict came may be judged by what followed."""
         undecided = dict(self._undecided)
-        ring, known = self._ring, self._judge(self._ring, undecided)
+        ring, known = self._ring, self.quorum.of(self._ring, bool(undecided))
         for item in self._inbox:
             if known is Verdict.YES:
                 break
@@ -256,21 +238,10 @@ class Order:
                     return Verdict.LOST
                 undecided.update(dict.fromkeys(p for p, reason in item.left if self._went_with_node(p, reason)))
             elif isinstance(item, Ring):
-                if known is Verdict.NO or not self._has_votes(ring):
+                if known is Verdict.NO or not self.quorum.has_votes(ring):
                     return Verdict.LOST
-                ring, known = item, self._judge(item, undecided)
+                ring, known = item, self.quorum.of(item, bool(undecided))
         return known
-
-    def _has_votes(self, ring: Ring) -> bool:
-        return 0 < self.quorum <= sum(self.votes.get(node, 0) for node in ring.nodes)
-
-    def _judge(self, ring: Ring, undecided: dict[Process, None]) -> Verdict:
-        verdict = self._verdicts.get(ring.sequence)
-        if verdict is None:
-            return Verdict.OPEN
-        if verdict and self.tie_breaker and undecided and min(self._whole, default=0) not in ring.nodes:
-            return Verdict.NO
-        return Verdict.YES if verdict else Verdict.NO
 
     def _went_with_node(self, process: Process, reason: int) -> bool:
         return reason == Reason.NODEDOWN and self._is_known(process)
@@ -307,8 +278,9 @@ class Order:
         self._attempt += 1  # an answer to an earlier one does not count any more
         if self._process not in self._present or self.lost:
             return
-        if not self._verdicts.get(self._ring.sequence):
-            if self._verdicts.get(self._ring.sequence) is False:
+        verdict = self.quorum.of(self._ring, broken=False)
+        if verdict is not Verdict.YES:
+            if verdict is Verdict.NO:
                 self.suspend("no quorum yet")
             return
         self.resume()
@@ -390,7 +362,7 @@ class Order:
         """All that are there are pending: they are the first members."""
         self._clear_queue()
         self.established = self._clear = True
-        self._whole = self._ring.nodes
+        self.quorum.gone_on(self._ring)
         self._sequence = 0
         self.origin = next(iter(self._announced.values())).peer.incarnation
         for process, seat in self._announced.items():
@@ -401,7 +373,7 @@ class Order:
     def _adopt(self, values: dict[str, Any]) -> None:
         """The roster as of our JOIN; what came after it follows from the queue."""
         self.established = self._clear = True
-        self._whole = self._ring.nodes
+        self.quorum.gone_on(self._ring)
         self._sequence, self.origin = values["sequence"], values["origin"]
         self._roster = {Process(*row["process"]): seat_of(row) for row in values["members"]}
         self._roster[self._process].established = True

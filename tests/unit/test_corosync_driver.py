@@ -46,8 +46,8 @@ class Attachment:
             lambda event: self.events.append((world.now_ns, event)),
             lambda: world.now_ns,
         )
-        self.order.votes = dict.fromkeys(range(1, NODES + 1), 1)
-        self.order.quorum = NODES // 2 + 1
+        self.order.quorum.votes = dict.fromkeys(range(1, NODES + 1), 1)
+        self.order.quorum.needed = NODES // 2 + 1
 
     @property
     def lost(self) -> bool:
@@ -401,7 +401,7 @@ def deliver_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trust_every_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted bug: nobody asks for quorum."""
-    monkeypatch.setattr(Order, "on_quorum", lambda self, _, sequence: self._verdicts.__setitem__(sequence, True))
+    monkeypatch.setattr(Order, "on_quorum", lambda self, _, sequence: self.quorum.tell(sequence, True))
 
 
 def forget_who_was_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ def forget_who_was_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         changed(self, change)
 
     monkeypatch.setattr(Order, "_on_change", on_change)
-    monkeypatch.setattr(Order, "_verdict", lambda self: self._judge(self._ring, dict(self._undecided)))
+    monkeypatch.setattr(Order, "_verdict", lambda self: self.quorum.of(self._ring, bool(self._undecided)))
 
 
 @pytest.mark.parametrize("plant", [deliver_at_once, trust_every_ring, forget_who_was_gone])
