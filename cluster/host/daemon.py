@@ -141,7 +141,9 @@ class Daemon:
         self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
         self._cache = self._open_cache(disk) if options.cache is not None else None
         self._id = NodeId(self.address, options.port)
-        self.links = Links(self._id, self._loop, self._turn, self._arena, self._log)
+        io = options.io_address
+        io_id = None if io is None else NodeId(resolve(io.host), io.port)
+        self.links = Links(self._id, self._loop, self._turn, self._arena, self._log, io_id)
         self._server = Server(self._loop, self.links.adopt, self._adopt_client, self._log)
         self._check_fixed_vnodes()
         self._begin_incarnation(driver)
@@ -235,6 +237,9 @@ class Daemon:
         if options.pid_file:
             self._pid_file = lifecycle.PidFile(options.pid_file)
         self._server.listen_tcp(options.bind_address, options.port)
+        io = options.io_address
+        if io is not None and not (io.port == options.port and options.bind_address in (None, io.host)):
+            self._server.listen_tcp(io.host, io.port)
         self._server.listen_unix(f"{options.metadata}/sock")
         lifecycle.handle_signals(self._loop, self._terminate, self.logs.reopen)
         collector = Collector(self._loop, self._turn)

@@ -142,7 +142,6 @@ class Options:
         """One line for each option given that is accepted but changes nothing in this version."""
         given = (
             ("-D", self.direct_io, "object files are read and written through the page cache"),
-            ("-i", self.io_address is not None, "all traffic uses the node's one address"),
             ("-u", self.upgrade, "there is no older store layout to migrate"),
             (
                 "-w directio",

@@ -1,6 +1,7 @@
 """Bytes of peer messages (our own protocol between sheep; clients never see it).
 
-A link starts with a hello (24 bytes: magic, version, port, address), then carries frames in both directions:
+A link starts with a hello (42 bytes: magic, version, port, address, and port and address for traffic between nodes, 0
+if that is the same), then carries frames in both directions:
 a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
 that a client could send, so peers and clients share one port.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
+from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version
@@ -21,28 +23,36 @@ from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
 PEER_MAGIC = b"\xf5SHP"
-PEER_VERSION = 3
-HELLO = Struct("<4sHH16s")
+PEER_VERSION = 4
+HELLO = Struct("<4sHH16sH16s")
 HEADER = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
 HEADER_SIZE = HEADER.size
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _KINDS = frozenset(int(kind) for kind in Kind)
 
 
-def encode_hello(node: NodeId) -> bytes:
-    return HELLO.pack(PEER_MAGIC, PEER_VERSION, node.port, node.address)
+class Hello(NamedTuple):
+    """Who is at the other end, and where else it may be reached for the traffic between nodes (`sheep -i`)."""
+
+    node: NodeId
+    io: NodeId | None = None
 
 
-def decode_hello(data: Buffer) -> NodeId:
-    """The node at the other end; PeerError for anything but a hello of our version."""
+def encode_hello(hello: Hello) -> bytes:
+    node, io = hello
+    return HELLO.pack(PEER_MAGIC, PEER_VERSION, node.port, node.address, *((io.port, io.address) if io else (0, b"")))
+
+
+def decode_hello(data: Buffer) -> Hello:
+    """PeerError for anything but a hello of our version."""
     if len(data) != HELLO.size:
         raise PeerError("short hello")
-    magic, version, port, address = HELLO.unpack(data)
+    magic, version, port, address, io_port, io_address = HELLO.unpack(data)
     if magic != PEER_MAGIC:
         raise PeerError("not a peer")
     if version != PEER_VERSION:
         raise PeerError(f"peer speaks version {version} of the peer protocol, this node {PEER_VERSION}")
-    return NodeId(address, port)
+    return Hello(NodeId(address, port), NodeId(io_address, io_port) if io_port else None)
 
 
 def encode(message: Message) -> list[Buffer]:

@@ -18,7 +18,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, Vid, data_oid, inode_oid
 from sheepdog.cluster.wire.header import HEADER_SIZE, OBJECT_REQUEST, ObjectRequest
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
-from sheepdog.cluster.wire.peer import encode_hello
+from sheepdog.cluster.wire.peer import Hello, encode_hello
 
 MIB = 1 << 20
 OBJECT = 4 * MIB
@@ -213,8 +213,8 @@ def test_a_thousand_clients(site: Site) -> None:
         b"\xf5",
         b"\xf5" * 24,
         b"\xf5SHP\x01\x00" + bytes(18),
-        encode_hello(NodeId(bytes(16), 1)) + bytes(1000),
-        encode_hello(NodeId(b"\xff" * 16, 65_535)) + bytes(1000),
+        encode_hello(Hello(NodeId(bytes(16), 1))) + bytes(1000),
+        encode_hello(Hello(NodeId(b"\xff" * 16, 65_535))) + bytes(1000),
     ],
 )
 def test_strangers_that_say_they_are_peers(site: Site, data: bytes) -> None:

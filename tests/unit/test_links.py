@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.support.ports import PortBlock
 
-from sheepdog.cluster.core.ids import NodeId, ObjectId
+from sheepdog.cluster.core.ids import NodeId, ObjectId, format_address
 from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.host import link as link_module
 from sheepdog.cluster.host import links as links_module
+from sheepdog.cluster.host.link import State
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.loop import Turn, new_loop
 from sheepdog.cluster.host.server import Server
-from sheepdog.cluster.wire.peer import HEADER_SIZE, encode, encode_hello
+from sheepdog.cluster.wire.peer import HEADER_SIZE, Hello, encode, encode_hello
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 
 LOCALHOST = bytes(12) + bytes((127, 0, 0, 1))
@@ -35,8 +37,8 @@ class World:
     def log(self, level: int, text: str) -> None:
         self.logged.append(text)
 
-    def node(self, index: int) -> Node:
-        node = Node(self, NodeId(LOCALHOST, self.ports[index]))
+    def node(self, index: int, io: NodeId | None = None) -> Node:
+        node = Node(self, NodeId(LOCALHOST, self.ports[index]), io)
         self.nodes.append(node)
         return node
 
@@ -64,20 +66,29 @@ class World:
 class Node:
     """Links with a listening server; everything that happens is written down."""
 
-    def __init__(self, world: World, me: NodeId) -> None:
+    def __init__(self, world: World, me: NodeId, io: NodeId | None = None) -> None:
         self.world = world
         self.me = me
+        self.io = io
         self.arrived: list[tuple[NodeId, Message]] = []
         self.events: list[tuple[NodeId, bool]] = []
-        self.links = Links(me, world.loop, world.turn, Arena(BufferPool()), world.log)
+        self.links = Links(me, world.loop, world.turn, Arena(BufferPool()), world.log, io)
         self.links.on_message = lambda node, message: self.arrived.append((node, message))
         self.links.on_link = lambda node, up: self.events.append((node, up))
         self.server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
         self.server.admit_clients()
         self.server.listen_tcp("127.0.0.1", me.port)
+        self.io_server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
+
+    def listen_io(self) -> None:
+        """Its I/O address answers from now on."""
+        assert self.io is not None
+        self.io_server = Server(self.world.loop, self.links.adopt, lambda sock: sock.close(), self.world.log)
+        self.io_server.listen_tcp(format_address(self.io.address), self.io.port)
 
     def close(self) -> None:
         self.server.stop_listening()
+        self.io_server.stop_listening()
         self.links.close()
 
     def raw(self) -> socket.socket:
@@ -158,7 +169,7 @@ def test_a_stranger_does_not_wait_for_ever(world: World, monkeypatch: pytest.Mon
     monkeypatch.setattr(links_module, "WAITING_TIMEOUT_S", 0.1)
     node = world.node(5)
     stranger = node.raw()
-    stranger.send(encode_hello(NodeId(LOCALHOST, 1)))
+    stranger.send(encode_hello(Hello(NodeId(LOCALHOST, 1))))
     world.until(lambda: closed_by_peer(stranger))
 
 
@@ -168,7 +179,7 @@ def test_strangers_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) ->
     strangers = []
     for port in range(1, 6):
         stranger = node.raw()
-        stranger.send(encode_hello(NodeId(LOCALHOST, port)))
+        stranger.send(encode_hello(Hello(NodeId(LOCALHOST, port))))
         strangers.append(stranger)
     world.until(lambda: sum(map(closed_by_peer, strangers)) == 2)
     world.run(0.1)
@@ -189,6 +200,68 @@ def test_a_broken_link_comes_back(world: World, pair: tuple[Node, Node]) -> None
     assert [arrived.rid for _, arrived in again.arrived] == [2]
 
 
+def way(node: Node, peer: Node) -> str:
+    """The address of `peer` that the link of `node` leads to."""
+    link = node.links._peers[peer.me].link
+    return str(link.socket.getpeername()[0]) if link is not None and link.state is State.UP else ""
+
+
+def test_traffic_takes_the_io_address_falls_back_and_returns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "IO_RETRY_S", 0.1)
+    small = world.node(0)
+    large = world.node(1, NodeId(bytes(12) + bytes((127, 0, 0, 2)), world.ports[2]))
+    large.listen_io()
+    for node in (small, large):
+        node.links.connect([small.me, large.me])
+    world.until(lambda: way(small, large) == "127.0.0.2" and large.links.is_up(small.me))
+    states = [up for _, up in small.events]
+    assert states == [True, False, True], "core sees the change as a link that broke and came back"
+
+    def exchange(rid: int) -> None:
+        small.links.send(large.me, message(rid))
+        large.links.send(small.me, message(rid))
+        world.until(lambda: [node.arrived[-1:] and node.arrived[-1][1].rid for node in (small, large)] == [rid, rid])
+
+    exchange(1)
+    large.io_server.stop_listening()
+    link = small.links._peers[large.me].link
+    assert link is not None
+    link.socket.shutdown(socket.SHUT_RDWR)  # the I/O network is gone
+    world.until(lambda: way(small, large) == "127.0.0.1" and large.links.is_up(small.me))
+    exchange(2)
+    assert sum("fallback" in text for text in world.logged) == 1
+    world.run(0.3)  # tried in vain, without touching the link that works
+    assert way(small, large) == "127.0.0.1"
+    exchange(3)
+    large.listen_io()
+    world.until(lambda: way(small, large) == "127.0.0.2" and large.links.is_up(small.me))
+    exchange(4)
+
+
+def test_an_io_address_that_never_answers_harms_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "IO_RETRY_S", 0.05)
+    small = world.node(0)
+    large = world.node(1, NodeId(bytes(12) + bytes((127, 0, 0, 2)), world.ports[2]))
+    for node in (small, large):
+        node.links.connect([small.me, large.me])
+    world.until(lambda: any("fallback" in text for text in world.logged))
+    world.run(0.3)
+    assert small.events == [(large.me, True)]
+    assert sum("fallback" in text for text in world.logged) == 1
+
+
+def test_somebody_else_at_the_io_address_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "IO_RETRY_S", 0.05)
+    small, other = world.node(0), world.node(2)
+    large = world.node(1, other.me)  # a mistake in its configuration
+    for node in (small, large, other):
+        node.links.connect([small.me, large.me, other.me])
+    world.until(lambda: any("answers there" in text for text in world.logged))
+    small.links.send(large.me, message(1))
+    world.until(lambda: large.arrived)
+    assert way(small, large) == "127.0.0.1"
+
+
 def test_a_node_that_left_is_closed_without_an_event(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     small.links.connect([])
@@ -200,7 +273,7 @@ def test_a_node_that_left_is_closed_without_an_event(world: World, pair: tuple[N
 def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     again = large.raw()
-    again.send(encode_hello(small.me) + b"".join(encode(message(77))))
+    again.send(encode_hello(Hello(small.me)) + b"".join(encode(message(77))))
     world.until(lambda: large.arrived)
     assert large.events[:3] == [(small.me, True), (small.me, False), (small.me, True)]
     again.close()
@@ -218,7 +291,7 @@ def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, 
 def test_garbage_costs_the_connection_and_nothing_else(world: World, pair: tuple[Node, Node], garbage: bytes) -> None:
     small, large = pair
     liar = large.raw()
-    liar.send(encode_hello(small.me) + garbage)
+    liar.send(encode_hello(Hello(small.me)) + garbage)
     world.until(lambda: closed_by_peer(liar))
     world.until(lambda: small.links.is_up(large.me) and large.links.is_up(small.me))
     small.links.send(large.me, message(5))
@@ -230,7 +303,7 @@ def test_garbage_costs_the_connection_and_nothing_else(world: World, pair: tuple
     [
         b"\xf5XXX" + bytes(20),
         b"\xf5SHP\x63\x00" + bytes(18),  # version 99
-        encode_hello(NodeId(LOCALHOST, 65_535)),  # larger than the node it dials
+        encode_hello(Hello(NodeId(LOCALHOST, 65_535))),  # larger than the node it dials
     ],
 )
 def test_bad_hellos(world: World, hello: bytes) -> None:
@@ -244,7 +317,7 @@ def test_half_a_hello_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(links_module, "HELLO_TIMEOUT_S", 0.1)
     node = world.node(0)
     slow = node.raw()
-    slow.send(encode_hello(NodeId(LOCALHOST, 1))[:10])
+    slow.send(encode_hello(Hello(NodeId(LOCALHOST, 1)))[:10])
     world.until(lambda: closed_by_peer(slow))
 
 
@@ -271,9 +344,9 @@ def test_a_peer_that_does_not_read_congests_and_then_loses_its_link(
 ) -> None:
     small, large = pair
     monkeypatch.setattr(links_module, "CONGESTED_BYTES", 8 << 20)
-    monkeypatch.setattr(links_module, "MAX_QUEUE_BYTES", 16 << 20)
+    monkeypatch.setattr(link_module, "MAX_QUEUE_BYTES", 16 << 20)
     deaf = large.raw()
-    deaf.send(encode_hello(small.me))
+    deaf.send(encode_hello(Hello(small.me)))
     world.until(lambda: large.events[-1] == (small.me, True) and len(large.events) == 3)
     small.links.connect([])  # dials no more
     body = bytes(1 << 20)

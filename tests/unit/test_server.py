@@ -16,7 +16,7 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.host.loop import new_loop
 from sheepdog.cluster.host.server import Server
-from sheepdog.cluster.wire.peer import encode_hello
+from sheepdog.cluster.wire.peer import Hello, encode_hello
 
 
 class World:
@@ -67,7 +67,7 @@ def world() -> Iterator[World]:
 def test_the_first_byte_decides(world: World, address: str | None) -> None:
     world.server.listen_tcp(address, world.ports[0])
     silent = world.connect(world.ports[0])
-    hello = encode_hello(NodeId(bytes(16), 7000))
+    hello = encode_hello(Hello(NodeId(bytes(16), 7000)))
     world.connect(world.ports[0]).sendall(hello)
     world.connect(world.ports[0]).sendall(b"\x01\x02")
     world.connect(world.ports[0]).sendall(b"\x00")
@@ -87,7 +87,7 @@ def test_clients_wait_until_they_are_let_in(world: World) -> None:
     server.listen_tcp("127.0.0.1", world.ports[0])
     client = world.connect(world.ports[0])
     client.sendall(b"\x02")
-    world.connect(world.ports[0]).sendall(encode_hello(NodeId(bytes(16), 7000)))
+    world.connect(world.ports[0]).sendall(encode_hello(Hello(NodeId(bytes(16), 7000))))
     world.until(lambda: world.peers)
     assert not world.clients
     server.admit_clients()

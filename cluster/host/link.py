@@ -1,0 +1,244 @@
+"""One connection between two nodes, from its dialling to its end; `links` keeps them all.
+
+A link: dialling (the dialler only) -> greeting (hellos are exchanged) -> up -> closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import NodeId, format_address
+from sheepdog.cluster.core.messages import Message
+from sheepdog.cluster.host.loop import describe
+from sheepdog.cluster.wire.peer import HEADER_SIZE, HELLO, body_length, decode, decode_hello, encode, encode_hello
+from sheepdog.cluster.wire.streams import Intake, Outbox
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.host.links import Links
+
+DIAL_TIMEOUT_S = 3.0  # of a TCP connect: longer than one lost SYN (1 s), short beside any eviction limit
+HELLO_TIMEOUT_S = 5.0  # of an incoming connection to say who it is
+WAITING_TIMEOUT_S = 10.0  # a greeted stranger is kept so long: epochs spread within seconds
+GREETING_TIMEOUT_S = WAITING_TIMEOUT_S + HELLO_TIMEOUT_S  # of a dialler: the other side may know us only later
+MAX_QUEUE_BYTES = 1 << 30  # beyond it the peer does not read any more: the link is broken, core starts again
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3  # a peer without power is noticed in 11 s ...
+USER_TIMEOUT_MS = 11_000  # ... also while bytes to it are under way
+_ERROR, _WARNING = 3, 4
+
+
+class State(IntEnum):
+    DIALLING = 1
+    GREETING = 2
+    UP = 3
+    CLOSED = 4
+
+
+class Link:
+    """One TCP connection to a peer, or to somebody who says so."""
+
+    __slots__ = (
+        "_flush_asked",
+        "_links",
+        "_timer",
+        "_writing",
+        "greeting",
+        "intake",
+        "node",
+        "outbox",
+        "since",
+        "socket",
+        "state",
+        "target",
+    )
+
+    def __init__(
+        self, links: Links, sock: socket.socket, node: NodeId | None, state: State, target: NodeId | None = None
+    ) -> None:
+        self._links = links
+        self.socket = sock
+        self.node = node  # of an incoming link only known from its hello
+        self.state = state
+        self.target = target  # the address dialled: the node's own, or its I/O address
+        self.greeting = b""  # bytes of the other side's hello
+        self.intake = Intake(links.arena, HEADER_SIZE, body_length)
+        self.outbox = Outbox()
+        self.since = 0.0  # time of the loop at which the link came up
+        self._flush_asked = False
+        self._writing = False  # the socket is full, the loop tells when it is not
+        self._timer: asyncio.TimerHandle | None = None
+
+    def deadline(self, seconds: float, why: str) -> None:
+        """Closes the link unless the next state is reached in time."""
+        self._stop_timer()
+        self._timer = self._links.loop.call_later(seconds, self.fail, why)
+
+    @property
+    def by_io(self) -> bool:
+        """Dialled at the peer's I/O address."""
+        return self.target is not None and self.target != self.node
+
+    def dial(self) -> None:
+        """Starts the TCP connect to `target`; OSError when it fails at once."""
+        assert self.target is not None
+        code = self.socket.connect_ex((format_address(self.target.address), self.target.port))
+        if code not in {0, errno.EINPROGRESS}:
+            raise OSError(code, os.strerror(code))
+        self._links.loop.add_writer(self.socket, self._dialled)
+        self.deadline(DIAL_TIMEOUT_S, "no answer")
+
+    def _dialled(self) -> None:
+        self._links.loop.remove_writer(self.socket)
+        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.fail(os.strerror(code))
+            return
+        self.state = State.GREETING
+        self.send_hello()
+        if self.state is State.GREETING:  # the hello could be sent
+            self.listen(GREETING_TIMEOUT_S)
+
+    def listen(self, greeting_timeout_s: float) -> None:
+        """Waits for the other side's hello."""
+        self.deadline(greeting_timeout_s, "no hello")
+        self._links.loop.add_reader(self.socket, self._readable)
+
+    def send_hello(self) -> None:
+        self.outbox.add([encode_hello(self._links.hello)])
+        self.flush()
+
+    def up(self) -> None:
+        """Both sides have said and accepted who they are."""
+        self._stop_timer()
+        self.state = State.UP
+        self.since = self._links.loop.time()
+
+    def send(self, message: Message) -> None:
+        self.outbox.add(encode(message))
+        if not self._flush_asked:
+            self._flush_asked = True
+            self._links.turn.at_end(self.flush)
+
+    def flush(self) -> None:
+        """Sends what waits; what the socket does not take now follows when it can."""
+        self._flush_asked = False
+        if self._writing or self.state is State.CLOSED:
+            if self.outbox.size > MAX_QUEUE_BYTES:
+                self.fail(f"{self.outbox.size >> 20} MiB wait to be read")
+            return
+        self._send()
+
+    def _send(self) -> None:
+        before = self.outbox.size
+        try:
+            empty = self.outbox.send(self.socket.sendmsg)
+        except OSError as error:
+            self.fail(error.strerror or str(error))
+            return
+        self._links.tx_bytes += before - self.outbox.size
+        if empty == self._writing:
+            self._writing = not empty
+            if empty:
+                self._links.loop.remove_writer(self.socket)
+            else:
+                self._links.loop.add_writer(self.socket, self._send)
+
+    def _readable(self) -> None:
+        try:
+            if self.state is State.UP:
+                self._receive()
+            else:
+                self._receive_hello()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except PeerError as error:
+            self._links.log(_WARNING, f"{self}: {error}")
+            self.fail("protocol broken")
+        except OSError as error:
+            self.fail(error.strerror or str(error))
+
+    def _receive(self) -> None:
+        intake = self.intake
+        count = self.socket.recv_into(intake.space())
+        if not count:
+            self.fail("closed by the other side")
+            return
+        intake.fill(count)
+        links = self._links
+        links.rx_bytes += count
+        received, on_message = links.received, links.on_message
+        node = self.node
+        assert node is not None
+        while self.state is State.UP:
+            frame = intake.next()
+            if frame is None:
+                return
+            message = decode(*frame)
+            received[message.kind] += 1
+            try:
+                on_message(node, message)
+            except Exception as error:
+                # Ours, not the peer's: the bug is reported, the other messages are handled.
+                self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
+
+    def _receive_hello(self) -> None:
+        missing = HELLO.size - len(self.greeting)
+        if not missing:  # waits to become a peer; it must not speak before it has our hello
+            if self.socket.recv(1, socket.MSG_PEEK):
+                raise PeerError("speaks before it was greeted")
+            self.fail("closed by the other side")
+            return
+        data = self.socket.recv(missing)
+        if not data:
+            self.fail("closed by the other side")
+            return
+        self.greeting += data
+        if len(data) == missing:
+            self._links.greeted(self, decode_hello(self.greeting))
+
+    def fail(self, why: str) -> None:
+        """The connection is over; the peer is told to core as down, and dialled again if that is our part."""
+        if self.state is not State.CLOSED:
+            was_up = self.state is State.UP
+            self.close()
+            self._links.failed(self, was_up, why)
+
+    def close(self) -> None:
+        """Closes without telling anybody."""
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        self._stop_timer()
+        self._links.loop.remove_reader(self.socket)
+        self._links.loop.remove_writer(self.socket)
+        self.socket.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def __str__(self) -> str:
+        if self.node is None:
+            return "incoming link"
+        return f"link with {self.node}" + (f" by {self.target}" if self.by_io else "")
+
+
+def tune(sock: socket.socket, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
+    """Small messages leave at once, a dead peer is noticed."""
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms),
+    ):
+        with contextlib.suppress(OSError):  # a UNIX socket, or a kernel without the option: works all the same
+            sock.setsockopt(level, option, value)
