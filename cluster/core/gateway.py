@@ -228,6 +228,13 @@ class Gateway:
 
     # -- raw requests: no checks, for the node's own machines too --------------------------------------------------
 
+    def answer(self, done: IoDone, result: int, data: Buffer) -> None:
+        """Answers a client: at once, or when the membership engine has confirmed that this node may."""
+        if self.gate.guarded:
+            self.gate.answer(done, result, data)
+        else:
+            done(result, data)
+
     def raw_read(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> None:
         self.router.read(oid, offset, length, done)
 

@@ -88,7 +88,7 @@ class Node:
         self.cache: Cache | None = None
         if cache_disk is not None:
             self.cache = Cache(self.context, self.gateway, self.claims, cache_disk.store, cache_disk.size_bytes)
-            self.gateway.push = self.cache.push_here
+            self.gateway.push = self.cache.volumes.push_here
         inodes = InodeWrites(self.context, self.gateway, self.operations, self.coherence)
         self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
         self.part = Part(self.context, self.gateway, self.claims, self.coherence, self.cache)
@@ -149,7 +149,7 @@ class Node:
             leave()
         else:
             self.context.clock.after(CACHE_END_NS, leave)
-            self.cache.end_orderly(leave)
+            self.cache.volumes.end_orderly(leave)
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Node:
 
     def _claims_changed(self) -> None:
         if self.cache is not None:
-            self.cache.changed()
+            self.cache.volumes.changed()
         self.claims.changed()
 
     def state_changed(self, command: Command) -> None:
@@ -240,7 +240,7 @@ class Node:
         """This node serves no more."""
         self.scrub.retire()
         if self.cache is not None:
-            self.cache.stop(result)
+            self.cache.volumes.stop(result)
         self.gateway.stop(result)
         self.operations.forget_all(result)
 
@@ -256,7 +256,7 @@ class Node:
         self.copies.forget()
         self.operations.forget_all(Result.VDI_NOT_EMPTY)
         if self.cache is not None:
-            self.cache.forget_all()
+            self.cache.volumes.forget_all()
         self.gateway.start_over(Result.NO_OBJ)
         for oid, _ in list(store.inventory()):
             store.remove(oid, self._must_work)
@@ -351,7 +351,7 @@ class Node:
         self._told = True
         self.claims.settle()
         if self.cache is not None:
-            self.cache.begin()
+            self.cache.volumes.begin()
         self.copies.tell()
 
     def _exit_if_only_gateways(self, members: tuple[Member, ...]) -> None:

@@ -29,7 +29,7 @@ class Part:
         self._gateway = gateway
         self._claims = claims
         self._coherence = coherence
-        self._cache = cache
+        self._cache = None if cache is None else cache.volumes
         self._ended: dict[OperationKey, None] = {}  # the last operations: nobody freezes for them any more
 
     # -- from other nodes ------------------------------------------------------------------------------------------

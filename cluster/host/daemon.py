@@ -186,7 +186,7 @@ class Daemon:
             node.door,
             lambda: node.cluster,
             handlers(node, self.logs, self.store, self._disks, self._failed_disks),
-            None if node.cache is None else node.cache.wanted,
+            None if node.cache is None else node.cache.volumes.wanted,
         )
         self._clients = Clients(
             self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log

@@ -122,7 +122,7 @@ def door_of(process: Process, oid: ObjectId, cached: bool, writing: bool) -> Gat
     if cache is None:
         return process.node.gateway
     if cached:
-        cache.wanted(oid, writing)
+        cache.volumes.wanted(oid, writing)
     return cache
 
 

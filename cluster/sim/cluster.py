@@ -62,7 +62,8 @@ class Process:
             **self._cache(cluster.cache_bytes),
         )
         if self.node.cache is not None:
-            self.node.cache.age_ns, self.node.cache.quiet_ns = cluster.cache_times_ns
+            volumes = self.node.cache.volumes
+            volumes.age_ns, volumes.quiet_ns = cluster.cache_times_ns
         self.node.on_exit = self._exited
         self.node.on_lost = self._lost
         self.node.start()

@@ -36,7 +36,7 @@ class CacheOperations:
         if refusal:
             call.fail(refusal)
         elif node.claims.mine(vid) is not None and node.cache is not None:
-            node.cache.let_go(vid, lambda result: call.done(Result(result)))
+            node.cache.volumes.let_go(vid, lambda result: call.done(Result(result)))
         elif vid in node.cluster.vdis.claims:
             node.claims.revoke(vid, lambda: call.done(Result.SUCCESS), call.written)
         else:
@@ -59,20 +59,20 @@ class CacheOperations:
         elif cache is None:
             call.fail(Result.NO_CACHE)
         else:
-            data = json.dumps(self._of(cache.volumes())).encode()
+            data = json.dumps(self._of(cache.volumes.held())).encode()
             call.done(Result.SUCCESS, data[: call.length])
 
     def _of(self, volumes: list[tuple[Any, int, int]]) -> dict[str, Any]:
         cache = self._node.cache
         assert cache is not None
-        pusher = cache.pusher
+        pusher = cache.entries.pusher
         return {
-            "size": cache.space.size_bytes,
-            "used": cache.space.used_blocks * BLOCK_SIZE,
-            "hits": cache.hits,
-            "misses": cache.misses,
+            "size": cache.entries.space.size_bytes,
+            "used": cache.entries.space.used_blocks * BLOCK_SIZE,
+            "hits": cache.reads.hits,
+            "misses": cache.reads.misses,
             "local_writes": cache.local_writes,
-            "dirty": cache.dirty_blocks() * BLOCK_SIZE,
+            "dirty": cache.volumes.dirty_blocks() * BLOCK_SIZE,
             "pushes": pusher.pushes,
             "pushed": pusher.pushed_blocks * BLOCK_SIZE,
             "push_ns": pusher.push_ns,

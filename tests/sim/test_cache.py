@@ -73,7 +73,7 @@ class Owner:
         oid = data_oid(self.volume.vid, index)
         cache = self.cache(node)
         if not durable:
-            cache.wanted(oid, True)
+            cache.volumes.wanted(oid, True)
         result, _ = self.ask(lambda done: cache.write(oid, block * BLOCK_SIZE, block_of(value), durable, done))
         return int(result)
 
@@ -118,9 +118,9 @@ def test_writes_stay_here_until_a_flush(seed: int) -> None:
     world.become_owner()
     assert not world.write(0, 0, 7)
     assert (world.read(0, 0), world.in_cluster(0, 0)) == (7, 0)
-    assert world.cache().dirty_blocks() == 1
+    assert world.cache().volumes.dirty_blocks() == 1
     assert not world.flush()
-    assert world.in_cluster(0, 0) == 7 and not world.cache().dirty_blocks()
+    assert world.in_cluster(0, 0) == 7 and not world.cache().volumes.dirty_blocks()
     assert not world.write(0, 0, 8, durable=True)
     assert world.in_cluster(0, 0) == 8
     assert not world.write(1, 1, 9)
@@ -216,8 +216,8 @@ def test_the_cache_keeps_to_its_size() -> None:
     for round_number in range(2):
         for block in range(256):
             assert not world.write(round_number, block, 1000 * round_number + block + 1)
-            assert world.cache().dirty_blocks() * BLOCK_SIZE <= MIB // 2
-            assert world.cache().space.used_blocks * BLOCK_SIZE <= MIB + MIB // 2
+            assert world.cache().volumes.dirty_blocks() * BLOCK_SIZE <= MIB // 2
+            assert world.cache().entries.space.used_blocks * BLOCK_SIZE <= MIB + MIB // 2
     for index in range(2):
         assert [world.read(index, block) for block in range(256)] == [1000 * index + n + 1 for n in range(256)]
 
@@ -225,15 +225,15 @@ def test_the_cache_keeps_to_its_size() -> None:
 def test_a_small_read_fetches_little_and_a_sequential_reader_more() -> None:
     world = Owner(3)
     world.become_owner()
-    entry = world.cache()._volumes[Vid(world.volume.vid)].objects[ObjectId(data_oid(world.volume.vid, 0))]
+    entry = world.cache().volumes.by_vid[Vid(world.volume.vid)].objects[ObjectId(data_oid(world.volume.vid, 0))]
     world.read(0, 100)
     world.world.run_for(50 * MILLISECOND)
     assert entry.present.bit_count() == 2  # this one, and what was written
     world.read(0, 101)
     world.world.run_for(50 * MILLISECOND)
     assert entry.present.bit_count() >= 2 + 16
-    misses = world.cache().misses
+    misses = world.cache().reads.misses
     for block in range(102, 118):
         world.read(0, block)
         world.world.run_for(5 * MILLISECOND)
-    assert world.cache().misses <= misses + 1
+    assert world.cache().reads.misses <= misses + 1
