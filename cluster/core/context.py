@@ -83,6 +83,14 @@ class Context:
         assert self._machine is not None
         return self._machine.state
 
+    def current_state(self) -> ClusterState:
+        """As `state`, to be handed on."""
+        return self.state
+
+    def current_epoch(self) -> int:
+        """The latest epoch of the cluster, also while it waits for members; what answers to clients carry."""
+        return self.state.epoch
+
     @property
     def machine(self) -> ClusterMachine:
         assert self._machine is not None

@@ -91,6 +91,18 @@ class NoSpace(StoreError):
     result = Result.NO_SPACE
 
 
+class ExhaustedResources(StoreError):
+    """The system has no descriptors or memory left; nothing is wrong with the disk."""
+
+    result = Result.NO_MEM
+
+
+class OutOfRange(StoreError):
+    """The range is empty or not inside the object."""
+
+    result = Result.INVALID_PARMS
+
+
 class Corrupt(StoreError):
     """Bytes that do not match their hash. They are never returned; another copy answers."""
 

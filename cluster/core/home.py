@@ -70,7 +70,7 @@ class Home:
         self._lost: dict[ObjectId, list[tuple[int, ObjectId]]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
         self._told = 0  # watermark that every replica knows
-        self._untold: dict[int, None] = {}  # members that got writes since
+        self.untold: dict[int, None] = {}  # members that got something numbered since
         self._stable_timer: Timer | None = None
         self.recovery = Recovery(context, self)
         self.strips = StripHome(context, self, strips)
@@ -282,10 +282,6 @@ class Home:
         del self._flying[sequence]
         self._number_ended()
 
-    def tell(self, member: int) -> None:
-        """The member gets something numbered: it is told when all have it."""
-        self._untold[member] = None
-
     def is_present(self) -> bool:
         """The epoch of this home is not over."""
         return self.context.fence == self.fence
@@ -429,10 +425,10 @@ class Home:
         if self._flying or self.context.fence != self.fence or self._told == self.sequence:
             return  # the next write carries it
         self._told = self.sequence
-        for member in self._untold:
+        for member in self.untold:
             message = Message(Kind.STABLE, self.fence, watermark=self.sequence)
             self.context.network.send(self._placement.nodes[member], message)
-        self._untold.clear()
+        self.untold.clear()
 
     def hold(self, call: Callable[[], None]) -> None:
         """Calls when peering is over."""

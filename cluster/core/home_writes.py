@@ -116,7 +116,7 @@ class Write:
 
     def remote(self, node: int) -> Callable[[Message], None]:
         """What to do with the answer of another member, which is asked now."""
-        self.home.tell(node)
+        self.home.untold[node] = None
 
         def answered(answer: Message) -> None:
             if answer.result:

@@ -42,7 +42,7 @@ class ClusterFlag:
     AVOID_DISKFULL: Final = 0x20
 
 
-@dataclass(slots=True)
+@dataclass
 class ClusterState:
     """See the module. `members` are the nodes of the current epoch, or the present ones while waiting."""
 

@@ -121,7 +121,7 @@ class StripLevels:
                 message = Message(
                     Kind.LEVEL, context.fence, sequence=sequence, watermark=watermark, body=encode_levels(levels)
                 )
-                home.tell(member)
+                home.untold[member] = None
                 answered = ended(member)
                 context.peers.request(
                     context.placement.nodes[member],

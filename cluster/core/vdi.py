@@ -34,7 +34,7 @@ class Sharing(enum.IntEnum):
     INVALIDATED = 3
 
 
-@dataclass(slots=True)
+@dataclass
 class VdiRecord:
     """What every node knows of one VDI. Times are (seconds << 32) | nanoseconds; `size` in bytes.
 
@@ -141,7 +141,7 @@ class VdiRecord:
         )
 
 
-@dataclass(slots=True)
+@dataclass
 class Claim:
     """One gateway caches the data of a volume (core.claims)."""
 

@@ -24,7 +24,9 @@ from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
 from sheepdog.cluster.host.trailer import FIRST_ENTRY
 
 NoteDone: TypeAlias = Callable[[Copy, int, Done | None], None]
-SLOW_WRITE_BYTES: Final = 256 << 10  # written by another thread: from here on a copy takes longer than two thread hops
+# Written by another thread. That hands the interpreter over and back for each 64 KiB: smaller writes are done sooner,
+# with a quarter less work in all, than it gets its turns.
+SLOW_WRITE_BYTES: Final = 2 << 20
 
 
 def punch_file(disk: Disk, copy: Copy, record: PunchRecord) -> None:

@@ -10,7 +10,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, ExhaustedResources, NoObject, NoSpace, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, oid_name
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host.directory import ObjectDirectory
@@ -31,12 +31,6 @@ class Superseded(NoObject):
     def __init__(self, copy: Copy) -> None:
         super().__init__(f"the copy of {oid_name(copy.oid)} has been replaced")
         self.copy = copy
-
-
-class ExhaustedResources(StoreError):
-    """The system has no descriptors or memory left; nothing is wrong with the disk."""
-
-    result = Result.NO_MEM
 
 
 class Copies:

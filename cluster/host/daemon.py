@@ -28,12 +28,13 @@ from sheepdog.cluster.host.disk_control import DiskControl
 from sheepdog.cluster.host.disk_watch import DiskWatch
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
-from sheepdog.cluster.host.loop import Collector, HostClock, Turn, describe, new_loop, prepare_process
+from sheepdog.cluster.host.loop import Collector, describe, new_loop, prepare_process
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.store_options import StoreOptions
+from sheepdog.cluster.host.turn import HostClock, Turn
 from sheepdog.cluster.host.workers import ThreadWorkers
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 from sheepdog.frontends.qemu.connection import Clients
@@ -184,12 +185,12 @@ class Daemon:
         node.on_lost = self._on_lost
         requests = Requests(
             node.door,
-            lambda: node.cluster,
+            node.context.current_state,
             handlers(node, self.logs, self.store, self._disks, self._failed_disks),
             None if node.cache is None else node.cache.volumes.wanted,
         )
         self._clients = Clients(
-            self._loop, self._turn, self._arena, requests.dispatch, lambda: node.cluster.epoch, self._log
+            self._loop, self._turn, self._arena, requests.dispatch, node.context.current_epoch, self._log
         )
         self._clients.peers = self.links
         node.start()

@@ -30,7 +30,7 @@ from sheepdog.cluster.host.link import (
     State,
     tune,
 )
-from sheepdog.cluster.host.loop import Turn
+from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.peer import Hello
 from sheepdog.cluster.wire.streams import Arena
 

@@ -1,4 +1,4 @@
-"""The daemon's one event loop: its clock, the end of its turns, and what makes CPython fast enough for it.
+"""The daemon's one event loop, and what makes CPython fast enough for it.
 
 One thread does all work except what blocks. A turn is one pass of the asyncio loop over everything that became
 ready; what many callbacks of a turn ask for once (flush a socket, append to the journal) happens at its end.
@@ -11,15 +11,13 @@ import ctypes
 import gc
 import resource
 import selectors
-import time
 from collections.abc import Callable
 from contextvars import Context
 from typing import TypeVarTuple
 
-from sheepdog.cluster.core.ports import Log, Timer
+from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.host.turn import Turn
 
-NS_PER_S = 1_000_000_000
-ROUNDS_PER_TURN = 16  # calls at the end of a turn may ask for more of them; after so many rounds sockets come first
 COLLECT_CHECK_S = 1.0  # how often the collector asks whether the node is idle
 COLLECT_IDLE_TURNS = 50  # fewer turns than this in one check are idleness: heartbeats and timers
 COLLECT_BUSY_CHECKS = 60  # collect at least this often under load: cycles are rare, but a leak must not last
@@ -30,23 +28,6 @@ _PR_SET_IO_FLUSHER = 57  # <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LOG_ERROR, _LOG_WARNING = 3, 4
 _Ts = TypeVarTuple("_Ts")
-
-
-class HostClock:
-    """The real `core.ports.Clock`: CLOCK_BOOTTIME, and timers of the loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def now_ns(self) -> int:
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-    def wall_ns(self) -> int:
-        return time.time_ns()
-
-    def after(self, delay_ns: int, call: Callable[[], None]) -> Timer:
-        # The loop counts CLOCK_MONOTONIC, which stands still in suspend: a timer may come later, never earlier.
-        return self._loop.call_later(max(delay_ns, 0) / NS_PER_S, call)
 
 
 class _TurnSelector(selectors.EpollSelector):
@@ -92,36 +73,6 @@ class TurnLoop(asyncio.SelectorEventLoop):
     def stop(self) -> None:
         self.scheduled = True
         super().stop()
-
-
-class Turn:
-    """Things to do once at the end of the current turn of the loop, in the order they were asked for."""
-
-    def __init__(self, loop: TurnLoop) -> None:
-        self._loop = loop
-        self._calls: list[Callable[[], None]] = []
-        self.count = 0  # turns that had anything to do
-        loop.end_of_turn = self._end
-
-    def at_end(self, call: Callable[[], None]) -> None:
-        """Calls once, before the loop waits again. Callers remember by themselves that they have asked."""
-        self._calls.append(call)
-
-    def _end(self) -> None:
-        if not self._calls:
-            return
-        self.count += 1
-        for _ in range(ROUNDS_PER_TURN):
-            calls, self._calls = self._calls, []
-            for call in calls:
-                try:
-                    call()
-                except Exception as error:
-                    # One broken call must not take the other connections' output with it.
-                    self._loop.call_exception_handler({"message": "at the end of a turn", "exception": error})
-            if not self._calls:
-                return
-        self._loop.scheduled = True
 
 
 class Collector:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
-from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, StoreError
+from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, OutOfRange, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
@@ -27,7 +27,7 @@ from sheepdog.cluster.host.journal import Journal
 from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
-from sheepdog.cluster.host.reading import OutOfRange, Reads, in_range
+from sheepdog.cluster.host.reading import Reads, in_range
 from sheepdog.cluster.host.rebalance import Rebalance
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks, hashes_of
 from sheepdog.cluster.host.restore import Restores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, OutOfRange, StoreError
 from sheepdog.cluster.core.ids import ObjectId
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
@@ -16,12 +16,6 @@ from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
 READ_RETRIES: Final = 8  # of a slow read that met a write of the same blocks; then it reads on the loop's thread
-
-
-class OutOfRange(StoreError):
-    """The range lies outside the object."""
-
-    result = Result.INVALID_PARMS
 
 
 def in_range(copy: Copy, offset: int, length: int, failed: Callable[[StoreError], object]) -> bool:

@@ -18,7 +18,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, make_version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
@@ -134,7 +134,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         offset,
         length,
         flags,
-        Version(version_epoch, term, counter) if counter or version_epoch or term else NO_VERSION,
+        make_version(version_epoch, term, counter) if counter or version_epoch or term else NO_VERSION,
         sequence,
         watermark,
         copies,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sheepdog import compiled
+from sheepdog.cluster.core import errors
 
 ROOT = Path(__file__).parents[2]
 ASK = "import sheepdog, sheepdog.cluster.core.home as home; print(sheepdog.COMPILED, home.__file__)"
@@ -56,6 +58,24 @@ def test_changed_sources_are_never_hidden_by_what_was_compiled_before(
 
 
 def test_the_list_names_existing_modules() -> None:
+    assert all((ROOT / path).exists() for path in sources())
+
+
+def test_errors_of_compiled_modules_override_nothing() -> None:
+    """mypyc makes an attribute of each instance of it, which nothing sets in an exception."""
+    for path in sources():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.ClassDef) and issubclass(getattr(errors, base_of(node), object), Exception):
+                assert not [line for line in node.body if isinstance(line, ast.Assign)], f"{path}: {node.name}"
+
+
+def base_of(node: ast.ClassDef) -> str:
+    """Name of the first base class."""
+    return node.bases[0].id if node.bases and isinstance(node.bases[0], ast.Name) else ""
+
+
+def sources() -> list[str]:
+    """Paths of what is compiled."""
     listed = subprocess.run(
         [sys.executable, ROOT / "packaging/compile", "--sources"],
         check=True,
@@ -64,4 +84,4 @@ def test_the_list_names_existing_modules() -> None:
         timeout=60,
     ).stdout.split()
     assert listed
-    assert all((ROOT / name).exists() for name in listed)
+    return listed

@@ -16,8 +16,9 @@ from sheepdog.cluster.host import link as link_module
 from sheepdog.cluster.host import links as links_module
 from sheepdog.cluster.host.link import State
 from sheepdog.cluster.host.links import Links
-from sheepdog.cluster.host.loop import Turn, new_loop
+from sheepdog.cluster.host.loop import new_loop
 from sheepdog.cluster.host.server import Server
+from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.peer import HEADER_SIZE, Hello, encode, encode_hello
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 

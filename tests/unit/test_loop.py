@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from sheepdog.cluster.host import loop as loop_module
-from sheepdog.cluster.host.loop import Collector, HostClock, Turn, TurnLoop, new_loop
+from sheepdog.cluster.host.loop import Collector, TurnLoop, new_loop
+from sheepdog.cluster.host.turn import HostClock, Turn
 
 MS = 1_000_000
 

@@ -20,7 +20,8 @@ from sheepdog.cluster.core.limits import INODE_SIZE
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.state import ClusterState, Status
 from sheepdog.cluster.core.vdi import VdiRecord
-from sheepdog.cluster.host.loop import Turn, new_loop
+from sheepdog.cluster.host.loop import new_loop
+from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.header import HEADER_SIZE, OBJECT_REQUEST, RESPONSE, ObjectRequest, Response
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
 from sheepdog.cluster.wire.streams import Arena, BufferPool
