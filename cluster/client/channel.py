@@ -80,6 +80,8 @@ class Channel:
         self._end = 0  # bytes of an incomplete header that begin the buffer
         self._socket: socket.socket | None = connect(address)
         self._next_attempt = 0.0
+        self._deadline: float | None = None  # set from a break to the next answer: several connections may break in it
+        self._delay = RETRY_FIRST_S
         self._closed = False
 
     def ask(self, header: bytearray, payload: Buffer = b"", into: memoryview | None = None) -> tuple[int, int]:
@@ -164,6 +166,7 @@ class Channel:
                     receive(sock, waiter.into[have:length])
             waiter.result, waiter.length = result, length
             del flight[number]
+            self._deadline = None
             waiter.finish()
         self._end = end - start
         if start and self._end:
@@ -173,8 +176,10 @@ class Channel:
 
     def _reconnect(self, failure: OSError) -> None:
         """Until everything in flight has been sent to a gateway again, or patience ends."""
-        deadline = time.monotonic() + self._patience_s
-        delay = RETRY_FIRST_S
+        fruitless = self._deadline is not None  # a gateway that hangs up on clients is no better than none
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._patience_s
+            self._delay = RETRY_FIRST_S
         if self._socket is not None:
             _shut(self._socket)  # ends a sending that waits for room
         with self._sending:
@@ -184,6 +189,11 @@ class Channel:
                     self._socket = None
                 if self._closed:
                     break
+                if fruitless:
+                    if time.monotonic() + self._delay > self._deadline:
+                        break
+                    time.sleep(self._delay)
+                    self._delay = min(2 * self._delay, RETRY_LAST_S)
                 try:
                     self._socket = connect(self.address)
                     for waiter in self._flight.values():
@@ -191,10 +201,8 @@ class Channel:
                     return
                 except OSError as error:
                     failure = error
-                if time.monotonic() + delay > deadline:
-                    break
-                time.sleep(delay)
-                delay = min(2 * delay, RETRY_LAST_S)
+                fruitless = True
+            self._deadline = None
             self._next_attempt = time.monotonic() + ATTEMPT_EVERY_S
             self._give_up(OSError(errno.EIO, f"no gateway at {describe(self.address)}: {failure.strerror}"))
 

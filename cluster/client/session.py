@@ -154,7 +154,8 @@ class Session:
         """Goes on with another gateway of the cluster; requests in flight are sent again there."""
         self.address = address
         self._turn = 0
-        self._broken()
+        self._detach()
+        self._go_on()
 
     def roam(self, others: Sequence[Address]) -> None:
         """From now on these gateways of the same cluster will do as well when the first is away or hangs.
@@ -294,12 +295,18 @@ class Session:
         self._writing = False
 
     def _broken(self) -> None:
+        if self._lost_at is not None:  # this connection has brought no answer either
+            self._refused()
+            return
         self._detach()
+        self._go_on()
+
+    def _go_on(self) -> None:
         if self._flight and not self._closed:
             self._reconnect()  # an idle session waits for its next request
 
     def _refused(self) -> None:
-        """The gateway is up, its cluster is not: ask again later, and another one first."""
+        """The gateway is up, its cluster is not, or hangs up on clients: ask again later, and another one first."""
         self._detach()
         self._turn += 1
         self._delay = min(max(2 * self._delay, RETRY_FIRST_S), RETRY_LAST_S)
@@ -307,7 +314,7 @@ class Session:
             self._tried_at = self._loop.time()
             self._fail_all()
         else:
-            self._reconnect()
+            self._go_on()
 
     def _watch(self) -> None:
         """Leaves a gateway that holds its connection but does not answer: a stopped process, a hung disk."""

@@ -108,6 +108,7 @@ class ClusterMachine:
         self._joins: dict[Key, Command] = {}  # delivered and not answered yet
         self._answered: set[Key] = set()  # answered by this coordinator; membership tests only
         self._struck: set[Key] = set()  # members this node proposed to strike out; membership tests only
+        self._compared: tuple[object, object] = (None, None)  # the view and the members that were compared last
         self._history: list[tuple[int, Key, Command]] = []  # since attach, until joined
         self._fragments = Fragments()
         self._waiting: dict[int, Answer] = {}
@@ -180,15 +181,22 @@ class ClusterMachine:
                 self._answer_join(self._my_key)
             return
         if self.is_coordinator():
-            gone = [member for member in self.state.members if _member_key(member) not in self._view]
-            news = [member for member in gone if _member_key(member) not in self._struck]
-            if news:
-                self._struck.update(_member_key(member) for member in news)
-                who = [[node_key(member.id), member.incarnation] for member in gone]
-                self.propose({"t": "leave", "nodes": who, "time": self._now_s()})
+            self._strike_out()
             for key in list(self._joins):
                 self._answer_join(key)
         self._run_head()
+
+    def _strike_out(self) -> None:
+        """Coordinator: proposes that members leave which the engine no longer shows."""
+        if self._view is self._compared[0] and self.state.members is self._compared[1]:
+            return  # both are made anew when they change, and most events change neither
+        self._compared = self._view, self.state.members
+        shown = set(self._view)  # membership tests only
+        gone = [member for member in self.state.members if _member_key(member) not in shown]
+        if any(_member_key(member) not in self._struck for member in gone):
+            self._struck.update(_member_key(member) for member in gone)
+            nodes = [[node_key(member.id), member.incarnation] for member in gone]
+            self.propose({"t": "leave", "nodes": nodes, "time": self._now_s()})
 
     # -- joining -----------------------------------------------------------------------------------------------
 

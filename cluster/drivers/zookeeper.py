@@ -242,6 +242,7 @@ class ZooKeeperDriver:
                     await self._up.wait()
         finally:
             late.cancel()
+        self._renewal = None  # who finds that this lease is over already asks for the next one at once
         self._emit(Leased(began_ns + self._lease_ns))
         if self._suspended_for is not None and self._up.is_set():
             self._suspended_for = None

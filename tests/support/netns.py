@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import time
+from ipaddress import ip_address
 
 from tests.support.processes import environment, run
 
-LIFE_SECONDS = 900  # the holder ends by itself, whatever becomes of the test
+LIFE_SECONDS = 7200  # the holder ends by itself, whatever becomes of the test; no soak is longer
 
 
 class NetworkNamespace:
@@ -43,12 +44,13 @@ class NetworkNamespace:
 class Network:
     """Namespaces 0..count-1 on a bridge in one more namespace; nothing of it is seen outside. Call `close`.
 
-    Addresses are 10.77.0.1 and so on; with one node there is only its loopback.
+    Addresses are 10.77.0.1 and so on, or those after `first`; with one node there is only its loopback.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, first: str = "10.77.0.1") -> None:
         self.nodes: list[NetworkNamespace] = []
-        self.addresses = ["127.0.0.1"] if count == 1 else [f"10.77.0.{number}" for number in range(1, count + 1)]
+        lowest = ip_address(first)
+        self.addresses = ["127.0.0.1"] if count == 1 else [str(lowest + number) for number in range(count)]
         self._switch = NetworkNamespace()
         try:
             self.nodes.extend(NetworkNamespace() for _ in range(count))

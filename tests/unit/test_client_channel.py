@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
+from tests.unit.test_client_roaming import Unfriendly
 
 from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.requests import read_header, write_header
@@ -185,3 +186,24 @@ def test_close_ends_those_who_wait() -> None:
         together(4, work)
         with pytest.raises(OSError):
             channel.ask(read_header(data_oid(vid, 0), 0, 10), b"", memoryview(bytearray(10)))
+
+
+def test_a_gateway_that_hangs_up_is_like_none() -> None:
+    """Patience ends, and until then it is not asked without a pause."""
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address, 1.5)
+        ask_for_header(channel, vid)
+    unfriendly = Unfriendly(sheep.address)
+    failed: list[OSError] = []
+
+    def ask(index: int) -> None:
+        with pytest.raises(OSError) as caught:
+            ask_for_header(channel, vid)
+        failed.append(caught.value)
+
+    together(2, ask)
+    unfriendly.stop()
+    assert [error.errno for error in failed] == [errno.EIO] * 2
+    assert 2 < unfriendly.taken < 20
+    channel.close()

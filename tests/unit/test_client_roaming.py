@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import threading
 import time
 
 import pytest
@@ -164,6 +165,72 @@ def test_moving_takes_requests_in_flight_along() -> None:
         session.move(twin.address)
         async with asyncio.timeout(5):
             assert await reading == b"x" * 10
+        await session.close()
+
+    with FakeSheep() as sheep, FakeSheep() as twin:
+        sheep.create("v", 4 * MIB, shift=20)
+        twin_of(sheep, twin)
+        asyncio.run(body(sheep, twin))
+
+
+class Unfriendly(threading.Thread):
+    """Takes connections and hangs up at once, like a node that has been out of its cluster for long."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(address)
+        self.taken = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.taken += 1
+            connection.close()
+
+    def stop(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.join(10)
+
+
+@pytest.mark.parametrize("roams", [False, True])
+def test_a_gateway_that_hangs_up_is_like_none(roams: bool) -> None:
+    """Patience ends, and until then it is not asked without a pause."""
+
+    async def body(sheep: FakeSheep) -> None:
+        session = await Session.open(sheep.address, PATIENCE_S)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        if roams:
+            session.roam([])
+        sheep.__exit__(None, None, None)
+        unfriendly = Unfriendly(sheep.address)
+        with pytest.raises(OSError) as caught:
+            await asyncio.wait_for(volume.read(0, 10), 10 * PATIENCE_S)
+        unfriendly.stop()
+        assert caught.value.errno == errno.EIO
+        assert 2 < unfriendly.taken < 20
+        await session.close()
+
+    with FakeSheep() as sheep:
+        sheep.create("v", 4 * MIB, shift=20)
+        asyncio.run(body(sheep))
+
+
+def test_another_one_is_asked_where_the_first_hangs_up() -> None:
+    async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
+        session = await Session.open(sheep.address, 30.0)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([sheep.address, twin.address])
+        sheep.__exit__(None, None, None)
+        unfriendly = Unfriendly(sheep.address)
+        assert await asyncio.wait_for(volume.read(0, 10), 10.0) == b"x" * 10
+        unfriendly.stop()
         await session.close()
 
     with FakeSheep() as sheep, FakeSheep() as twin:

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.bench import scale
 
+from sheepdog.cluster.core import membership
 from sheepdog.cluster.core.ids import EpochRecord, Member, NodeId
 from sheepdog.cluster.core.membership import ClusterMachine, Command
 from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, Resumed, Suspended, Timer, View
@@ -474,3 +476,22 @@ def test_large_commands_arrive_whole() -> None:
     world.settle()
     assert [one["number"] for one in present[3].ended] == [0, 1]
     assert json.loads(json.dumps(records[0]))["number"] == 0
+
+
+def test_a_notification_costs_the_coordinator_the_same_among_many_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has left is looked for when the view or the members change, not with every message."""
+    members = [scale.member(number) for number in range(50)]
+    machine = scale.Machine(0, members)
+    compared: list[Member] = []
+    original = membership._member_key
+
+    def counted(one: Member) -> tuple[bytes, int]:
+        compared.append(one)
+        return original(one)
+
+    monkeypatch.setattr(membership, "_member_key", counted)
+    machine.notify()
+    assert compared == []
+    machine.view((), (scale.peer(members[-1]),))
+    assert len(compared) >= len(members)
+    assert json.loads(machine.proposed()[-1])["t"] == "leave"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Peer, View
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Peer, View
+from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
 from sheepdog.cluster.drivers.zookeeper_argument import parse
 from sheepdog.cluster.drivers.zookeeper_log import (
     Entry,
@@ -147,3 +150,32 @@ def test_messages_that_are_cut_short(body: bytes) -> None:
 def test_bytes_that_are_no_checkpoint(data: bytes) -> None:
     with pytest.raises(PeerError, match="checkpoint"):
         Roster.decode(data)
+
+
+def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that answer after the lease is over: the node asks for the next one while it is told of this one."""
+
+    async def body() -> list[Event]:
+        driver = ZooKeeperDriver("h:1")
+        told: list[Event] = []
+
+        async def slowly() -> None:
+            await asyncio.sleep(0.01)
+
+        def tell(event: Event) -> None:
+            told.append(event)
+            if isinstance(event, Leased) and len(told) < 3:
+                driver.renew()
+
+        monkeypatch.setattr(driver, "_publish", slowly)
+        monkeypatch.setattr(driver, "_read_to_the_end", slowly)
+        monkeypatch.setattr(driver, "_joined", True)
+        monkeypatch.setattr(driver, "_loop", asyncio.get_running_loop(), raising=False)
+        monkeypatch.setattr(driver, "_up", asyncio.Event(), raising=False)
+        monkeypatch.setattr(driver, "_on_event", tell, raising=False)
+        driver.renew()
+        await asyncio.sleep(1.0)
+        await driver.close()
+        return told
+
+    assert [type(event) for event in asyncio.run(body())] == [Leased] * 3
