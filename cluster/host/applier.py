@@ -6,7 +6,6 @@ waits for it. `touched` are the copies whose trailer on the disk is older than t
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +15,9 @@ from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.copies import Copies
-from sheepdog.cluster.host.directory import write_all
+from sheepdog.cluster.host.directory import is_no_room, write_all
 from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
@@ -43,11 +43,14 @@ def punch_file(disk: Disk, copy: Copy, record: PunchRecord) -> None:
 class Applier:
     """Applies records, each exactly once."""
 
-    def __init__(self, copies: Copies, syncs: FileSyncs, directories: DirectorySyncs, nosync: bool) -> None:
+    def __init__(
+        self, copies: Copies, syncs: FileSyncs, directories: DirectorySyncs, no_room: NoRoom, nosync: bool
+    ) -> None:
         self._copies = copies
         self._disk = copies.disk
         self._syncs = syncs
         self._directories = directories
+        self._no_room = no_room
         self._nosync = nosync
         self.note_done: NoteDone = _unset  # the pipeline's, which comes after this
         self.touched: dict[Copy, None] = {}
@@ -57,12 +60,15 @@ class Applier:
             Copy, bool
         ] = {}  # new, their names are not yet on the disk; True: nor in the journal their bytes
         self.unnamed_intents: dict[Copy, list[int]] = {}  # of those: large writes whose bytes are on the disk
-        self._slow: dict[Copy, int] = {}  # lsn of the write under way in another thread
+        self._slow: dict[Copy, int] = {}  # lsn of the write under way in another thread, or that waits for room
+        self._parked: dict[Copy, None] = {}  # those that wait for room
 
     def apply(self, record: Record) -> None:
         copy = record.copy
         if copy.later is not None:
             copy.later.append(record)
+            if record.kind == RecordKind.REMOVE:
+                self._unpark(copy)  # nothing of it needs room any more
             return
         kind = record.kind
         if kind == RecordKind.WRITE:
@@ -175,6 +181,16 @@ class Applier:
                 break
             self.apply(later.popleft())
 
+    def _unpark(self, copy: Copy) -> None:
+        """Tries again what waits for room."""
+        if copy not in self._parked:
+            return  # it was removed meanwhile
+        del self._parked[copy], self._slow[copy]
+        later, copy.later = copy.later or deque(), None
+        self._go_on(copy, later)
+        self._check_barriers()
+        self._copies.files.close_if_unused(copy)
+
     def _large_written(self, record: Record) -> None:
         copy = record.copy
         copy.changes += 1
@@ -282,9 +298,15 @@ class Applier:
             done(error)
 
     def _failed(self, record: Record, error: OSError) -> None:
-        """The journal has acknowledged it, so even a full disk is a failure: room was set aside before."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = OSError(errno.EIO, f"no room for what was acknowledged ({error.strerror})")
+        """Without room the journal keeps it, and what follows for the copy; all else takes the disk out."""
+        copy = record.copy
+        if is_no_room(error) and not copy.home.failed:
+            later = copy.later = deque() if copy.later is None else copy.later
+            later.appendleft(record)
+            self._slow[copy] = record.lsn
+            self._parked[copy] = None
+            self._no_room.wait(copy.home, partial(self._unpark, copy))
+            return
         self._end(record, self._copies.fail(record.copy.home, error))
 
 

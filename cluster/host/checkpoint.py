@@ -14,7 +14,9 @@ from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.directory import is_no_room
 from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, seal_trailer, write_sealed
 from sheepdog.cluster.host.pipeline import Pipeline
 from sheepdog.cluster.host.records import RecordKind
@@ -33,12 +35,14 @@ class Checkpoints:
         applier: Applier,
         syncs: FileSyncs,
         directories: DirectorySyncs,
+        no_room: NoRoom,
     ) -> None:
         self._copies = copies
         self._journal = journal
         self._applier = applier
         self._syncs = syncs
         self._directories = directories
+        self._no_room = no_room
         self.running = False
         self.count = 0
         self._done: list[Callable[[], None]] = []
@@ -135,7 +139,12 @@ class Checkpoints:
         try:
             write_sealed(self._copies.disk, copy, sealed)
         except OSError as error:
-            self._settled(copy, self._copies.fail(copy.home, error), done)
+            if is_no_room(error) and not copy.home.failed:  # of a file system that never writes in place
+                copy.pins -= 1
+                self._applier.touch(copy)
+                self._no_room.wait(copy.home, lambda: self.settle(copy, done))
+            else:
+                self._settled(copy, self._copies.fail(copy.home, error), done)
             return
         self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
 

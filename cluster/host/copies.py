@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from sheepdog.cluster.core.errors import Corrupt, DiskError, ExhaustedResources, NoObject, NoSpace, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, oid_name
 from sheepdog.cluster.core.ports import Log
-from sheepdog.cluster.host.directory import ObjectDirectory
+from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.object_file import Copy, OpenFiles, open_copy
 from sheepdog.cluster.host.trailer import block_hash
@@ -282,7 +282,7 @@ class Copies:
 
     def write_failed(self, home: ObjectDirectory, error: OSError) -> StoreError:
         """What a failed write means: a full disk is an answer, all else takes the disk out."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_no_room(error):
             return NoSpace(f"{home.path} is full")
         return self.fail(home, error)
 

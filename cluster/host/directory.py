@@ -57,6 +57,7 @@ class ObjectDirectory:
     def __init__(self, disk: Disk, path: str, log: Log) -> None:
         self.path = path
         self.failed = False
+        self.full = False  # a change found no room that had been set aside (no_room.py)
         self.doubtful = False  # it was out of service before this start: what it holds may be old
         self.used = 0  # bytes allocated by objects
         self.weight = 1  # size in bytes when first used
@@ -87,6 +88,8 @@ class ObjectDirectory:
 
     def has_room(self, size_bytes: int) -> bool:
         """May `size_bytes` more be allocated without touching the reserve? Counts them as used when so."""
+        if self.full:
+            return False
         if size_bytes > self._allowance:
             room = self._room()
             if size_bytes > room:
@@ -221,6 +224,11 @@ def write_file(disk: Disk, directory: str, name: str, data: bytes) -> None:
         disk.close(fd)
     disk.rename(temporary, f"{directory}/{name}")
     disk.sync_directory(directory)
+
+
+def is_no_room(error: OSError) -> bool:
+    """A full disk, which is an answer; all else is a failure of the disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_all(disk: Disk, fd: int, data: Buffer, offset: int) -> None:

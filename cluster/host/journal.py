@@ -139,6 +139,10 @@ class Journal:
     def has_room(self, size: int, reserve: int = SEGMENT_RESERVE_BYTES) -> bool:
         return self._offset + size + reserve <= self._segment_bytes
 
+    def is_half_full(self) -> bool:
+        """Of the segment that is written."""
+        return 2 * self._offset > self._segment_bytes
+
     def can_switch(self) -> bool:
         return self._free
 

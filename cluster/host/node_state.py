@@ -6,6 +6,7 @@
     settled   the newest epoch in which every copy here was proven current
     undo      what strips need to go back, appended (core/strip_undo.py), synced before the journal is
     undo.old  the same, of some time before: what led from it to here may be durable only now
+    reserve   room for all these, given up when the disk is full
 
 Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
 order, also with `-n`: they are rare, and a cold start depends on them.
@@ -24,7 +25,7 @@ from typing import Final
 from sheepdog.cluster.core.errors import Corrupt, DiskError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Done, Log
-from sheepdog.cluster.host.directory import make_directory, read_file, write_all, write_file
+from sheepdog.cluster.host.directory import is_no_room, make_directory, read_file, write_all, write_file
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.workers import Workers
 
@@ -36,6 +37,8 @@ _EPOCH = struct.Struct("<8sIQQI")  # magic, format, epoch, began (Unix seconds),
 _EPOCH_MAGIC: Final = b"SHEEPEPO"
 _MEMBER = struct.Struct("<16sHIIQQ")  # address, port, zone, vnodes, space, incarnation
 _FORMAT: Final = 1
+RESERVE_BYTES: Final = 128 << 10  # epochs of 200 nodes for a dozen changes: then somebody has made room, or noticed
+_RESERVE: Final = "reserve"
 
 
 class DirectoryLock:
@@ -182,7 +185,8 @@ class NodeStateFiles:
 
     def forget_settled(self) -> None:
         """Nothing is proven any more; before the node starts. OSError."""
-        write_file(self._disk, self._directory, "settled", _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, 0))
+        data = _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, 0)
+        self._with_room(lambda: write_file(self._disk, self._directory, "settled", data))
 
     def load_settled(self) -> int:
         """0 when nothing was ever proven, or when the file is damaged: then everything is compared again."""
@@ -224,7 +228,37 @@ class NodeStateFiles:
                 done(None)
             self._next()
 
-        self._workers.run(change, finished)
+        self._workers.run(lambda: self._with_room(change), finished)
+
+    def _with_room(self, change: Callable[[], None]) -> None:
+        """A full disk must not keep a node from following its cluster: what was set aside is used."""
+        try:
+            change()
+        except OSError as error:
+            if not is_no_room(error):
+                raise
+            try:
+                self._disk.unlink(f"{self._directory}/{_RESERVE}")
+            except FileNotFoundError:
+                raise error from None
+            change()
+        else:
+            self._set_room_aside()
+
+    def _set_room_aside(self) -> None:
+        """If there is any."""
+        path = f"{self._directory}/{_RESERVE}"
+        try:
+            fd = self._disk.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError:
+            return
+        try:
+            if self._disk.info(fd).length < RESERVE_BYTES:
+                self._disk.allocate(fd, RESERVE_BYTES)
+        except OSError:
+            pass
+        finally:
+            self._disk.close(fd)
 
 
 def encode_epoch(record: EpochRecord) -> bytes:

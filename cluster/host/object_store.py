@@ -25,6 +25,7 @@ from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_direct
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.journal import Journal
 from sheepdog.cluster.host.multi_disk import Disks
+from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
 from sheepdog.cluster.host.reading import Reads, in_range
@@ -75,7 +76,8 @@ class ObjectStore:
         self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
         self._syncs = FileSyncs(disk, workers, self.copies.fail, self._synced, self._large_writes_done)
         self._directory_syncs = DirectorySyncs(workers, self.copies.fail)
-        self._applier = Applier(self.copies, self._syncs, self._directory_syncs, options.nosync)
+        self._no_room = NoRoom(clock, log)
+        self._applier = Applier(self.copies, self._syncs, self._directory_syncs, self._no_room, options.nosync)
         self._journal_directory = options.journal_directory or metadata
         self._by_oid = self.copies.by_oid
         self._reads = Reads(self.copies)
@@ -116,7 +118,9 @@ class ObjectStore:
             self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
         )
         self._applier.note_done = self._pipeline.note_done
-        self._checkpoints = Checkpoints(self.copies, self._journal, self._applier, self._syncs, self._directory_syncs)
+        self._checkpoints = Checkpoints(
+            self.copies, self._journal, self._applier, self._syncs, self._directory_syncs, self._no_room
+        )
         self._restores = Restores(
             self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
         )
@@ -160,15 +164,15 @@ class ObjectStore:
             done()
 
         def switch() -> None:
-            if self._pipeline.error is not None or not self._journal.can_switch():
-                self._journal.close()
+            if self._pipeline.error is not None or self._no_room.waiting or not self._journal.can_switch():
+                self._journal.close()  # the next start replays it
                 done()
                 return
             self._journal.switch()
             self._checkpoints.begin(self._pipeline)
             self._checkpoints.when_done(checkpointed)
 
-        self.flush(None, lambda error: self._checkpoints.when_done(switch))
+        self.flush(None, lambda error: switch() if self._no_room.waiting else self._checkpoints.when_done(switch))
 
     # What is here
 
@@ -207,6 +211,9 @@ class ObjectStore:
     def _may_write(self, copy: Copy, offset: int, length: int, failed: Done) -> bool:
         if copy.restoring:
             failed(NoObject(f"the copy of {copy.oid:016x} here is being restored"))
+            return False
+        if self._no_room.waiting and self._no_room.refuses(copy, self._journal):
+            failed(NoSpace(f"{copy.home.path} is full"))
             return False
         return in_range(copy, offset, length, failed)
 

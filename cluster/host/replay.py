@@ -20,7 +20,7 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.copies import Copies
-from sheepdog.cluster.host.directory import write_all
+from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room, write_all
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.journal import SEGMENT_HEADER, decode_segment_header, segment_path
 from sheepdog.cluster.host.object_file import Copy, write_trailer
@@ -251,7 +251,10 @@ class Report:
 
 
 def replay(copies: Copies, found: Found, log: Log, random_bytes: Callable[[int], bytes] = os.urandom) -> Report:
-    """Makes the records true and durable; blocks. OSError of the journal's or META's disk only."""
+    """Makes the records true and durable; blocks. OSError of the journal's or META's disk only.
+
+    UsageError when a disk is full; replaying again after that is as good as the first time.
+    """
     report = Report(records=len(found.records))
     plans: dict[ObjectId, _Plan] = {}
     for record in found.records:
@@ -265,13 +268,13 @@ def replay(copies: Copies, found: Found, log: Log, random_bytes: Callable[[int],
             if _Redo(copies, oid, plan, report, random_bytes, log).run():
                 report.objects += 1
         except OSError as error:
-            copies.fail(home, error)
+            _failed(copies, home, error)
     for home in copies.homes:
         try:
             if not home.failed:
                 home.sync()
         except OSError as error:
-            copies.fail(home, error)
+            _failed(copies, home, error)
     if found.records:
         log(
             5,
@@ -279,6 +282,13 @@ def replay(copies: Copies, found: Found, log: Log, random_bytes: Callable[[int],
             f" {report.missing} for objects that are gone, {len(report.torn)} objects with an unfinished large write",
         )
     return report
+
+
+def _failed(copies: Copies, home: ObjectDirectory, error: OSError) -> None:
+    """A full disk must not cost what the journal has: UsageError, and the next start replays it."""
+    if is_no_room(error):
+        raise UsageError(f"{home.path} has no room for what is in the journal: make some and start again")
+    copies.fail(home, error)
 
 
 class _Redo:

@@ -88,12 +88,14 @@ def disks(cluster: Cluster) -> list[str]:
     return [entry["path"] for entry in json.loads(cluster.dog("node", "md", "info", "--json"))]
 
 
-@pytest.mark.parametrize("calls", ["pwrite64", "fdatasync", "preadv,preadv2"])
-def test_an_error_of_one_file_takes_out_its_disk(cluster: Cluster, tmp_path: Path, calls: str) -> None:
+@pytest.mark.parametrize(
+    ("calls", "error"), [("pwrite64", "EIO"), ("fdatasync", "EIO"), ("fdatasync", "ENOSPC"), ("preadv,preadv2", "EIO")]
+)
+def test_an_error_of_one_file_takes_out_its_disk(cluster: Cluster, tmp_path: Path, calls: str, error: str) -> None:
     data = filled(cluster)
     victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
     everything = sum(1 for name in cluster.objects(0))
-    with Injection(cluster.pids(0)[-1], victim, calls, "EIO") as injection:
+    with Injection(cluster.pids(0)[-1], victim, calls, error) as injection:
         write_everywhere(cluster, data, 0)
         if calls.startswith("preadv"):
             cluster.dog("node", "scrub", "start")
@@ -115,3 +117,45 @@ def test_an_error_of_the_journal_ends_the_node_and_nothing_else(cluster: Cluster
     cluster.wait_members(2, [1, 2])
     check(cluster, data)
     assert "this node cannot store any more" in cluster.log(0).read_text()
+
+
+def test_no_room_for_what_the_journal_has_takes_nothing_out(cluster: Cluster, tmp_path: Path) -> None:
+    """What was acknowledged stays and is in place later; what is new is refused until then, on this object only."""
+    data = filled(cluster)
+    place = disks(cluster)
+    victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
+    start = int(victim.name[8:], 16) * 4 * MIB
+    cluster.dog("vdi", "create", "-P", "other", str(8 * MIB))
+    held = len(cluster.objects(0))
+    log = cluster.log(0)
+
+    def write(offset: int, length: int) -> subprocess.CompletedProcess[bytes]:
+        part = random.Random(offset).randbytes(length)
+        done = cluster.try_dog("vdi", "write", "data", str(offset), str(length), stdin=part)
+        if not done.returncode:
+            data[offset : offset + length] = part
+        return done
+
+    with Injection(cluster.pids(0)[-1], victim, "pwrite64,fallocate", "ENOSPC") as injection:
+        assert write(start + 4096, 4096).returncode == 0
+        wait_until(lambda: "no room for changes in the journal" in log.read_text(), SECONDS, "a word about it")
+        refused = write(start + 16384, 4096)
+        assert refused.returncode == 1
+        assert b"no space" in refused.stderr.lower(), refused.stderr
+        seen = cluster.try_dog("vdi", "read", "data", str(start + 16384), "4096", check=True).stdout
+        assert seen in (data[start + 16384 : start + 20480], random.Random(start + 16384).randbytes(4096))
+        data[start + 16384 : start + 20480] = seen  # it may have taken effect; what was read stays
+        for index in range(SIZE // (4 * MIB)):
+            if index * 4 * MIB != start:
+                assert write(index * 4 * MIB + 4096, 200_000).returncode == 0
+        assert injection.injected()
+        check(cluster, data)
+        cluster.dog("vdi", "delete", "other")
+        wait_until(
+            lambda: all(len(cluster.objects(node)) < held for node in range(3)), SECONDS, "space that comes back"
+        )
+    wait_until(lambda: "there is room again" in log.read_text(), SECONDS, "room again")
+    cluster.wait_recovered()
+    assert write(start + 16384, 4096).returncode == 0
+    check(cluster, data)
+    assert disks(cluster) == place

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from tests.support.stores import Driver
 
-from sheepdog.cluster.core.errors import StoreError, UsageError
+from sheepdog.cluster.core.errors import DiskError, StoreError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
+from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.disk import RealDisk
-from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
+from sheepdog.cluster.host.node_state import RESERVE_BYTES, DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.workers import ThreadWorkers
 
 
 class StateDriver(Driver):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: RealDisk | None = None) -> None:
         super().__init__()
         self.logged: list[str] = []
         self.state = NodeStateFiles(
-            str(path), RealDisk(), ThreadWorkers(self.call_soon), lambda level, text: self.logged.append(text)
+            str(path), disk or RealDisk(), ThreadWorkers(self.call_soon), lambda level, text: self.logged.append(text)
         )
         self.state.open()
 
@@ -52,6 +55,42 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     assert again.state.load_settled() == 2
     assert again.wait(again.state.clear_epochs) is None
     assert again.state.load_epochs() == []
+
+
+class FullDisk(RealDisk):
+    """So many bytes are left, those of the reserve aside."""
+
+    def __init__(self) -> None:
+        self.left = 1 << 30
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:  # type: ignore[override]
+        if len(data) > self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.pwrite(fd, data, offset)
+
+    def allocate(self, fd: int, length: int) -> None:
+        if length > self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().allocate(fd, length)
+
+    def unlink(self, path: str, /) -> None:  # type: ignore[override]
+        self.left += os.stat(path).st_blocks * 512
+        os.unlink(path)
+
+
+def test_a_full_disk_has_room_for_the_state(tmp_path: Path) -> None:
+    disk = FullDisk()
+    driver = StateDriver(tmp_path, disk)
+    assert driver.wait(lambda done: driver.state.append_epoch(record(1), done)) is None
+    disk.left = 0
+    assert driver.wait(lambda done: driver.state.append_epoch(record(2), done)) is None
+    assert driver.state.load_epochs() == [record(1), record(2)]
+    assert not (tmp_path / "reserve").exists()
+    disk.left = 0
+    assert isinstance(driver.wait(lambda done: driver.state.append_epoch(record(3), done)), DiskError)
+    disk.left = 1 << 30
+    assert driver.wait(lambda done: driver.state.append_epoch(record(3), done)) is None
+    assert (tmp_path / "reserve").stat().st_blocks * 512 >= RESERVE_BYTES
 
 
 @pytest.mark.parametrize("name", ["config", "epoch/00000001"])
