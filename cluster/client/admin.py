@@ -13,7 +13,13 @@ from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.requests import lookup
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, Vid
+from sheepdog.cluster.core.ids import (
+    NO_VID,
+    Member,
+    NodeId,
+    ObjectId,
+    Vid,
+)
 from sheepdog.cluster.core.inode import (
     InodeHeader,
 )
@@ -158,7 +164,7 @@ def new_volume(
     connection: Connection,
     name: bytes,
     size: int,
-    base: Vid = Vid(0),  # noqa: B008 (a number)
+    base: Vid = NO_VID,
     snapshot: bool = False,
     copies: int = 0,
     policy: int = 0,

@@ -8,7 +8,7 @@ from typing import Final
 
 from sheepdog.cluster.core.errors import Result
 
-_ERRNO: Final = {
+_ERRNO: Final[dict[int, int]] = {
     Result.NO_OBJ: errno.EIO,  # an object that a map names: lost data, not a missing file
     Result.VDI_EXIST: errno.EEXIST,
     Result.INVALID_PARMS: errno.EINVAL,
@@ -28,6 +28,6 @@ class SheepError(OSError):
     """An answer other than SUCCESS. `result` is its code, `errno` what a system call would say."""
 
     def __init__(self, result: int, text: str = "") -> None:
-        number = _ERRNO.get(result, errno.EIO)  # type: ignore[call-overload]
+        number = _ERRNO.get(result, errno.EIO)
         super().__init__(number, text or f"{os.strerror(number)} (sheep answered {result:#04x})")
         self.result = result

@@ -26,7 +26,14 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.extents import CachedObject, covered, touched
 from sheepdog.cluster.core.gateway import Gateway
-from sheepdog.cluster.core.ids import ObjectId, Vid, is_data, vid_of
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    NO_VID,
+    ObjectId,
+    Vid,
+    is_data,
+    vid_of,
+)
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.ports import Store
 
@@ -287,4 +294,4 @@ class Cache:
         self.entries.push_all(volume, pushed)
 
 
-_PAST = CachedObject(CachedVolume(Vid(0)), ObjectId(0), 0)  # stands for whatever goes past the cache
+_PAST = CachedObject(CachedVolume(NO_VID), NO_OID, 0)  # stands for whatever goes past the cache

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from sheepdog.cluster.core.context import Context
@@ -193,7 +194,7 @@ class Claims:
         watching, self._watching = self._watching, []
         for vid, number, answered in watching:
             if self._context.state.vdis.claim_number >= number:
-                self._drain(vid, lambda answered=answered: answered(Result.SUCCESS, b""))  # type: ignore[misc]
+                self._drain(vid, partial(answered, Result.SUCCESS, b""))
             else:
                 self._watching.append((vid, number, answered))
 

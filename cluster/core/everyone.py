@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
@@ -58,7 +59,7 @@ class Everyone:
                 question.local(answered)
             else:
                 message = Message(question.kind, context.fence, oid=question.oid, body=question.body)
-                context.peers.request(node, message, lambda m, answered=answered: answered(m.result, m.body))  # type: ignore[misc]
+                context.peers.request(node, message, partial(_told, answered))
 
     def _answered(self, question: _Question, node: NodeId) -> Callable[[int, Buffer], None]:
         fence = question.fence
@@ -75,3 +76,7 @@ class Everyone:
                 question.done(question.result, question.answers)
 
         return answered
+
+
+def _told(answered: Callable[[int, Buffer], None], message: Message) -> None:
+    answered(message.result, message.payload())

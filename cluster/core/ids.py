@@ -15,6 +15,7 @@ Epoch = NewType("Epoch", int)
 VID_BITS = 24
 VID_COUNT = 1 << VID_BITS
 NO_VID = Vid(0)
+NO_OID = ObjectId(0)
 
 _INODE = 1 << 63
 _VMSTATE = 1 << 62

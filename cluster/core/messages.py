@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, TypeAlias
 
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    NO_VERSION,
+    ObjectId,
+    Version,
+)
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -86,7 +91,7 @@ class Message:
         kind: int,
         fence: int,
         rid: int = 0,
-        oid: ObjectId = ObjectId(0),  # noqa: B008 (a constant)
+        oid: ObjectId = NO_OID,
         offset: int = 0,
         length: int = 0,
         flags: int = 0,

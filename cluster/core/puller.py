@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
@@ -179,7 +180,7 @@ class _Pull:
             message = Message(
                 Kind.FETCH, self._context.fence, oid=self.oid, offset=offset, length=length, version=self._version
             )
-            self._ask(message, lambda answer, at=offset: self._on_data(at, answer))  # type: ignore[misc]
+            self._ask(message, partial(self._on_data, offset))
         if self._in_flight == 0 and not self._ranges and self._failed is None:
             self._finish()
 

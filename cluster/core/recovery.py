@@ -255,16 +255,15 @@ class Recovery:
                 self._give_up(job)
                 self.run()
 
+        def answered(member: int) -> Callable[[Message], None]:
+            return lambda answer: told(member, answer.version)
+
         for member, oid in questions:
             if member == self._home.me:
                 told(member, self._context.store.version(oid) or NO_VERSION)
             else:
                 message = Message(Kind.TABLE, self._fence, oid=oid)
-                self._context.peers.request(
-                    self._placement.nodes[member],
-                    message,
-                    lambda answer, member=member: told(member, answer.version),  # type: ignore[misc]
-                )
+                self._context.peers.request(self._placement.nodes[member], message, answered(member))
 
     def _agree(self, job: Job) -> None:
         """Strips become one state of the object before anything is decoded."""

@@ -45,7 +45,7 @@ from sheepdog.cluster.core.striping import (
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
-    from sheepdog.cluster.core.home_writes import Submission
+    from sheepdog.cluster.core.home_writes import Submission, Write
 
 Layout: TypeAlias = tuple[int, ...]
 """Member by strip; NOBODY where none has it."""
@@ -264,19 +264,23 @@ class StripHome:
             )
             peers.request(nodes[member], message, write.remote(member))
         if mine is not None:
-            strip, change, own_flags = mine
-            oid_here = strip_of(oid, strip)
-            if flags & Flag.REMOVE:
-                self._home.hooks.restored_locally(oid_here)
-            self._order.append((write.sequence, oid_here))
-            data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
-
-            def taken() -> None:
-                note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, write.version)
-
-            if not (context.spoilt and spoilt(context, own_flags, oid_here, write.local)):
-                self._strips.perform(own_flags, oid_here, change.offset, size, data, write.version, taken, write.local)
+            self._perform(write, *mine, size)
         self._release(lock)
+
+    def _perform(self, write: Write, strip: int, change: Change, flags: int, size: int) -> None:
+        """The part of this node's strip."""
+        context, submission = self._context, write.submission
+        oid, oid_here = submission.oid, strip_of(submission.oid, strip)
+        if flags & Flag.REMOVE:
+            self._home.hooks.restored_locally(oid_here)
+        self._order.append((write.sequence, oid_here))
+        data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
+
+        def taken() -> None:
+            note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, write.version)
+
+        if not (context.spoilt and spoilt(context, flags, oid_here, write.local)):
+            self._strips.perform(flags, oid_here, change.offset, size, data, write.version, taken, write.local)
 
     def remove(self, submission: Submission, policy: Policy) -> None:
         """Takes back a creation that failed; the strips that could be made go."""

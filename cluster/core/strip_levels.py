@@ -8,6 +8,7 @@ that are not level when an epoch ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -122,12 +123,7 @@ class StripLevels:
                     Kind.LEVEL, context.fence, sequence=sequence, watermark=watermark, body=encode_levels(levels)
                 )
                 home.untold[member] = None
-                answered = ended(member)
-                context.peers.request(
-                    context.placement.nodes[member],
-                    message,
-                    lambda answer, answered=answered: answered(_failed(answer)),  # type: ignore[misc]
-                )
+                context.peers.request(context.placement.nodes[member], message, partial(_leveled, ended(member)))
 
     def _ended(self, versions: dict[ObjectId, Version]) -> None:
         for oid, version in versions.items():
@@ -139,7 +135,6 @@ class StripLevels:
                 self._home.recovery.quiet(oid)
 
 
-def _failed(answer: Message) -> list[ObjectId]:
-    """The strips that could not be brought level."""
-    assert isinstance(answer.body, (bytes, bytearray, memoryview))
-    return [strip for strip, _ in decode_levels(answer.body)]
+def _leveled(answered: Callable[[list[ObjectId]], None], answer: Message) -> None:
+    """The answer names the strips that could not be brought level."""
+    answered([strip for strip, _ in decode_levels(answer.payload())])

@@ -18,7 +18,7 @@ Strips that fit get a common new version before anything is decoded, unless they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from sheepdog.cluster.core.erasure import Policy
@@ -273,11 +273,11 @@ def _keep(policy: Policy, good: Sequence[Held], replicas: tuple[int, ...]) -> tu
     layout = [NOBODY] * policy.strips
     kept: dict[int, Held] = {}
     place_of = {member: place for place, member in enumerate(replicas)}
-    order: Callable[[Held], tuple[bool, int, int]] = lambda entry: (  # noqa: E731
-        place_of[entry.member] != entry.strip,
-        place_of[entry.member],
-        entry.strip,
-    )
+
+    def order(entry: Held) -> tuple[bool, int, int]:
+        place = place_of[entry.member]
+        return place != entry.strip, place, entry.strip
+
     for entry in sorted((entry for entry in good if entry.member in place_of), key=order):
         if entry.strip not in kept and entry.member not in layout:
             kept[entry.strip] = entry

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import xor
@@ -122,11 +123,8 @@ class StripReplica:
             taken()
             return
         before = store.version(strip)
-        if before is None:
-            done(NoObject(f"no strip {oid_name(strip)} here"))
-            return
-        if before == NO_VERSION:  # its disk has gone: it will be made anew from the others
-            done(DiskError(f"strip {oid_name(strip)} is not whole here"))
+        if before is None or before == NO_VERSION:
+            done(_missing(strip, before))
             return
         if not data:
             self.undo.keep(strip, Undo(before, version, 0, b"", length))
@@ -197,7 +195,7 @@ class StripReplica:
             if queue is None:
                 self._level(strip, version, ended(strip))
             else:
-                queue.append(lambda strip=strip, version=version: self._level(strip, version, ended(strip)))  # type: ignore[misc]
+                queue.append(partial(self._level, strip, version, ended(strip)))
 
     def _level(self, strip: ObjectId, version: Version, done: Done) -> None:
         store = self._context.store
@@ -298,3 +296,9 @@ class StripReplica:
             self._context.store.write(strip, offset, old, before, True, done)
         else:
             self._context.store.stamp(strip, before, True, done)
+
+
+def _missing(strip: ObjectId, before: Version | None) -> StoreError:
+    if before is None:
+        return NoObject(f"no strip {oid_name(strip)} here")
+    return DiskError(f"strip {oid_name(strip)} is not whole here")  # its disk has gone: it will be made anew

@@ -21,6 +21,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import (
+    NO_OID,
     ObjectId,
     Vid,
     attribute_oid,
@@ -126,7 +127,7 @@ class Sweep:
 
     def _ask(self) -> Step:
         return lambda done: self._everyone.ask(
-            Kind.QUERY, ObjectId(0), b'"orphans"', self.candidates_here, lambda _, answers: done(answers)
+            Kind.QUERY, NO_OID, b'"orphans"', self.candidates_here, lambda _, answers: done(answers)
         )
 
     def _useless_attributes(self, present: Iterable[ObjectId]) -> tuple[list[int], list[ObjectId]]:

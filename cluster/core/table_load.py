@@ -9,7 +9,15 @@ from typing import Any
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import PeerError, Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Vid, is_attribute, is_inode, vid_of
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    NO_VERSION,
+    ObjectId,
+    Vid,
+    is_attribute,
+    is_inode,
+    vid_of,
+)
 from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Buffer, Kind
@@ -59,7 +67,7 @@ class TableLoad:
 
     def _ask_inodes(self) -> Step:
         return lambda done: self._everyone.ask(
-            Kind.QUERY, ObjectId(0), b'"inodes"', self.inodes_here, lambda _, answers: done(answers)
+            Kind.QUERY, NO_OID, b'"inodes"', self.inodes_here, lambda _, answers: done(answers)
         )
 
     def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:

@@ -12,7 +12,11 @@ from typing import Any
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.hashing import vid_of_name
-from sheepdog.cluster.core.ids import VID_COUNT, Vid
+from sheepdog.cluster.core.ids import (
+    NO_VID,
+    VID_COUNT,
+    Vid,
+)
 from sheepdog.cluster.core.inode import InodeHeader
 
 BITMAP_SIZE = VID_COUNT // 8
@@ -53,7 +57,7 @@ class VdiRecord:
     store_policy: int = 0
     shift: int = 0
     snap_id: int = 0
-    parent: Vid = Vid(0)  # noqa: RUF009 (a constant)
+    parent: Vid = NO_VID
     deleted: bool = False
     lock: int = LockState.UNLOCKED
     owners: list[str] = field(default_factory=list)  # nodes that hold the lock, as hex of address and port

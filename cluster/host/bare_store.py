@@ -19,7 +19,7 @@ from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.scratch_disk import ScratchDisk
 from sheepdog.cluster.host.superblock import node_identity, read_disk_identity
 from sheepdog.cluster.host.trailer import FIRST_ENTRY
-from sheepdog.cluster.host.workers import CallSoon, ThreadWorkers
+from sheepdog.cluster.host.workers import ThreadWorkers
 
 CHUNK_BYTES: Final = 1 << 20  # read at a time: fast from a disk, small in memory
 _WARNING: Final = 4
@@ -38,7 +38,9 @@ class BareStore:
         self._lock = DirectoryLock(self.metadata)
         self.disk = ScratchDisk()
         self.failures: list[str] = []
-        call_soon: CallSoon = lambda call: call()  # noqa: E731 (nothing runs in threads here)
+
+        def call_soon(call: Callable[[], None]) -> None:
+            call()  # nothing runs in threads here
 
         def log(level: int, text: str) -> None:
             if level < _WARNING:

@@ -7,6 +7,7 @@ between must leave either the old hash or bytes that fit the new one), then the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.errors import StoreError
@@ -88,7 +89,7 @@ class Checkpoints:
         unnamed = list(self._applier.unnamed)
         homes = [home for home in self._copies.homes if self._directories.is_needed(home) and not home.failed]
         gather(
-            [(lambda done, home=home: self._directories.sync(home, done)) for home in homes],  # type: ignore[misc]
+            [partial(self._directories.sync, home) for home in homes],
             lambda error: self._record(pipeline, boundary, unnamed),
         )
 

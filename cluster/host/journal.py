@@ -13,7 +13,12 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Final
 
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    NO_VERSION,
+    ObjectId,
+    Version,
+)
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.directory import WRITE_PIECE_BYTES, write_all
@@ -162,7 +167,7 @@ class Journal:
     def append(
         self,
         kind: int,
-        oid: ObjectId = ObjectId(0),  # noqa: B008 (a constant)
+        oid: ObjectId = NO_OID,
         size: int = 0,
         offset: int = 0,
         length: int = 0,

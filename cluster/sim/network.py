@@ -10,6 +10,7 @@ it is over. A direction can be slow. `trap` sees every message before it leaves:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.core.messages import Message
@@ -214,7 +215,7 @@ class Fabric:
         for end, other in ((dialler, dialled), (dialled, dialler)):
             old = end.links.get(other.me)
             if old is not None:
-                end.life.do(old, lambda old=old, end=end: old.noticed(end))  # type: ignore[misc]
+                end.life.do(old, partial(old.noticed, end))
         if pair in self._links:
             return
         self._links[pair] = link = _Link(self, (dialler, dialled))

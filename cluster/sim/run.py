@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import plain_oid
+from sheepdog.cluster.core.ids import (
+    ObjectId,
+    plain_oid,
+)
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.script import run
 from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
-from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, NodeFactory, SimCluster
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, NodeFactory, SimCluster
 from sheepdog.cluster.sim.history import History, Violation
 from sheepdog.cluster.sim.lockers import Lock, Locker
 from sheepdog.cluster.sim.nemesis import Faults, Nemesis
@@ -107,7 +111,7 @@ class Run:
         for who in others:
             ended: list[None] = []
             run(who.check_all(), ended.append)
-            self.world.run_until(lambda: bool(ended), HEALTH_LIMIT_NS, "a last look")  # noqa: B023
+            self.world.run_until(partial(bool, ended), HEALTH_LIMIT_NS, "a last look")
         self._mend_rot()
         self.world.run_for(100 * MILLISECOND)  # what was ordered last reaches everybody
         self._judge()
@@ -118,10 +122,13 @@ class Run:
             for oid, copy in machine.disk.copies().items():
                 if not copy.rotten:
                     continue
-                results: list[int] = []
-                machine.node.gateway.repair(plain_oid(oid), lambda result, _, results=results: results.append(result))  # type: ignore[misc]
-                self.world.run_until(lambda: bool(results), HEALTH_LIMIT_NS, "a repair")  # noqa: B023
+                self._repair(machine, plain_oid(oid))
         self.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health after repairs")
+
+    def _repair(self, machine: Machine, oid: ObjectId) -> None:
+        results: list[int] = []
+        machine.node.gateway.repair(oid, lambda result, _: results.append(result))
+        self.world.run_until(lambda: bool(results), HEALTH_LIMIT_NS, "a repair")
 
     def _start_clients(self, volume: Volume) -> None:
         values = [0]
@@ -192,7 +199,7 @@ class Run:
             for index in range(volume.objects):
                 for block in volume.blocks:
                     reader.read(index, block, 1, lambda: None)
-                    self.world.run_until(lambda: not door.busy, SECOND, "a read in peace")  # noqa: B023
+                    self.world.run_until(partial(_is_idle, door), SECOND, "a read in peace")
 
     def _judge(self) -> None:
         if self.scenario.cache_bytes:
@@ -215,3 +222,7 @@ class Run:
             self.leaked = len(audit_all_but_leaks(self.cluster))
         else:
             audit(self.cluster)
+
+
+def _is_idle(door: Door) -> bool:
+    return not door.busy

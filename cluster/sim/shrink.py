@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def shrink(scenario: Scenario, seed: int) -> Regression | None:
     return Regression(seed, scenario, reason.split("\n")[0])
 
 
+def _with(name: str, value: Any, scenario: Scenario) -> Scenario:
+    return replace(scenario, **{name: value})
+
+
+def _shorter(part: int, scenario: Scenario) -> Scenario:
+    return replace(scenario, duration_ns=scenario.duration_ns // part)
+
+
+def _without(fault: str, scenario: Scenario) -> Scenario:
+    none: dict[str, Any] = {fault: 0.0}
+    return replace(scenario, faults=replace(scenario.faults, **none))
+
+
 def _simpler(scenario: Scenario) -> Iterator[Attempt]:
     for name, value in (
         ("owners", 0),
@@ -91,15 +105,15 @@ def _simpler(scenario: Scenario) -> Iterator[Attempt]:
         ("session_ns", 0),
     ):
         if getattr(scenario, name) != value:
-            yield lambda one, name=name, value=value: replace(one, **{name: value})  # type: ignore[misc]
+            yield partial(_with, name, value)
     for part in (4, 2):
-        yield lambda one, part=part: replace(one, duration_ns=one.duration_ns // part)  # type: ignore[misc]
+        yield partial(_shorter, part)
     for name in ("clients", "objects"):
-        yield lambda one, name=name: replace(one, **{name: 1})  # type: ignore[misc]
+        yield partial(_with, name, 1)
     yield lambda one: replace(one, blocks=one.blocks[:1])
     for fault in fields(Faults):
         if fault.type == "float":
-            yield lambda one, name=fault.name: replace(one, faults=replace(one.faults, **{name: 0.0}))  # type: ignore[misc]
+            yield partial(_without, fault.name)
 
 
 def _without_faults(scenario: Scenario, faults: int, fails: Callable[[Scenario], bool]) -> Scenario:

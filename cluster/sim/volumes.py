@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from sheepdog.cluster.core.errors import Result
@@ -93,10 +94,13 @@ class Asking:
                     return LOST, None
             elif result not in retried:
                 return int(result), value
-            yield lambda done: self.world.after(RETRY_NS, lambda: done(None))  # type: ignore[misc]
+            yield from self.pause(RETRY_NS)
 
     def pause(self, delay_ns: int) -> Script[None]:
-        yield lambda done: self.world.after(delay_ns, lambda: done(None))  # type: ignore[misc]
+        def wait(done: Callable[[None], None]) -> None:
+            self.world.after(delay_ns, partial(done, None))
+
+        yield wait
 
     def find(self, name: bytes, snap_id: int = 0) -> Script[VdiRecord | None]:
         result, record = yield from self.ask(
@@ -167,8 +171,7 @@ class VolumeOwner(Asking):
             weights = [weight for weight, _ in acts]
             yield from self.random.choices([act for _, act in acts], weights)[0]()
             self.operations += 1
-            pause = self.random.randrange(2 * MILLISECOND)
-            yield lambda done, pause=pause: self.world.after(pause, lambda: done(None))  # type: ignore[misc]
+            yield from self.pause(self.random.randrange(2 * MILLISECOND))
 
     # -- the working VDI -------------------------------------------------------------------------------------------
 
@@ -211,14 +214,10 @@ class VolumeOwner(Asking):
             yield from self._put(index, offset, data)
             if not self.flushes:
                 return
-            vid = self._vid
-            result, _ = yield lambda done: self.door.ask(
-                lambda process, answer: process.node.gateway.flush(vid, answer),  # noqa: B023
-                done,
-            )
+            result, _ = yield partial(self.door.ask, partial(_flush, self._vid))
             if result == Result.SUCCESS:
                 return
-            yield lambda done: self.world.after(RETRY_NS, lambda: done(None))  # type: ignore[misc]
+            yield from self.pause(RETRY_NS)
 
     def _put(self, index: int, offset: int, data: bytes) -> Script[None]:
         durable = self.durable
@@ -226,11 +225,9 @@ class VolumeOwner(Asking):
             owner, vid = self._map[index], self._vid
             oid, source = data_oid(vid, index), data_oid(Vid(owner), index) if owner else ObjectId(0)
             if owner == vid:
-                request: Request = lambda p, done, oid=oid: p.node.gateway.write(oid, offset, data, durable, done)  # type: ignore[misc] # noqa: E731
+                request = partial(_write, oid, offset, data, durable)
             else:
-                request = lambda p, done, oid=oid, source=source: p.node.gateway.create(  # type: ignore[misc] # noqa: E731
-                    oid, source, offset, data, durable, done
-                )
+                request = partial(_create, oid, source, offset, data, durable)
             result, _ = yield from self.ask(request)
             if result == Result.READONLY:
                 yield from self._follow()
@@ -430,3 +427,17 @@ class Snapshotter(Asking):
     def check_all(self) -> Script[None]:
         for image in self.images:
             yield from check_image(self, image, self._objects, self._blocks)
+
+
+def _flush(vid: Vid, process: Process, done: Answer) -> None:
+    process.node.gateway.flush(vid, done)
+
+
+def _write(oid: ObjectId, offset: int, data: bytes, durable: bool, process: Process, done: Answer) -> None:
+    process.node.gateway.write(oid, offset, data, durable, done)
+
+
+def _create(
+    oid: ObjectId, source: ObjectId, offset: int, data: bytes, durable: bool, process: Process, done: Answer
+) -> None:
+    process.node.gateway.create(oid, source, offset, data, durable, done)
