@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -117,13 +118,13 @@ def bench(directory: str, nosync: bool) -> None:
     measure("4 KiB overwrite, unaligned", 20_000, lambda count: overwrite(count, data, 512))
     measure("1 MiB overwrite", 200, lambda count: overwrite(count, large))
     for name, length, count in (("4 KiB read", 4096, 50_000), ("64 KiB read", 64 << 10, 10_000)):
-        measure(name, count, lambda n, length=length: read(n, length))  # type: ignore[misc]
+        measure(name, count, partial(read, length=length))
         with unverified():
-            measure(f"{name}, not verified", count, lambda n, length=length: read(n, length))  # type: ignore[misc]
+            measure(f"{name}, not verified", count, partial(read, length=length))
     measure("1 MiB read", 500, lambda count: read(count, 1 << 20))
     measure("create 4 MiB thin", 200, create)
     for depth, count in ((1, 300), (16, 4_000), (64, 10_000)):
-        measure(f"4 KiB durable, depth {depth}", count, lambda n, depth=depth: durable(n, depth))  # type: ignore[misc]
+        measure(f"4 KiB durable, depth {depth}", count, partial(durable, depth=depth))
     driver.close()
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, formatted
 from tests.support.processes import wait_until
 
 from sheepdog.cluster.client.session import Session
@@ -20,15 +19,8 @@ NODES = 6
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(NODES, tmp_path)
-    try:
-        made.start()
-        made.wait_members(NODES)
-        made.format("-c", "3")
-        yield made
-    finally:
-        made.close()
+def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
+    return formatted(new_cluster(NODES))
 
 
 def strips(cluster: Cluster, node: int) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.cluster import RUNNING, Cluster
+from tests.support.cluster import RUNNING, Cluster, formatted
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.host.coders import best_coder
@@ -22,15 +22,8 @@ NODES = 6
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(NODES, tmp_path)
-    try:
-        made.start()
-        made.wait_members(NODES)
-        made.format("-c", "3")
-        yield made
-    finally:
-        made.close()
+def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
+    return formatted(new_cluster(NODES))
 
 
 class Volume:

@@ -6,11 +6,11 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, formatted
 from tests.support.processes import wait_until
 
 MIB = 1 << 20
@@ -87,15 +87,9 @@ def copies(cluster: Cluster) -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(3, tmp_path, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]})
-    try:
-        made.start()
-        made.wait_members(3)
-        made.format("-c", "3")
-        yield made
-    finally:
-        made.close()
+def cluster(new_cluster: Callable[..., Cluster], tmp_path: Path) -> Cluster:
+    """Durable, node 0 with two disks."""
+    return formatted(new_cluster(3, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]}))
 
 
 def test_disks_fail_come_and_go_under_load(cluster: Cluster, tmp_path: Path) -> None:

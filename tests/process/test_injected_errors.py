@@ -10,11 +10,11 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, formatted
 from tests.support.processes import end, wait_until
 
 MIB = 1 << 20
@@ -50,15 +50,9 @@ class Injection:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(3, tmp_path, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]})
-    try:
-        made.start()
-        made.wait_members(3)
-        made.format("-c", "3")
-        yield made
-    finally:
-        made.close()
+def cluster(new_cluster: Callable[..., Cluster], tmp_path: Path) -> Cluster:
+    """Durable, node 0 with two disks."""
+    return formatted(new_cluster(3, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]}))
 
 
 def filled(cluster: Cluster) -> bytearray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 from tests.sim.test_directed import fresh
@@ -53,7 +54,7 @@ def test_only_the_strips_that_change_are_asked(monkeypatch: pytest.MonkeyPatch) 
             False,
             lambda result, _: answers.append(result),  # noqa: B023
         )
-        cluster.world.run_until(lambda: bool(answers), SECOND, "write")  # noqa: B023
+        cluster.world.run_until(partial(bool, answers), SECOND, "write")
         assert answers == [0]
     away = WRITES - WRITES // DATA_STRIPS  # the home has the first strip itself
     assert sent[Kind.FETCH] == away

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 import pytest
@@ -38,7 +39,7 @@ class Model:
             results: list[int] = []
             oid = data_oid(self.volume.vid, index)
             machine.node.gateway.write(oid, offset, data, False, lambda result, _: results.append(result))  # noqa: B023
-            self.cluster.world.run_until(lambda: bool(results), 20 * SECOND, "write")  # noqa: B023
+            self.cluster.world.run_until(partial(bool, results), 20 * SECOND, "write")
             assert results == [0]
             self.data[index][offset : offset + length] = data
 
@@ -50,7 +51,7 @@ class Model:
                 answers.append((int(result), bytes(data)))  # noqa: B023
 
             machine.node.gateway.read(data_oid(self.volume.vid, index), 0, OBJECT_BYTES, done)
-            self.cluster.world.run_until(lambda: bool(answers), 20 * SECOND, "read")  # noqa: B023
+            self.cluster.world.run_until(partial(bool, answers), 20 * SECOND, "read")
             assert answers == [(0, bytes(expected))]
 
 
@@ -98,7 +99,7 @@ def test_the_map_of_a_coded_object_tells_where_data_is() -> None:
     for block in written:
         results: list[int] = []
         gateway.write(oid, block * BLOCK_SIZE, b"x" * BLOCK_SIZE, False, lambda result, _: results.append(result))  # noqa: B023
-        cluster.world.run_until(lambda: bool(results), SECOND, "write")  # noqa: B023
+        cluster.world.run_until(partial(bool, results), SECOND, "write")
     assert len(maps[0]) == OBJECT_BYTES // BLOCK_SIZE // 8
     assert len(before) < 4
     assert ask() == before | set(written)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    NO_VID,
+    ObjectId,
+    Vid,
+    data_oid,
+    inode_oid,
+)
 from sheepdog.cluster.core.inode import map_offset, unpack_map
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.script import Script, run
@@ -107,7 +115,7 @@ def wait_for(world: World, request: Callable[[Callable[..., None]], None]) -> An
     return answers[0]
 
 
-def new_vdi(cluster: SimCluster, base: Vid = Vid(0), snapshot: bool = False, name: bytes = NAME, by: int = 0) -> Vid:  # noqa: B008
+def new_vdi(cluster: SimCluster, base: Vid = NO_VID, snapshot: bool = False, name: bytes = NAME, by: int = 0) -> Vid:
     node = cluster.machines[by].node
     result, record = wait_for(
         cluster.world,
@@ -132,7 +140,7 @@ def create(cluster: SimCluster, vid: Vid, *indexes: int) -> None:
     for index in indexes:
         result, _ = wait_for(
             cluster.world,
-            lambda done, index=index: gateway.create(data_oid(vid, index), ObjectId(0), 0, b"x", True, done),  # type: ignore[misc]
+            partial(gateway.create, data_oid(vid, index), NO_OID, 0, b"x", True),
         )
         assert not result, Result(result)
 
@@ -186,7 +194,7 @@ def test_late_zeros_stay_where_they_are() -> None:
     for index in (0, 1):
         result, data = wait_for(
             cluster.world,
-            lambda done, index=index: gateway.read(data_oid(first, index), 0, 1, done),  # type: ignore[misc]
+            partial(gateway.read, data_oid(first, index), 0, 1),
         )
         assert (result, bytes(data)) == (0, b"x")
 
@@ -257,7 +265,7 @@ def check(cluster: SimCluster, guest: Guest, seed: int) -> None:
     for index, owner in enumerate(entries):
         assert owner, f"seed {seed}: entry {index} is lost"
         oid = data_oid(Vid(owner), index)
-        result, data = wait_for(cluster.world, lambda done, oid=oid: gateway.read(oid, 0, BLOCK_SIZE, done))  # type: ignore[misc]
+        result, data = wait_for(cluster.world, partial(gateway.read, oid, 0, BLOCK_SIZE))
         assert not result, f"seed {seed}: object {oid:016x}: {Result(result)!r}"
         assert bytes(data) == block_of(index << 32 | guest.acknowledged[index]), f"seed {seed}: entry {index} is old"
     assert cluster.world.now_ns < 600 * SECOND

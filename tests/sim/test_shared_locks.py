@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, wait_for, write_map
@@ -116,7 +117,7 @@ def test_the_lock_goes_with_the_volume() -> None:
     for shared in (False, True):  # the snapshot is nobody's
         result, record = wait_for(
             cluster.world,
-            lambda done, shared=shared: operations.lock_vdi(NAME, b"", 1, shared, done),  # type: ignore[misc]
+            partial(operations.lock_vdi, NAME, b"", 1, shared),
         )
         assert (result, record.vid) == (0, vid)
     # `qemu-img info image#tag` beside the guest: what it opens and releases is not the guest's.
@@ -242,10 +243,10 @@ def test_what_one_path_has_written_the_others_read() -> None:
             index = chance.randrange(5)
             ended: list[None] = []
             run(chance.choice(paths).write(index, value), ended.append)
-            cluster.world.run_until(lambda: bool(ended), HEALTH_LIMIT_NS, "a write")  # noqa: B023
+            cluster.world.run_until(partial(bool, ended), HEALTH_LIMIT_NS, "a write")
             found: list[bytes] = []
             run(chance.choice(paths).read(index), found.append)
-            cluster.world.run_until(lambda: bool(found), HEALTH_LIMIT_NS, "a read")  # noqa: B023
+            cluster.world.run_until(partial(bool, found), HEALTH_LIMIT_NS, "a read")
             assert found[0] == block_of(value), f"seed {seed}, value {value}"
         invalidated += cluster.machines[0].node.coherence.is_invalidated(vid)
     assert invalidated, "nobody was ever invalidated in the end"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from struct import pack
 from typing import Any
 
@@ -11,7 +12,17 @@ from tests.sim.test_late_map_writes import create, new_vdi, running, wait_for, w
 
 from sheepdog.cluster.core.attributes import Attribute
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import ObjectId, Vid, btree_oid, data_oid, inode_oid, is_inode, vid_of, vmstate_oid
+from sheepdog.cluster.core.ids import (
+    NO_OID,
+    ObjectId,
+    Vid,
+    btree_oid,
+    data_oid,
+    inode_oid,
+    is_inode,
+    vid_of,
+    vmstate_oid,
+)
 from sheepdog.cluster.core.inode import BTREE_MAGIC, INNER_DEPTH, LEAF_DEPTH, map_offset
 from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
 from sheepdog.cluster.sim.audit import audit
@@ -77,7 +88,7 @@ def test_redundancy_changes_under_load(kills: bool) -> None:
                 world.after(chance.randrange(20 * MILLISECOND), machine.kill)
                 world.after(chance.randrange(100, 200) * MILLISECOND, machine.start)
             live(300 * MILLISECOND)
-            world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the answer")  # noqa: B023
+            world.run_until(partial(bool, answers), HEALTH_LIMIT_NS, "the answer")
             assert answers == [Result.SUCCESS]
             deadline_ns = world.now_ns + HEALTH_LIMIT_NS
             while kills and not cluster.healthy():
@@ -134,7 +145,7 @@ def test_vmstate_goes_with_its_snapshot() -> None:
         oid = vmstate_oid(vid, index)
         result, _ = wait_for(
             cluster.world,
-            lambda done, oid=oid: gateway.create(oid, ObjectId(0), 0, b"ram", False, done),  # type: ignore[misc]
+            partial(gateway.create, oid, NO_OID, 0, b"ram", False),
         )
         assert not result
     delete(cluster, b"guest")

@@ -194,3 +194,9 @@ def started(cluster: Cluster) -> Cluster:
     cluster.start()
     cluster.wait_members(cluster.count, range(cluster.count))
     return cluster
+
+
+def formatted(cluster: Cluster) -> Cluster:
+    """Started, with three copies of everything."""
+    started(cluster).format("-c", "3")
+    return cluster

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from operator import methodcaller
 from random import Random
 
 import pytest
@@ -162,7 +163,7 @@ class World:
                 self.ring[node], self.received[node] = ring, 0
                 if left or joined:
                     change = Change(tuple(self.groups[node]), left, joined)
-                    self.tell(node, lambda order, change=change: order.on_change(change))  # type: ignore[misc]
+                    self.tell(node, methodcaller("on_change", change))
                 self.announce_ring(node)
 
     # what processes do
