@@ -40,7 +40,10 @@ from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
-JOURNALED_BYTES: Final = 64 << 10  # larger writes go to the file at once and leave only their hashes in the journal
+# Larger writes go to the file at once and leave only their hashes in the journal. Without syncs the journal saves no
+# wait for the disk, so that writing twice pays for small ones only.
+JOURNALED_BYTES: Final = 64 << 10
+JOURNALED_BYTES_NOSYNC: Final = 16 << 10
 
 
 class ObjectStore:
@@ -72,6 +75,7 @@ class ObjectStore:
         self._on_disk_failure = on_disk_failure
         self._options = options
         self._nosync = options.nosync
+        self._journaled_bytes = JOURNALED_BYTES_NOSYNC if options.nosync else JOURNALED_BYTES
         self._random_bytes = random_bytes
         self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
         self._syncs = FileSyncs(disk, workers, self.copies.fail, self._synced, self._large_writes_done)
@@ -252,7 +256,7 @@ class ObjectStore:
             done(NoSpace(f"{copy.home.path} is full"))
             return
         copy.version = version
-        if length > JOURNALED_BYTES:
+        if length > self._journaled_bytes:
             kind = RecordKind.INTENT
         else:
             kind = RecordKind.WRITE
@@ -360,7 +364,7 @@ class ObjectStore:
             self.discard_file(copy, path)
             done(hashes)
             return
-        large = len(data) > JOURNALED_BYTES
+        large = len(data) > self._journaled_bytes
         kind = RecordKind.CREATE_LARGE if large else RecordKind.CREATE
         self.install(copy)
         record = Record(

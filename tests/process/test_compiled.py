@@ -41,6 +41,19 @@ def test_new_processes_take_what_was_compiled_of_these_sources(built: None) -> N
     assert file.endswith(".so" if current else ".py")
 
 
+def test_nothing_on_the_way_of_a_request_is_interpreted(built: None) -> None:
+    """Calls that the interpreter sees: of compiled functions none. A module that was split loses what it gave away."""
+    if ask()[0] == "False":
+        pytest.skip("what is compiled here is of other sources: make compile")
+    script = "from tests.sim.test_call_counts import costs; print(*(each for pair in costs() for each in pair))"
+    counted = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, compiled.VARIABLE: "1"}, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60,
+    ).stdout.split()  # fmt: skip
+    assert len(counted) == 6
+    assert max(map(float, counted)) < 1
+
+
 def test_the_environment_asks_for_the_plain_modules(built: None) -> None:
     taken, file = ask({compiled.VARIABLE: "0"})
     assert taken == "False"

@@ -19,7 +19,7 @@ from tests.support.stores import StoreDriver
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid
 from sheepdog.cluster.core.ports import Done
-from sheepdog.cluster.host.object_store import JOURNALED_BYTES
+from sheepdog.cluster.host.object_store import JOURNALED_BYTES, JOURNALED_BYTES_NOSYNC
 from sheepdog.cluster.host.replay import VERSION_GAP
 from sheepdog.cluster.host.store_options import StoreOptions
 
@@ -56,6 +56,7 @@ class Workload:
         self.rng = random.Random(seed)
         self.disk = SimDisk(seed, miss_rate=0.2)
         options = StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES)
+        self._journaled = JOURNALED_BYTES_NOSYNC if nosync else JOURNALED_BYTES
         self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
         self.started = len(self.disk.log)
         self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}
@@ -98,7 +99,7 @@ class Workload:
             after = bytearray(SIZE)
             after[offset : offset + length] = data
             widened = (last + 1) * BLOCK - first * BLOCK
-            operation = Operation(version, bytes(after), 0, BLOCKS - 1, widened > JOURNALED_BYTES)
+            operation = Operation(version, bytes(after), 0, BLOCKS - 1, widened > self._journaled)
             operations.append(operation)
             store.create(oid, SIZE, offset, data, version, durable, self._done(operation, durable, True))
         elif kind < 0.3:
@@ -109,7 +110,7 @@ class Workload:
             punch = kind < 0.42
             changed = bytearray(content)
             changed[offset : offset + length] = bytes(length) if punch else data
-            operation = Operation(version, bytes(changed), first, last, not punch and length > JOURNALED_BYTES - 8192)
+            operation = Operation(version, bytes(changed), first, last, not punch and length > self._journaled - 8192)
             operations.append(operation)
             done = self._done(operation, durable, durable)
             if punch:
