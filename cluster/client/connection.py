@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ PATIENCE_S = 30.0  # as in session
 CONNECT_LIMIT_S = 5.0
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
+SILENCE_S = 10.0  # nothing at all from a gateway: longer than any first answer takes
 GATHER_LIMIT = 1024  # IOV_MAX of Linux
 
 _ANSWER = Struct("<8xIII28x")  # id, data_length, result
@@ -49,10 +51,13 @@ class Broken(ConnectionError):
 class Connection:
     """One connection of one thread. A broken one is opened again within `patience_s`; 0 means never."""
 
-    def __init__(self, address: Address, patience_s: float = PATIENCE_S) -> None:
-        """Connects; OSError if nobody listens."""
+    def __init__(
+        self, address: Address, patience_s: float = PATIENCE_S, on_silence: Callable[[], None] | None = None
+    ) -> None:
+        """Connects; OSError if nobody listens. `on_silence` is told when the first answer does not come."""
         self.address = address
         self._patience_s = patience_s
+        self._on_silence = on_silence
         self._ids = itertools.count()
         self._head = bytearray(HEADER_SIZE)
         self._socket: socket.socket | None = connect(address)
@@ -107,6 +112,7 @@ class Connection:
         sock = self._send([request])
         space = into if into is not None else memoryview(bytearray(request.limit))
         head = self._head
+        self._expect_life(sock)
         got = sock.recvmsg_into([head, space] if request.limit else [head])[0]
         if got < HEADER_SIZE:
             receive(sock, memoryview(head)[got:])
@@ -131,6 +137,7 @@ class Connection:
                 self._send(fresh)
             sock = self._open()
             head = self._head
+            self._expect_life(sock)
             receive(sock, memoryview(head))
             number, length, result = _ANSWER.unpack_from(head)
             if number not in flight or length > flight[number].limit:
@@ -138,6 +145,12 @@ class Connection:
             data = memoryview(bytearray(length))
             receive(sock, data)
             requests += answer(flight.pop(number), result, data, bytes(head))
+
+    def _expect_life(self, sock: socket.socket) -> None:
+        """Once: something else may listen there, or a stopped process."""
+        tell, self._on_silence = self._on_silence, None
+        if tell is not None and not select.select([sock], [], [], SILENCE_S)[0]:
+            tell()
 
     def _number(self, request: Request) -> int:
         number = next(self._ids) & 0xFFFFFFFF

@@ -217,7 +217,7 @@ class Administration:
         )
 
     def _store_list(self, call: Call) -> None:
-        text = "".join(f"{name} " for name in STORE_NAMES[:2]).encode() + b"\0"
+        text = "".join(f"{name} " for name in reversed(STORE_NAMES[:2])).encode() + b"\0"
         call.done(Result.SUCCESS, text[: call.length])
 
     def _force_recover(self, call: Call) -> None:

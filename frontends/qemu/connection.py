@@ -175,7 +175,7 @@ class Clients:
         peer_reads = received[Kind.READ] + received[Kind.FETCH] + received[Kind.TABLE]
         peer_writes = received[Kind.SUBMIT] + received[Kind.APPLY]
         return Statistics(
-            gateway_active=self.busy_calls,
+            gateway_active=self.busy_calls - 1,  # without the request for these numbers
             peer_active=0,  # a peer's request is counted when it has been handled
             gateway_total=reads + writes + removes + flushes,
             peer_total=peer_reads + peer_writes + received[Kind.DROP] + received[Kind.FLUSH],

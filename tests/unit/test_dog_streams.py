@@ -121,6 +121,14 @@ def test_zeros() -> None:
 # -- what uses it
 
 
+def output(patched: pytest.MonkeyPatch, *words: str) -> bytes:
+    """The bytes that a command writes."""
+    out = io.BytesIO()
+    patched.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
+    assert main(words) == 0
+    return out.getvalue()
+
+
 def test_several_requests_are_under_way(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these commands would wait for ever if it asked for one part after the other."""
     sheep.create("a", 4 * WIDTH * MIB)
@@ -141,14 +149,11 @@ def test_several_requests_are_under_way(dog: Dog, sheep: FakeSheep, monkeypatch:
         patched.setattr(BlockingVolume, "read_into", with_all(BlockingVolume.read_into))
         assert dog("vdi", "write", "a", stdin=data) == (0, "", "")
         assert sheep.content(sheep.vid("a")) == data
-        assert dog("vdi", "read", "a")[1].encode(errors="surrogateescape") == data
+        assert output(patched, "vdi", "read", "a") == data
     dog("vdi", "snapshot", "-s", "new", "a")
     with monkeypatch.context() as patched:
         patched.setattr(Channel, "ask", with_all(Channel.ask))
-        out = io.BytesIO()
-        patched.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
-        assert main(["vdi", "backup", "a", "-F", "old", "-s", "new"]) == 0
-        stream = out.getvalue()
+        stream = output(patched, "vdi", "backup", "a", "-F", "old", "-s", "new")
     assert len(stream) == 8 + WIDTH * (16 + 4 * MIB) + 16
     with monkeypatch.context() as patched:
         patched.setattr(BlockingVolume, "write", with_all(BlockingVolume.write))
@@ -167,11 +172,8 @@ def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.Monk
     dog("vdi", "snapshot", "-s", "t2", "a")
     dog("vdi", "write", "a", "0", "3", stdin=b"now")
     assert dog("vdi", "backup", "a", "-s", "t2")[::2] == (64, "Please specify snapshots with '-F' and '-s' options\n")
-    out = io.BytesIO()
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", io.TextIOWrapper(out, write_through=True))
-        assert main(["vdi", "backup", "a", "-F", "t1", "-s", "t2"]) == 0
-        stream = out.getvalue()
+        stream = output(patched, "vdi", "backup", "a", "-F", "t1", "-s", "t2")
     assert len(stream) == 8 + 16 + 512 + 16
     assert stream[:20] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000")
     assert stream[20:24] == crc32(stream[24:536], crc32(stream[:20])).to_bytes(4, "little")

@@ -25,6 +25,7 @@ from typing import Any
 import zstandard
 
 from sheepdog.cluster.core.messages import Buffer
+from sheepdog.tools.dog.window import is_zero
 
 CHUNK_BYTES = 4 << 20
 FORMAT = "sheepdog cluster snapshots 1\n"
@@ -74,7 +75,7 @@ class Archive:
                 if path.exists() and any(path.iterdir()):
                     raise ArchiveError(f"{path} holds something else")
                 for directory in (path, self._chunks, self._states):
-                    directory.mkdir(parents=True, exist_ok=True)
+                    directory.mkdir(exist_ok=True)
                 _write(marker, FORMAT.encode())
             if marker.read_text() != FORMAT:
                 raise ArchiveError(f"{path} has a format that this version does not know")
@@ -98,7 +99,7 @@ class Archive:
 
     def put(self, data: Buffer) -> str:
         """Stores at most CHUNK_BYTES; their name."""
-        if bytes(data).count(0) == len(data):
+        if is_zero(data):
             return HOLE
         name = digest(data)
         place = self._place(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from sheepdog.cluster.client.address import Address
+from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import Member, NodeId, format_address
@@ -33,8 +33,8 @@ class Context:
         self._connections: dict[tuple[str, int], Connection] = {}
         self._nodes: list[Member] | None = None
         self.epoch = 0  # known once the nodes are
-        host = options.get("address") or os.environ.get("SHEEPDOG_DOG_ADDR") or DEFAULT_HOST
-        port = options.get("port") or os.environ.get("SHEEPDOG_DOG_PORT") or DEFAULT_PORT
+        host = options.get("address", os.environ.get("SHEEPDOG_DOG_ADDR") or DEFAULT_HOST)
+        port = options.get("port", os.environ.get("SHEEPDOG_DOG_PORT") or DEFAULT_PORT)
         self.host = check_host(host)
         self.port = check_port(port)
 
@@ -106,11 +106,11 @@ class Context:
 
 def dial(address: Address) -> Connection:
     """A connection without patience: a command says what is wrong and ends."""
+    where = describe(address)
     for _ in range(CONNECT_ATTEMPTS):
         try:
-            return Connection(address, patience_s=0)
+            return Connection(address, patience_s=0, on_silence=lambda: warn(f"no answer from {where} yet; waiting"))
         except OSError as error:
-            where = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
             warn(f"failed to connect to {where}: {error.strerror or error}")
     raise Unreachable
 
@@ -124,6 +124,8 @@ def check_host(text: str) -> str:
             continue
         return text
     try:
+        if not text:
+            raise OSError
         return str(socket.getaddrinfo(text, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:
         raise Failure(f"Invalid ip address {text}", 1) from error

@@ -29,8 +29,6 @@ def read(context: Context) -> None:
     try:
         for data in in_order(_reads(volume, offset, end)):
             out.write(data)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         raise Failure(f"{_reason(error)}Failed to read VDI") from error
     out.flush()

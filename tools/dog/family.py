@@ -97,6 +97,11 @@ def graph(context: Context) -> None:
     print("}")
 
 
+def _quoted(text: str) -> str:
+    """Text between the quotes of a Graphviz file."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
 def _node(inode: InodeHeader) -> str:
     name = os.fsdecode(inode.name)
     date, clock = second(inode.create_time >> 32).split(" ")
@@ -109,11 +114,11 @@ def _node(inode: InodeHeader) -> str:
         ("Time:", clock),
     )
     # Each line is 16 wide: the label, then its value right-aligned.
-    label = "\\n".join(f"{title}{value:>{16 - len(title)}}" for title, value in values)
+    label = "\\n".join(_quoted(f"{title}{value:>{16 - len(title)}}") for title, value in values)
     lines = [
         f'  "{inode.parent_vdi_id:x}" -> "{inode.vdi_id:x}";',
         f'  "{inode.vdi_id:x}" [',
-        f'    group = "{name}",',
+        f'    group = "{_quoted(name)}",',
         f'    label = "{label}"' + ("" if inode.is_snapshot else ","),
     ]
     if not inode.is_snapshot:

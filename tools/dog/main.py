@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.options import TRY_HELP, USAGE_ERROR, Failure, Option, UsageFailure, parse
+from sheepdog.tools.dog.standard import OutputLost, give_up_output, prepare
 from sheepdog.tools.dog.table import JSON, Command, run_of
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status as in cli.md 2.1."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names are bytes
+    """Exit status as in cli.md 2.1. Without `arguments` this is the process of the command that was typed."""
+    if arguments is None:
+        prepare()
     try:
-        code = _dispatch(words)
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader had enough: `dog vdi list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except OutputLost as error:
+        give_up_output()
+        code = 1 if error.reader_left else _complain(f"dog: cannot write the output: {error}", 2)
     except KeyboardInterrupt:
         code = INTERRUPTED
     return code
@@ -98,8 +98,6 @@ def _unexpected(error: Exception) -> int:
     from sheepdog.cluster.client.errors import SheepError
     from sheepdog.tools.dog.output import text
 
-    if isinstance(error, BrokenPipeError):
-        raise error
     if isinstance(error, SheepError):
         return _complain(text(error.result), 1)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -140,7 +138,7 @@ def usage(path: Sequence[str], command: Command, options: Sequence[Option]) -> s
     lines.append("Options:")
     for option in options:
         name = f"-{option.letter}, --{option.long}" if option.letter else f"--{option.long}"
-        lines.append(f"  {name:<24}{option.help}")
+        lines.append(f"  {name:<23} {option.help}")
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +146,9 @@ def overview() -> str:
     """All commands; ends with a newline."""
     lines = ["Sheepdog administrator utility", "Usage: dog <command> <subcommand> [options]", "", "Available commands:"]
     for noun, available in COMMANDS.items():
-        lines += [f"  {noun + ' ' + command.name:<24}{command.help}" for command in available]
+        for command in available:
+            words = noun if command.name == noun else f"{noun} {command.name}"
+            lines.append(f"  {words:<24}{command.help}")
     lines += ["", 'For more information, type "dog <command> <subcommand> --help".']
     return "\n".join(lines) + "\n"
 

@@ -5,12 +5,13 @@ Holes stay holes. qcow2 goes through qemu-img and a sparse raw file beside the t
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
@@ -47,7 +48,7 @@ def _format(context: Context, path: str) -> str:
 
 
 def export(context: Context) -> None:
-    """All bytes of a volume or snapshot; a file is made anew, and not there at all if that fails."""
+    """All bytes of a volume or snapshot, to a file, a device or stdout."""
     word, path = context.argument(0), context.argument(1, "Please specify the file")
     kind = _format(context, path)
     tag, snap_id = snapshot_option(context)
@@ -57,22 +58,50 @@ def export(context: Context) -> None:
         _copy_out(volume, sys.stdout.buffer, sparse=False)
         sys.stdout.buffer.flush()
         return
-    target = Path(path)
-    with _beside(target) as part:
+    target = Path(path).resolve()
+    try:
+        if target.exists() and not target.is_file():
+            _export_to_device(volume, target, kind)
+        else:
+            _export_to_file(volume, target, kind)
+    except OSError as error:
+        raise Failure(f"Failed to export {word}: {_reason(error)}") from error
+
+
+def _export_to_device(volume: BlockingVolume, target: Path, kind: str) -> None:
+    """Into what is there and stays there: a block device, a named pipe."""
+    if kind != "raw":
+        raise Failure("Only raw data goes to a device or a pipe")
+    with target.open("wb", buffering=0) as out:
+        _copy_out(volume, out, sparse=False)
         try:
-            with part.open("wb") as out:
-                _copy_out(volume, out, sparse=True)
-                out.truncate(volume.size)
-                out.flush()
-                os.fsync(out.fileno())
-            if kind == "qcow2":
-                with _beside(target) as converted:
-                    _qemu_img("convert", "-f", "raw", "-O", "qcow2", str(part), str(converted))
-                    converted.replace(target)
-            else:
-                part.replace(target)
+            os.fsync(out.fileno())
         except OSError as error:
-            raise Failure(f"Failed to export {word}: {_reason(error)}") from error
+            if error.errno != errno.EINVAL:  # a pipe has nothing to make durable
+                raise
+
+
+def _export_to_file(volume: BlockingVolume, target: Path, kind: str) -> None:
+    """A file made anew, and not there at all if that fails; with the permissions of the one that it replaces."""
+    with _beside(target) as part:
+        with part.open("wb") as out:
+            _copy_out(volume, out, sparse=True)
+            out.truncate(volume.size)
+            out.flush()
+            os.fsync(out.fileno())
+        if kind == "raw":
+            _put_in_place(part, target)
+            return
+        with _beside(target) as converted:
+            _qemu_img("convert", "-f", "raw", "-O", "qcow2", str(part), str(converted))
+            _put_in_place(converted, target)
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    part.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~mask)
+    part.replace(target)
 
 
 def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
@@ -81,9 +110,16 @@ def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
         if data is None:
             out.seek(length, os.SEEK_CUR)
         else:
-            out.write(data)
+            _write_all(out, data)
         progress.advance(length)
     progress.end()
+
+
+def _write_all(out: BinaryIO, data: Buffer) -> None:
+    """A device may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]
 
 
 def _reads(volume: BlockingVolume, sparse: bool) -> Iterator[Callable[[], tuple[int, Buffer | None]]]:
@@ -116,7 +152,7 @@ def import_file(context: Context) -> None:
     name = name_of(word)
     copies, policy = parse_redundancy(context.value("copies")) if context.flag("copies") else (0, 0)
     shift = parse_shift(context.value("block_size_shift")) if context.flag("block_size_shift") else 0
-    with _source(path, kind) as source:
+    with _opened(path, kind) as source:
         size = 0 if path == STREAM else source.seek(0, os.SEEK_END)
         connection = context.gateway()
         try:
@@ -133,6 +169,17 @@ def import_file(context: Context) -> None:
             if isinstance(error, OSError):
                 raise Failure(f"Failed to import {word}: {_reason(error)}") from error
             raise
+
+
+@contextmanager
+def _opened(path: str, kind: str) -> Iterator[BufferedIOBase]:
+    """`_source`, with words for a file that cannot be read."""
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(_source(path, kind))
+        except OSError as error:
+            raise Failure(f"Failed to read {path}: {error.strerror}", 2) from error
+        yield source
 
 
 @contextmanager
