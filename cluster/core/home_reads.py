@@ -47,8 +47,9 @@ class HomeReads:
         if home.is_lost(oid):
             done(Result.EIO, b"")
             return
-        policy = home.context.policy_of(oid)
-        if not home.exists(oid, policy):
+        is_here = home.context.store.version(oid) is not None  # then it is kept as whole copies
+        policy = None if is_here else home.context.policy_of(oid)
+        if not is_here and not home.exists(oid, policy):
             done(home.absent(oid), b"")
             return
 
