@@ -78,6 +78,9 @@ class Follower(Operation):
     def _reload(self) -> list[Request]:
         """Learns the current vid, unless somebody else just did or does so; then `_reloaded`."""
         machine = self._machine
+        if machine.sharing:  # others have maps, too: ours must not replace what they have written
+            self.error = SheepError(Result.READONLY)
+            return self._reloaded()
         if machine.vid != self._vid:
             return self._reloaded()
         if machine.reloading:

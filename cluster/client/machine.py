@@ -68,6 +68,7 @@ class VolumeMachine:
         self.entries = entries
         self.read_only = read_only
         self.caching = True  # until a flush is answered "there is no cache": then nothing is volatile
+        self.sharing = False  # other clients change the map, too (client.shared)
         self.reloading = False
         self.map_changed = False  # by us, since this inode became ours
         self.map_writes = 0  # acknowledged with CACHE ...

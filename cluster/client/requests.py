@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid
+from sheepdog.cluster.core.inode import MAP_END
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.wire.header import OBJECT_REQUEST, VDI_REQUEST, VdiRequest
 from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, Flags, Opcode
@@ -14,6 +15,9 @@ _pack_object = OBJECT_REQUEST.struct.pack
 _READ, _WRITE = int(Opcode.READ_OBJ), int(Opcode.WRITE_OBJ)
 _CREATE, _FLUSH = int(Opcode.CREATE_AND_WRITE_OBJ), int(Opcode.FLUSH_VDI)
 _ZERO, _MAP = int(Opcode.ZERO_OBJ), int(Opcode.MAP_OBJ)
+_COHERENT = frozenset((_READ, _WRITE, _CREATE, _ZERO))
+_OPCODE, _FLAGS = 1, 2  # bytes of the header; TGT is in the lower byte of the flags
+SHARED = 1  # lock_type
 
 
 class Request:
@@ -68,3 +72,27 @@ def lookup(name: bytes, tag: bytes = b"", snap_id: int = 0, step: Any = None) ->
     payload = pack_names(name, tag)
     fields = VdiRequest(GATEWAY_VERSION, Opcode.GET_VDI_INFO, Flags.WRITE, data_length=len(payload), snap_id=snap_id)
     return Request(bytearray(VDI_REQUEST.pack(fields)), payload, 0, step)
+
+
+def whole_inode(vid: Vid) -> Request:
+    """The read by which a participant of a shared volume learns the newest map (protocol.md 8.6)."""
+    return Request(read_header(inode_oid(vid), 0, MAP_END), b"", MAP_END)
+
+
+def lock_shared(name: bytes) -> Request:
+    """LOCK_VDI of the working volume, for several at a time; answered by a VDI response."""
+    payload = pack_names(name)
+    fields = VdiRequest(GATEWAY_VERSION, Opcode.LOCK_VDI, Flags.WRITE, data_length=len(payload), lock_type=SHARED)
+    return Request(bytearray(VDI_REQUEST.pack(fields)), payload)
+
+
+def release_shared(vid: Vid) -> Request:
+    fields = VdiRequest(GATEWAY_VERSION, Opcode.RELEASE_VDI, base_vdi_id=vid, lock_type=SHARED)
+    return Request(bytearray(VDI_REQUEST.pack(fields)))
+
+
+def understanding_coherence(header: bytearray) -> bytearray:
+    """The same request, which may be answered INODE_INVALIDATED where that means something."""
+    if header[_OPCODE] in _COHERENT:
+        header[_FLAGS] |= Flags.TGT
+    return header

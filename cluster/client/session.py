@@ -18,7 +18,7 @@ import itertools
 import socket
 from collections.abc import Callable, Sequence
 from struct import Struct
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 from sheepdog.cluster.client.address import Address, candidates, describe, prepare
 from sheepdog.cluster.client.errors import SheepError
@@ -75,8 +75,10 @@ def _answer_length(buffer: Buffer, start: int) -> int:
 class Session:
     """One connection. All methods belong to the loop's thread."""
 
-    def __init__(self, address: Address, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: Address, patience_s: float = PATIENCE_S, lasting: bool = True) -> None:
+        """`lasting`: a broken connection is opened again. Otherwise the session ends with it."""
         self.address = address
+        self._lasting = lasting
         self._patience_s = patience_s
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
@@ -99,11 +101,16 @@ class Session:
         self._watching: asyncio.TimerHandle | None = None
 
     @classmethod
-    async def open(cls, address: Address, patience_s: float = PATIENCE_S) -> Session:
+    async def open(cls, address: Address, patience_s: float = PATIENCE_S, lasting: bool = True) -> Self:
         """Connects once; OSError if nobody listens there."""
-        session = cls(address, patience_s)
+        session = cls(address, patience_s, lasting)
         session._attach(await session._dial(address))
         return session
+
+    @property
+    def is_over(self) -> bool:
+        """Every request fails from now on."""
+        return self._closed
 
     # -- requests
 
@@ -302,7 +309,10 @@ class Session:
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._flight and not self._closed:
+        if not self._lasting:
+            self._closed = True
+            self._fail_all()
+        elif self._flight and not self._closed:
             self._reconnect()  # an idle session waits for its next request
 
     def _refused(self) -> None:

@@ -44,6 +44,10 @@ class Coherence:
             record = vdis.heir(vid)
         return record if record is not None and record.lock == LockState.SHARED else None
 
+    def is_shared(self, vid: Vid) -> bool:
+        """Several clients may have this volume open, each with a map of its own."""
+        return self._shared(vid) is not None
+
     def is_invalidated(self, vid: Vid) -> bool:
         """The client of this gateway must read the inode again before anything else."""
         record = self._shared(vid)

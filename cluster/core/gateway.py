@@ -96,8 +96,12 @@ class Gateway:
             return
         size = self.context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
+        among_others = self.coherence is not None and self.coherence.is_shared(vid_of(oid))
         if not cow_oid or len(data) >= size:
-            self.router.change(oid, flags, offset, size, data, 0, done)
+            if among_others:
+                self._create_among_others(oid, b"", offset, data, durable, done)
+            else:
+                self.router.change(oid, flags, offset, size, data, 0, done)
             return
         if size > COPY_CHUNK_BYTES:
             copy_large(self, oid, cow_oid, size, offset, data, flags, done)
@@ -107,6 +111,9 @@ class Gateway:
             if result:
                 done(result, b"")
                 return
+            if among_others:
+                self._create_among_others(oid, source, offset, data, durable, done)
+                return
             whole = bytearray(source)
             whole[offset : offset + len(data)] = data
             # The source was read outside any drain: look again whether the volume may be written.
@@ -114,6 +121,20 @@ class Gateway:
                 self.router.change(oid, flags, 0, size, whole, 0, done)
 
         self.router.read(cow_oid, 0, size, copied)
+
+    def _create_among_others(
+        self, oid: ObjectId, content: Buffer, offset: int, data: Buffer, durable: bool, done: IoDone
+    ) -> None:
+        """A client behind another gateway may make the object, too: who comes second only writes his range."""
+
+        def made(result: int, _: Buffer) -> None:
+            if result:
+                done(result, b"")
+            else:
+                self.write(oid, offset, data, durable, done)
+
+        flags = Flag.CREATE | Flag.ONLY_NEW | (Flag.DURABLE if durable else 0)
+        self.router.change(oid, flags, 0, self.context.size_of(oid), content, 0, made)
 
     def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None:
         """Makes a range of an existing object read as zeros; whole blocks of it become holes."""

@@ -196,7 +196,7 @@ class Requests:
         oid, offset = _object_of(call)
         if not is_data(oid) or call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
-        else:
+        elif not (call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written)):
             self._gateway.zero(oid, offset, call.length, _durable(call), call.written)
 
     def _map(self, call: Call) -> None:
