@@ -97,6 +97,12 @@ class ExhaustedResources(StoreError):
     result = Result.NO_MEM
 
 
+class NoWayBack(StoreError):
+    """The strip does not know how to get to the version that is wanted: it has to be rebuilt."""
+
+    result = Result.STALE_OBJ
+
+
 class OutOfRange(StoreError):
     """The range is empty or not inside the object."""
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import xor
-from sheepdog.cluster.core.errors import DiskError, NoObject, Result, StoreError
+from sheepdog.cluster.core.errors import DiskError, NoObject, NoWayBack, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
 from sheepdog.cluster.core.limits import LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
@@ -20,12 +20,6 @@ from sheepdog.cluster.core.origins import decode_origins
 from sheepdog.cluster.core.ports import Done, ReadDone
 from sheepdog.cluster.core.strip_levels import Leveled
 from sheepdog.cluster.core.strip_undo import NO_STRIPS, Undo, UndoLog
-
-
-class NoWayBack(StoreError):
-    """The strip does not know how to get to the version that is wanted: it has to be rebuilt."""
-
-    result = Result.STALE_OBJ
 
 
 class _Look:
