@@ -1,0 +1,192 @@
+"""A real daemon as its surroundings see it: command line, directories, pid file, logs and their rotation, signals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support import needs
+from tests.support.cluster import Cluster
+from tests.support.processes import BIN, alive, environment, run, wait_until
+
+WAIT_S = 30.0
+SERVER_LINE = re.compile(r"[A-Z][a-z]{2} \d\d \d\d:\d\d:\d\d [ A-Z]{6} \[[^]]+\] [\w<>]+\(\d+\) .*")
+DEFAULT_LINE = re.compile(r"[ A-Z]{6} \[[^]]+\] [\w<>]+\(\d+\) .*")
+STARTED, ENDED = "sheepdog daemon (version ", "shutdown"
+
+
+@pytest.fixture
+def single(new_cluster: Callable[..., Cluster]) -> Cluster:
+    """One node, not started."""
+    return new_cluster(1)
+
+
+def messages(log: Path) -> str:
+    return log.read_text() if log.exists() else ""
+
+
+def holds(log: Path, part: str) -> Callable[[], bool]:
+    return lambda: part in messages(log)
+
+
+def test_a_daemon_from_its_start_to_its_end(single: Cluster, directory: Path) -> None:
+    store, pid_file = single.store(0), directory / "pid"
+    began = run(single.command(0, ["-P", str(pid_file)]))
+    assert (began.stdout, began.stderr) == (b"", b"")
+    single.wait_members(1)
+
+    (pid,) = single.pids(0)  # one process, and no helper beside it
+    assert pid_file.read_text() == f"{pid}\n"
+    assert pid_file.stat().st_mode & 0o777 == 0o600
+    with pid_file.open("r+") as held, pytest.raises(BlockingIOError):
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert run(["pgrep", "-f", f"{BIN}/sheep {store} "]).stdout.split() == [str(pid).encode()]
+    assert os.readlink(f"/proc/{pid}/cwd") == str(store)
+    assert [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+    assert os.getsid(pid) not in (pid, os.getsid(0))
+
+    assert store.stat().st_mode & 0o777 == 0o750
+    single.format("-c", "1")
+    assert {"epoch", "lock", "obj", "sheep.log", "sock"} <= {entry.name for entry in store.iterdir()}
+    assert [entry.name for entry in (store / "epoch").iterdir()] == ["00000001"]
+    assert (store / "obj" / ".stale").is_dir()
+    single.dog("vdi", "create", "a", "1M")
+    assert list(single.objects(0)) == ["8001ec8c00000000"]
+
+    second = run([*single.command(0), "-f"], check=False)
+    assert (second.returncode, second.stdout) == (1, b"")
+    assert second.stderr.decode() == f"another sheep daemon is using {store}\nlocking directory: {store} failed\n"
+
+    single.kill(0, signal.SIGTERM)
+    assert not pid_file.exists()
+    assert not (store / "sock").exists()
+    lines = messages(single.log(0)).splitlines()
+    assert all(map(SERVER_LINE.fullmatch, lines)), lines
+    assert STARTED in lines[0] and lines[-1].endswith(f") {ENDED}")
+
+
+def test_rotation_while_clients_write(single: Cluster, directory: Path) -> None:
+    log = single.log(0)
+    single.start()
+    single.wait_members(1)
+    single.format("-c", "1")
+    single.dog("vdi", "create", "a", "64M")
+    (pid,) = single.pids(0)
+    port = str(single.port(0))
+    writer = subprocess.Popen(
+        [BIN / "dog", "vdi", "write", "-p", port, "a"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert writer.stdin is not None
+    for number in range(8):
+        old = log.rename(directory / f"sheep.log.{number}")
+        writer.stdin.write(os.urandom(8 << 20))
+        os.kill(pid, signal.SIGHUP)
+        wait_until(log.exists, WAIT_S, "a new log")
+        size = old.stat().st_size
+        single.dog("node", "log", "level", "set", "debug")
+        single.dog("node", "log", "level", "set", "info")
+        assert old.stat().st_size == size, "nothing is written to a log that was taken away"
+    _, errors = writer.communicate(timeout=WAIT_S)
+    assert (writer.returncode, errors) == (0, b"")
+    single.kill(0, signal.SIGTERM)
+    assert messages(log).rstrip().endswith(ENDED)
+
+
+def test_mistakes_that_only_the_log_tells(single: Cluster, directory: Path) -> None:
+    """A busy port, an unwritable pid file: the start has returned already, the daemon is gone."""
+    log = single.log(0)
+    with socket.create_server(("", single.port(0))):
+        run(single.command(0))
+        wait_until(lambda: not single.pids(0), WAIT_S, "the end of the daemon")
+        assert "cannot listen on any address port" in messages(log)
+        told = run([*single.command(0), "-f"], check=False)
+        assert told.returncode == 1 and b"Address already in use" in told.stderr
+    run([*single.command(0), "-P", str(directory / "no" / "where")])
+    wait_until(lambda: not single.pids(0), WAIT_S, "the end of the daemon")
+    assert "cannot create the pid file" in messages(log)
+
+
+@pytest.mark.parametrize(("number", "style"), [(signal.SIGINT, "json"), (signal.SIGTERM, "default")])
+def test_in_the_foreground(single: Cluster, number: signal.Signals, style: str) -> None:
+    """dst=stdout implies -f; an orderly end has status 0."""
+    command = [*single.command(0), "-l", f"dst=stdout,format={style}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    try:
+        wait_until(lambda: bool(single.pids(0)), WAIT_S, "the daemon")
+        single.wait_members(1)
+        single.format("-c", "1")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, err) == (0, b"")
+    lines = out.decode().splitlines()
+    if style == "json":
+        records = [json.loads(line) for line in lines]
+        assert {tuple(record) for record in records} == {("time", "level", "thread", "function", "line", "message")}
+        said = [record["message"] for record in records]
+    else:
+        assert all(map(DEFAULT_LINE.fullmatch, lines)), lines
+        said = [line.partition(") ")[2] for line in lines]
+    assert said[0].startswith(STARTED) and said[-1] == ENDED
+    assert not single.log(0).exists()
+
+
+@pytest.fixture
+def system_log(directory: Path) -> Iterator[socket.socket]:
+    """Receives what is sent to /dev/log by those who see this directory's `dev` as /dev."""
+    (directory / "dev").mkdir()
+    for name in ("null", "zero", "urandom", "random"):
+        status = os.stat(f"/dev/{name}")
+        os.mknod(directory / "dev" / name, status.st_mode, status.st_rdev)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(directory / "dev" / "log"))
+        sock.settimeout(WAIT_S)
+        yield sock
+
+
+def test_the_system_log(new_cluster: Callable[..., Cluster], directory: Path, system_log: socket.socket) -> None:
+    needs.root()
+    needs.program("unshare")
+    inside = ["unshare", "--mount", "sh", "-c", f'mount --bind {directory}/dev /dev && exec "$@"', "sh"]
+    cluster = new_cluster(1, prefix=inside, options=("-n", "-l", "dst=syslog"))
+    cluster.start()
+    cluster.wait_members(1)
+    (pid,) = cluster.pids(0)
+    cluster.kill(0, signal.SIGTERM)
+    lines: list[str] = []
+    while not lines or not lines[-1].endswith(f") {ENDED}"):
+        lines.append(system_log.recv(65536).decode())
+    shape = re.compile(rf"<(\d+)>[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d sheep\[{pid}\]: *([A-Z]+) \[main\] .*")
+    levels = {"INFO": 6, "NOTICE": 5, "WARN": 4}
+    for line in lines:
+        found = shape.fullmatch(line)
+        assert found, line
+        assert int(found[1]) == 3 * 8 + levels[found[2]], "facility daemon, and the level of the message"
+    assert STARTED in lines[0]
+    assert not cluster.log(0).exists()
+
+
+def test_gateways_end_when_the_last_storing_node_leaves(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(2)
+    with ExitStack() as ending:
+        cluster.start(0)
+        gateway = subprocess.Popen([*cluster.command(1, ["-g"]), "-f"], env=environment(), stderr=subprocess.DEVNULL)
+        ending.callback(gateway.kill)
+        cluster.wait_members(2, (0, 1))
+        cluster.format("-c", "1")
+        assert [line.split()[2] for line in cluster.dog("node", "list", "-r").splitlines()] == ["128", "0"]
+        cluster.kill(0, signal.SIGTERM)
+        assert gateway.wait(WAIT_S) == 0
+    assert "only gateway nodes are remaining, exiting" in messages(cluster.log(1))
+    assert not any(map(alive, cluster.pids(1)))
