@@ -80,6 +80,7 @@ class CacheEntries:
                     self._dirtied(entry, want)
             then(failure)
             self.leave(entry)
+            self.pusher.ready(entry)
 
         groups = groups_of(want) & ~entry.marked if dirty else 0
         if groups:

@@ -7,7 +7,6 @@ blocks whose push failed stay dirty.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from sheepdog.cluster.core.context import Context
@@ -50,7 +49,8 @@ class Pusher:
         self._gone = gone
         self._number = 0
         self._under_way = 0
-        self._queue: deque[CachedObject] = deque()
+        self._queue: dict[CachedObject, int] = {}  # blocks whose push has not begun, in this order
+        self._beginning = False
         self._waits: dict[_Wait, None] = {}
 
     def push(self, objects: list[CachedObject], done: Callable[[int], None], only: int = -1) -> None:
@@ -62,22 +62,39 @@ class Pusher:
                 wait.left.append((entry, pushing, 0))
             if dirty:
                 wait.left.append((entry, dirty, self._number + 1))
-            self._queue.append(entry)
+                self._queue[entry] = self._queue.get(entry, 0) | dirty
         if not wait.left:
             done(Result.SUCCESS)
             return
         self._waits[wait] = None
         self._go_on()
 
+    def ready(self, entry: CachedObject) -> None:
+        """Blocks of the object may have become ready for a push that somebody waits for."""
+        wanted = 0
+        for wait in self._waits:
+            for one, blocks, _ in wait.left:
+                if one is entry:
+                    wanted |= blocks
+        if wanted & entry.dirty:
+            self._queue[entry] = self._queue.get(entry, 0) | wanted & entry.dirty
+            self._go_on()
+
     def _go_on(self) -> None:
+        if self._beginning:
+            return  # the store has answered at once: the loop below sees to the rest
+        self._beginning = True
         while self._queue and self._under_way < CACHE_PUSHES:
-            entry = self._queue[0]
-            ready = entry.dirty & ~entry.pushing & ~entry.writing
+            entry, blocks = next(iter(self._queue.items()))
+            ready = blocks & entry.dirty & ~entry.pushing & ~entry.writing
             if not ready or entry.volume.over:
-                self._queue.popleft()
+                del self._queue[entry]
                 continue
             first, count = next(runs(ready))
-            self._push(entry, first, min(count, _MOST))
+            count = min(count, _MOST)
+            self._queue[entry] = blocks & ~span(first, count)  # each once: what fails waits for the next push
+            self._push(entry, first, count)
+        self._beginning = False
 
     def _push(self, entry: CachedObject, first: int, count: int) -> None:
         bits = span(first, count)
@@ -125,8 +142,7 @@ class Pusher:
             self._context.probe("cache.dirty_again" if not result else "cache.push_failed")
         self._tell(entry, bits, number, result)
         self._moved(entry)
-        if not result:
-            self._queue.append(entry)
+        self.ready(entry)
         self._go_on()
 
     def _tell(self, entry: CachedObject, bits: int, number: int, result: int) -> None:

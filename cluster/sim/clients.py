@@ -178,6 +178,7 @@ class BlockClient:
         self.durable_chance = 0.3
         self.flush_chance = 0.02
         self.hang_up_chance = 0.0
+        self.roam_chance = 0.02
         self.requests = 0
         self._asked_ns = 0
         self.longest_ns = 0  # that a request was under way
@@ -193,7 +194,7 @@ class BlockClient:
         if self.stopped:
             return
         random, volume = self._random, self._volume
-        if random.random() < 0.02:
+        if random.random() < self.roam_chance:
             self._door.move()
         self.requests += 1
         self._asked_ns = self._world.now_ns

@@ -41,11 +41,13 @@ class Scenario:
     faults: Faults = field(default_factory=Faults)
     make_node: NodeFactory = Node
     cache_bytes: int = 0  # of each gateway's object cache; 0: none
+    doors: int = 0  # how many machines the clients begin at; 0: all that store
     gateways: int = 0  # more machines, which store nothing
     zone_of: tuple[int, ...] = ()  # failure domain of each machine; empty: every machine is one
     session_ns: int = 0  # of the membership engine; 0: only proven deaths count (cluster.sim.engine)
     think_ns: int = 2 * MILLISECOND  # the longest pause of a client between two requests
     durable_chance: float = 0.3
+    roam_chance: float = 0.02  # of a client to talk to another gateway from the next request on
     hang_up_chance: float = 0.0  # of a client's connection to break over a request
     owner_policy: int = 0  # like `policy`, of the owners' volumes
     flushes: bool = False  # owners make their writes durable by flushes
@@ -133,10 +135,11 @@ class Run:
     def _start_clients(self, volume: Volume) -> None:
         values = [0]
         for number in range(self.scenario.clients):
-            door = Door(self.cluster, f"client{number}", number % self.scenario.machines)
+            door = Door(self.cluster, f"client{number}", number % (self.scenario.doors or self.scenario.machines))
             client = BlockClient(door, volume, self.history, values, self.errors)
             client.durable_chance = self.scenario.durable_chance
             client.think_ns = self.scenario.think_ns
+            client.roam_chance = self.scenario.roam_chance
             client.hang_up_chance = self.scenario.hang_up_chance
             self.doors.append(door)
             self.clients.append(client)

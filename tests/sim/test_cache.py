@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.sim.test_late_map_writes import wait_for
 
 from sheepdog.cluster.core.cache import Cache
-from sheepdog.cluster.core.errors import DiskError, NoSpace, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume, value_of
@@ -38,16 +39,19 @@ def cached(name: str, **faults: float) -> Scenario:
         cached("cache, kills", kill=1.0),
         cached("cache, links and leaves", kill=0.5, link=1.0, leave=0.5),
         cached("cache, kills of everybody", kill=0.5, everybody=1.0),
+        replace(cached("cache, one gateway, kills", kill=1.0), doors=1, roam_chance=0.001, think_ns=MILLISECOND // 2),
     ],
     ids=lambda scenario: scenario.name,
 )
 def test_histories_are_linearizable(scenario: Scenario) -> None:
-    hits = 0
+    writes = hits = 0
     for seed in range(SEEDS):
         run = Run(scenario, seed)
         run.execute()
-        hits += sum(m.node.cache.local_writes for m in run.cluster.machines if m.node.cache is not None)
-    assert hits
+        caches = [machine.node.cache for machine in run.cluster.machines if machine.node.cache is not None]
+        writes += sum(cache.local_writes for cache in caches)
+        hits += sum(cache.reads.hits for cache in caches)
+    assert writes and (hits or not scenario.doors)
 
 
 class Owner:
@@ -176,6 +180,85 @@ def test_a_cache_disk_that_takes_no_more(seed: int, fault: type[StoreError]) -> 
     disk.fault = None
     assert not world.flush()
     assert world.in_cluster(1, 0) == 8
+
+
+@pytest.mark.parametrize("error", [DiskError, Corrupt])
+@pytest.mark.parametrize("seed", range(4))
+def test_dirty_data_that_cannot_be_read(seed: int, error: type[StoreError], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error for it and for the flush, never the older bytes of the cluster; the rest is served. A write mends it."""
+    world = Owner(seed)
+    world.become_owner()
+    assert not world.write(0, 0, 7) and not world.write(1, 0, 8) and not world.flush()
+    assert not world.write(0, 0, 9)
+    store = world.cache().entries.store
+    bad, read = data_oid(world.volume.vid, 0), store.read
+
+    def failing(oid: ObjectId, offset: int, length: int, done: Any) -> None:
+        if oid == bad and offset < BLOCK_SIZE:
+            done(Corrupt("rotten", (0,)) if error is Corrupt else error("unreadable"))
+        else:
+            read(oid, offset, length, done)
+
+    monkeypatch.setattr(store, "read", failing)
+    assert world.read(0, 0) == -Result.EIO
+    assert world.flush() == Result.EIO and world.flush(OTHER) == Result.EIO
+    assert world.read(0, 0, OTHER) < 0, "the cluster's bytes are older"
+    assert (world.read(0, 5), world.read(1, 0)) == (1, 8)
+    assert world.cache().volumes.dirty_blocks() == 1
+    monkeypatch.undo()
+    assert not world.write(0, 0, 10) and not world.flush()
+    assert (world.in_cluster(0, 0), world.read(0, 0, OTHER)) == (10, 10)
+
+
+def test_a_flush_while_the_same_block_is_written_again() -> None:
+    """It waits for that write, not for the next push by age."""
+    world = Owner(1)
+    world.become_owner()
+    assert not world.write(0, 0, 7)
+    oid, results = data_oid(world.volume.vid, 0), list[int]()
+    world.cache().write(oid, 0, block_of(8), False, lambda result, _: results.append(result))
+    assert world.cache().volumes.by_vid[Vid(world.volume.vid)].objects[ObjectId(oid)].writing
+    begun_ns = world.world.now_ns
+    assert not world.flush()
+    assert world.world.now_ns - begun_ns < world.cache().volumes.age_ns // 100
+    assert results == [0] and world.in_cluster(0, 0) == 8
+
+
+def test_many_dirty_blocks_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is tried once for a flush, also by a store that answers at once."""
+    world = Owner(1)
+    world.become_owner()
+    for block in range(0, 250, 2):
+        assert not world.write(0, block, block + 1)
+    tried: list[int] = []
+
+    def failing(oid: ObjectId, offset: int, length: int, done: Any) -> None:
+        tried.append(offset)
+        done(Corrupt("rotten"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(world.cache().entries.store, "read", failing)
+        assert world.flush() == Result.EIO
+    assert len(tried) == len(set(tried)) == 125
+    assert not world.flush() and world.in_cluster(0, 248) == 249
+
+
+@pytest.mark.parametrize("error", [DiskError, Corrupt])
+def test_clean_data_that_cannot_be_read_is_fetched_again(
+    error: type[StoreError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Owner(1)
+    world.become_owner()
+    assert not world.write(0, 0, 7) and not world.flush()
+    store = world.cache().entries.store
+    hits = world.cache().reads.hits
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            store, "read", lambda *args: args[-1](Corrupt("rotten", (0,)) if error is Corrupt else error(""))
+        )
+        assert world.read(0, 0) == 7
+    assert world.read(0, 0) == 7 and world.cache().reads.hits >= hits + 2
+    assert world.cluster.probes()["cache.unreadable_clean"] == 1
 
 
 @pytest.mark.parametrize("seed", range(6))
