@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
@@ -29,7 +30,7 @@ def info(context: Context) -> None:
     if context.json:
         from sheepdog.tools.dog.records import print_json
 
-        print_json(found)
+        print_json(found | {"volumes": [_record(volume) for volume in found["volumes"]]})
         return
     print("Name\tTag\tTotal\tDirty\tClean")
     for volume in found["volumes"]:
@@ -37,6 +38,17 @@ def info(context: Context) -> None:
         sizes = "\t".join(human_size(size) for size in (total, dirty, total - dirty))
         print(f"{_shown(volume['name'])}\t{_shown(volume['tag'])}\t{sizes}")
     print(f"\nCache size {human_size(found['size'])}, used {human_size(found['used'])}, non-directio")
+
+
+def _record(volume: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": _shown(volume["name"]),
+        "tag": _shown(volume["tag"]),
+        "snapshot_id": volume["id"],
+        "vdi_id": f"{volume['vid']:x}",
+        "total": volume["total"],
+        "dirty": volume["dirty"],
+    }
 
 
 def _shown(name: str) -> str:

@@ -103,7 +103,7 @@ def _list(context: Context, headers: list[InodeHeader]) -> None:
             [
                 {
                     "name": os.fsdecode(header.name),
-                    "vdi_id": header.vdi_id,
+                    "vdi_id": f"{header.vdi_id:x}",
                     "size": header.vdi_size,
                     "snapshot": header.snap_id if header.is_snapshot else 0,
                     "tag": os.fsdecode(header.tag) if header.is_snapshot else "",
