@@ -58,12 +58,10 @@ class CacheFiles:
     def _identify(self) -> str:
         """What the contents are called; they are removed if they cannot be trusted."""
         self._path.mkdir(parents=True, exist_ok=True)
-        known: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads((self._path / "identity").read_text())
+        identity, before = self._noted()
         boot = _boot_id()
-        if known.get("boot") not in (boot, "closed"):
-            if known:
+        if before not in (boot, "closed"):
+            if identity:
                 self._log(4, f"object cache in {self._path}: the host has failed since; it begins empty")
             for name in ("obj", "identity"):
                 path = self._path / name
@@ -73,9 +71,16 @@ class CacheFiles:
                     path.unlink(missing_ok=True)
             for path in self._path.glob("journal_file*"):
                 path.unlink()
-            known = {"id": uuid.uuid4().hex}
-        self._note(known["id"], boot)
-        return known["id"]
+            identity = uuid.uuid4().hex
+        self._note(identity, boot)
+        return identity
+
+    def _noted(self) -> tuple[str, str]:
+        """The identity, and the boot in which the contents are good; empty when nothing says so."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads((self._path / "identity").read_text())
+            return str(known["id"]), str(known["boot"])
+        return "", ""
 
     def _note(self, identity: str, boot: str) -> None:
         """Durable before it counts: an older file would say that contents are good which are not."""
