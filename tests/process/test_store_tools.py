@@ -114,7 +114,7 @@ def test_damage_is_found_and_volumes_come_out_whole(left: Left, tmp_path: Path) 
 def lost_is_named(left: Left, listed: list[dict[str, Any]]) -> None:
     """Zeros in the image, never other bytes."""
     for volume, tag, options in (("plain", "", ()), ("coded", "before", ("-s", "before"))):
-        vid = next(one["vdi_id"] for one in listed if (one["name"], one["tag"]) == (volume, tag))
+        vid = next(int(one["vdi_id"], 16) for one in listed if (one["name"], one["tag"]) == (volume, tag))
         name = f"{vid << 32 | 1:016x}"
         for path in left.files(name):
             dd(path, 3, 4096)
