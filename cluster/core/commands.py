@@ -1,7 +1,7 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
-vdis       what an operation changes                         put: [record...], table, attributes: [vid, ids], move_lock,
-                                                             swept, attributes_gone: [vid],
+vdis       what an operation changes                         put: [record...], attributes: [vid, ids], move_lock,
+                                                             table, partial, swept, attributes_gone: [vid],
                                                              doubtful, mended: [[frozen vid, new vid]]
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
@@ -60,10 +60,17 @@ def misplaced(state: ClusterState, changes: Command) -> int:
 
 def _vdis(state: ClusterState, _: str, command: Command) -> Result:
     if "table" in command:
-        state.vdis = VdiTable.from_json(command["table"])
-        state.loaded = True
+        found = VdiTable.from_json(command["table"])
+        if state.loaded:
+            state.vdis.merge(found)
+        else:
+            state.vdis, state.loaded = found, True
+        state.partial = command["partial"]
+        for one in state.vdis.records():
+            state.note_copies(one.copies)
     for values in command.get("put", ()):
         record = VdiRecord.from_json(values)
+        state.note_copies(record.copies)
         old = state.vdis.get(record.vid)
         if old is not None:
             record.take_lock(old)
@@ -109,6 +116,9 @@ def _header(state: ClusterState, _: str, command: Command) -> Result:
 
 def _add(state: ClusterState, _: str, command: Command) -> Result:
     vid = Vid(command["vid"])
+    if state.partial:
+        return Result.WAIT_FOR_JOIN
+    state.note_copies(command["copies"])
     if state.vdis.get(vid) is None:
         state.vdis.put(
             VdiRecord(
@@ -139,7 +149,8 @@ def _inode(state: ClusterState, _: str, command: Command) -> Result:
 
 
 def _find(state: ClusterState, _: str, command: Command) -> VdiRecord | Result:
-    return state.vdis.lookup(command["name"].encode("latin-1"), command["tag"].encode("latin-1"), command["snap_id"])
+    found = state.vdis.lookup(command["name"].encode("latin-1"), command["tag"].encode("latin-1"), command["snap_id"])
+    return state.unknown(found) if isinstance(found, Result) else found
 
 
 def _lock(state: ClusterState, sender: str, command: Command) -> tuple[Result, VdiRecord | None]:

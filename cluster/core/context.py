@@ -66,6 +66,8 @@ class Context:
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
         self.spoilt: dict[ObjectId, StoreError] = {}
         """Strips here that could not take a write, and why: they take no more until they are restored."""
+        self.doubts: dict[ObjectId, int] = {}
+        """How often in this epoch a copy here turned out bad: what was being read of it then is not to be trusted."""
         self.probes: dict[str, int] = {}
         self.coder: Coder = PlainCoder()
         self._machine: ClusterMachine | None = None

@@ -20,17 +20,17 @@ from sheepdog.cluster.core.peering import (
     FIRM,
     UNDOABLE,
     Holding,
-    Standing,
     Verdict,
     decode_members,
     encode_oids,
     parts,
 )
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.ports import Done, NodeState
+from sheepdog.cluster.core.ports import Done, NodeState, Proven
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.rebuilder import Rebuilder
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.standing import Standing
 
 
 class Copies:
@@ -38,7 +38,7 @@ class Copies:
     state; `settled` is called when the home of this node knows all inventories."""
 
     def __init__(self, context: Context, state: NodeState, must_work: Done, settled: Callable[[], None]) -> None:
-        self.replica = Replica(context)
+        self.replica = Replica(context, self._went_bad)
         self.puller = Puller(context)
         self.rebuilder = Rebuilder(context, self.puller)
         self.home: Home | None = None  # this node's, of the present epoch
@@ -47,37 +47,46 @@ class Copies:
         self._must_work = must_work
         self._on_settled = settled
         self._standing = Standing(0)
-        self._lacking: dict[ObjectId, int] = {}  # no current copy here of these; they existed in that epoch
-        self._settled = 0
+        self._proven = Proven(0, 0)
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
 
     # -- epochs ----------------------------------------------------------------------------------------------------
 
-    def load(self) -> int:
-        """What the disk remembers; the epoch in which all copies here were current."""
-        self._settled = self._disk.load_settled()
-        self._standing = Standing(self._settled)
+    @property
+    def complete(self) -> int:
+        """Up to this epoch what is here is all that should be."""
+        return self._standing.complete
+
+    def as_of(self, oid: ObjectId, version: Version) -> int:
+        """The newest epoch in which the copy here was known to be current."""
+        return self._standing.as_of(oid, version)
+
+    def load(self) -> None:
+        """What the disk remembers."""
+        self._proven = self._disk.load_proven()
+        unfinished = [oid for oid, version in self._context.store.inventory() if version == NO_VERSION]
+        self._standing = Standing(self._proven.settled, self._context.state.epoch, self._proven.broken, unfinished)
         self.replica.strips.undo.load(self._disk, self._context.store.version)
-        return self._settled
 
     def forget(self) -> None:
         """The cluster was formatted: nothing of before counts."""
         self._context.origins.clear()
         self.replica.strips.clear()
-        self._lacking = {}
-        self._settled = 0
         self._standing = Standing(0)
-        self._disk.save_settled(0, self._must_work)
+        self._prove(Proven(0, 0))
+
+    def _prove(self, proven: Proven) -> None:
+        self._proven = proven
+        self._disk.save_proven(proven, self._must_work)
+
+    def _went_bad(self) -> None:
+        """A current copy here did: after a restart the copies without a version are not taken for new ones."""
+        if self._proven.broken < self._context.epoch:
+            self._prove(Proven(self._proven.settled, self._context.epoch))
 
     def end_epoch(self) -> None:
         """Keeps what is known of the copies at the end of the epoch that is over."""
-        context = self._context
-        settled = self.replica.all_settled()
-        known = self._lacking
-        self._lacking = {} if settled else dict(known)
-        for oid in self.replica.missing:
-            self._lacking[oid] = known.get(oid, 0) if oid in self.replica.lost else context.epoch
-        self._standing.advance(context.epoch, settled, context.store.inventory(), self.replica.is_current)
+        self._standing.advance(self._context.epoch, self.replica, self._context.store.inventory())
 
     def begin(self) -> None:
         """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
@@ -116,17 +125,17 @@ class Copies:
         by_home: list[list[Holding]] = [[] for _ in placement.members]
         for oid, version in self._context.store.inventory():
             home = placement.home(oid)
-            if home is not None:
+            if home is not None and not (version == NO_VERSION and oid in self._standing.lacking):
                 by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
                 if oid >> STRIP_SHIFT:
                     steps = self.replica.strips.undo.steps(oid, version)
                     by_home[home].extend(
                         Holding(oid, step.before, step.touched, UNDOABLE if step.back else FIRM) for step in steps
                     )
-        for oid, known in self._lacking.items():
-            home = placement.home(oid)
+        for lack in self._standing.lacks():
+            home = placement.home(lack.oid)
             if home is not None:
-                by_home[home].append(Holding(oid, NO_VERSION, known))
+                by_home[home].append(lack)
         return by_home
 
     def home_done(self, node: NodeId) -> None:
@@ -135,12 +144,10 @@ class Copies:
         context = self._context
         if not self.all_done() or self.replica.missing or not self.replica.all_settled():
             return
-        if self._settled >= context.epoch:
+        if self._proven == (context.epoch, 0):
             return
-        self._settled = context.epoch
-        self._lacking = {}
         self._standing.settle(context.epoch)
-        self._disk.save_settled(context.epoch, self._must_work)
+        self._prove(Proven(context.epoch, 0))
         context.log(6, f"all copies are current in epoch {context.epoch}")
 
     def home_undone(self, node: NodeId) -> None:
@@ -167,11 +174,16 @@ class Copies:
     def restored_locally(self, oid: ObjectId) -> None:
         self.replica.restored(oid)
 
+    def spoilt_locally(self, oid: ObjectId) -> None:
+        self.replica.spoil(oid)
+
     def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
         """Restores a copy or a strip here."""
         placement, oid = self._context.placement, message.oid
         members = decode_members(message.payload(), len(placement.nodes))
         repair = bool(message.flags & Flag.REPAIR)
+        if repair:
+            self.replica.doubt(oid)
         if not oid >> STRIP_SHIFT:
             self.puller.pull(oid, message.version, [placement.nodes[index] for index in members], repair, pulled)
             return
@@ -190,7 +202,7 @@ class Copies:
             if self._context.fence != fence:
                 return
             if error is not None:
-                self.replica.missing[strip] = None
+                self.replica.spoil(strip)
             else:
                 self._context.spoilt.pop(strip, None)
             agreed(Result.SUCCESS if error is None else error.result)
@@ -202,9 +214,9 @@ class Copies:
         """Removes a copy that does not belong here any more."""
         if oid >> STRIP_SHIFT:
             self.replica.strips.replaced(oid)
-            self.replica.restored(oid)
         else:
             self._context.origins.forget(oid)
+        self.replica.restored(oid)
         self._context.store.remove(oid, lambda _: None)
 
     # -- disks -----------------------------------------------------------------------------------------------------
@@ -217,8 +229,7 @@ class Copies:
         context, placement = self._context, self._context.placement
         if not oids:
             return
-        self._settled = 0
-        self._disk.save_settled(0, self._must_work)
+        self._prove(Proven(0, context.epoch))
         if not context.epoch:
             return
         context.probe("node.copies_lost")
@@ -226,7 +237,7 @@ class Copies:
         for oid in oids:
             if context.store.version(oid) is None:
                 continue  # removed meanwhile
-            self.replica.missing[oid] = None
+            self.replica.spoil(oid)
             if oid >> STRIP_SHIFT:
                 self.replica.strips.undo.drop(oid)
             home = placement.home(oid)

@@ -8,7 +8,8 @@ Each script may be run again from its start by another node after a crash at any
  late    entries written into a frozen map reach the map of the VDI that goes on; nobody writes that meanwhile
  bury    after a cold start: finishes a deletion, or undoes a snapshot that was never committed
  sweep   core.sweep: frees what deleted VDIs have left behind
- load    after a cold start: the VDI table is collected from the inode objects of all members
+ load    after a cold start: the VDI table is collected from the inode objects of all members; and again in each epoch
+         while some inodes may be on nodes that are away
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from sheepdog.cluster.core.attributes import Attribute
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.everyone import Everyone
@@ -72,6 +74,13 @@ _SIZE_OFFSET = 536
 _COPIES_OFFSET = 554
 _REMOVE_BATCH = 4096  # steps that are in memory at a time
 _MAP_CHUNK_ENTRIES = 1 << 16
+_NEED_ALL = (
+    "create",
+    "delete",
+    "attribute",
+    "sweep",
+    "bury",
+)  # they take ids that seem free, or free what seems unnamed
 
 
 class Executor:
@@ -85,13 +94,14 @@ class Executor:
         inodes: InodeWrites,
         freeze_here: Callable[[Vid, OperationKey, Callable[[int, Buffer], None]], None],
         left_dirty: Callable[[Callable[[str, list[Vid]], None]], None],
+        copies: Copies,
     ) -> None:
         self._context = context
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
         self.sweep = Sweep(context, gateway, everyone, inodes)
-        self.table = TableLoad(context, everyone, left_dirty)
+        self.table = TableLoad(context, gateway, everyone, left_dirty, copies)
         self._freeze_here = freeze_here
 
     def execute(self, operation: Values) -> None:
@@ -113,7 +123,10 @@ class Executor:
             command = {"t": "commit", "operation": name, "changes": {}, **outcome}
             self._context.machine.propose(command)
 
-        run(scripts[operation["op"]](operation), ended)
+        if operation["op"] in _NEED_ALL and self._context.state.partial:
+            ended({"result": int(Result.WAIT_FOR_JOIN)})
+        else:
+            run(scripts[operation["op"]](operation), ended)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -278,12 +291,19 @@ class Executor:
             result, entries = yield from self._read_map(record)
             if not result and entries:
                 named: array[int] = unpack_map(entries)
-                dropped = [(Vid(owner), index) for index, owner in enumerate(named) if owner]
+                kept = self._written_by_clients(record.vid)
+                dropped = [(Vid(owner), index) for index, owner in enumerate(named) if owner and owner not in kept]
                 yield from self._inodes.reclaim(record.vid, dropped)
                 yield self._change(oid, Flag.PUNCH, map_offset(0), length=len(entries))
         yield from self._free_vmstate(record)
         result, _ = yield self._change(oid, 0, _SIZE_OFFSET, bytes(8))
         return int(result)
+
+    def _written_by_clients(self, vid: Vid) -> frozenset[int]:
+        """The other working VDIs. The rest of a snapshot names what belongs to one: its client may have freed that, and
+        may be making it again, which no map shows yet."""
+        records = self._context.state.vdis.records()
+        return frozenset(one.vid for one in records if one.vid != vid and not one.deleted and not one.is_snapshot)
 
     def _free_vmstate(self, record: VdiRecord) -> Script[None]:
         """QEMU writes the chunks in order, and only at the end how many they are: an interrupted savevm leaves more."""

@@ -240,6 +240,8 @@ class Gateway:
             record = state.vdis.get(vid_of(oid))
             if record is not None and record.snap_ctime and is_data(oid):
                 return Result.READONLY  # also when that snapshot is deleted already: the client goes on with its heir
+            if record is None and state.partial:
+                return Result.EIO
             if record is None or record.deleted:
                 return Result.NO_VDI
         placement = self.context.placement

@@ -59,7 +59,7 @@ class Home:
         self.fence = context.fence
         self._term = context.state.term
         self._former = former
-        self._past = past
+        self.past = past
         self._complete: list[int] = []  # by member: up to which epoch it knows what it should have
         self._knows_all = False  # what no inventory names does not exist
         self._inventories = Inventories(len(self._placement.members))
@@ -69,6 +69,8 @@ class Home:
         self.writing: dict[ObjectId, list[Write]] = {}
         self._lost: dict[ObjectId, list[tuple[int, ObjectId]]] = {}  # with the copies or strips that may be somewhere
         self._contained: dict[tuple[int, int], None] = {}  # writes of earlier epochs (core.origins)
+        self._untold_verdicts = 0  # members that have not confirmed theirs
+        self._wait_for_verdicts: list[Callable[[], None]] = []
         self._told = 0  # watermark that every replica knows
         self.untold: dict[int, None] = {}  # members that got something numbered since
         self._stable_timer: Timer | None = None
@@ -112,9 +114,9 @@ class Home:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
         complete = self._inventories.complete
         self._complete = complete
-        self._knows_all = self._past.knows_all(complete)
+        self._knows_all = self.past.knows_all(complete)
         verdicts = [Verdict([], [], [], self._knows_all) for _ in self._placement.members]
-        decisions = self._inventories.decide(self._placement, self._former, self._past, self.context.policy_of)
+        decisions = self._inventories.decide(self._placement, self._former, self.past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
         surplus: list[tuple[int, ObjectId]] = []
         for decision in decisions:
@@ -138,12 +140,27 @@ class Home:
             if member == self.me:
                 self.hooks.settled_locally(verdicts[member])
             else:
-                self.context.peers.request(node, verdicts[member].encode(self.fence), _ignore)
+                self._untold_verdicts += 1
+                self.context.peers.request(node, verdicts[member].encode(self.fence), self._verdict_taken)
         self.recovery.drop(surplus)
         held, self._held = self._held, []
         for call in held:
             call()
         self.recovery.begin()
+
+    def _verdict_taken(self, _: Message) -> None:
+        self._untold_verdicts -= 1
+        if not self._untold_verdicts:
+            waiting, self._wait_for_verdicts = self._wait_for_verdicts, []
+            for call in waiting:
+                call()
+
+    def when_all_know(self, call: Callable[[], None]) -> None:
+        """Calls once every member knows which of its copies are not current."""
+        if self._untold_verdicts:
+            self._wait_for_verdicts.append(call)
+        else:
+            call()
 
     def _job(self, decision: Decision | StripDecision) -> Job:
         if isinstance(decision, Decision):
@@ -221,7 +238,8 @@ class Home:
 
     def absent(self, oid: ObjectId) -> Result:
         """What a request for an object is told that nobody here has."""
-        if not self._knows_all and self._past.may_exist(oid, self._complete):
+        unknown = bool(self.context.state.partial) and self.context.state.vdis.get(vid_of(oid)) is None
+        if not self._knows_all and (unknown or self.past.may_exist(oid, self._complete)):
             self.context.probe("home.object_unknown")
             return Result.EIO
         return Result.NO_OBJ
@@ -324,12 +342,18 @@ class Home:
             note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)
 
     def failed_here(self, submission: Submission, error: StoreError) -> None:
-        """The strip of this node could not take a write: it takes no more until it is restored."""
+        """The copy of this node could not take a write: it takes no more until it is restored."""
+        if self.context.fence != self.fence:
+            return
         oid = submission.oid
         policy = self.context.policy_of(oid)
-        copy = None if policy is None else self.strips.own_strip(oid, policy)
-        if copy is not None and self.context.fence == self.fence:
-            self.context.spoilt.setdefault(copy, error)
+        if policy is None:
+            self.hooks.spoilt_locally(oid)
+            return
+        strip = self.strips.own_strip(oid, policy)
+        if strip is not None:
+            self.context.spoilt.setdefault(strip, error)
+            self.hooks.spoilt_locally(strip)
 
     def replica_failed(self, write: Write, member: int, result: int) -> None:
         """A replica could not apply a write: its copy differs now, and must be made equal again."""

@@ -53,10 +53,14 @@ class HomeReads:
             done(home.absent(oid), b"")
             return
 
+        doubts = home.context.doubts.get(oid)
+
         def read(data: Buffer | StoreError) -> None:
             if home.context.fence != home.fence:
                 return  # fenced: the gateway asks again in the new epoch
-            if not isinstance(data, StoreError):
+            if doubts != home.context.doubts.get(oid):  # the copy was being made anew while the store was reading
+                again()
+            elif not isinstance(data, StoreError):
                 self._deliver(oid, offset, length, done, data, home.sequence)
             elif policy is None and self._is_bad(oid, data):
                 home.context.probe("home.corrupt")

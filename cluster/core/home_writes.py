@@ -27,6 +27,9 @@ class HomeHooks(Protocol):
     def restored_locally(self, oid: ObjectId) -> None:
         """This node's copy is current again."""
 
+    def spoilt_locally(self, oid: ObjectId) -> None:
+        """This node's copy lacks a write."""
+
     def completed_locally(self) -> None:
         """Everything this home is home of is recovered."""
 

@@ -48,7 +48,7 @@ class InodeWrites:
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         record = self._context.state.vdis.get(vid_of(oid))
         if record is None or record.deleted:
-            done(Result.NO_VDI, b"")
+            done(Result.EIO if record is None and self._context.state.partial else Result.NO_VDI, b"")
             return
         end = offset + len(data)
         if data and offset < HEADER_SIZE:

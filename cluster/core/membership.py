@@ -318,6 +318,7 @@ class ClusterMachine:
         state.status = Status.RUNNING
         state.term += 1
         state.loaded = False
+        state.partial = 0
         state.sweeps += 1
         state.doubtful = []
         state.away = []  # with everybody back, or given up by an administrator, there is nobody to wait for
@@ -331,6 +332,10 @@ class ClusterMachine:
         state = self.state
         state.sweeps += 1  # a gateway may have died while it freed something
         state.epochs.append(EpochRecord(Epoch(state.epoch + 1), time_s, state.members))
+        if state.loaded and not state.partial:
+            state.count_copies()
+        if state.partial and not any(operation["op"] == "load" for operation in state.queue):
+            state.queue.append({"op": "load", "owner": "", "number": state.epoch})  # somebody may have brought the rest
         if not quiet:
             self._listener.epoch_changed()
 

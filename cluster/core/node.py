@@ -93,7 +93,7 @@ class Node:
         self.gateway.inode_write, self.gateway.inode_create = inodes.write, inodes.create
         self.part = Part(self.context, self.gateway, self.claims, self.coherence, self.cache)
         self._executor = Executor(
-            self.context, self.gateway, self.everyone, inodes, self.part.freeze, self.part.left_dirty
+            self.context, self.gateway, self.everyone, inodes, self.part.freeze, self.part.left_dirty, self.copies
         )
         self.part.queries["inodes"] = self._executor.table.inodes_here
         self.part.queries["orphans"] = self._executor.sweep.candidates_here
@@ -102,6 +102,7 @@ class Node:
         self.scrub = Scrub(self.context, state, self.gateway.repair)
         self._durable = False  # the current epoch's record is on the disk
         self._told = False  # the homes of the current epoch know what is here
+        self._saved = b""  # the configuration, as it is on the disk or will be
         self._recorded = 0  # newest epoch that is durable in the log
         self._former: dict[int, Placement | None] = {}
         self._grace_until_ns = 0  # until then, members that were declared dead may answer from what they knew
@@ -126,7 +127,7 @@ class Node:
 
     def start(self) -> None:
         """Reads what the disks remember of the cluster; before the engine is attached."""
-        self._executor.table.begin(self.copies.load())
+        self.copies.load()
         self.scrub.load()
         self._recorded = self.cluster.epoch
 
@@ -201,6 +202,7 @@ class Node:
         self.context.placement.forget()
         if operation["op"] == "load":
             self._tell_inventory()
+        self._save_config()
         self.coherence.changed()
         self._claims_changed()
         self.part.ended((operation["owner"], operation["number"]))
@@ -216,6 +218,7 @@ class Node:
         kind = command["t"]
         if kind in ("header", "add", "inode"):
             self.context.placement.forget()
+            self._save_config()
         elif kind in ("coherence", "release"):
             self.coherence.changed()
         elif kind == "cache":
@@ -290,9 +293,8 @@ class Node:
         self._exit_if_only_gateways(record.members)
 
     def _fewest_copies(self) -> int:
-        state = self.cluster
-        copies = [copies for vdi in state.vdis.records() for copies in (vdi.copies, *(c for _, c in vdi.former_copies))]
-        return min([state.copies, *filter(None, copies)])
+        """Of any VDI, also in earlier epochs, and of one that nobody here knows."""
+        return self.cluster.fewest_copies()
 
     def _former_members(self, epoch: int) -> tuple[Member, ...] | None:
         record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
@@ -327,10 +329,15 @@ class Node:
                 self._durable = True
                 self._tell_inventory()
 
-        self._disk.save_config(self.cluster.config(), next_record)
+        self._saved = self.cluster.config()
+        self._disk.save_config(self._saved, next_record)
 
     def _save_config(self) -> None:
-        self._disk.save_config(self.cluster.config(), self._must_work)
+        """If it has changed."""
+        config = self.cluster.config()
+        if config != self._saved:
+            self._saved = config
+            self._disk.save_config(config, self._must_work)
 
     def _must_work(self, error: StoreError | None) -> None:
         if error is not None:

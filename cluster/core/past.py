@@ -2,13 +2,14 @@
 
 An object is served in an epoch only when every copy on its replicas of that epoch is current (or none at all), and a
 change is answered only when all of them have it. So one replica of an epoch that is here is witness enough: what
-happened to the object in that epoch is in its copy. Where all replicas of some epoch are away, anything may have
-happened: the object may have been written, or made, without anybody here knowing.
+happened to the object in that epoch is in its copy, unless that copy went bad since. Where no replica of some epoch can
+tell, anything may have happened: the object may have been written, or made, without anybody here knowing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
 
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.placement import Placement
@@ -30,36 +31,42 @@ class Past:
         self._members = members
         self._copies = copies
 
-    def superseded(self, oid: ObjectId, as_of: int, least: int = 1) -> bool:
-        """The object may have been written after `as_of` by nodes of which fewer than `least` are here.
+    def superseded(
+        self, oid: ObjectId, as_of: int, least: int = 1, blind: Mapping[int, int] = MappingProxyType({})
+    ) -> bool:
+        """The object may have been written after `as_of` by nodes of which fewer than `least` can tell here.
 
-        Of a coded object D nodes are needed to be sure: a write touches P + 1 of its strips.
+        Of a coded object D nodes are needed to be sure: a write touches P + 1 of its strips. `blind`: members whose
+        copy went bad, with the epoch up to which they cannot tell.
         """
-        return any(self._unseen(oid, epoch, least) for epoch in range(as_of + 1, self._placement.epoch))
+        return any(self._unseen(oid, epoch, least, blind) for epoch in range(as_of + 1, self._placement.epoch))
 
     def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
         """Nobody here has heard of the object, but it may exist on nodes that are away."""
         return any(self._unseen(oid, epoch) for epoch in range(max(complete), self._placement.epoch))
 
-    def _unseen(self, oid: ObjectId, epoch: int, least: int = 1) -> bool:
+    def _unseen(
+        self, oid: ObjectId, epoch: int, least: int = 1, blind: Mapping[int, int] = MappingProxyType({})
+    ) -> bool:
         then = self._former(epoch)
         if then is None:
             return False
         replicas = then.replicas(oid)
-        here = sum(then.nodes[index] in self._placement.index_of for index in replicas)
-        return len(replicas) >= least > here
+        here = [self._placement.index_of.get(then.nodes[index]) for index in replicas]
+        witnesses = sum(member is not None and blind.get(member, 0) < epoch for member in here)
+        return len(replicas) >= least > witnesses
 
-    def knows_all(self, complete: Sequence[int]) -> bool:
+    def knows_all(self, complete: Sequence[int], copies: int = 0) -> bool:
         """The inventories of the members name every object that exists: what they do not name was deleted.
 
         `complete`: for each member the epoch up to which its own inventory names all that it should have. That holds
         from some such epoch on if in no epoch since so many zones are away that they can hold all copies of anything.
         """
-        nodes = self._placement.nodes
+        nodes, copies = self._placement.nodes, copies or self._copies()
         for base in sorted(dict.fromkeys([*complete, 0]), reverse=True):
             witnesses = [node for node, epoch in zip(nodes, complete, strict=True) if epoch >= base]
-            if (not base or self._covered(base, witnesses)) and all(
-                self._stored_nothing(epoch) or self._covered(epoch, nodes)
+            if (not base or self._covered(base, witnesses, copies)) and all(
+                self._stored_nothing(epoch) or self._covered(epoch, nodes, copies)
                 for epoch in range(base + 1, self._placement.epoch)
             ):
                 return True
@@ -70,11 +77,11 @@ class Past:
         members = self._members(epoch)
         return members is not None and not any(member.vnodes for member in members)
 
-    def _covered(self, epoch: int, witnesses: Container[NodeId]) -> bool:
+    def _covered(self, epoch: int, witnesses: Container[NodeId], copies: int) -> bool:
         """Of whatever was stored in the epoch, one of the witnesses was a replica."""
         members = self._members(epoch)
         if members is None:
             return True
         storing = [member for member in members if member.vnodes]
         away = {member.zone for member in storing if member.id not in witnesses}
-        return len(away) < min(self._copies(), len({member.zone for member in storing}))
+        return len(away) < min(copies, len({member.zone for member in storing}))

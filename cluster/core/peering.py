@@ -9,6 +9,7 @@ should have held then and does not list was deleted.
                      (a write is only ever applied to a current copy)
  best copy           the highest (as_of, version): its version is what all replicas must have
  lacking             a member that was told that it has no current copy says so, as of that epoch, without a version
+ blind               a member whose current copy went bad (full or lost disk) knows nothing of it up to that epoch
  deleted             some member, complete beyond all those epochs, was a replica then and has no copy
  superseded          in an epoch after the best copy's as_of all of the object's replicas were nodes that are away now:
                      they may have written it, so nothing here can be trusted until one of them is back (core.past)
@@ -16,7 +17,7 @@ should have held then and does not list was deleted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.past import Former, Past
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.strip_peering import Held, StripDecision
+from sheepdog.cluster.core.strip_peering import NEVER, Held, StripDecision
 from sheepdog.cluster.core.strip_peering import decide as decide_strips
 from sheepdog.cluster.core.strip_undo import Step
 
@@ -37,20 +38,23 @@ _ENTRY = Struct("<QIIQIBB2x")
 _OIDS = Struct("<QB")
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
-FIRM, UNDOABLE = 1, 2
+FIRM, UNDOABLE, BLIND, UNSURE = 1, 2, 3, 4
+_NOBODY_BLIND: Mapping[int, int] = {}
 NO_MEMBER = 0xFFFF  # in a list of members by strip: nobody has it
 
 
 class Holding(NamedTuple):
     """One copy in an inventory; or, with `earlier`, a step by which the strip listed before it came to its version.
 
-    Of a step `version` is where it began, `as_of` the strips that it touched, a bit each.
+    Of a step `version` is where it began, `as_of` the strips that it touched, a bit each. BLIND is neither: the
+    member's copy was current and went bad, so that it does not know what was written up to the epoch `as_of`. UNSURE:
+    the copy was being made when the member ended, by then the epoch was `as_of`; the object may be gone since long.
     """
 
     oid: ObjectId
     version: Version
     as_of: int
-    earlier: int = 0  # 0: a copy; FIRM: a step that cannot be gone back; UNDOABLE: one that can
+    earlier: int = 0  # 0: a copy; FIRM: a step that cannot be gone back; UNDOABLE: one that can; BLIND; UNSURE
 
 
 class Decision(NamedTuple):
@@ -159,39 +163,6 @@ def parts(holdings: Sequence[Holding]) -> list[bytes]:
     return [encode_holdings(holdings[start : start + step]) for start in range(0, max(len(holdings), 1), step)]
 
 
-class Standing:
-    """How current the copies of this node are, carried from epoch to epoch."""
-
-    def __init__(self, settled: int) -> None:
-        self.default = settled  # as_of of every copy not named below
-        self.complete = settled
-        self._older: dict[ObjectId, int] = {}
-
-    def as_of(self, oid: ObjectId, version: Version) -> int:
-        if version == NO_VERSION:
-            return 0
-        return max(self._older.get(oid, self.default), version.epoch)
-
-    def advance(
-        self,
-        epoch: int,
-        all_settled: bool,
-        copies: Iterable[tuple[ObjectId, Version]],
-        current: Callable[[ObjectId], bool],
-    ) -> None:
-        """Epoch `epoch` is over: copies that were `current` in it are as of it, the others stay as they were."""
-        older = {oid: self.as_of(oid, version) for oid, version in copies if not current(oid)}
-        self.default = epoch
-        self._older = older
-        if all_settled:
-            self.complete = epoch
-
-    def settle(self, epoch: int) -> None:
-        """Every copy of this node was proven current in `epoch`."""
-        self.default = self.complete = epoch
-        self._older.clear()
-
-
 class Inventories:
     """What the members told this home, until all have."""
 
@@ -201,6 +172,7 @@ class Inventories:
         self._ended = [False] * members
         self._parts: list[int] = [0] * members
         self._origins: list[list[Origin]] = [[] for _ in range(members)]
+        self._blind: dict[ObjectId, dict[int, int]] = {}  # by object and member: up to which epoch
 
     def add(self, member: int, index: int, body: Buffer, complete: int, flags: int) -> None:
         """One part; parts come in order, and again after a broken link."""
@@ -225,10 +197,19 @@ class Inventories:
         self, placement: Placement, former: Former, past: Past, policy_of: PolicyOf
     ) -> list[Decision | StripDecision]:
         """Decisions for all objects whose copies are not equal and exactly where they belong."""
+        knows_all = past.knows_all(self.complete)
         copies: dict[ObjectId, list[tuple[int, Version, int]]] = {}
         strips: dict[ObjectId, list[Held]] = {}
         for member, holdings in enumerate(self._holdings):
             for oid, version, as_of, earlier in holdings:
+                if earlier == BLIND:
+                    blind = self._blind.setdefault(plain_oid(oid), {})
+                    blind[member] = max(as_of, blind.get(member, 0))
+                    continue
+                if earlier == UNSURE:
+                    earlier = 0
+                    if knows_all:  # then it exists only if somebody here has it
+                        as_of = NEVER
                 if not oid >> STRIP_SHIFT:
                     copies.setdefault(oid, []).append((member, version, as_of))
                 elif earlier:
@@ -253,11 +234,15 @@ class Inventories:
                 and version != NO_VERSION
                 and all(entry[1] == version for entry in held)
                 and all(entry[0] in replicas for entry in held)
-                and not past.superseded(oid, max(entry[2] for entry in held))
+                and not past.superseded(oid, max(entry[2] for entry in held), blind=self.blind(oid))
             ):
                 continue
             decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
         return decisions
+
+    def blind(self, oid: ObjectId) -> Mapping[int, int]:
+        """By member: up to which epoch it cannot tell what happened to the object (once `decide` has begun)."""
+        return self._blind.get(oid, _NOBODY_BLIND)
 
     def origins_of(self, oid: ObjectId, cut: Version | None) -> list[Origin]:
         """The writes before `cut` that strips of the object contain."""
@@ -319,9 +304,9 @@ class Inventories:
         best_as_of, best = max(real, default=(0, NO_VERSION))
         holders = {member for member, _, _ in held}
         known = max(as_of for _, _, as_of in held)
-        if self.deleted(oid, known, holders, placement, former):
+        if known == NEVER or self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
-        if best == NO_VERSION or past.superseded(oid, best_as_of):
+        if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid)):
             return Decision(oid, NO_VERSION, (), replicas, ())
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)
@@ -356,7 +341,7 @@ class _Facts:
         return self._inventories.deleted(oid, as_of, holders, self._placement, self._former)
 
     def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
-        return self._past.superseded(oid, as_of, least)
+        return self._past.superseded(oid, as_of, least, self._inventories.blind(oid))
 
     def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
         then = self._former(epoch)

@@ -118,6 +118,13 @@ class Store(Protocol):
         """(bytes in use by objects, bytes still free), over all disks."""
 
 
+class Proven(NamedTuple):
+    """What is proven of a node's copies, by epochs."""
+
+    settled: int  # the newest in which every copy was current
+    broken: int  # the newest in which a current copy went bad and was not made anew since; 0: none did
+
+
 class NodeState(Protocol):
     """The small durable state of a node: configuration and epoch log."""
 
@@ -135,10 +142,11 @@ class NodeState(Protocol):
     def load_epochs(self) -> list[EpochRecord]:
         """All records, ascending by epoch."""
 
-    def save_settled(self, epoch: int, done: Done) -> None:
-        """Remembers the newest epoch in which every copy of this node was proven current."""
+    def save_proven(self, proven: Proven, done: Done) -> None:
+        """Remembers how much is proven of this node's copies."""
 
-    def load_settled(self) -> int: ...
+    def load_proven(self) -> Proven:
+        """(0, 0) if nothing was ever proven."""
 
     def save_scrub(self, data: bytes, done: Done) -> None:
         """Remembers how far the scrub is (core.scrub)."""

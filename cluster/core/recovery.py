@@ -229,7 +229,8 @@ class Recovery:
         if job.version == NO_VERSION:
             self._learn(job)
         elif job.agree:
-            self._agree(job)
+            # A strip with the new version counts for more than others: who has an old one must know that by then.
+            self._home.when_all_know(lambda: self._agree(job))
         else:
             self._pull(job)
 

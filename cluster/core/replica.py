@@ -71,13 +71,15 @@ def note_origin(
 class Replica:
     """Of one node, over all epochs; `begin` starts a new one."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, went_bad: Callable[[], None] = lambda: None) -> None:
         self._context = context
+        self._went_bad = went_bad  # told whenever a copy that was current is not any more
         self.strips = StripReplica(context)
         self.settled: list[bool] = []  # by home
         self.complete: list[bool] = []  # by home: it knows of all that exists
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
         self.lost: dict[ObjectId, None] = {}  # those of them that are not current anywhere
+        self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
@@ -94,7 +96,9 @@ class Replica:
         self.unequal = [{} for _ in range(count)]
         self.missing = {}
         self.lost = {}
+        self.broken = {}
         self._context.spoilt = {}
+        self._context.doubts = {}
         self._unstable = {}
         self._order = [deque() for _ in range(count)]
         self._levels = [deque() for _ in range(count)]
@@ -116,7 +120,19 @@ class Replica:
         """The copy here is current, whatever was wrong with it; or it is gone, as it should be."""
         self.missing.pop(oid, None)
         self.lost.pop(oid, None)
+        self.broken.pop(oid, None)
         self._context.spoilt.pop(oid, None)
+
+    def spoil(self, oid: ObjectId) -> None:
+        """The copy here lacks a write, or has lost its bytes: it tells nothing of the object any more."""
+        self.missing[oid] = None
+        self.doubt(oid)
+
+    def doubt(self, oid: ObjectId) -> None:
+        """The copy here is not to be trusted and made anew; should the epoch end before, it tells nothing."""
+        self.broken[oid] = None
+        self._context.doubts[oid] = self._context.doubts.get(oid, 0) + 1
+        self._went_bad()
 
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
@@ -133,6 +149,11 @@ class Replica:
         if placement.me not in replicas:
             return False  # left over from before: nobody told this node what has become of the object
         return replicas[0] < len(self.settled) and self.settled[replicas[0]] and oid not in self.missing
+
+    def awaits_agreement(self, strip: ObjectId) -> bool:
+        """The strip here is one of a state that the strips are to be brought to, or was when its home began."""
+        home = self._context.placement.home(strip)
+        return bool(strip >> STRIP_SHIFT) and home is not None and strip in self.unequal[home]
 
     def readable(self, oid: ObjectId, home: int, offset: int, length: int) -> bool:
         if not self.settled[home] or oid in self.missing or oid in self.unequal[home]:
@@ -166,7 +187,7 @@ class Replica:
         counters = context.counters
         if flags & Flag.REMOVE:
             counters.peer_removes += 1
-            self.missing.pop(oid, None)  # a copy that went with its disk: there is nothing to be restored any more
+            self.restored(oid)  # a copy that went with its disk: there is nothing to be restored any more
         else:
             counters.peer_writes += 1
             counters.peer_rx += len(body)
@@ -195,7 +216,7 @@ class Replica:
             result = Result.SUCCESS
             if error is not None:
                 context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
-                self.missing[message.oid] = None
+                self.spoil(message.oid)
                 if message.oid >> STRIP_SHIFT:
                     context.spoilt.setdefault(message.oid, error)
                 result = self._failed[key] = error.result
@@ -251,7 +272,8 @@ class Replica:
             if context.fence != fence:
                 return
             self._unanswered.pop(key, None)
-            self.missing.update(dict.fromkeys(failed))
+            for strip in failed:
+                self.spoil(strip)
             body = encode_levels((strip, version_of_level[strip]) for strip in failed)
             context.peers.answer(sender, message, Result.SUCCESS, body)
 

@@ -218,7 +218,7 @@ class Router:
         context.peers.request(context.placement.nodes[home], message, request.answered)
 
     def _read_here(self, request: Request) -> Callable[[Buffer | StoreError], None]:
-        fence = self.context.fence
+        fence, doubts = self.context.fence, self.context.doubts.get(request.oid)
 
         def read(data: Buffer | StoreError) -> None:
             context, oid = self.context, request.oid
@@ -226,9 +226,10 @@ class Router:
                 return  # fenced: it was routed again
             if not isinstance(data, StoreError):
                 home = context.placement.home(oid)
-                if home is not None and self._replica.readable(oid, home, request.offset, request.length):
+                good = doubts == context.doubts.get(oid)
+                if good and home is not None and self._replica.readable(oid, home, request.offset, request.length):
                     request.finish(Result.SUCCESS, data)
-                else:  # a write came while the store was reading: its bytes may be among the data already
+                else:  # a write came while the store was reading, or another copy: its bytes may be in the data
                     context.probe("gateway.written_while_read")
                     self._read_at_home(request, 0)
             elif isinstance(data, (Corrupt, DiskError)):

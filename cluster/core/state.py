@@ -62,6 +62,8 @@ class ClusterState:
     epochs: list[EpochRecord] = field(default_factory=list)
     vdis: VdiTable = field(default_factory=VdiTable)
     loaded: bool = False  # the VDI table has been collected since the start
+    partial: int = 0  # in this epoch it was, but nodes that are away may have inodes that nobody else has
+    fewest: int = 0  # copies that any VDI has or had lately; 0: the default
     expelled: list[list[Any]] = field(default_factory=list)  # [node, incarnation] of those that must not be heard
     queue: list[dict[str, Any]] = field(default_factory=list)  # ordered operations; the first one runs
     sweeps: int = 0  # wishes for one: something may have been left behind (core.sweep)
@@ -82,6 +84,26 @@ class ClusterState:
         if self.status == Status.KILLED:
             return Result.KILLED
         return Result.WAIT_FOR_JOIN if self.ctime else Result.WAIT_FOR_FORMAT
+
+    def fewest_copies(self) -> int:
+        """All copies of some object may be gone once so many zones are."""
+        return min(self.copies, self.fewest or self.copies)
+
+    def note_copies(self, copies: int) -> None:
+        """Some VDI has so many; 0: the default."""
+        if copies:
+            self.fewest = min(copies, self.fewest or copies)
+
+    def count_copies(self) -> None:
+        """The table is whole: what no VDI has any more, nor had in an epoch that may matter, does not count."""
+        self.fewest = 0
+        for record in self.vdis.records():
+            for copies in (record.copies, *(former for _, former in record.former_copies)):
+                self.note_copies(copies)
+
+    def unknown(self, result: Result) -> Result:
+        """What is told of something that the table does not have: it may be there (`result` if it cannot)."""
+        return Result.WAIT_FOR_JOIN if self.partial and result in (Result.NO_VDI, Result.NO_TAG) else result
 
     def record(self, epoch: int) -> EpochRecord | None:
         """The membership of an epoch, if its record is known."""
@@ -137,6 +159,7 @@ class ClusterState:
                 "era": self.era,
                 "term": self.term,
                 "forced": self.forced,
+                "fewest": self.fewest,
             }
         ).encode()
 
@@ -154,6 +177,7 @@ class ClusterState:
             "epochs": [record_to_json(record) for record in self.epochs],
             "vdis": self.vdis.to_json(),
             "loaded": self.loaded,
+            "partial": self.partial,
             "expelled": self.expelled,
             "queue": self.queue,
             "away": self.away,

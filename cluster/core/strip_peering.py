@@ -26,6 +26,7 @@ from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
 from sheepdog.cluster.core.strip_undo import Step
 
 NOBODY = -1
+NEVER = -1  # as_of of what somebody began to copy: it is not known that it existed since
 
 
 class Held(NamedTuple):
@@ -124,7 +125,7 @@ def decide(
     real = [entry for entry in held if entry.version != NO_VERSION]
     best_as_of, best = max(((entry.as_of, entry.version) for entry in real), default=(0, NO_VERSION))
     known = max(entry.as_of for entry in held)  # a member may lack it that knows that it was there
-    if facts.deleted(oid, known, holders):
+    if known == NEVER or facts.deleted(oid, known, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders

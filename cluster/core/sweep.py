@@ -60,7 +60,8 @@ class Sweep:
 
     def _is_due(self) -> bool:
         state, machine = self._context.state, self._context.machine
-        running = state.status == Status.RUNNING and state.loaded and self._context.fence > 0
+        # While volumes may be unknown, what seems to belong to nothing may be theirs.
+        running = state.status == Status.RUNNING and state.loaded and not state.partial and self._context.fence > 0
         return running and state.swept < state.sweeps and machine.is_coordinator()
 
     def _order(self) -> None:

@@ -69,6 +69,11 @@ class VdiRecord:
     def is_snapshot(self) -> bool:
         return self.snap_ctime != 0
 
+    @property
+    def fate(self) -> tuple[bytes, int, bool]:
+        """What cannot change while no operation is done: name, when it was frozen, deleted."""
+        return self.name, self.snap_ctime, self.deleted
+
     def may_become(self, made: VdiRecord) -> bool:
         """A vid that was only registered gets its inode; or the same once more, when the answer was lost."""
         return not (self.create_time or self.deleted) or (
@@ -301,6 +306,21 @@ class VdiTable:
         for record in self._records.values():
             if owner in record.owners:
                 record.unshare(owner)
+
+    def merge(self, found: VdiTable) -> None:
+        """Takes over what was not known, and the fate of those of which only older inodes were found before."""
+        for record in found.records():
+            known = self._records.get(record.vid)
+            if known is None:
+                self.put(record)
+                if record.vid in found.claims:
+                    self.claims[record.vid] = found.claims[record.vid]
+            elif known.fate != record.fate:
+                if not record.deleted:
+                    record.take_lock(known)
+                self.put(record)
+        for vid, places in found.attributes.items():
+            self.attributes[vid] = sorted({*self.attributes.get(vid, ()), *places})
 
     def to_json(self) -> dict[str, Any]:
         attributes = [[vid, ids] for vid, ids in sorted(self.attributes.items())]

@@ -24,14 +24,15 @@ from typing import Final
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
-from sheepdog.cluster.core.ports import Done, Log
+from sheepdog.cluster.core.ports import Done, Log, Proven
 from sheepdog.cluster.host.directory import is_no_room, make_directory, read_file, write_all, write_file
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.workers import Workers
 
 _CONFIG = struct.Struct("<8sIQ")  # magic, format, bytes that follow
 _CONFIG_MAGIC: Final = b"SHEEPCFG"
-_SETTLED = struct.Struct("<8sIQ")  # magic, format, epoch
+_SETTLED = struct.Struct("<8sIQQ")  # magic, format, epochs: settled, broken
+_SETTLED_FORMAT: Final = 2  # 1 had no second epoch
 _SETTLED_MAGIC: Final = b"SHEEPSET"
 _EPOCH = struct.Struct("<8sIQQI")  # magic, format, epoch, began (Unix seconds), members that follow
 _EPOCH_MAGIC: Final = b"SHEEPEPO"
@@ -179,24 +180,27 @@ class NodeStateFiles:
                 records.append(decode_epoch(data, path))
         return records
 
-    def save_settled(self, epoch: int, done: Done) -> None:
-        data = _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, epoch)
+    def save_proven(self, proven: Proven, done: Done) -> None:
+        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *proven)
         self._change(lambda: write_file(self._disk, self._directory, "settled", data), done)
 
     def forget_settled(self) -> None:
         """Nothing is proven any more; before the node starts. OSError."""
-        data = _SETTLED.pack(_SETTLED_MAGIC, _FORMAT, 0)
+        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, 0, 0)
         self._with_room(lambda: write_file(self._disk, self._directory, "settled", data))
 
-    def load_settled(self) -> int:
-        """0 when nothing was ever proven, or when the file is damaged: then everything is compared again."""
+    def load_proven(self) -> Proven:
+        """Nothing when nothing was ever proven, or when the file is damaged: then everything is compared again."""
         path = f"{self._directory}/settled"
         try:
             data = self._read(path)
-            return 0 if data is None else _parse_head(_SETTLED, _SETTLED_MAGIC, data, path)[1]
+            if data is None:
+                return Proven(0, 0)
+            _, settled, broken = _parse_head(_SETTLED, _SETTLED_MAGIC, data, path, _SETTLED_FORMAT)
+            return Proven(settled, broken)
         except UsageError as error:
             self._log(4, f"{error}; comparing all copies")
-            return 0
+            return Proven(0, 0)
 
     def _epoch_names(self) -> list[str]:
         return [name for name in self._disk.listdir(self._epochs) if len(name) >= 8 and name.isdecimal()]
@@ -280,11 +284,11 @@ def decode_epoch(data: bytes, path: str) -> EpochRecord:
     return EpochRecord(Epoch(epoch), began_s, members)
 
 
-def _parse_head(layout: struct.Struct, magic: bytes, data: bytes, path: str) -> tuple[int, ...]:
+def _parse_head(layout: struct.Struct, magic: bytes, data: bytes, path: str, version: int = _FORMAT) -> tuple[int, ...]:
     """The fields behind the magic; the first is the format."""
     if len(data) < layout.size or data[:8] != magic:
         raise UsageError(f"{path}: not a file of this system")
     fields: tuple[int, ...] = layout.unpack_from(data)[1:]
-    if fields[0] != _FORMAT:
-        raise UsageError(f"{path}: format {fields[0]}, this version reads {_FORMAT}")
+    if fields[0] != version:
+        raise UsageError(f"{path}: format {fields[0]}, this version reads {version}")
     return fields

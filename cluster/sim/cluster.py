@@ -307,6 +307,8 @@ class SimCluster:
             return unsettled
         for machine in self.machines:
             node = machine.node
+            if machine.process is None or machine.process.attachment.behind:
+                return f"{machine.name}: has not heard of everything"
             if node.gateway.router.pending or node.gateway.router.drains:
                 return f"{machine.name}: requests under way"
             if node.cluster.queue:
@@ -332,8 +334,8 @@ class SimCluster:
                 return f"{machine.name}: {node.home.recovery.unfinished} objects to recover"
             if not node.home.strips.levels.idle:
                 return f"{machine.name}: strips are not level"
-            if machine.state.settled != node.context.epoch:
-                return f"{machine.name}: settled in {machine.state.settled} of {node.context.epoch}"
+            if machine.state.proven.settled != node.context.epoch:
+                return f"{machine.name}: settled in {machine.state.proven.settled} of {node.context.epoch}"
         return ""
 
     def count_probes(self, node: Node) -> None:

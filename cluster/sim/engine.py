@@ -34,6 +34,11 @@ class SimAttachment:
         self._suspended = False
         self._leaving = False
 
+    @property
+    def behind(self) -> bool:
+        """There are events that this process has not seen yet."""
+        return self._arrival_ns > self._engine.world.now_ns
+
     def broadcast(self, data: bytes) -> None:
         self._send(lambda: self._engine.order(self, data))
 

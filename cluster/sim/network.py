@@ -53,8 +53,8 @@ class SimNetwork:
 
     def die(self) -> None:
         """The process is gone; what the kernel had taken of its messages may still arrive."""
-        links, self.links = self.links, {}
-        for link in links.values():
+        self.links = {}
+        for link in self._fabric.links_of(self):  # also those that are not up on this side yet
             link.cut(tell=link.other(self))
 
 
@@ -228,6 +228,9 @@ class Fabric:
             del self._links[pair]
         if link.ends[0].life.alive and link.ends[1].life.alive:
             self.dial(*pair)
+
+    def links_of(self, end: SimNetwork) -> list[_Link]:
+        return [link for link in self._links.values() if end in link.ends]
 
     def links(self) -> list[tuple[NodeId, NodeId]]:
         """The pairs whose link is up."""

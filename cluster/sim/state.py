@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sheepdog.cluster.core.ids import EpochRecord
-from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.ports import Done, Proven
 from sheepdog.cluster.sim.store import SimDisk
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 
@@ -22,7 +22,7 @@ class SimStateDisk:
         """Another, empty disk."""
         self.config: bytes | None = None
         self.epochs: dict[int, EpochRecord] = {}
-        self.settled = 0
+        self.proven = Proven(0, 0)
         self.undo = bytearray()
         self.scrub: bytes | None = None
 
@@ -69,11 +69,11 @@ class SimNodeState:
     def load_epochs(self) -> list[EpochRecord]:
         return [self._disk.epochs[number] for number in sorted(self._disk.epochs)]
 
-    def save_settled(self, epoch: int, done: Done) -> None:
-        self._change(lambda: setattr(self._disk, "settled", epoch), done)
+    def save_proven(self, proven: Proven, done: Done) -> None:
+        self._change(lambda: setattr(self._disk, "proven", proven), done)
 
-    def load_settled(self) -> int:
-        return self._disk.settled
+    def load_proven(self) -> Proven:
+        return self._disk.proven
 
     def save_scrub(self, data: bytes, done: Done) -> None:
         self._change(lambda: setattr(self._disk, "scrub", data), done)

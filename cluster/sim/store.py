@@ -135,6 +135,7 @@ class SimDisk:
             copy = None if entry.base is None else entry.base.clone()
             for change in log:
                 copy = change.change(copy)
+                change.acknowledged = True  # what the next process sees, another kill does not take away
             entry.copy = copy
             if power:
                 self.undo_durable = max([self.undo_durable, *(change.undo for change in log)])

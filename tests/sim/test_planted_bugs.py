@@ -20,9 +20,10 @@ from sheepdog.cluster.core.ids import NO_VERSION
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.past import Past
-from sheepdog.cluster.core.peering import Decision, Inventories, Standing
+from sheepdog.cluster.core.peering import Decision, Inventories
 from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.standing import Standing
 from sheepdog.cluster.sim.nemesis import Faults
 from sheepdog.cluster.sim.run import Failure, Run, Scenario
 from sheepdog.cluster.sim.world import MILLISECOND
@@ -34,6 +35,14 @@ LINKS = Scenario("links", faults=Faults(kill=0.5, link=2, mean_ns=100 * MILLISEC
 STOPS = Scenario("full stops", faults=Faults(kill=1, everybody=0.5))
 FIVE = Scenario("five nodes, two copies", machines=5, copies=2, faults=Faults(kill=1, link=0.5))
 HOT = Scenario("one hot block", clients=6, objects=1, blocks=(0,), think_ns=MILLISECOND // 2)
+HOT_LINKS = Scenario(
+    "links under a hot block",
+    clients=6,
+    objects=1,
+    blocks=(0,),
+    think_ns=MILLISECOND // 2,
+    faults=Faults(kill=0, link=3, mean_ns=30 * MILLISECOND),
+)
 CHURN = Scenario(
     "churn",
     machines=5,
@@ -197,7 +206,7 @@ BUGS = [
     Bug(read_while_another_replica_is_stale, AWAY, 60, first=80),
     Bug(unknown_means_absent, AWAY, 60),
     Bug(write_executed_again_after_an_epoch, CHURN, 40),
-    Bug(repeated_submission_executed_again, LINKS, 60),
+    Bug(repeated_submission_executed_again, HOT_LINKS, 20),
     Bug(replica_applies_twice, LINKS, 20),
     Bug(cold_start_without_the_newest_member, STOPS, 40),
     Bug(snapshot_without_freeze, SNAPSHOTS, 20),
@@ -218,7 +227,7 @@ def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, CHURN, AWAY], ids=lambda scenario: scenario.name
+    "scenario", [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, HOT_LINKS, CHURN, AWAY], ids=lambda scenario: scenario.name
 )
 def test_nothing_is_found_without_bugs(scenario: Scenario) -> None:
     for seed in range(8):

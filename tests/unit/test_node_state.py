@@ -11,7 +11,7 @@ from tests.support.stores import Driver
 
 from sheepdog.cluster.core.errors import DiskError, StoreError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
-from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.ports import Buffer, Proven
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.node_state import RESERVE_BYTES, DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.workers import ThreadWorkers
@@ -38,13 +38,13 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     driver = StateDriver(tmp_path)
     assert driver.state.load_config() is None
     assert driver.state.load_epochs() == []
-    assert driver.state.load_settled() == 0
+    assert driver.state.load_proven() == (0, 0)
     errors: list[StoreError | None] = []
     driver.state.save_config(b"one", errors.append)
     driver.state.save_config(b"\0two\xff", errors.append)
     for number in (1, 2, 10):
         driver.state.append_epoch(record(number), errors.append)
-    driver.state.save_settled(2, errors.append)
+    driver.state.save_proven(Proven(2, 1), errors.append)
     while len(errors) < 6:
         driver.step()
     assert errors == [None] * 6
@@ -52,7 +52,7 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     again = StateDriver(tmp_path)
     assert again.state.load_config() == b"\0two\xff"
     assert again.state.load_epochs() == [record(1), record(2), record(10)]
-    assert again.state.load_settled() == 2
+    assert again.state.load_proven() == (2, 1)
     assert again.wait(again.state.clear_epochs) is None
     assert again.state.load_epochs() == []
 
@@ -108,9 +108,9 @@ def test_damage_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_a_damaged_settled_epoch_is_forgotten(tmp_path: Path) -> None:
     driver = StateDriver(tmp_path)
-    driver.wait(lambda done: driver.state.save_settled(7, done))
+    driver.wait(lambda done: driver.state.save_proven(Proven(7, 0), done))
     (tmp_path / "settled").write_bytes(b"rubbish")
-    assert driver.state.load_settled() == 0
+    assert driver.state.load_proven() == (0, 0)
     assert driver.logged
 
 

@@ -1,0 +1,78 @@
+"""What a node knows of its own copies, carried from epoch to epoch (what it tells in inventories, core.peering)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.peering import BLIND, UNSURE, Holding
+from sheepdog.cluster.core.replica import Replica
+
+
+class Lack(NamedTuple):
+    """There is no current copy here of an object."""
+
+    known: int  # the object existed in that epoch
+    blind: int  # the copy here was current in that epoch, and went bad; 0: it was not current since it came
+    sure: bool = True  # False: `known` is only the newest epoch in which it may have existed
+
+
+_NOTHING_KNOWN = Lack(0, 0)
+
+
+class Standing:
+    """How current the copies of this node are."""
+
+    def __init__(self, settled: int, last: int = 0, broken: int = 0, unfinished: Iterable[ObjectId] = ()) -> None:
+        """At the start of the node: every copy was current in `settled`, it last served in epoch `last`.
+
+        `unfinished`: copies without a version. They were being restored when the node ended, or went with their disk.
+        They may have been current before if some copy went bad since `settled`, last in the epoch `broken`.
+        """
+        self.default = settled  # as_of of every copy not named below
+        self.complete = settled
+        self._older: dict[ObjectId, int] = {}
+        self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, Lack(last, broken, bool(broken)))
+
+    def as_of(self, oid: ObjectId, version: Version) -> int:
+        if version == NO_VERSION:
+            return 0
+        return max(self._older.get(oid, self.default), version.epoch)
+
+    def advance(self, epoch: int, replica: Replica, copies: Iterable[tuple[ObjectId, Version]]) -> None:
+        """Epoch `epoch` is over: copies that were current in it are as of it, the others stay as they were.
+
+        So do strips that were about to become one state with others, of which some may have gone in between.
+        """
+        settled, before = replica.all_settled(), self.lacking
+        lacking = {} if settled else dict(before)
+        for oid in replica.missing:
+            known = before.get(oid, _NOTHING_KNOWN)
+            lacking[oid] = known if oid in replica.lost else Lack(epoch, known.blind)
+        for oid in replica.broken:
+            lacking[oid] = Lack(epoch, epoch)
+        older = {}
+        for oid, version in copies:
+            if oid in replica.broken or not replica.is_current(oid) or replica.awaits_agreement(oid):
+                older[oid] = self.as_of(oid, version)
+                if version == NO_VERSION and oid in before:
+                    lacking.setdefault(oid, before[oid])
+        self.default = epoch
+        self._older = older
+        self.lacking = lacking
+        if settled:
+            self.complete = epoch
+
+    def settle(self, epoch: int) -> None:
+        """Every copy of this node was proven current in `epoch`."""
+        self.default = self.complete = epoch
+        self._older.clear()
+        self.lacking = {}
+
+    def lacks(self) -> Iterator[Holding]:
+        """What an inventory says of objects without a current copy here."""
+        for oid, (known, blind, sure) in self.lacking.items():
+            yield Holding(oid, NO_VERSION, known, 0 if sure else UNSURE)
+            if blind:
+                yield Holding(oid, NO_VERSION, blind, BLIND)

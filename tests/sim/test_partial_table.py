@@ -1,0 +1,112 @@
+"""A cold start while all nodes are away that have the inodes of some volumes: these are out of reach, not missing."""
+
+from __future__ import annotations
+
+from tests.sim.test_late_map_writes import create, wait_for
+from tests.sim.test_volumes import ask, delete, stored
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
+from sheepdog.cluster.core.vdi import VdiRecord
+from sheepdog.cluster.sim.audit import audit
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
+from sheepdog.cluster.sim.world import SECOND, World
+
+SIZE = 4 << 20
+
+
+def found(cluster: SimCluster, name: bytes, node: int) -> tuple[Result, VdiRecord | None]:
+    result, record = ask(cluster, lambda one, done: one.operations.find_vdi(name, b"", 0, done), node)
+    return Result(result), record
+
+
+def made(cluster: SimCluster, name: bytes, node: int = 0, base: int = 0, copies: int = 0) -> tuple[Result, Vid]:
+    result, record = ask(
+        cluster,
+        lambda one, done: one.operations.create_vdi(name, SIZE, Vid(base), copies, 0, 0, 20, 0, done),
+        node,
+    )
+    return Result(result), record.vid if record is not None else Vid(0)
+
+
+def one_starts_alone(copies: int, default: int) -> tuple[SimCluster, int, bytes, Vid]:
+    """(cluster, the node that runs, a volume whose inode it does not have, its vid)."""
+    cluster = SimCluster(World(5), 3)
+    cluster.start_all()
+    cluster.format(default)
+    vids = {name: made(cluster, name, copies=copies)[1] for name in (b"volume%d" % number for number in range(12))}
+    machines = cluster.machines
+    alone, name, vid = next(
+        (machine, name, vid)
+        for machine in machines
+        for name, vid in vids.items()
+        if inode_oid(vid) not in machine.disk.copies()
+    )
+    create(cluster, vid, 0)
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    for machine in machines:
+        if machine is not alone:
+            machine.kill()
+    cluster.world.run_until(lambda: len(alone.node.cluster.members) == 1, HEALTH_LIMIT_NS, "the others are gone")
+    cluster.world.run_for(SECOND)
+    alone.kill()
+    alone.start()
+    cluster.world.run_until(lambda: alone.serves() and alone.node.cluster.loaded, HEALTH_LIMIT_NS, "one runs")
+    return cluster, alone.number, name, vid
+
+
+def check(copies: int, default: int) -> None:
+    cluster, alone, name, vid = one_starts_alone(copies, default)
+    node = cluster.machines[alone].node
+    assert found(cluster, name, alone) == (Result.WAIT_FOR_JOIN, None)
+    assert found(cluster, b"never made", alone) == (Result.WAIT_FOR_JOIN, None), "nobody can know"
+    assert made(cluster, name, alone)[0] == Result.WAIT_FOR_JOIN, "it would take the id of the one that is away"
+    (result, _) = wait_for(cluster.world, lambda done: node.gateway.read(data_oid(vid, 0), 0, 4096, done))
+    assert result in (Result.SUCCESS, Result.EIO), "that it is not there nobody can say"
+    (result, _) = wait_for(cluster.world, lambda done: node.gateway.write(inode_oid(vid), 0, bytes(256), True, done))
+    assert result == Result.EIO
+
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    result, record = found(cluster, name, alone)
+    assert result == Result.SUCCESS
+    assert record is not None
+    assert (record.vid, record.copies) == (vid, copies or default)
+    assert made(cluster, name, alone)[0] == Result.VDI_EXIST
+    assert made(cluster, b"never made", alone)[0] == Result.SUCCESS
+    assert found(cluster, b"nobody", alone) == (Result.NO_VDI, None)
+    (result, _) = wait_for(cluster.world, lambda done: node.gateway.read(data_oid(vid, 0), 0, 4096, done))
+    assert result == Result.SUCCESS
+    audit(cluster, [data_oid(vid, 0)])
+
+
+def test_volumes_of_nodes_that_are_away_are_out_of_reach() -> None:
+    check(0, 2)
+
+
+def test_one_with_fewer_copies_than_others_is_missed_too() -> None:
+    check(1, 3)
+
+
+def test_nothing_is_missed_while_too_few_are_away() -> None:
+    """What is not there then does not exist: volumes can be made and deleted."""
+    cluster = SimCluster(World(6), 3)
+    cluster.start_all()
+    cluster.format(2)
+    made(cluster, b"one")
+    cluster.machines[2].kill()
+    cluster.world.run_until(lambda: len(cluster.machines[0].node.cluster.members) == 2, HEALTH_LIMIT_NS, "it is gone")
+    cluster.world.run_for(SECOND)
+    for machine in cluster.machines[:2]:
+        machine.kill()
+    for machine in cluster.machines[:2]:
+        machine.start()
+    node = cluster.machines[0]
+    cluster.world.run_until(lambda: node.serves() and node.node.cluster.loaded, HEALTH_LIMIT_NS, "two run")
+    assert found(cluster, b"two", 0) == (Result.NO_VDI, None)
+    assert made(cluster, b"two")[0] == Result.SUCCESS
+    cluster.machines[2].start()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    delete(cluster, b"one")
+    delete(cluster, b"two")
+    assert len(stored(cluster)) == 2, "tombstones only"
