@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 import sheepdog.cluster.core.home as home_module
+import sheepdog.cluster.core.puller as puller_module
 import sheepdog.cluster.core.replica as replica_module
 from sheepdog.cluster.core import home_writes
 from sheepdog.cluster.core.dispatch import Dispatch
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
+from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.home_requests import HomeRequests
@@ -24,9 +27,13 @@ from sheepdog.cluster.core.peering import Decision, Inventories
 from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.standing import Standing
+from sheepdog.cluster.core.table_load import TableLoad
+from sheepdog.cluster.core.vdi import VdiTable
 from sheepdog.cluster.sim.nemesis import Faults
 from sheepdog.cluster.sim.run import Failure, Run, Scenario
-from sheepdog.cluster.sim.world import MILLISECOND
+from sheepdog.cluster.sim.store import SimDisk
+from sheepdog.cluster.sim.swarm import scenario_of
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -63,6 +70,28 @@ AWAY = Scenario(
     faults=Faults(mean_ns=80 * MILLISECOND, max_outage_ns=400 * MILLISECOND, max_down=3),
 )
 SNAPSHOTS = Scenario("snapshots", clients=0, owners=1, snapshotters=1)
+LOCKS = Scenario("locks", clients=0, lockers=3, faults=Faults(kill=2, link=0.5, mean_ns=100 * MILLISECOND))
+FROZEN = Scenario(
+    "frozen nodes",
+    machines=4,
+    copies=2,
+    clients=5,
+    objects=2,
+    think_ns=4 * MILLISECOND,
+    session_ns=3 * SECOND,
+    duration_ns=12 * SECOND,
+    faults=Faults(kill=0, stop=1, mean_ns=1500 * MILLISECOND, max_stop_ns=9 * SECOND, max_down=1),
+)
+DELETIONS = Scenario(
+    "deletions",
+    machines=4,
+    clients=0,
+    owners=3,
+    objects=3,
+    gateways=3,
+    durable_chance=1.0,
+    faults=Faults(kill=2, mean_ns=80 * MILLISECOND, spare_gateways=True),
+)
 BLACKOUTS = Scenario("blackouts", durable_chance=1.0, faults=Faults(kill=0.5, power=1, everybody=0.2, blackout=0.8))
 FLUSHES = Scenario(
     "flushes", clients=0, owners=1, flushes=True, durable_chance=1.0, faults=Faults(kill=0.5, power=1, blackout=1)
@@ -195,6 +224,55 @@ def flush_that_skips_other_nodes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Gateway, "flush", lying)
 
 
+def journal_replayed_out_of_order(patch: pytest.MonkeyPatch) -> None:
+    crash = SimDisk.crash
+
+    def careless(self: SimDisk, power: bool) -> None:
+        for one in self.objects.values():
+            one.log.reverse()
+        crash(self, power)
+
+    patch.setattr(SimDisk, "crash", careless)
+
+
+def reconciled_block_by_block(patch: pytest.MonkeyPatch) -> None:
+    """A copy that is made equal keeps some of its own blocks."""
+    difference = puller_module.difference
+
+    def partial(mine: Any, theirs: Any, size: int) -> Any:
+        return tuple(found[:1] if mine else found for found in difference(mine, theirs, size))
+
+    def trusting(self: Any) -> None:
+        self._context.origins.merge(self._origins)
+        self._context.store.restore_finish(
+            self.oid, self._version, lambda error: self._end(Result.SUCCESS if error is None else error.result)
+        )
+
+    patch.setattr(puller_module, "difference", partial)
+    patch.setattr(puller_module._Pull, "_finish", trusting)
+
+
+def deleted_object_resurrected_by_recovery(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Inventories, "deleted", lambda *_: False)
+
+
+def lock_survives_its_owner(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(VdiTable, "unlock_node", lambda *_: None)
+
+
+def frozen_node_answers_after_its_lease(patch: pytest.MonkeyPatch) -> None:
+    """Writes go through their home, so what may come late from a frozen node is an answer."""
+    patch.setattr(Gate, "is_open", lambda _: True)
+
+
+def replica_always_reads_its_own_copy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Replica, "readable", lambda *_: True)
+
+
+def what_a_cold_start_does_not_find_is_missing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TableLoad, "_partial", lambda *_: 0)
+
+
 BUGS = [
     Bug(acknowledged_after_the_first_copy, KILLS, 20),
     Bug(fence_not_checked, KILLS, 20),
@@ -212,6 +290,13 @@ BUGS = [
     Bug(snapshot_without_freeze, SNAPSHOTS, 20),
     Bug(replica_ignores_durability, BLACKOUTS, 20),
     Bug(flush_that_skips_other_nodes, FLUSHES, 20),
+    Bug(journal_replayed_out_of_order, STOPS, 20),
+    Bug(reconciled_block_by_block, KILLS, 20),
+    Bug(deleted_object_resurrected_by_recovery, DELETIONS, 20),
+    Bug(lock_survives_its_owner, LOCKS, 10),
+    Bug(frozen_node_answers_after_its_lease, FROZEN, 40),
+    Bug(replica_always_reads_its_own_copy, KILLS, 40),
+    Bug(what_a_cold_start_does_not_find_is_missing, scenario_of(926), 1, first=926),
 ]
 
 
@@ -227,7 +312,9 @@ def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, HOT_LINKS, CHURN, AWAY], ids=lambda scenario: scenario.name
+    "scenario",
+    [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, HOT_LINKS, CHURN, AWAY, LOCKS, FROZEN, DELETIONS],
+    ids=lambda scenario: scenario.name,
 )
 def test_nothing_is_found_without_bugs(scenario: Scenario) -> None:
     for seed in range(8):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sheepdog.cluster.core.ids import Epoch, Member, NodeId
+from sheepdog.cluster.core.ids import Epoch, Member, NodeId, ObjectId, Vid, data_oid
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.placement import Placement
 
@@ -11,7 +11,7 @@ def member(number: int, vnodes: int = 64) -> Member:
     return Member(NodeId(bytes(15) + bytes([number]), 7000), number, vnodes, 1 << 40)
 
 
-STORE, OTHER, GATEWAY = member(1), member(2), member(3, vnodes=0)
+STORE, OTHER, GATEWAY, THIRD = member(1), member(2), member(3, vnodes=0), member(4)
 
 
 def past(*epochs: tuple[Member, ...]) -> Past:
@@ -28,3 +28,26 @@ def test_epochs_of_gateways_alone_hide_nothing() -> None:
 def test_epochs_of_gateways_alone_witness_nothing() -> None:
     """That a gateway holds all that it should hold says nothing about a node that is away."""
     assert not past((STORE, OTHER, GATEWAY), (GATEWAY,), (STORE, GATEWAY)).knows_all([0, 2])
+
+
+def known(*epochs: tuple[Member, ...]) -> tuple[Past, ObjectId]:
+    """As `past`, with two copies of every object and the placements of all epochs; and an object."""
+
+    def at(epoch: int) -> Placement:
+        return Placement(Epoch(epoch), epochs[epoch - 1], STORE.id, lambda oid: 2)
+
+    return Past(at(len(epochs)), at, lambda epoch: epochs[epoch - 1], lambda: 2), data_oid(Vid(1), 0)
+
+
+def test_one_replica_tells_what_happened_in_an_epoch() -> None:
+    """`THIRD` has the copy of epoch 1. In epoch 2 the others had it, of whom one is here."""
+    before, oid = known((STORE, OTHER, THIRD), (STORE, OTHER), (STORE, THIRD))
+    assert not before.superseded(oid, 1)
+    assert not before.superseded(oid, 1, blind={1: 2}), "it was no replica"
+
+
+def test_a_replica_whose_copy_went_bad_tells_nothing_of_the_epochs_before() -> None:
+    before, oid = known((STORE, OTHER, THIRD), (STORE, OTHER), (STORE, THIRD))
+    assert before.superseded(oid, 1, blind={0: 2})
+    assert not before.superseded(oid, 2, blind={0: 2}), "a copy as of that epoch is new enough"
+    assert not before.superseded(oid, 1, blind={0: 1}), "it was current again afterwards"
