@@ -112,9 +112,11 @@ class OutOfRange(StoreError):
 class Corrupt(StoreError):
     """Bytes that do not match their hash. They are never returned; another copy answers."""
 
-    def __init__(self, text: str, blocks: tuple[int, ...] = ()) -> None:
+    def __init__(self, text: str, blocks: tuple[int, ...] = (), place: str = "", mended: bool = False) -> None:
         super().__init__(text)
         self.blocks = blocks  # numbers of the 4 KiB blocks that failed
+        self.place = place  # directory of the disk
+        self.mended = mended  # it was bad, and is right again
 
 
 class DiskError(StoreError):

@@ -57,12 +57,13 @@ class Scrub:
         self.ended = 0
         self.objects = self.blocks = 0  # looked at in this pass
         self.found = self.repaired = 0  # bad blocks of this pass
-        self.lost: list[list[Any]] = []  # [object's name, blocks]: no copy had them
+        self.lost: list[list[Any]] = []  # [object's name, blocks, directory of the disk]: no copy had them
         self.passes = 0
         self.hours = SCRUB_INTERVAL_HOURS  # from pass to pass; 0: never by itself
         self.rate = SCRUB_BYTES_PER_S
         self._oids: list[ObjectId] = []
         self._bad: dict[tuple[int, int], int] = {}  # chunks (offset, length) of the present object: how many blocks
+        self._place = ""  # directory of the disk where they are
         self._timer: Timer | None = None
         self._turn = 0  # an answer of an earlier turn does not count
         self._saved_ns = 0
@@ -189,7 +190,7 @@ class Scrub:
         self._context.log(
             5,
             f"scrub: {self.objects} objects with {self.blocks} blocks verified, {self.found} were bad, "
-            f"{self.repaired} are repaired, {sum(len(blocks) for _, blocks in self.lost)} are lost",
+            f"{self.repaired} are repaired, {sum(len(one[1]) for one in self.lost)} are lost",
         )
         self._turn += 1
         self._watch_schedule()
@@ -214,7 +215,10 @@ class Scrub:
             if turn != self._turn:
                 return
             self.blocks += -(-length // BLOCK_SIZE)
-            if isinstance(error, Corrupt):
+            if isinstance(error, Corrupt) and error.mended:
+                self.found += 1
+                self.repaired += 1
+            elif isinstance(error, Corrupt):
                 self._note_bad(oid, offset, length, error)
             if error is not None and not isinstance(error, Corrupt):
                 self._bad = {}
@@ -249,6 +253,7 @@ class Scrub:
         blocks = len(error.blocks) or 1  # none are named where the whole file cannot be read
         self.found += blocks
         self._bad[offset, length] = blocks
+        self._place = error.place
         self._context.probe("scrub.found")
         self._context.log(3, f"scrub: {oid_name(oid)}: {error}")
 
@@ -290,9 +295,9 @@ class Scrub:
         self.repaired += sum(self._bad.values()) - len(left)
         self._bad = {}
         if left:
-            self._context.log(2, f"scrub: {oid_name(oid)}: blocks {left} are lost: no copy has them")
+            self._context.log(2, f"scrub: {oid_name(oid)} in {self._place}: blocks {left} are lost: no copy has them")
             if len(self.lost) < SCRUB_LOST_MAX:
-                self.lost.append([oid_name(oid), left])
+                self.lost.append([oid_name(oid), left, self._place])
         self._saved_ns = 0
         self._finished(oid)
 

@@ -128,6 +128,8 @@ class Applier:
             self.touch(copy)
         if copy.restoring:  # its table has been brought up to date when the restore began
             return
+        if self._copies.rot.bad:
+            self._copies.rot.written(copy.oid, record.first, record.count)
         entries, pending = copy.entries, copy.pending
         grown = 0
         for block in range(record.first, record.first + record.count):

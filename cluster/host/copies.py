@@ -16,6 +16,7 @@ from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.object_file import Copy, OpenFiles, open_copy
+from sheepdog.cluster.host.rot import WHOLE, Rot
 from sheepdog.cluster.host.trailer import block_hash
 from sheepdog.cluster.host.workers import Workers
 
@@ -47,6 +48,7 @@ class Copies:
         self.homes: list[ObjectDirectory] = []
         self.by_oid: dict[ObjectId, Copy] = {}
         self.files = OpenFiles(disk, settle)
+        self.rot = Rot()
         self._points: list[tuple[int, ObjectDirectory]] = []
         self._hashes: list[int] = []
 
@@ -143,6 +145,7 @@ class Copies:
         """From now on `copy` (its file is open) is the object; None: there is none. Returns what was there."""
         old = self.by_oid.pop(oid, None)
         if old is not None:
+            self.rot.replaced(oid)
             old.home.used -= old.allocated
             self.files.retire(old)
         if copy is not None:
@@ -276,7 +279,15 @@ class Copies:
         copy.version = copy.applied = NO_VERSION
         copy.restoring = True
         copy.size = -1
-        return Corrupt(f"the copy of {copy.oid:016x} here is unreadable")
+        self.rot.note(copy.oid, [WHOLE])
+        return Corrupt(f"the copy of {oid_name(copy.oid)} in {copy.home.path} is unreadable", (), copy.home.path)
+
+    def corrupt(self, copy: Copy, blocks: list[int]) -> Corrupt:
+        """These blocks of the copy do not match their hashes."""
+        self.rot.note(copy.oid, blocks)
+        self.log(3, f"{copy.path}: blocks {blocks} do not match their hashes")
+        text = f"{oid_name(copy.oid)}: blocks {blocks} in {copy.home.path} are corrupt"
+        return Corrupt(text, tuple(blocks), copy.home.path)
 
     # Failing
 

@@ -30,6 +30,10 @@ class DiskControl:
         """(path, bytes used, bytes free) by path."""
         return self._store.disks.listed()
 
+    def rot(self) -> dict[str, int]:
+        """Blocks found bad since the start, right again, still bad (host.rot)."""
+        return self._store.copies.rot.counts()
+
     def plug(self, paths: Sequence[str], done: Changed) -> None:
         """One directory after another: emptied, then in service; objects move there in the background."""
         left = list(paths)

@@ -85,7 +85,7 @@ class ObjectStore:
         self._journal_directory = options.journal_directory or metadata
         self._by_oid = self.copies.by_oid
         self._reads = Reads(self.copies)
-        self._verifying = Verifying(self.copies)
+        self._verifying = Verifying(self.copies, self._rewrite)
 
     # Life
 
@@ -209,6 +209,11 @@ class ObjectStore:
 
     def verify(self, oid: ObjectId, offset: int, length: int, done: Done) -> None:
         self._verifying.verify(oid, offset, length, done)
+
+    def _rewrite(self, copy: Copy, done: Done) -> None:
+        """The trailer on the disk becomes again what it should be."""
+        self._applier.touch(copy)
+        self._checkpoints.settle(copy, done)
 
     # Writing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, OutOfRange, StoreError
+from sheepdog.cluster.core.errors import DiskError, OutOfRange, StoreError
 from sheepdog.cluster.core.ids import ObjectId
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
@@ -128,16 +128,12 @@ class Reads:
                     block = record.block(first + position) if record.hash(first + position) else trailer.ZERO_BLOCK
                     data[start : start + len(block)] = block
         if bad:
-            done(self._corrupt(copy, [first + position for position in bad]))
+            done(self._copies.corrupt(copy, [first + position for position in bad]))
         elif len(data) == length:
             done(data)
         else:
             start = offset & _BLOCK_MASK
             done(memoryview(data)[start : start + length])
-
-    def _corrupt(self, copy: Copy, blocks: list[int]) -> Corrupt:
-        self._copies.log(3, f"{copy.path}: blocks {blocks} do not match their hashes")
-        return Corrupt(f"{copy.oid:016x}: blocks {blocks} are corrupt here", tuple(blocks))
 
     def block(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
         """Present bytes of the block at `offset`, verified.
@@ -161,7 +157,7 @@ class Reads:
             self._fetch(copy, offset, failed, again)
             return None
         if trailer.bad_blocks(block, copy.entries, FIRST_ENTRY + number):
-            failed(self._corrupt(copy, [number]))
+            failed(self._copies.corrupt(copy, [number]))
             return None
         return block
 

@@ -163,6 +163,7 @@ class Restores:
         except OSError as error:
             return self._copies.write_failed(copy.home, error)
         filled = trailer.hash_blocks(data, copy.entries, FIRST_ENTRY + (offset >> 12))
+        self._copies.rot.written(copy.oid, offset >> 12, (len(data) + _BLOCK_MASK) >> 12)
         self._copies.grow(copy, filled * BLOCK_SIZE)
         self._applier.touch(copy)
         self._syncs.mark_dirty(copy)
@@ -190,6 +191,7 @@ class Restores:
         self._copies.with_open(oid, action, _ignore)
 
     def _clear(self, copy: Copy, first: int, count: int) -> None:
+        self._copies.rot.written(copy.oid, first, count)
         index = FIRST_ENTRY + first
         filled = sum(1 for entry in copy.entries[index : index + count] if entry)
         copy.trailer[index * 8 : (index + count) * 8] = bytes(count * 8)

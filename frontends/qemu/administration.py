@@ -59,6 +59,9 @@ class Disks(Protocol):
     def listed(self) -> list[tuple[str, int, int]]:
         """(path, bytes used, bytes free) by path."""
 
+    def rot(self) -> dict[str, int]:
+        """Blocks that were found bad since the start, that are right again, that are still bad."""
+
     def plug(self, paths: Sequence[str], done: Callable[[bool], None]) -> None: ...
 
     def unplug(self, paths: Sequence[str], done: Callable[[bool], None]) -> None: ...
@@ -100,7 +103,7 @@ class Administration:
             Opcode.SET_VNODES: self._set_vnodes,
             Opcode.NODE_DETAILS: self._details,
             Opcode.SCRUB: self._change_scrub,
-            Opcode.SCRUB_STATUS: lambda call: self._fixed(call, json.dumps(self._node.scrub.status()).encode()),
+            Opcode.SCRUB_STATUS: self._scrub_status,
             Opcode.ALTER_CLUSTER_COPY: self._alter_copies,
             Opcode.MD_PLUG: lambda call: self._change_disks(call, self._md.plug),
             Opcode.MD_UNPLUG: lambda call: self._change_disks(call, self._md.unplug),
@@ -292,6 +295,9 @@ class Administration:
             call.done(Result.SUCCESS)
         else:
             call.fail(Result.INVALID_PARMS)
+
+    def _scrub_status(self, call: Call) -> None:
+        self._fixed(call, json.dumps(self._node.scrub.status() | {"rot": self._md.rot()}).encode())
 
     def _change_scrub(self, call: Call) -> None:
         """{"do": "start" | "stop" | "schedule", "hours": ..., "rate": bytes per second}"""

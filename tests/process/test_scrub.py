@@ -91,7 +91,14 @@ def test_one_pass_finds_all_and_repairs_what_can_be(cluster: Cluster) -> None:
         dd(path, 100)
     dd(victims[0], 200)
     result = scrub(cluster)
-    assert sorted((one["lost"]) for one in result if one["lost"]) == [[[name, [100]]]] * 3
+    places = sorted(str(path.parent) for path in victims)
+    assert sorted(one["lost"] for one in result if one["lost"]) == [[[name, [100], place]] for place in places]
+    assert sum(one["rot"]["bad"] for one in result) == 3
+    told = cluster.try_dog("node", "scrub", "status", "-A").stdout.decode()
+    logs = "".join(cluster.log(node).read_text() for node in range(NODES))
+    for place in places:
+        assert f"object {name} in {place}: blocks 100 are lost" in told
+        assert f"{name} in {place}: blocks [100] are lost" in logs
     assert cluster.try_dog("node", "scrub", "status", "-A").returncode == 1
     start = int(name[8:], 16) * 4 * MIB
     for block, bad in ((99, False), (100, True), (101, False), (200, False)):

@@ -208,6 +208,46 @@ def test_rotten_blocks_are_never_returned(store: StoreDriver, tmp_path: Path) ->
     assert store.read(OID, 0, 4 * 4096) == b"a" * 8192 + b"b" * 4096 + b"a" * 4096
 
 
+@pytest.mark.parametrize("at", [3, 50, 512, 600], ids=["magic", "version", "first entry", "table"])
+def test_a_rotten_trailer_of_an_open_file_is_written_again(store: StoreDriver, tmp_path: Path, at: int) -> None:
+    store.create(OID, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    store.write(OID, 0, b"b" * 8192, v(2), durable=True)
+    store.close()
+    again = StoreDriver(str(tmp_path))
+    assert again.read(OID, 0, 4096) == b"b" * 4096
+    path = tmp_path / "obj" / f"{OID:016x}"
+    good = path.read_bytes()
+    assert again.wait(lambda done: again.store.verify(OID, 0, SIZE, done)) is None
+    with open(path, "r+b") as file:
+        file.seek(SIZE + at)
+        file.write(bytes([good[SIZE + at] ^ 1]))
+    error = again.wait(lambda done: again.store.verify(OID, 0, SIZE, done))
+    assert isinstance(error, Corrupt)
+    assert error.mended
+    assert str(tmp_path / "obj") in str(error)
+    assert path.read_bytes() == good
+    assert again.wait(lambda done: again.store.verify(OID, 0, SIZE, done)) is None
+    assert again.store.copies.rot.counts() == {"found": 1, "repaired": 1, "bad": 0}
+    again.close()
+
+
+def test_rot_is_counted_once_until_it_is_right(store: StoreDriver, tmp_path: Path) -> None:
+    store.create(OID, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    with open(tmp_path / "obj" / f"{OID:016x}", "r+b") as file:
+        for block in (1, 3):
+            file.seek(4096 * block)
+            file.write(b"rotten")
+    for _ in range(2):
+        with pytest.raises(Corrupt, match=f"{OID:016x}: blocks .* in {tmp_path}/obj are corrupt"):
+            store.read(OID, 0, SIZE)
+    assert store.store.copies.rot.counts() == {"found": 2, "repaired": 0, "bad": 2}
+    store.write(OID, 4096, b"n" * 4096, v(2), durable=True)
+    store.flush()
+    assert store.store.copies.rot.counts() == {"found": 2, "repaired": 1, "bad": 1}
+    store.remove(OID)
+    assert store.store.copies.rot.counts() == {"found": 2, "repaired": 2, "bad": 0}
+
+
 def test_a_rotten_header_leaves_a_copy_without_version(tmp_path: Path) -> None:
     driver = StoreDriver(str(tmp_path))
     driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import PurePath
@@ -14,6 +15,7 @@ from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import percent, request_failed, size_text, warn
+from sheepdog.tools.dog.scrub import STATUS_SIZE
 
 STORES = ("plain", "tree")
 CONFIG_SIZE = 16
@@ -148,7 +150,8 @@ def stat(context: Context) -> None:
         from sheepdog.tools.dog.records import print_json
 
         counters = STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
-        print_json(counters._asdict())
+        scrub = json.loads(bytes(admin.plain(connection, Opcode.SCRUB_STATUS, limit=STATUS_SIZE)))
+        print_json(counters._asdict() | {f"rot_{name}": count for name, count in scrub["rot"].items()})
         return
     if not context.raw:
         print("Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD" + "\tWRBW\tRDBW\tRPS" * watch)

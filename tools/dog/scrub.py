@@ -92,9 +92,14 @@ def status(context: Context) -> int:
 def _print(one: dict[str, Any]) -> None:
     total = one["total"]
     done = 100 if not total else 100 * (total - one["left"]) // total
-    lost = sum(len(blocks) for _, blocks in one["lost"])
+    lost = sum(len(lost[1]) for lost in one["lost"])
     ended = minute(one["ended"]) if one["passes"] else "-"
     every = f"{one['hours']} h" if one["hours"] else "-"
     print(one["node"], one["state"], f"{done}%", one["found"], one["repaired"], lost, ended, every, sep="\t")
-    for name, blocks in one["lost"]:
-        print(f"  object {name}: blocks {', '.join(map(str, blocks))} are lost")
+    for name, blocks, *place in one["lost"]:
+        print(
+            f"  object {name}{''.join(f' in {path}' for path in place)}: blocks {', '.join(map(str, blocks))} are lost"
+        )
+    rot = one["rot"]
+    if rot["found"]:
+        print(f"  since it was started: {rot['found']} bad, {rot['repaired']} right again, {rot['bad']} still bad")
