@@ -15,6 +15,7 @@ marks (which groups of blocks may be dirty). What is present is what the store h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from sheepdog.cluster.core.cache_entries import CacheEntries
@@ -136,22 +137,22 @@ class Cache:
         self.entries.space.used_now(entry)
         entry.change(want)
 
-        def answered(result: int) -> None:
-            volume.leave()
-            self._gateway.answer(done, result, b"")
-
         def stored(error: StoreError | None) -> None:
             if volume.over:
-                answered(Result.EIO)
+                self._written(volume, done, Result.EIO)
             elif error is not None:
                 volume.leave()
                 self._overflow(entry, offset, data, durable, error, done)
             elif durable or pressed:
-                self.entries.pusher.push([entry], answered, want)
+                self.entries.pusher.push([entry], partial(self._written, volume, done), want)
             else:
-                answered(Result.SUCCESS)
+                self._written(volume, done, Result.SUCCESS)
 
         self.entries.put(entry, offset, data, True, stored)
+
+    def _written(self, volume: CachedVolume, done: IoDone, result: int) -> None:
+        volume.leave()
+        self._gateway.answer(done, result, b"")
 
     def _overflow(
         self, entry: CachedObject, offset: int, data: Buffer, durable: bool, error: StoreError, done: IoDone
@@ -237,35 +238,11 @@ class Cache:
         if not durable:
             volume.changes += 1
 
-        def idle() -> None:
-            if push and entry.dirty and not volume.over:
-                self.entries.pusher.push([entry], pushed)
-            else:
-                request(ended)
-
-        def pushed(result: int) -> None:
-            if result:
-                ended(result, b"")
-            else:
-                request(ended)
-
-        def ended(result: int, body: Buffer) -> None:
-            if result or keep or volume.over:
-                answered(result, body)
-            else:
-                entry.known = False
-                self.entries.forget(entry, lambda _: answered(result, body))
-
-        def answered(result: int, body: Buffer) -> None:
-            entry.barred = False
-            volume.leave()
-            done(result, body)
-            self.entries.unblock(entry)
-
+        alone = _Alone(self.entries, entry, push, request, done, keep)
         if entry.idle:
-            idle()
+            alone.idle()
         else:
-            entry.when_idle = idle
+            entry.when_idle = alone.idle
 
     def flush(self, vid: Vid, done: IoDone) -> None:
         """As the gateway's. Pushes are durable: only if other changes went past the cache all nodes are asked."""
@@ -284,14 +261,57 @@ class Cache:
             if result or changes <= volume.flushed_changes:
                 self._gateway.answer(done, result, b"")
             else:
-                self._gateway.flush(vid, flushed)
-
-        def flushed(result: int, body: Buffer) -> None:
-            if not result:
-                volume.flushed_changes = max(volume.flushed_changes, changes)
-            done(result, body)
+                self._gateway.flush(vid, partial(_flushed, volume, changes, done))
 
         self.entries.push_all(volume, pushed)
+
+
+def _flushed(volume: CachedVolume, changes: int, done: IoDone, result: int, body: Buffer) -> None:
+    if not result:
+        volume.flushed_changes = max(volume.flushed_changes, changes)
+    done(result, body)
+
+
+class _Alone:
+    """A request for which nobody else uses its object."""
+
+    __slots__ = ("_done", "_entries", "_entry", "_keep", "_push", "_request")
+
+    def __init__(
+        self, entries: CacheEntries, entry: CachedObject, push: bool, request: Request, done: IoDone, keep: bool
+    ) -> None:
+        self._entries = entries
+        self._entry = entry
+        self._push = push
+        self._request = request
+        self._done = done
+        self._keep = keep
+
+    def idle(self) -> None:
+        """Nobody uses it any more."""
+        if self._push and self._entry.dirty and not self._entry.volume.over:
+            self._entries.pusher.push([self._entry], self._pushed)
+        else:
+            self._request(self._ended)
+
+    def _pushed(self, result: int) -> None:
+        if result:
+            self._ended(result, b"")
+        else:
+            self._request(self._ended)
+
+    def _ended(self, result: int, body: Buffer) -> None:
+        if result or self._keep or self._entry.volume.over:
+            self._answered(result, body, None)
+        else:
+            self._entry.known = False
+            self._entries.forget(self._entry, partial(self._answered, result, body))
+
+    def _answered(self, result: int, body: Buffer, _: StoreError | None) -> None:
+        self._entry.barred = False
+        self._entry.volume.leave()
+        self._done(result, body)
+        self._entries.unblock(self._entry)
 
 
 _PAST = CachedObject(CachedVolume(NO_VID), NO_OID, 0)  # stands for whatever goes past the cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from sheepdog.cluster.core.cache_entries import CacheEntries
 from sheepdog.cluster.core.context import Context
@@ -138,13 +139,14 @@ class CacheReads:
                 self._entries.leave(entry)
                 again()
             else:
+                stored = partial(self._fetched, entry, again, done)
                 self._entries.put(entry, first * BLOCK_SIZE, bytes(data), False, stored)
 
-        def stored(error: StoreError | None) -> None:
-            self._entries.leave(entry)
-            if error is None or entry.volume.over:
-                again()
-            else:
-                done(error.result, b"")
-
         self._gateway.router.read(entry.oid, first * BLOCK_SIZE, count * BLOCK_SIZE, found)
+
+    def _fetched(self, entry: CachedObject, again: Callable[[], None], done: IoDone, error: StoreError | None) -> None:
+        self._entries.leave(entry)
+        if error is None or entry.volume.over:
+            again()
+        else:
+            done(error.result, b"")

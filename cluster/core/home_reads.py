@@ -32,9 +32,7 @@ class HomeReads:
 
         home = self._home
 
-        def again() -> None:
-            self.read(oid, offset, length, done, flags)
-
+        again = partial(self.read, oid, offset, length, done, flags)
         if not home.active:
             home.hold(again)
             return
@@ -68,7 +66,7 @@ class HomeReads:
                 home.recovery.suspect(oid, home.me)
                 version = home.context.store.version(oid) or NO_VERSION
                 if version == NO_VERSION:
-                    again()
+                    self.read(oid, offset, length, done, flags)
                 else:
                     others = [member for member in home.context.placement.replicas(oid) if member != home.me]
                     self._read_elsewhere(oid, offset, length, done, version, others)

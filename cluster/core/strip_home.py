@@ -31,6 +31,7 @@ from sheepdog.cluster.core.striping import (
     NOTHING,
     UNIT,
     Change,
+    Piece,
     encode_creation,
     encode_part,
     encode_stripes,
@@ -332,34 +333,23 @@ class StripHome:
         """The bytes as all changes sent so far leave them; DiskError when fewer than D strips can be read."""
         parts = pieces(policy, offset, length)
         wanted = spans(parts)
-        found: dict[int, tuple[int, Buffer]] = {}
-        error: StoreError | None = None
         holders = self.holders(oid, policy)
-
-        def got(strip: int, at: int, data: Buffer | StoreError) -> None:
-            nonlocal error
-            if isinstance(data, StoreError):
-                error = data
-                data = b""
-            found[strip] = at, data
-            if len(found) == len(wanted):
-                done(error if error is not None else gather(parts, found, length))
-
-        def fetched(strip: int, at: int, size: int) -> Callable[[Buffer | StoreError], None]:
-            def arrived(data: Buffer | StoreError) -> None:
-                if isinstance(data, StoreError):
-                    self._read_decoded(oid, policy, strip, at, size, lambda decoded: got(strip, at, decoded))
-                else:
-                    got(strip, at, data)
-
-            return arrived
-
+        pieces_read = _Pieces(parts, len(wanted), length, done)
         for strip, (at, size) in wanted.items():
             member = holders.get(strip)
+            got = partial(pieces_read.got, strip, at)
             if member is None:
-                fetched(strip, at, size)(DiskError("nobody has it"))
+                self._read_decoded(oid, policy, strip, at, size, got)
             else:
-                self._fetch(oid, strip, member, at, size, fetched(strip, at, size))
+                self._fetch(oid, strip, member, at, size, partial(self._fetched, oid, policy, strip, at, size, got))
+
+    def _fetched(
+        self, oid: ObjectId, policy: Policy, strip: int, at: int, size: int, got: ReadDone, data: Buffer | StoreError
+    ) -> None:
+        if isinstance(data, StoreError):
+            self._read_decoded(oid, policy, strip, at, size, got)
+        else:
+            got(data)
 
     def _read_decoded(
         self, oid: ObjectId, policy: Policy, strip: int, offset: int, length: int, done: ReadDone
@@ -400,17 +390,11 @@ class StripHome:
         context, fence = self._context, self._context.fence
         strip_oid = strip_of(oid, strip)
 
-        def failed(error: StoreError) -> None:
-            if isinstance(error, Corrupt):
-                context.probe("strips.corrupt")
-                self._home.recovery.suspect(oid, member)
-            done(error)
-
         def read(data: Buffer | StoreError) -> None:
             if context.fence != fence:
                 return
             if isinstance(data, StoreError):
-                failed(data)
+                self._cannot_be_read(oid, member, data, done)
             else:
                 done(data)
 
@@ -419,15 +403,45 @@ class StripHome:
                 assert isinstance(answer.body, (bytes, bytearray, memoryview))
                 done(answer.body)
             elif answer.result == Result.EIO:
-                failed(Corrupt(f"{self._placement.nodes[member]} cannot read its strip"))
+                error = Corrupt(f"{self._placement.nodes[member]} cannot read its strip")
+                self._cannot_be_read(oid, member, error, done)
             else:
-                failed(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
+                done(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
 
         if member == self._me:
             self._strips.look(strip_oid, offset, length, read)
         else:
             message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
             context.peers.request(self._placement.nodes[member], message, answered)
+
+    def _cannot_be_read(self, oid: ObjectId, member: int, error: StoreError, done: ReadDone) -> None:
+        if isinstance(error, Corrupt):
+            self._context.probe("strips.corrupt")
+            self._home.recovery.suspect(oid, member)
+        done(error)
+
+
+class _Pieces:
+    """Parts of strips as they come; `done` gets them as one when all are here, or the last error."""
+
+    __slots__ = ("_count", "_done", "_error", "_found", "_length", "_parts")
+
+    def __init__(self, parts: Sequence[Piece], count: int, length: int, done: ReadDone) -> None:
+        self._parts = parts
+        self._count = count
+        self._length = length
+        self._done = done
+        self._found: dict[int, tuple[int, Buffer]] = {}
+        self._error: StoreError | None = None
+
+    def got(self, strip: int, at: int, data: Buffer | StoreError) -> None:
+        if isinstance(data, StoreError):
+            self._error = data
+            self._found[strip] = at, b""
+        else:
+            self._found[strip] = at, data
+        if len(self._found) == self._count:
+            self._done(self._error if self._error is not None else gather(self._parts, self._found, self._length))
 
 
 class _Fetches:

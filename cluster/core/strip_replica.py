@@ -126,12 +126,7 @@ class StripReplica:
             self._note(strip, version, taken)
             return
 
-        def replace(old: Buffer) -> None:
-            self.undo.keep(strip, Undo(before, version, offset, old, length))
-            fresh = xor(old, data) if flags & Flag.XOR else data
-            store.write(strip, offset, fresh, version, durable, done)
-            self._note(strip, version, taken)
-
+        replace = partial(self._replace, flags, strip, offset, length, data, before, version, taken, done)
         if looked is not None and looked.offset == offset and looked.data is not None and len(looked.data) == len(data):
             replace(looked.data)
             return
@@ -148,6 +143,25 @@ class StripReplica:
             self._run(strip, queue)
 
         store.read(strip, offset, len(data), read)
+
+    def _replace(
+        self,
+        flags: int,
+        strip: ObjectId,
+        offset: int,
+        length: int,
+        data: Buffer,
+        before: Version,
+        version: Version,
+        taken: Callable[[], None],
+        done: Done,
+        old: Buffer,
+    ) -> None:
+        """The bytes before the change are known: they can be undone."""
+        self.undo.keep(strip, Undo(before, version, offset, old, length))
+        fresh = xor(old, data) if flags & Flag.XOR else data
+        self._context.store.write(strip, offset, fresh, version, bool(flags & Flag.DURABLE), done)
+        self._note(strip, version, taken)
 
     def _note(self, strip: ObjectId, version: Version, taken: Callable[[], None]) -> None:
         """The store has taken the change or has failed, which it may say later.

@@ -31,12 +31,21 @@ def names_in(tree: ast.AST, wanted: set[str]) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in wanted}
 
 
+def nested_in(outer: ast.AST) -> Iterator[Function | ast.Lambda]:
+    """Functions whose definitions are right in this one's body."""
+    for node in ast.iter_child_nodes(outer):
+        if isinstance(node, (Function, ast.Lambda)):
+            yield node
+        else:
+            yield from nested_in(node)
+
+
 def has_cycle(outer: Function, compiled: bool) -> bool:
     nested = {node.name: node for node in ast.walk(outer) if isinstance(node, Function) and node is not outer}
     named = {name: names_in(node, set(nested)) for name, node in nested.items()}
     if compiled:
-        lambdas = [node for node in ast.walk(outer) if isinstance(node, ast.Lambda)]
-        return any(named.values()) or any(names_in(node, set(nested)) for node in lambdas)
+        direct = {node.name for node in nested_in(outer) if isinstance(node, Function)}
+        return any(names_in(node, direct) for node in nested_in(outer))
     for name in named:
         reached: set[str] = set()
         ahead = [name]
