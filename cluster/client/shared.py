@@ -18,7 +18,7 @@ import errno
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.errors import SheepError
@@ -74,7 +74,7 @@ class SharedVolume:
         self._volume: Volume
 
     @classmethod
-    async def open(cls, address: Address, name: str | bytes) -> SharedVolume:
+    async def open(cls, address: Address, name: str | bytes) -> Self:
         """Takes the shared lock. SheepError: VDI_LOCKED (EBUSY) while somebody has it for himself, NO_VDI (ENOENT)."""
         made = cls(address, name.encode() if isinstance(name, str) else name)
         await made._connect()

@@ -59,6 +59,7 @@ class Document:
 
     serial: str = field(default_factory=lambda: str(uuid.uuid4()))
     exports: tuple[Export, ...] = ()
+    shared: bool = False  # several hosts may export it at a time; none of them roams between gateways
 
     def of(self, host: str) -> Export | None:
         return next((export for export in self.exports if export.host == host), None)
@@ -80,7 +81,11 @@ class Document:
             found = json.loads(value)
             if found["format"] != FORMAT:
                 raise UsageError(f"its attribute 'iscsi' has format {found['format']}, this version knows {FORMAT}")
-            return cls(str(uuid.UUID(found["serial"])), tuple(_export(one) for one in found["exports"]))
+            return cls(
+                str(uuid.UUID(found["serial"])),
+                tuple(_export(one) for one in found["exports"]),
+                bool(found.get("shared")),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"its attribute 'iscsi' cannot be understood ({error!r})") from error
 

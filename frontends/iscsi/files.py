@@ -55,12 +55,14 @@ class Files:
                 f"sheepfs cannot be mounted on {self.place}: {done.stderr.decode(errors='replace').strip()}"
             )
 
-    def show(self, volume: str) -> int:
+    def show(self, volume: str, shared: bool = False) -> int:
         """Makes the volume's file appear, or its size be looked at anew; the size in bytes."""
         try:
-            (self.place / "vdi" / "mount").write_text(volume)
+            (self.place / "vdi" / ("share" if shared else "mount")).write_text(volume)
             return self.path(volume).stat().st_size
         except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise UsageError("somebody has it open for himself (dog vdi lock list)") from error
             raise UsageError(f"volume {volume}: {error.strerror}") from error
 
     def is_held(self, volume: str) -> bool:

@@ -38,6 +38,7 @@ class Wanted:
     export: Export
     serial: str
     object_size: int
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ class Host:
         if export.chap and credentials.secret == credentials.mutual_secret:
             raise UsageError("the secrets of both directions must differ (RFC 7143, 9.2.1)")
         mark = label(self.name, volume)
-        size = self._files.show(volume)
+        size = self._files.show(volume, wanted.shared)
         path = str(self._files.path(volume))
         disk = Disk(path, size, wanted.serial, disk_attributes(wanted.object_size))
         target = Target(

@@ -115,6 +115,12 @@ class Cluster(Protocol):
         OSError: ENOENT if there is none, any other if the cluster cannot be asked.
         """
 
+    async def open_shared(self, name: str) -> Volume:
+        """The working volume, which may be open through other gateways too; it stays with this one.
+
+        OSError: EBUSY while somebody has it for himself, else as `open`.
+        """
+
     async def dog(self, *words: str) -> Outcome:
         """Run a `dog` command against the cluster. OSError if nobody is there."""
 

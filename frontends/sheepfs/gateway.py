@@ -14,6 +14,7 @@ from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.session import Session
+from sheepdog.cluster.client.shared import SharedVolume
 from sheepdog.cluster.client.volume import Volume
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import Vid, format_address
@@ -110,6 +111,13 @@ class GatewayVolume:
             await asyncio.sleep(MEMBERS_INTERVAL_S)
 
 
+class SharedGatewayVolume(SharedVolume):
+    """A volume for which other hosts are ways, too: the gateway knows what this client has seen, so it is no other."""
+
+    async def move(self, address: Address) -> None:
+        raise OSError(errno.EBUSY, "a shared volume stays with its gateway")
+
+
 async def members(session: Session) -> list[Address]:
     """Where the nodes of the cluster listen."""
     header = REQUEST.pack(
@@ -153,6 +161,9 @@ class GatewayCluster:
             await session.close()
             raise
         return GatewayVolume(session, volume, name)
+
+    async def open_shared(self, name: str) -> SharedGatewayVolume:
+        return await SharedGatewayVolume.open(self._address, name)
 
     async def dog(self, *words: str) -> Outcome:
         session = await self._session()

@@ -34,8 +34,9 @@ class MountedVolume(VolumeNode):
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
 
-    def __init__(self, cluster: Cluster, settings: Settings, name: str, volume: Volume) -> None:
+    def __init__(self, cluster: Cluster, settings: Settings, name: str, volume: Volume, shared: bool = False) -> None:
         super().__init__()
+        self.shared = shared
         self._cluster = cluster
         self.name = name
         self.size = volume.size
@@ -133,18 +134,28 @@ class Volumes:
 
         EINVAL if there is none, EIO if no node answers.
         """
+        await self._show(name, False)
+
+    async def share(self, name: str) -> None:
+        """The same for a volume that other hosts write, too. EBUSY if it is here, or open elsewhere, not shared."""
+        await self._show(name, True)
+
+    async def _show(self, name: str, shared: bool) -> None:
         if not name or "/" in name or name in (".", "..") or len(name.encode()) > NAME_MAX:
             raise error(errno.EINVAL)
         async with self._changing:
             try:
                 if name in self._mounted:
+                    if self._mounted[name].shared != shared:
+                        raise error(errno.EBUSY)
                     await self._mounted[name].refresh()
                     return
-                volume = await self._open(name)
+                volume = await (self._cluster.open_shared(name) if shared else self._open(name))
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)
-                raise error(errno.EINVAL if problem.errno == errno.ENOENT else errno.EIO) from None
-            node = MountedVolume(self._cluster, self._settings, name, volume)
+                told = {errno.ENOENT: errno.EINVAL, errno.EBUSY: errno.EBUSY}
+                raise error(told.get(problem.errno or 0, errno.EIO)) from None
+            node = MountedVolume(self._cluster, self._settings, name, volume, shared)
             self._numbers.add(node)
             self._mounted[name] = node
 

@@ -106,7 +106,7 @@ _dog() {
     "nbd serve" | "nbd serve "*) words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly --exclusive --mode --group --threads --swap -a --address -p --port -h --help" ;;
     "nbd uri" | "nbd uri "*) words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer -a --address -p --port -r --raw -h --help -T --time --json" ;;
     iscsi) words="export list unexport apply clear tgt-config" ;;
-    "iscsi export" | "iscsi export "*) words="--initiator --portal --iqn --chap --secret-file --mutual --mutual-secret-file --discovery --discovery-secret-file --readonly --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
+    "iscsi export" | "iscsi export "*) words="--initiator --portal --iqn --chap --secret-file --mutual --mutual-secret-file --discovery --discovery-secret-file --readonly --shared --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "iscsi list" | "iscsi list "*) words="--host -a --address -p --port -r --raw -h --help -T --time --json" ;;
     "iscsi unexport" | "iscsi unexport "*) words="-f --force --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "iscsi apply" | "iscsi apply "*) words="--host -a --address -p --port -h --help -T --time" ;;

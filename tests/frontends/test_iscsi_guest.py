@@ -12,6 +12,7 @@ from tests.support import conformance, needs
 from tests.support.processes import BIN, run
 
 GUEST_RUN = Path(__file__).resolve().parents[1] / "support" / "guest-run"
+UNIT = Path(__file__).resolve().parents[2] / "packaging" / "systemd" / "sheepdog-iscsi.service"
 GUEST_SECONDS = 1200  # emulated, on a loaded machine; 150 s on a quiet one
 SUITES_SECONDS = 3600  # some tests repeat themselves hundreds of times, on two disks
 MIB = 1 << 20
@@ -85,9 +86,11 @@ mount $dev /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same; umount
 admin --logout >/dev/null
 
 theirs=$(find $lio/iqn.2026-01.org.example:theirs | wc -l)
-dog iscsi clear
+ln -sf "$(command -v dog)" /usr/local/bin/dog
+as_systemd() { $(sed -n "s/^$1=//p" UNIT); }
+as_systemd ExecStop
 echo cleared $(ls $lio | grep example), $(ls /sys/kernel/config/target/core), $(grep -c /run/sheepdog /proc/mounts)
-dog iscsi apply | sed 's/[0-9]*/some/'; echo twice $(dog iscsi apply)
+as_systemd ExecStart | sed 's/[0-9]*/some/'; echo twice $(as_systemd ExecReload)
 serial | cmp - /run/serial && echo serial same
 admin --login >/dev/null; disk; mount -o ro $dev /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same
 umount /run/m; admin --logout >/dev/null
@@ -96,6 +99,80 @@ dog iscsi unexport v
 echo left $(ls $lio | grep example), $(dog iscsi list -r | wc -l), \
     $(($(find $lio/iqn.2026-01.org.example:theirs | wc -l) - theirs)), \
     discovery $(cat $lio/discovery_auth/enforce_discovery_auth)
+"""
+
+# Two hosts of one kernel: each has a sheep, a sheepfs and a target of its own. `paths` says how they stand.
+MULTIPATH = r"""
+dog vdi create v 96M
+offer() {
+    dog iscsi export v --host $1 -p $2 --portal 127.0.0.1:$3 --iqn $name.$1 --initiator $me ${4-} >/dev/null 2>/run/said
+}
+offer a 7000 3260 --shared; offer b 7001 3261
+offer c 7001 3262 || echo refused $(cut -d" " -f1-4 /run/said)
+echo locked $(dog vdi lock list | grep -o 'port:700[0-9]([a-z]*)' | cut -c1-9)
+
+echo "InitiatorName=$me" >/etc/iscsi/initiatorname.iscsi
+rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets; iscsid
+path_to() { iscsiadm -m node -T $name.$1 -p 127.0.0.1:$2 "${@:3}"; }
+log_in() {
+    path_to $1 $2 -o new >/dev/null
+    path_to $1 $2 -o update -n node.conn[0].timeo.noop_out_interval -v 0
+    path_to $1 $2 -o update -n node.session.timeo.replacement_timeout -v 5
+    path_to $1 $2 --login >/dev/null
+    for n in $(seq 300); do [ -b /dev/$3 ] && break; sleep 0.2; done
+    echo 600 >/sys/block/$3/device/timeout
+    for file in $lio/$name.$1/tpgt_1/acls/*/attrib/dataout_timeout; do echo 60 >$file; done
+}
+log_in a 3260 sda; log_in b 3261 sdb
+cmp /sys/block/sda/device/wwid /sys/block/sdb/device/wwid && \
+    cmp /sys/block/sda/device/vpd_pg80 /sys/block/sdb/device/vpd_pg80 && echo one disk
+one=$(cat /sys/block/sda/dev) two=$(cat /sys/block/sdb/dev)
+dmsetup --noudevsync create mp --table \
+    "0 $(cat /sys/block/sda/size) multipath 0 0 2 1 round-robin 0 1 1 $one 1000 round-robin 0 1 1 $two 1000"
+for n in $(seq 100); do [ -b /dev/dm-0 ] && break; sleep 0.2; done
+paths() { dmsetup status mp | grep -o '8:[0-9]* [AF]' | tr '\n' ' '; }
+echo paths $(paths)
+mkfs.ext4 -q -b 4096 -E lazy_itable_init=1 /dev/dm-0; mount /dev/dm-0 /run/m
+write() {  # files with sums, each synced, until told to stop
+    n=0; rm -f /run/stop; : >/run/sums.$1
+    while [ ! -e /run/stop ]; do
+        n=$((n + 1)); head -c 300000 /dev/urandom >/run/piece
+        cp /run/piece /run/m/$1.$((n % 12)) && sync /run/m/$1.$((n % 12)) || { echo "write failed"; break; }
+        sed -i "/ $1.$((n % 12))$/d" /run/sums.$1
+        echo "$(md5sum </run/piece | cut -d' ' -f1)  $1.$((n % 12))" >>/run/sums.$1
+        echo $n >/run/count.$1
+    done
+}
+written() { cat /run/count.$1 2>/dev/null || echo 0; }
+some() {
+    before=$(written $1)
+    for n in $(seq 900); do [ "$(written $1)" -ge $((before + 4)) ] && return; sleep 0.2; done
+    echo "$1 does not go on"
+}
+write first & writer=$!
+some first
+kill -9 $(pgrep -of '[s]heepfs.main .* /run/sheepdog/iscsi/a'); kill -9 $(pgrep -of '[s]heep /srv/n/s0 ')
+some first; dog vdi snapshot -s busy v -p 7001; some first
+touch /run/stop; wait $writer; rm /run/stop
+echo one way $(paths)
+echo 3 >/proc/sys/vm/drop_caches; (cd /run/m; md5sum -c --quiet /run/sums.first) && echo same
+
+store=/srv/n/s0; sheep $store -n -c local:/srv/n/shm -z 0 -p 7000  # so that this line is not what was killed above
+for n in $(seq 300); do [ "$(dog node list -r -p 7001 2>/dev/null | wc -l)" = 3 ] && break; sleep 0.3; done
+dog iscsi apply --host a -p 7000 | sed 's/[0-9]*/healed by some/'
+for n in $(seq 300); do dd if=/dev/sda of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null && break; sleep 0.3; done
+dmsetup message mp 0 reinstate_path $one
+write second & writer=$!
+some second
+echo 0 >$lio/$name.b/tpgt_1/enable
+some second
+touch /run/stop; wait $writer; rm /run/stop
+echo other way $(paths)
+umount /run/m; e2fsck -fn /dev/dm-0 >/dev/null 2>&1 && echo clean
+mount /dev/dm-0 /run/m; (cd /run/m; cat /run/sums.first /run/sums.second | md5sum -c --quiet) && echo same
+umount /run/m; dmsetup --noudevsync remove mp
+dog vdi resize v 128M; dog iscsi apply --host a -p 7000 >/dev/null; iscsiadm -m session -R >/dev/null
+echo size $(blockdev --getsize64 /dev/sda)
 """
 
 SUITES = r"""
@@ -128,7 +205,7 @@ def merged(outputs: list[str]) -> dict[str, str]:
     return {name: outcome for output in outputs for name, outcome in conformance.outcomes(output).items()}
 
 
-def in_guest(script: str, seconds: int = GUEST_SECONDS) -> str:
+def in_guest(script: str, seconds: int = GUEST_SECONDS, modules: str = "") -> str:
     """The output of a script in a guest with a cluster; it must end with status 0."""
     needs.root()
     needs.program("qemu-system-x86_64", "busybox", "iscsiadm", "iscsid", "iscsi-inq", "iscsi-ls", "mkfs.ext4", "fstrim")
@@ -138,6 +215,7 @@ def in_guest(script: str, seconds: int = GUEST_SECONDS) -> str:
     done = run(
         [
             GUEST_RUN, "--mem", "1536M", "--timeout", str(seconds), "--hung-task", "300",
+            "--modules", modules,
             "--env", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "--", "/bin/bash", "-c", BEGIN + script,
         ],
         check=False,
@@ -150,7 +228,7 @@ def in_guest(script: str, seconds: int = GUEST_SECONDS) -> str:
 
 @pytest.mark.timeout(GUEST_SECONDS + 60)
 def test_a_disk_of_the_kernels_initiator() -> None:
-    lines = in_guest(STORY).splitlines()
+    lines = in_guest(STORY.replace("UNIT", str(UNIT))).splitlines()
 
     def numbers(word: str) -> list[int]:
         return [int(part) for line in lines if line.startswith(f"{word} ") for part in line.split()[1:]]
@@ -169,6 +247,23 @@ def test_a_disk_of_the_kernels_initiator() -> None:
     assert lines.count("same") == 2
     assert "cleared iqn.2026-01.org.example:theirs, alua, 0" in lines
     assert lines[-1] == "left iqn.2026-01.org.example:theirs, 0, 0, discovery 0"
+
+
+@pytest.mark.timeout(GUEST_SECONDS + 60)
+def test_a_disk_with_two_paths_through_two_hosts() -> None:
+    """A host dies under load, later the other one: nothing is lost, and each shows what the other one has written."""
+    needs.program("dmsetup")
+    lines = in_guest(MULTIPATH, modules="dm_multipath dm_round_robin").splitlines()
+    assert "refused v: this sheep serves" in lines, lines
+    assert "locked port:7000 port:7001" in lines
+    assert "one disk" in lines
+    assert "paths 8:0 A 8:16 A" in lines
+    assert "one way 8:0 F 8:16 A" in lines
+    assert "healed by some changes" in lines
+    assert "other way 8:0 A 8:16 F" in lines
+    assert lines.count("same") == 2, lines
+    assert {"clean", f"size {128 * MIB}"} <= set(lines), lines
+    assert not any("does not go on" in line or "write failed" in line for line in lines), lines
 
 
 @pytest.mark.soak

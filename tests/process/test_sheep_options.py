@@ -12,7 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.processes import BIN, alive, command_line, environment, run, send_signal, wait_until
+from tests.support import needs
+from tests.support.netns import NetworkNamespace
+from tests.support.processes import (
+    BIN,
+    alive,
+    command_line,
+    environment,
+    having_argument,
+    run,
+    send_signal,
+    wait_until,
+)
+
+from sheepdog.cluster.drivers.registry import available
 
 WAIT_S = 20.0
 
@@ -103,6 +116,24 @@ def test_the_installed_command_refuses_and_explains() -> None:
     help_text = run([BIN / "sheep", "--help"])
     assert help_text.stdout.startswith(b"Sheepdog daemon (version ") and help_text.stderr == b""
     assert run([BIN / "sheep", "-v"]).stdout.startswith(b"Sheepdog daemon version ")
+
+
+def test_an_engine_that_is_not_there_is_one_line(directory: Path, private_network: NetworkNamespace) -> None:
+    """No daemon of corosync, no server of ZooKeeper: status 1, and nothing is left running."""
+    needs.network_namespaces()
+    expected = {
+        "zookeeper": b"zookeeper driver: the list of servers is missing",
+        "zookeeper:127.0.0.1:9": b"zookeeper driver: 127.0.0.1:9: no server of the ensemble can be reached",
+        "corosync": b"corosync d",
+    }
+    for driver, text in expected.items():
+        name = driver.partition(":")[0]
+        if name not in available():
+            text = f"Invalid cluster driver '{driver}': it needs ".encode()
+        done = run([*private_network.enter, BIN / "sheep", directory / "store", "-f", "-c", driver], check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(text) and done.stderr.count(b"\n") == 1, done.stderr
+    assert not having_argument(str(directory / "store"))
 
 
 def test_a_mistake_is_told_without_importing_anything_large() -> None:

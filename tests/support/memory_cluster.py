@@ -153,6 +153,7 @@ class MemoryCluster:
         self.orders: list[tuple[str, ...]] = []
         self.catalogs = 0
         self.down = False
+        self.alone: set[str] = set()  # volumes that somebody has for himself
 
     def _arrive(self) -> None:
         if self.down:
@@ -165,6 +166,13 @@ class MemoryCluster:
             return self.snapshots[name, snap_id][1] if snap_id else self.volumes[name]
         except KeyError:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+
+    async def open_shared(self, name: str) -> MemoryVolume:
+        if name in self.alone:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        volume = await self.open(name, 0, False)
+        volume.calls.append(("share", 0, 0))
+        return volume
 
     async def dog(self, *words: str) -> Outcome:
         self._arrive()

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from sheepdog.cluster.client import admin
 from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.frontends.iscsi import exports, kernel, tgt
 from sheepdog.frontends.iscsi.exports import Document, Export, Login
 from sheepdog.frontends.iscsi.secrets import read_secret
+from sheepdog.tools.dog import iscsi
 from sheepdog.tools.dog.commands import COMMANDS
+from sheepdog.tools.dog.context import Context
+from sheepdog.tools.dog.options import Failure
+
+SERIAL = "01234567-89ab-cdef-0123-456789abcdef"
 
 EXPORT = Export(
     "node1",
@@ -193,3 +201,41 @@ def test_the_systemd_unit_runs_commands_that_there_are() -> None:
     }
     assert {"apply", "clear"} <= names
     assert "KillMode=process" in unit.read_text(), "sheepfs outlives the command that starts it"
+
+
+@pytest.mark.parametrize(
+    ("document", "shared", "locks", "refusal"),
+    [
+        (Document(SERIAL), False, False, None),
+        (Document(SERIAL), True, True, None),
+        (Document(SERIAL), True, False, "needs a cluster that enforces locks"),
+        (Document(SERIAL, (EXPORT,)), True, True, "exported by node1 without --shared: unexport it first"),
+        (Document(SERIAL, (EXPORT,)), False, True, "exported by node1; without --shared one host at a time can"),
+        (Document(SERIAL, (EXPORT,), shared=True), False, True, None),
+        (Document(SERIAL, shared=True), False, True, None),
+    ],
+)
+def test_who_may_export_what_others_do(
+    document: Document, shared: bool, locks: bool, refusal: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`shared` stays while somebody exports the volume, and begins only where locks are enforced."""
+    context = Mock(spec=Context)
+    context.flag.side_effect = {"shared": shared}.__getitem__
+    info = Mock(cluster_flags=int(ClusterFlag.LOCKS) if locks else 0)
+    monkeypatch.setattr(admin, "cluster_info", lambda connection: (info, []))
+    monkeypatch.setattr(iscsi, "_takes_part", lambda context, volume: False)
+    if refusal is None:
+        found = iscsi._shared_as_wanted(context, "web", "node2", document)
+        assert found.shared == (shared or bool(document.exports))
+        assert Document.unpack(found.pack()) == found
+    else:
+        with pytest.raises(Failure, match=refusal):
+            iscsi._shared_as_wanted(context, "web", "node2", document)
+
+
+def test_a_sheep_that_has_a_share_already_takes_no_other_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iscsi, "_takes_part", lambda context, volume: True)
+    document = Document(SERIAL, (EXPORT,), shared=True)
+    with pytest.raises(Failure, match="every host needs a sheep of its own"):
+        iscsi._shared_as_wanted(Mock(spec=Context), "web", "node2", document)
+    assert iscsi._shared_as_wanted(Mock(spec=Context), "web", EXPORT.host, document) is document, "the same host again"

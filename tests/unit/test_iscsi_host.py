@@ -36,6 +36,7 @@ class MemoryFiles(Files):
         self.visible: list[str] = []
         self.configuration = configuration
         self.lost: set[str] = set()
+        self.shared: set[str] = set()
 
     def is_alive(self) -> bool:
         return self.running
@@ -44,11 +45,12 @@ class MemoryFiles(Files):
         self.starts += not self.running
         self.running = True
 
-    def show(self, volume: str) -> int:
+    def show(self, volume: str, shared: bool = False) -> int:
         if volume not in self.sizes:
             raise UsageError("Invalid argument")
         if volume not in self.visible:
             self.visible.append(volume)
+            self.shared |= {volume} if shared else set()
             self.lost.discard(volume)
         return self.sizes[volume]
 
@@ -120,6 +122,11 @@ def db(**changes: object) -> Wanted:
 WEB = "iscsi/iqn.2026-01.org.example:web/tpgt_1"
 ENTRY = f"{WEB}/acls/{INITIATOR}"
 DISK = f"core/fileio_0/{label(HERE, 'web')}"
+
+
+def test_a_shared_volume_is_shown_as_one(world: World) -> None:
+    world.good({"web": replace(web(), shared=True), "db": db()})
+    assert world.files.shared == {"web"}
 
 
 def test_an_export_is_safe_and_complete(world: World) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
+import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result, UsageError
+from sheepdog.cluster.core.ids import format_address
+from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure, UsageFailure
 from sheepdog.tools.dog.output import text, warn
@@ -37,13 +42,7 @@ def export(context: Context) -> int:
     wanted = _described(context, volume, host, document)
     for login in wanted.logins():
         read_secret(login.secret_file)  # before anything is recorded
-    others = document.without(host).exports
-    if others:
-        # Each sheepfs keeps the volume's map; one would read what the other has replaced.
-        raise Failure(
-            f"{volume} is exported by {others[0].host}; one host at a time can. "
-            f"To move it: dog iscsi unexport {volume} there, or here with --host {others[0].host} once that is down"
-        )
+    document = _shared_as_wanted(context, volume, host, document)
     cluster.write(context.gateway(), name_of(volume), document.having(wanted), new=before is None)
     if wanted.chap is None:
         warn(f"Warning: whoever calls himself {' or '.join(wanted.initiators)} is let in (see --chap)")
@@ -51,6 +50,42 @@ def export(context: Context) -> int:
     if not code:
         print(f"{wanted.iqn} {','.join(wanted.portals)}")
     return code
+
+
+def _shared_as_wanted(context: Context, volume: str, host: str, document: Document) -> Document:
+    """The document for one host more; Failure where the volume cannot be on several."""
+    others = document.without(host).exports
+    if document.shared and document.exports:
+        if document.of(host) is None and _takes_part(context, volume):
+            raise Failure(
+                f"{volume}: this sheep serves another one who shares it; every host needs a sheep of its own (-a)"
+            )
+        return document
+    if not context.flag("shared"):
+        if others:
+            # Each sheepfs keeps the volume's map; one would read what the other has replaced.
+            raise Failure(
+                f"{volume} is exported by {others[0].host}; without --shared one host at a time can. "
+                f"To move it: dog iscsi unexport {volume} there, or here with --host {others[0].host} once that is down"
+            )
+        return replace(document, shared=False)
+    if document.exports:
+        raise Failure(f"{volume} is exported by {document.exports[0].host} without --shared: unexport it first")
+    info, _ = admin.cluster_info(context.gateway())
+    if not info.cluster_flags & ClusterFlag.LOCKS:
+        raise Failure("--shared needs a cluster that enforces locks (dog cluster format -l)")
+    return replace(document, shared=True)
+
+
+def _takes_part(context: Context, volume: str) -> bool:
+    """The sheep that is asked holds a share of the volume's lock already: it cannot tell two clients apart."""
+    from sheepdog.tools.dog.locks import lock_states
+
+    state = lock_states(context.gateway()).get(admin.find(context.gateway(), name_of(volume)).vid)
+    nodes = state.participants if state is not None else ()
+    own = {address[4][0] for address in socket.getaddrinfo(context.host, None)}
+    loopback = any(ipaddress.ip_address(address).is_loopback for address in own)
+    return any(node.port == context.port and (loopback or format_address(node.address) in own) for _, node in nodes)
 
 
 def unexport(context: Context) -> int:
@@ -108,6 +143,7 @@ def list_exports(context: Context) -> int:
                 "mutual": one.mutual.user if one.mutual else "",
                 "discovery": one.discovery.user if one.discovery else "",
                 "readonly": one.read_only,
+                "shared": exported.document.shared,
                 "serial": exported.document.serial,
             }
             if one.host == host:
@@ -232,7 +268,9 @@ def _apply(context: Context, host: str, volumes: Iterable[str] | None) -> Outcom
             continue
         one = exported.document.of(host)
         if one is not None:
-            wanted[exported.volume] = Wanted(one, exported.document.serial, exported.object_size)
+            wanted[exported.volume] = Wanted(
+                one, exported.document.serial, exported.object_size, exported.document.shared
+            )
     outcome = _host(context, host).apply(wanted, volumes)
     outcome.problems[:0] = problems
     return outcome

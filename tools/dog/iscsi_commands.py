@@ -24,6 +24,7 @@ ISCSI = (
             Option("", "discovery", "the user who may ask this host for its targets", True),
             Option("", "discovery-secret-file", "file with that user's secret", True),
             Option("", "readonly", "let nobody write"),
+            Option("", "shared", "several hosts export it at a time, each through its own sheep (multipath)"),
             _HOST,
             *NETWORK,
             *LAST,
