@@ -16,7 +16,7 @@ _READ, _WRITE = int(Opcode.READ_OBJ), int(Opcode.WRITE_OBJ)
 _CREATE, _FLUSH = int(Opcode.CREATE_AND_WRITE_OBJ), int(Opcode.FLUSH_VDI)
 _ZERO, _MAP = int(Opcode.ZERO_OBJ), int(Opcode.MAP_OBJ)
 _COHERENT = frozenset((_READ, _WRITE, _CREATE, _ZERO))
-_OPCODE, _FLAGS = 1, 2  # bytes of the header; TGT is in the lower byte of the flags
+_OPCODE, _FLAGS = 1, 2  # bytes of the header
 SHARED = 1  # lock_type
 
 
@@ -95,4 +95,5 @@ def understanding_coherence(header: bytearray) -> bytearray:
     """The same request, which may be answered INODE_INVALIDATED where that means something."""
     if header[_OPCODE] in _COHERENT:
         header[_FLAGS] |= Flags.TGT
+        header[_FLAGS + 1] |= Flags.FOLLOWS >> 8
     return header

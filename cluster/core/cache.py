@@ -198,9 +198,9 @@ class Cache:
         if entry is not None:
             self._alone(entry, True, lambda ended: self._gateway.block_map(oid, ended), True, done, keep=True)
 
-    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone, follows: bool = False) -> bool:
         """As the gateway's; volumes with several gateways are not cached."""
-        return self._gateway.read_invalidated(oid, offset, length, done)
+        return self._gateway.read_invalidated(oid, offset, length, done, follows)
 
     def _past(self, entry: CachedObject, oid: ObjectId, durable: bool, request: Request, done: IoDone) -> None:
         """A change that goes past the cache: an object that is not known to exist, or a volume not served yet."""

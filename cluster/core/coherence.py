@@ -35,12 +35,12 @@ class Coherence:
         self._me = node_key(context.me)
         self._watching: list[tuple[Vid, int, Callable[[int, Buffer], None]]] = []
 
-    def _shared(self, vid: Vid) -> VdiRecord | None:
+    def _shared(self, vid: Vid, follows: bool = False) -> VdiRecord | None:
         """The shared volume that a client means by a vid: it says the frozen one as long as it has not noticed a
-        snapshot, unless that is what it has opened."""
+        snapshot, unless that is what it has opened. `follows`: it says of itself that it has not."""
         vdis = self._context.state.vdis
         record = vdis.get(vid)
-        if record is not None and record.is_snapshot and vid not in self._operations.opened_snapshots:
+        if record is not None and record.is_snapshot and (follows or vid not in self._operations.opened_snapshots):
             record = vdis.heir(vid)
         return record if record is not None and record.lock == LockState.SHARED else None
 
@@ -48,9 +48,9 @@ class Coherence:
         """Several clients may have this volume open, each with a map of its own."""
         return self._shared(vid) is not None
 
-    def is_invalidated(self, vid: Vid) -> bool:
+    def is_invalidated(self, vid: Vid, follows: bool = False) -> bool:
         """The client of this gateway must read the inode again before anything else."""
-        record = self._shared(vid)
+        record = self._shared(vid, follows)
         return record is not None and record.sharing_of(self._me) == Sharing.INVALIDATED
 
     def refresh(self, vid: Vid, done: Callable[[Result, Vid], None]) -> None:

@@ -160,14 +160,14 @@ class Gateway:
             self.context.counters.removes += 1
             self.router.change(oid, Flag.REMOVE, 0, 0, b"", 0, done)
 
-    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone, follows: bool = False) -> bool:
         """Before a request of a client that understands INODE_INVALIDATED: True if it was answered here.
 
-        `length` is 0 for a change. Another gateway has changed the volume's map, and the client has not read the whole
-        inode since.
+        `length` is 0 for a change, `follows` as for core.coherence. Another gateway has changed the volume's map, and
+        the client has not read the whole inode since.
         """
         coherence, vid = self.coherence, vid_of(oid)
-        if coherence is None or not coherence.is_invalidated(vid):
+        if coherence is None or not coherence.is_invalidated(vid, follows):
             return False
         if not is_inode(oid) or offset or length not in (HEADER_SIZE, MAP_END):
             done(Result.INODE_INVALIDATED, b"")

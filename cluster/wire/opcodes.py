@@ -180,6 +180,7 @@ class Flags:
     ATTR_CREATE: Final = 0x0100  # these three with GET_VDI_ATTR only
     ATTR_EXCLUSIVE: Final = 0x0200
     ATTR_DELETE: Final = 0x0400
+    FOLLOWS: Final = 0x0800  # ours, with TGT: the volume that goes on is meant, also if the vid is a snapshot by now
 
 
 def protocol_version(opcode: int) -> int:

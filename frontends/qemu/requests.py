@@ -67,7 +67,9 @@ class Gateway(Protocol):
 
     def flush(self, vid: Vid, done: IoDone) -> None: ...
 
-    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool: ...
+    def read_invalidated(
+        self, oid: ObjectId, offset: int, length: int, done: IoDone, follows: bool = False
+    ) -> bool: ...
 
 
 Wanted: TypeAlias = Callable[[ObjectId, bool], None]
@@ -137,7 +139,7 @@ class Requests:
         oid, offset = _object_of(call)
         if call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
-        elif call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, call.length, call.read):
+        elif call.flags & Flags.TGT and self._is_old(call, oid, offset, call.length, call.read):
             return
         elif call.length:
             if self._wanted is not None and call.flags & _CACHED == Flags.CACHE:
@@ -145,6 +147,10 @@ class Requests:
             self._gateway.read(oid, offset, call.length, call.read)
         else:
             self._touch(oid, call)
+
+    def _is_old(self, call: Call, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+        """Answered here: the client has an old map of a shared volume."""
+        return self._gateway.read_invalidated(oid, offset, length, done, bool(call.flags & Flags.FOLLOWS))
 
     def _write(self, call: Call) -> None:
         oid, offset = _object_of(call)
@@ -159,7 +165,7 @@ class Requests:
                 return
             # `dog benchmark io` adds the object's place in the volume to the offset; refused, it would end.
             data = data[: max(len(data) - beyond, 0)]
-        if call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written):
+        if call.flags & Flags.TGT and self._is_old(call, oid, offset, 0, call.written):
             return
         if data:
             if self._wanted is not None and call.flags & _CACHED == Flags.CACHE:
@@ -179,7 +185,7 @@ class Requests:
         if len(data) != call.length or offset + len(data) > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
             return
-        if call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written):
+        if call.flags & Flags.TGT and self._is_old(call, oid, offset, 0, call.written):
             return
         source = cow_oid if call.flags & Flags.COW else ObjectId(0)
         self._gateway.create(oid, source, offset, data, _durable(call), call.written)
@@ -196,7 +202,7 @@ class Requests:
         oid, offset = _object_of(call)
         if not is_data(oid) or call.flags & Flags.WRITE or offset + call.length > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
-        elif not (call.flags & Flags.TGT and self._gateway.read_invalidated(oid, offset, 0, call.written)):
+        elif not (call.flags & Flags.TGT and self._is_old(call, oid, offset, 0, call.written)):
             self._gateway.zero(oid, offset, call.length, _durable(call), call.written)
 
     def _map(self, call: Call) -> None:

@@ -16,6 +16,7 @@ from sheepdog.cluster.client import requests, shared
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.client.shared import SharedVolume
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.wire.structures import pack_names
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -70,10 +71,21 @@ def test_holes_objects_discards_and_sizes_are_seen_at_once(cluster: Cluster) -> 
 
 
 def test_a_snapshot_is_taken_under_both(cluster: Cluster) -> None:
+    async def open_snapshot(node: int) -> None:
+        """As QEMU does it, which reads a snapshot beside."""
+        session = await Session.open(str(cluster.socket(node)))
+        request = requests.lock_shared(b"v")
+        request.payload = pack_names(b"v", b"then")
+        request.header[12:16] = len(request.payload).to_bytes(4, "little")
+        request.header[36:40] = bytes(4)  # lock_type: normal
+        await session.call(request.header, request.payload)
+        await session.close()
+
     async def body(one: SharedVolume, other: SharedVolume) -> None:
         await one.write(0, b"1" * 2 * BLOCK)
         assert await other.read(0, BLOCK) == b"1" * BLOCK
         await asyncio.to_thread(cluster.dog, "vdi", "snapshot", "-s", "then", "v", node=2)
+        await open_snapshot(0)  # the client behind it still says the vid that is the snapshot's by now
         await other.write(0, b"2" * BLOCK)
         assert await one.read(0, 2 * BLOCK) == b"2" * BLOCK + b"1" * BLOCK
         await one.write(BLOCK, b"3" * BLOCK)

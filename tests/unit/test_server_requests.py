@@ -102,7 +102,7 @@ class MemoryGateway:
         self.flushed.append(vid)
         self.answer(done, 0)
 
-    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone) -> bool:
+    def read_invalidated(self, oid: ObjectId, offset: int, length: int, done: IoDone, follows: bool = False) -> bool:
         return False
 
 
