@@ -67,6 +67,7 @@ class VolumeMachine:
         self.object_size = header.object_size
         self.entries = entries
         self.read_only = read_only
+        self.read_flags = 0  # of requests for data: CACHE if its gateway may keep it
         self.caching = True  # until a flush is answered "there is no cache": then nothing is volatile
         self.sharing = False  # other clients change the map, too (client.shared)
         self.reloading = False

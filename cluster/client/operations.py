@@ -53,11 +53,11 @@ class Read(Operation):
             return []
         self._state = _ACTIVE
         requests = []
-        entries = self._machine.entries
+        entries, flags = self._machine.entries, self._machine.read_flags
         for piece in self._pending:
             owner = entries[piece.number]
             if owner:
-                header = read_header(data_oid(Vid(owner), piece.number), piece.offset, piece.length)
+                header = read_header(data_oid(Vid(owner), piece.number), piece.offset, piece.length, flags)
                 requests.append(Request(header, b"", piece.length, (piece, owner)))
             elif self._whole:
                 self.data = bytes(piece.length)

@@ -36,8 +36,9 @@ class Request:
 # the server goes by its own record (protocol.md 2.3).
 
 
-def read_header(oid: ObjectId, offset: int, length: int) -> bytearray:
-    return bytearray(_pack_object(GATEWAY_VERSION, _READ, 0, 0, 0, length, oid, 0, 0, 0, 0, 0, offset))
+def read_header(oid: ObjectId, offset: int, length: int, flags: int = 0) -> bytearray:
+    """With CACHE in `flags` the gateway's object cache may keep what is read."""
+    return bytearray(_pack_object(GATEWAY_VERSION, _READ, flags, 0, 0, length, oid, 0, 0, 0, 0, 0, offset))
 
 
 def write_header(oid: ObjectId, offset: int, length: int, durable: bool) -> bytearray:

@@ -27,6 +27,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.opcodes import Flags
 
 ReadDone: TypeAlias = Callable[[OSError | None, Buffer], None]
 WriteDone: TypeAlias = Callable[[OSError | None], None]
@@ -42,15 +43,24 @@ class Volume:
 
     @classmethod
     async def open(
-        cls, session: Session, name: str | bytes, tag: bytes = b"", snap_id: int = 0, read_only: bool = False
+        cls,
+        session: Session,
+        name: str | bytes,
+        tag: bytes = b"",
+        snap_id: int = 0,
+        read_only: bool = False,
+        object_cache: bool = False,
     ) -> Volume:
         """Opens the working volume `name`, or the snapshot with this tag or id (read-only).
+
+        With `object_cache` the gateway's object cache, if it has one, may keep what is read too (docs/cache.md).
 
         SheepError with NO_VDI or NO_TAG (errno ENOENT) if there is none. The session may be shared with other volumes.
         """
         opening = Open(name.encode() if isinstance(name, str) else name, tag, snap_id, read_only)
         await _run(session, opening)
         assert opening.machine is not None
+        opening.machine.read_flags = Flags.CACHE if object_cache else 0
         return cls(session, opening.machine)
 
     @property
@@ -139,7 +149,7 @@ class Volume:
             if not owner:
                 done(None, bytes(length))
                 return
-            header = read_header(data_oid(Vid(owner), index), start, length)
+            header = read_header(data_oid(Vid(owner), index), start, length, machine.read_flags)
             self._session.submit(header, b"", _QuickRead(self, offset, length, done), length)
             return
         if offset < 0 or length < 0:

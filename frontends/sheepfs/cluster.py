@@ -112,6 +112,7 @@ class Cluster(Protocol):
     async def open(self, name: str, snap_id: int, object_cache: bool) -> Volume:
         """The working volume of this name, or with a `snap_id` that snapshot of it, read-only.
 
+        With `object_cache` its gateway may keep what is read.
         OSError: ENOENT if there is none, any other if the cluster cannot be asked.
         """
 

@@ -151,7 +151,7 @@ class GatewayCluster:
         session = await self._session()
         gateway = session.address
         try:
-            volume = await Volume.open(session, name, b"", snap_id)
+            volume = await Volume.open(session, name, b"", snap_id, object_cache=object_cache)
         except OSError as problem:
             await session.close()
             if problem.errno != errno.EOPNOTSUPP:

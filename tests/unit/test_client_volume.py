@@ -15,7 +15,7 @@ from sheepdog.cluster.client.machine import Extent
 from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.client.volume import Volume
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import is_data
+from sheepdog.cluster.core.ids import ObjectId, is_data
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
 
 MIB = 1 << 20
@@ -55,6 +55,26 @@ def test_holes_cost_no_request_and_first_write_creates() -> None:
         assert [entry[0] for entry in writes] == [Opcode.CREATE_AND_WRITE_OBJ] * 2 + [Opcode.WRITE_OBJ]
         assert writes[2][2:] == (0x80 << 56 | vid << 32, 4664 + 4 * 2, 8)
         assert list(sheep.entries(vid)) == [0, 0, vid, vid, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_reads_of_data_ask_for_the_object_cache(cached: bool) -> None:
+    with FakeSheep() as sheep:
+        sheep.create("v", 8 * MIB, shift=SHIFT)
+
+        async def body(session: Session) -> None:
+            volume = await Volume.open(session, "v", object_cache=cached)
+            await volume.write(0, bytes(3 * MIB))
+            sheep.log.clear()
+            await volume.read(4096, 4096)  # within an object, and over two
+            await volume.read(MIB - 5, 10)
+            await volume.refresh()
+            await volume.read(0, 512)
+
+        run(sheep, body)
+        reads = [entry for entry in sheep.log if entry[0] == Opcode.READ_OBJ]
+        assert len([entry for entry in reads if is_data(ObjectId(entry[2]))]) == 4
+        assert all(bool(entry[1] & Flags.CACHE) == (cached and is_data(ObjectId(entry[2]))) for entry in reads)
 
 
 def test_flags_tell_durability() -> None:
