@@ -179,7 +179,7 @@ class Process:
         name = {key: operation[key] for key in ("owner", "number", "op")}
         outcome: Command = {"t": "commit", "operation": name, "changes": {}, "result": 0}
         if operation["op"] == "load":
-            outcome["changes"] = {"table": {"records": [], "attributes": []}}
+            outcome["changes"] = {"table": {"records": [], "attributes": []}, "partial": 0}
         self.world.executed.add((operation["owner"], operation["number"]))
         self.machine.propose(outcome)
         return True
