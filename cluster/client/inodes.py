@@ -84,7 +84,12 @@ def volume_ids(connection: Connection, deleted: bool = False, name: bytes | None
 
 
 def _chain(name: bytes, used: list[int]) -> list[int]:
-    """A name's volumes have the vids from its hash on, without a gap (protocol.md 6.3)."""
+    """A name's volumes have the vids from its hash on, without a gap (protocol.md 6.3).
+
+    Not after `format -R`, which gives them from 1 on: an id that hardly any name hashes to.
+    """
+    if used[:1] == [1]:
+        return used
     taken = dict.fromkeys(used)
     vid: int = vid_of_name(name) or 1
     found: list[int] = []

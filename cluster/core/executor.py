@@ -64,6 +64,7 @@ from sheepdog.cluster.core.limits import (
 )
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather, run
+from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.core.strings import NAME_SIZE, until_nul
 from sheepdog.cluster.core.sweep import Sweep
 from sheepdog.cluster.core.table_load import TableLoad
@@ -164,12 +165,15 @@ class Executor:
     # -- create ----------------------------------------------------------------------------------------------------
 
     def _create(self, operation: Values) -> Script[Values]:
-        vdis = self._context.state.vdis
+        state = self._context.state
+        vdis, recycle = state.vdis, bool(state.flags & ClusterFlag.RECYCLE)
         name = operation["name"].encode("latin-1")
         working = vdis.working(name)
         base = vdis.get(Vid(operation["base"])) if operation["base"] else None
         refusal = _refusal(operation, working, base)
-        vid = vdis.allocate(name)
+        if not refusal and recycle and working is None and vdis.named(name):
+            refusal = Result.VDI_EXIST  # snapshots of a deleted volume (cli.md 4)
+        vid = vdis.allocate(name, recycle)
         if not refusal and vid is None:
             refusal = Result.FULL_VDI
         if refusal or vid is None:
@@ -183,6 +187,8 @@ class Executor:
     def _make(self, operation: Values, vid: Vid, working: VdiRecord | None, base: VdiRecord | None) -> Script[Values]:
         snapshot = operation["snapshot"]
         header = self._new_header(operation, vid, working, base)
+        if self._context.state.flags & ClusterFlag.STRICT and self._context.placement.ring.zones < header.nr_copies:
+            return {"result": int(Result.VDI_WRITE)}
         entries = b""
         if snapshot:
             assert working is not None

@@ -249,9 +249,12 @@ class VdiTable:
         """Snapshot id of a new working VDI: one above what remains of that name (protocol.md 8.3)."""
         return max((record.snap_id for record in self.named(name)), default=0) + 1
 
-    def allocate(self, name: bytes) -> Vid | None:
-        """First free vid at or after the name's hash (protocol.md 6.3); None when all are used."""
-        start = vid_of_name(name) or 1
+    def allocate(self, name: bytes, lowest: bool = False) -> Vid | None:
+        """First free vid at or after the name's hash (protocol.md 6.3); None when all are used.
+
+        `lowest`: of all (`format -R`). Those of deleted VDIs stay in use: a node that was away may bring objects back.
+        """
+        start = 1 if lowest else vid_of_name(name) or 1
         return self._first_free(start, VID_COUNT) or self._first_free(1, start)
 
     def _first_free(self, start: int, end: int) -> Vid | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import PurePath
@@ -15,7 +14,6 @@ from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import percent, request_failed, size_text, warn
-from sheepdog.tools.dog.scrub import STATUS_SIZE
 
 STORES = ("plain", "tree")
 CONFIG_SIZE = 16
@@ -147,7 +145,10 @@ def stat(context: Context) -> None:
     watch = context.flag("watch")
     before: Statistics | None = None
     if context.json:
+        import json
+
         from sheepdog.tools.dog.records import print_json
+        from sheepdog.tools.dog.scrub import STATUS_SIZE
 
         counters = STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
         scrub = json.loads(bytes(admin.plain(connection, Opcode.SCRUB_STATUS, limit=STATUS_SIZE)))

@@ -7,9 +7,12 @@ import io
 import os
 import signal
 import sys
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from sheepdog.cluster.core.messages import Buffer
+if TYPE_CHECKING:  # every command pays for what is imported here
+    from types import FrameType
+
+    from sheepdog.cluster.core.messages import Buffer
 
 
 class OutputLost(Exception):
