@@ -91,7 +91,10 @@ class ObjectDirectory:
         if self.full:
             return False
         if size_bytes > self._allowance:
-            room = self._room()
+            try:
+                room = self._room()
+            except OSError:
+                return True  # the directory is gone: what is done there next tells, and takes the disk out
             if size_bytes > room:
                 return False
             self._allowance = max(size_bytes, min(SPACE_CHECK_BYTES, room // 8))
@@ -99,8 +102,11 @@ class ObjectDirectory:
         return True
 
     def free(self) -> int:
-        """Bytes still free for objects."""
-        return max(0, self._room())
+        """Bytes still free for objects; none where the directory is gone."""
+        try:
+            return max(0, self._room())
+        except OSError:
+            return 0
 
     def _room(self) -> int:
         space = self._disk.space(self.path)

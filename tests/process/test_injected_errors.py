@@ -15,38 +15,14 @@ from pathlib import Path
 
 import pytest
 from tests.support.cluster import Cluster, formatted
-from tests.support.processes import end, wait_until
+from tests.support.errors import Injection
+from tests.support.processes import wait_until
 
 MIB = 1 << 20
 SIZE = 24 * MIB
 SECONDS = 60.0
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() != 0, reason="strace and root")
-
-
-class Injection:
-    """System calls of a process that touch one file fail with an error."""
-
-    def __init__(self, pid: int, path: Path, calls: str, error: str) -> None:
-        self._output = path.parent.parent / "strace.txt"
-        self._process = subprocess.Popen(
-            ["strace", "-f", "-p", str(pid), "-o", str(self._output), "-P", str(path), "-e", f"trace={calls}",
-             "-e", f"inject={calls}:error={error}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._process.stderr is not None
-        said = self._process.stderr.readline()
-        assert "attached" in said, said
-
-    def injected(self) -> int:
-        return self._output.read_text().count("(INJECTED)")
-
-    def __enter__(self) -> Injection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        end([self._process.pid])
-        self._process.communicate()
 
 
 @pytest.fixture

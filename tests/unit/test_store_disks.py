@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,26 @@ def test_unplug_and_plug(tmp_path: Path) -> None:
     assert not driver.failed
     driver.store.disks.unplug(str(tmp_path / "d2"))
     assert driver.failed == ["the last disk was unplugged"]
+    driver.crash()
+
+
+def test_a_directory_that_has_vanished_is_no_riddle(tmp_path: Path) -> None:
+    """Until somebody looks: what asks for its space gets an answer, what needs it takes it out of service."""
+    driver = StoreDriver(str(tmp_path), disks=[str(tmp_path / name) for name in ("d1", "d2")])
+    oids = [data_oid(Vid(1), index) for index in range(20)]
+    for oid in oids:
+        driver.create(oid, 1 << 20, 0, b"a" * 4096, Version(1, 1, 1 << 16))
+    first = driver.store.copies.homes[0]
+    mine = next(oid for oid in oids if driver.store.copies.by_oid[oid].home is first)
+    shutil.rmtree(first.path)
+    assert driver.store.disks.listed()[0] == (first.path, first.used, 0)
+    driver.write(mine, 1 << 19, b"b" * 4096, Version(1, 1, 2 << 16))
+    new = (data_oid(Vid(2), index) for index in range(20))
+    with pytest.raises(DiskError):
+        for oid in new:
+            driver.create(oid, 1 << 20, 0, b"c", Version(1, 1, 1 << 16))
+    assert first.failed
+    driver.create(next(new), 1 << 20, 0, b"c", Version(1, 1, 1 << 16))
     driver.crash()
 
 
