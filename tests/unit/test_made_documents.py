@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.support import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("dog", "sheep", "sheepfs")
@@ -104,10 +105,10 @@ def test_bash_completes(line: str, expected: list[str], with_dog: dict[str, str]
     assert (sorted(done.stdout.splitlines()), done.stderr) == (sorted(expected) or [""], "")
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not here")
 @pytest.mark.parametrize(("line", "expected"), COMPLETIONS)
 def test_zsh_completes(line: str, expected: list[str], with_dog: dict[str, str]) -> None:
     """What is offered; zsh itself takes what fits and quotes it."""
+    needs.program("zsh")
     words = [re.sub(r"\\(.)", r"\1", word) for word in quoted(line)]
     script = (
         "compadd() { shift; print -rl -- $@ }; _files() { : }\n"

@@ -91,8 +91,9 @@ def graph(context: Context) -> None:
     if context.json:
         _print_json(list(headers(context.gateway())))
         return
+    connection = context.gateway()
     print('digraph G {\n  node [shape = "box", fontname = "Courier"];\n\n  "0" [shape = "ellipse", label = "root"];\n')
-    for inode in headers(context.gateway()):
+    for inode in headers(connection):
         print(_node(inode))
     print("}")
 
