@@ -11,6 +11,8 @@ fitting     every write touches the parity, so the steps of a parity strip tell 
             version that the object really had. Any D strips that fit are the object; the others are rebuilt from them
 adopted     after an end of all processes there may be nothing to go by, and strips may be at any version. If all data
             strips are there, each is right as it is (a block is on one strip only): the parity is made anew
+interrupted where an agreement came to too few strips, and enough replicas of its epoch are here to know that nothing
+            was written then, it does not count: what members were to make anew is left out, the others are as before
 never done  a creation that did not get to all strips, and cannot be decoded, never was answered: what is there goes
 
 Strips that fit get a common new version before anything is decoded, unless they are equal already.
@@ -18,12 +20,12 @@ Strips that fit get a common new version before anything is decoded, unless they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
-from sheepdog.cluster.core.strip_undo import Step
+from sheepdog.cluster.core.strip_undo import ALL_STRIPS, Step
 
 NOBODY = -1
 NEVER = -1  # as_of of what somebody began to copy: it is not known that it existed since
@@ -114,15 +116,23 @@ class Facts(Protocol):
 
 
 def decide(
-    oid: ObjectId, policy: Policy, held: Sequence[Held], replicas: tuple[int, ...], facts: Facts
+    oid: ObjectId,
+    policy: Policy,
+    held: Sequence[Held],
+    replicas: tuple[int, ...],
+    facts: Facts,
+    unfit: Container[tuple[int, int]] | None = None,
 ) -> StripDecision | None:
-    """None: every strip is where it belongs, at one version."""
+    """None: every strip is where it belongs, at one version.
+
+    `unfit`: an agreement that was interrupted is undone; these (member, strip) must not be used.
+    """
     enough, least = len(replicas) >= policy.data, policy.data
     if enough and _in_place(held, replicas) and not facts.superseded(oid, max(entry.as_of for entry in held), least):
         return None
     holders = {entry.member for entry in held}
     everything = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held)
-    real = [entry for entry in held if entry.version != NO_VERSION]
+    real = [entry for entry in held if entry.version != NO_VERSION and (entry.member, entry.strip) not in (unfit or ())]
     best_as_of, best = max(((entry.as_of, entry.version) for entry in real), default=(0, NO_VERSION))
     known = max(entry.as_of for entry in held)  # a member may lack it that knows that it was there
     if known == NEVER or facts.deleted(oid, known, holders):
@@ -158,7 +168,24 @@ def decide(
             return _arrange(oid, policy, _newest(data), cut, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
+    if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
+        return decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
     return StripDecision(oid, policy, NO_VERSION, lost=lost)
+
+
+def _is_agreement(real: Sequence[Held], version: Version) -> bool:
+    """The strips that have this version got it from an agreement."""
+    return all(entry.steps and entry.steps[0].touched == ALL_STRIPS for entry in real if entry.version == version)
+
+
+def _before_agreement(held: Sequence[Held], version: Version, unfit: Container[tuple[int, int]]) -> list[Held]:
+    """With strips that got this version from an agreement being no newer than others that were to be used with them.
+
+    It is undone like a write that did not get everywhere, which it has in common with one.
+    """
+    others = (one.as_of for one in held if one.version != version and (one.member, one.strip) not in unfit)
+    known = max(others, default=0)
+    return [entry._replace(as_of=min(known, entry.as_of)) if entry.version == version else entry for entry in held]
 
 
 def _in_place(held: Sequence[Held], replicas: tuple[int, ...]) -> bool:

@@ -145,3 +145,18 @@ def test_a_strip_that_an_agreement_was_to_rebuild_does_not_stand_for_itself() ->
     assert decision.is_lost
     interrupted = decided(agreed, held(0, V[2], (V[1], FIRST)))  # its turn to agree may not have come
     assert states(interrupted) == {0: V[2], 1: N}
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["witnesses are here", "they are away"])
+def test_an_agreement_that_came_to_one_strip_only_is_undone(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strip 3 comes back from a node that was away then; strip 0 was to be made anew. Found by the simulator."""
+    monkeypatch.setattr(Nothing, "was_replica", lambda self, oid, member, epoch: member != 3)
+    monkeypatch.setattr(Nothing, "superseded", lambda self, oid, as_of, least: away and as_of < N.epoch)
+    decision = decided(
+        held(0, V[1], as_of=1),
+        held(0, NO_VERSION, as_of=3),
+        held(2, N, (V[3], ALL_STRIPS), (V[2], SECOND), as_of=3),
+        held(3, V[3], (V[2], SECOND), as_of=2),
+    )
+    assert decision.is_lost == away
+    assert states(decision) == ({} if away else {2: V[3], 3: V[3]})
