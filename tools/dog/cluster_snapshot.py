@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import base64
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sheepdog.cluster.client import admin, inodes
+from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.requests import create_header, read_header, write_header
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid, vid_of, vmstate_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader, objects_of, pack_map
 from sheepdog.tools.dog.archive import CHUNK_BYTES, Archive, ArchiveError, State
 from sheepdog.tools.dog.cluster import make_cluster
-from sheepdog.tools.dog.context import Context, dial
+from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure, UsageFailure
 from sheepdog.tools.dog.output import full_time, text, warn
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.vdi_list import decoded, unreadable
+from sheepdog.tools.dog.window import WIDTH, in_order
 
-THREADS = 4  # with -m: reading, hashing and compressing overlap
 _NO_PATH = "Please specify the path to save snapshot."
 _NOTHING = "Cannot execute. It may be caused by:\n"
 _NOT_FOUND = f"{_NOTHING}1. The specified VDIs are not found.\n2. The specified VDIs don't have snapshots."
@@ -131,23 +133,28 @@ def _store(
     context: Context, archive: Archive, oids: Sequence[ObjectId], sizes: dict[ObjectId, int]
 ) -> dict[str, list[str]]:
     """Reads objects and puts their chunks, several at a time with -m."""
-    local = threading.local()
+    channel = Channel((context.host, context.port), patience_s=0)
     progress = Progress("save", sum(sizes[oid] for oid in oids))
-
-    def store(oid: ObjectId) -> list[str]:
-        if not hasattr(local, "connection"):
-            local.connection = dial((context.host, context.port))
-        chunks = []
-        for offset in range(0, sizes[oid], CHUNK_BYTES):
-            length = min(CHUNK_BYTES, sizes[oid] - offset)
-            chunks.append(archive.put(admin.read_object(local.connection, oid, offset, length)))
-            progress.advance(length)
-        return chunks
-
-    with ThreadPoolExecutor(THREADS if context.flag("multithread") else 1) as pool:
-        stored = list(pool.map(store, oids))
+    stored: dict[str, list[str]] = {}
+    calls = (partial(_store_object, channel, archive, oid, sizes[oid]) for oid in oids)
+    for oid, chunks in zip(oids, in_order(calls, WIDTH if context.flag("multithread") else 1), strict=True):
+        stored[f"{oid:016x}"] = chunks
+        progress.advance(sizes[oid])
     progress.end()
-    return {f"{oid:016x}": chunks for oid, chunks in zip(oids, stored, strict=True)}
+    channel.close()
+    return stored
+
+
+def _store_object(channel: Channel, archive: Archive, oid: ObjectId, size: int) -> list[str]:
+    """Reads an object and puts its chunks; their names."""
+    chunks = []
+    for offset in range(0, size, CHUNK_BYTES):
+        data = memoryview(bytearray(min(CHUNK_BYTES, size - offset)))
+        result, got = channel.ask(read_header(oid, offset, len(data)), b"", data)
+        if result or got != len(data):
+            raise SheepError(result or Result.EIO)
+        chunks.append(archive.put(data))
+    return chunks
 
 
 # -- list, show, delete
@@ -249,6 +256,21 @@ def _needed(state: State, chosen: Sequence[InodeHeader]) -> dict[ObjectId, list[
     return needed
 
 
+def _load_object(channel: Channel, archive: Archive, oid: ObjectId, chunks: Sequence[str]) -> int:
+    """Creates an object from its chunks; their size."""
+    for number, chunk in enumerate(chunks):
+        data = archive.get(chunk)
+        if number:
+            header = write_header(oid, number * CHUNK_BYTES, len(data), durable=True)
+        else:
+            header = create_header(oid, 0, 0, len(data), durable=True)
+        if data or not number:
+            result, _ = channel.ask(header, data)
+            if result:
+                raise SheepError(result)
+    return CHUNK_BYTES * len(chunks)
+
+
 def _load(
     context: Context,
     archive: Archive,
@@ -261,12 +283,10 @@ def _load(
     for inode in headers:
         admin.register_volume(connection, inode)
     progress = Progress("load", CHUNK_BYTES * sum(len(chunks) for chunks in objects.values()))
-    for oid, chunks in objects.items():
-        admin.create_object(connection, oid, 0, archive.get(chunks[0]))
-        for number, chunk in enumerate(chunks[1:], 1):
-            if data := archive.get(chunk):
-                admin.write_object(connection, oid, number * CHUNK_BYTES, data)
-        progress.advance(CHUNK_BYTES * len(chunks))
+    channel = Channel(connection.address, patience_s=0)
+    for size in in_order(partial(_load_object, channel, archive, oid, chunks) for oid, chunks in objects.items()):
+        progress.advance(size)
+    channel.close()
     progress.end()
     kept = {inode.vdi_id for inode in chosen}
     for inode in headers:
