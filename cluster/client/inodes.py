@@ -72,6 +72,9 @@ def allocated(entries: dict[int, Vid] | array[int]) -> Iterator[tuple[int, Vid]]
                 yield index, Vid(vid)
 
 
+_RECYCLED = 1 << 16  # of 2^24: names hardly ever hash to so low a vid, and if one does all volumes are looked at
+
+
 def volume_ids(connection: Connection, deleted: bool = False, name: bytes | None = None) -> list[Vid]:
     """Every vid in use, ascending; with `deleted` also of deleted volumes; with `name` only those that may have it."""
     used = vids_in(plain(connection, Opcode.READ_VDIS, limit=BITMAP_SIZE))
@@ -86,9 +89,9 @@ def volume_ids(connection: Connection, deleted: bool = False, name: bytes | None
 def _chain(name: bytes, used: list[int]) -> list[int]:
     """A name's volumes have the vids from its hash on, without a gap (protocol.md 6.3).
 
-    Not after `format -R`, which gives them from 1 on: an id that hardly any name hashes to.
+    Not after `format -R`, which gives the lowest free ones.
     """
-    if used[:1] == [1]:
+    if used and used[0] < _RECYCLED:
         return used
     taken = dict.fromkeys(used)
     vid: int = vid_of_name(name) or 1

@@ -2,6 +2,7 @@
 
 vdis       what an operation changes                         put: [record...], attributes: [vid, ids], move_lock,
                                                              table, partial, swept, attributes_gone: [vid],
+                                                             forgotten: [vid],
                                                              doubtful, mended: [[frozen vid, new vid]]
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use
@@ -62,7 +63,7 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
     if "table" in command:
         found = VdiTable.from_json(command["table"])
         if state.loaded:
-            state.vdis.merge(found)
+            state.vdis.merge(found, whole=not command["partial"])
         else:
             state.vdis, state.loaded = found, True
         state.partial = command["partial"]
@@ -86,6 +87,8 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
             del state.vdis.attributes[Vid(vid)]
     for vid in command.get("attributes_gone", ()):
         state.vdis.attributes.pop(Vid(vid), None)
+    for vid in command.get("forgotten", ()):
+        state.vdis.forget(Vid(vid))
     if "doubtful" in command:
         state.doubtful = [*state.doubtful, *command["doubtful"]]
         state.sweeps += 1

@@ -171,8 +171,9 @@ class Executor:
         working = vdis.working(name)
         base = vdis.get(Vid(operation["base"])) if operation["base"] else None
         refusal = _refusal(operation, working, base)
-        if not refusal and recycle and working is None and vdis.named(name):
-            refusal = Result.VDI_EXIST  # snapshots of a deleted volume (cli.md 4)
+        own = base is not None and base.name == name  # a roll-back
+        if not refusal and recycle and working is None and not own and vdis.named(name):
+            refusal = Result.VDI_EXIST  # snapshots of a deleted volume keep the name (cli.md 4)
         vid = vdis.allocate(name, recycle)
         if not refusal and vid is None:
             refusal = Result.FULL_VDI

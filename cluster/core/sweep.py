@@ -3,6 +3,7 @@
  data objects   of a deleted VDI, and named by the map of no living one
  others         vmstate, B-tree nodes and ledgers of a deleted VDI
  attributes     of a name that nothing has any more, or that were made and never committed
+ vids           with `format -R`, of families that are deleted altogether
  snapshots      that failed in the middle: on the disks too the volume becomes what the table says
 
 It is an ordered operation, so no VDI comes or goes meanwhile. What belongs to a living VDI is never touched, even if
@@ -12,7 +13,7 @@ no map names it: a client may have created it and be about to name it. It goes w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from sheepdog.cluster.core.context import Context
@@ -37,7 +38,7 @@ from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL, SWEEP_DELAY_NS
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather
-from sheepdog.cluster.core.state import Status
+from sheepdog.cluster.core.state import ClusterFlag, Status
 
 Values = dict[str, Any]
 
@@ -94,7 +95,8 @@ class Sweep:
             self._context.probe("sweep.orphans")
             what = f"{len(orphans)} objects and {len(lost_attributes)} attributes"
             self._context.log(5, f"{what} belonged to nothing any more: freed")
-        yield from self._remove([*orphans, *lost_attributes])
+        kept = yield from self._remove([*orphans, *lost_attributes])
+        forgotten = yield from self._forget_families(frozenset(vid_of(oid) for oid in kept))
         mended = []
         for frozen, made in self._context.state.doubtful:
             if (yield from self.undo_snapshot(Vid(frozen), Vid(made))):
@@ -103,6 +105,7 @@ class Sweep:
             "swept": operation["number"],
             "attributes_gone": gone,
             "mended": mended,
+            "forgotten": forgotten,
         }
         return {"result": int(Result.SUCCESS), "changes": changes}
 
@@ -141,5 +144,26 @@ class Sweep:
         )
         return gone, [oid for oid in present if oid not in kept]
 
-    def _remove(self, oids: Iterable[ObjectId]) -> Script[None]:
-        yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in oids], RECLAIM_PARALLEL)
+    def _remove(self, oids: Sequence[ObjectId]) -> Script[list[ObjectId]]:
+        """Returns those that could not be removed now."""
+        answers = yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in oids], RECLAIM_PARALLEL)
+        gone = (Result.SUCCESS, Result.NO_OBJ)
+        return [oid for oid, (result, _) in zip(oids, answers, strict=True) if result not in gone]
+
+    def _forget_families(self, needed: Container[Vid]) -> Script[list[int]]:
+        """With `format -R`: the vids that are free again, because all VDIs that descend from each other are deleted.
+
+        Not while nodes are away that may hold objects of theirs which nobody here knows, nor while some of those that
+        are known cannot be removed (`needed`): a VDI that got the vid would find them.
+        """
+        state, home = self._context.state, self._gateway.router.home
+        if not state.flags & ClusterFlag.RECYCLE or home is None or not home.knows_all:
+            return []
+        forgotten: list[int] = []
+        for family in state.vdis.dead_families():
+            if any(vid in needed for vid in family):
+                continue
+            left = yield from self._remove([inode_oid(vid) for vid in family])
+            if not left:
+                forgotten += family
+        return forgotten

@@ -8,6 +8,7 @@ out of reach rather than missing. The table is collected again in every epoch un
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,11 +72,17 @@ class _Found:
         return table, unfinished
 
     def forget_doubtful(self) -> None:
-        """A working VDI whose parent is not known may be the rest of a snapshot that was never committed."""
+        """A working VDI whose parent is not known may be the rest of a snapshot that was never committed; and of two of
+        one name nobody can tell which goes on."""
+        working = Counter(inode.name for inode in self.inodes.values() if inode.name and not inode.snap_ctime)
         doubtful = [
             vid
             for vid, inode in self.inodes.items()
-            if not inode.snap_ctime and inode.parent_vdi_id and inode.parent_vdi_id not in self.inodes
+            if not inode.snap_ctime
+            and (
+                (inode.parent_vdi_id and inode.parent_vdi_id not in self.inodes)
+                or (inode.name and working[inode.name] > 1)
+            )
         ]
         for vid in doubtful:
             del self.inodes[vid]

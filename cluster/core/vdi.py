@@ -215,6 +215,27 @@ class VdiTable:
         else:
             self._deleted[byte] &= ~bit & 0xFF
 
+    def dead_families(self) -> list[list[Vid]]:
+        """The VDIs that descend from each other, where all of them are deleted; ascending."""
+        family: dict[Vid, Vid] = {}  # the oldest known ancestor
+        for vid in sorted(self._records):
+            line = [vid, *self.ancestors(vid)]
+            family[vid] = next(one for one in reversed(line) if one in self._records)
+        members: dict[Vid, list[Vid]] = {}
+        for vid, oldest in family.items():
+            members.setdefault(oldest, []).append(vid)
+        return [vids for vids in members.values() if all(self._records[vid].deleted for vid in vids)]
+
+    def forget(self, vid: Vid) -> None:
+        """A deleted VDI leaves nothing behind: its vid is free."""
+        record = self._records.pop(vid, None)
+        if record is not None:
+            self._unlink(record)
+            self._ancestors.clear()
+            byte, bit = vid >> 3, 1 << (vid & 7)
+            self._in_use[byte] &= ~bit & 0xFF
+            self._deleted[byte] &= ~bit & 0xFF
+
     def _unlink(self, record: VdiRecord) -> None:
         self._by_name[record.name].remove(record.vid)
         if not self._by_name[record.name]:
@@ -250,10 +271,7 @@ class VdiTable:
         return max((record.snap_id for record in self.named(name)), default=0) + 1
 
     def allocate(self, name: bytes, lowest: bool = False) -> Vid | None:
-        """First free vid at or after the name's hash (protocol.md 6.3); None when all are used.
-
-        `lowest`: of all (`format -R`). Those of deleted VDIs stay in use: a node that was away may bring objects back.
-        """
+        """First free vid at or after the name's hash (protocol.md 6.3), or the `lowest`; None when all are used."""
         start = 1 if lowest else vid_of_name(name) or 1
         return self._first_free(start, VID_COUNT) or self._first_free(1, start)
 
@@ -310,15 +328,16 @@ class VdiTable:
             if owner in record.owners:
                 record.unshare(owner)
 
-    def merge(self, found: VdiTable) -> None:
-        """Takes over what was not known, and the fate of those of which only older inodes were found before."""
+    def merge(self, found: VdiTable, whole: bool) -> None:
+        """Takes over what was not known; and, if nothing is missing any more, the fate of those of which only older
+        inodes were found before."""
         for record in found.records():
             known = self._records.get(record.vid)
             if known is None:
                 self.put(record)
                 if record.vid in found.claims:
                     self.claims[record.vid] = found.claims[record.vid]
-            elif known.fate != record.fate:
+            elif whole and known.fate != record.fate:
                 if not record.deleted:
                     record.take_lock(known)
                 self.put(record)

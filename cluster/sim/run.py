@@ -160,6 +160,7 @@ class Run:
         owner = VolumeOwner(door, f"own{number}", scenario.objects, scenario.blocks, values)
         owner.flushes = scenario.flushes
         owner.policy = scenario.owner_policy
+        owner.recycling = bool(scenario.flags & ClusterFlag.RECYCLE)
         owner.durable = (scenario.durable_chance >= 1 or bool(scenario.faults.blackout)) and not scenario.flushes
         self.doors.append(door)
         self.owners.append(owner)

@@ -10,6 +10,7 @@ from random import Random
 
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.sim.clients import OBJECT_BYTES
 from sheepdog.cluster.sim.nemesis import Faults
 from sheepdog.cluster.sim.run import Scenario
@@ -55,6 +56,8 @@ def scenario_of(seed: int) -> Scenario:
         scenario.owners = random.choice((1, 1, 2))
         scenario.owner_policy = policy
         scenario.snapshotters = random.randrange(2)
+    if random.random() < 0.1:
+        scenario.flags |= ClusterFlag.STRICT
     return scenario
 
 

@@ -149,6 +149,7 @@ class VolumeOwner(Asking):
         self.progress = Progress()
         self.images: list[Image] = []  # snapshots of this owner's own
         self.operations = 0
+        self.recycling = False  # the cluster gives vids again
         self.policy = 0  # of the volume: 0 as many copies as the cluster's default, else the byte of a D:P
         self._objects = objects
         self._blocks = blocks
@@ -283,6 +284,8 @@ class VolumeOwner(Asking):
 
     def _start_over(self) -> Script[None]:
         """Deletes the working VDI and creates a fresh one of the same name; snapshots stay."""
+        if self.recycling and self.images:
+            return  # their family keeps the name
         yield from self._delete_working()
         self.progress = Progress()
         self._map = [0] * self._objects

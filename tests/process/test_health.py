@@ -86,6 +86,15 @@ def test_a_life_of_a_cluster(new_cluster: Callable[..., Cluster]) -> None:
     assert "Nothing was ever written there" in cluster.dog("vdi", "object", "explain", "data", str(len(data)))
     assert b"too large" in cluster.try_dog("vdi", "object", "explain", "data", "1T").stderr
 
+    # What if one failed?
+    done = cluster.try_dog("simulate", "--from-cluster", "--fail", "node:3", "--seeds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["nodes"], said["copies"], said["plan"]["unreadable"]) == (4, 2, 0)
+    assert 0 < said["plan"]["moved_bytes"] < said["used"]
+    assert said["used"] >= OBJECTS * OBJECT * 2
+    assert (said["rehearsal"]["seeds"], said["rehearsal"]["violations"]) == (1, [])
+
     # A node leaves, and is given time to come back.
     cluster.kill(3)
     cluster.wait_members(3)
