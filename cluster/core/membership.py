@@ -363,6 +363,9 @@ class ClusterMachine:
             if self.state.status == Status.WAITING and self.state.ctime:
                 self.state.forced = self.state.epoch + 1
                 self.start(command["time"], quiet)
+            elif self.state.status == Status.RUNNING and self.state.partial:
+                self.state.forced = self.state.epoch + 1
+                self._new_epoch(command["time"], quiet)
             else:
                 answer = Result.FORCE_RECOVER
         else:

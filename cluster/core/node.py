@@ -301,8 +301,10 @@ class Node:
         return None if record is None else record.members
 
     def _former_placement(self, epoch: int) -> Placement | None:
+        if epoch < self.cluster.forced:
+            return None
         if epoch not in self._former:
-            record = self.cluster.record(epoch) if epoch >= self.cluster.forced else None
+            record = self.cluster.record(epoch)
             self._former[epoch] = None if record is None else self._placement_at(epoch, record.members)
         return self._former[epoch]
 

@@ -290,8 +290,14 @@ class Operations:
         return self._context.clock.wall_ns() // 1_000_000_000
 
     def force_recover(self, done: ResultDone) -> None:
-        """Starts a waiting cluster with the nodes that are present."""
-        if self._context.state.status != Status.WAITING or not self._context.state.ctime:
+        """Starts a waiting cluster with the nodes that are present.
+
+        One that runs with a part of the table of VDIs takes that for all there is.
+        """
+        state = self._context.state
+        if not (state.ctime and state.status == Status.WAITING) and not (
+            state.status == Status.RUNNING and state.partial
+        ):
             done(Result.FORCE_RECOVER)
             return
         command = {"t": "start", "time": self._now_s()}

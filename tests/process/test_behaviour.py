@@ -117,7 +117,7 @@ def test_small_vdi_ids(new_cluster: Callable[..., Cluster]) -> None:
     assert failed(cluster, "vdi", "create", "test", "4M") == (1, ["Failed to create VDI test: VDI exists already"])
     for words in (("-s", "t", "test"), ("other",), ("clone",)):
         cluster.dog("vdi", "delete", *words)
-    wait_until(lambda: cluster.objects(0) == ["8000000300000000"], WAIT_S, "the end of all that was deleted")
+    wait_until(lambda: list(cluster.objects(0)) == ["8000000300000000"], WAIT_S, "the end of all that was deleted")
     assert ids("third") == [("third", 3)]
     cluster.dog("vdi", "create", "test", "4M")
     assert ids() == [("test", 1), ("third", 3)]

@@ -88,6 +88,19 @@ def test_one_with_fewer_copies_than_others_is_missed_too() -> None:
     check(1, 3)
 
 
+def test_an_administrator_may_give_up_what_is_away() -> None:
+    cluster, alone, name, vid = one_starts_alone(0, 2)
+    done: list[Result] = []
+    cluster.machines[alone].node.operations.force_recover(done.append)
+    cluster.world.run_until(lambda: bool(done), HEALTH_LIMIT_NS, "the answer")
+    cluster.world.run_for(SECOND)
+    assert done == [Result.SUCCESS]
+    assert found(cluster, name, alone) == (Result.NO_VDI, None)
+    assert made(cluster, name, alone) == (Result.SUCCESS, vid)
+    cluster.machines[alone].node.operations.force_recover(done.append)
+    assert done[1:] == [Result.FORCE_RECOVER], "there is nothing left to give up"
+
+
 def test_nothing_is_missed_while_too_few_are_away() -> None:
     """What is not there then does not exist: volumes can be made and deleted."""
     cluster = SimCluster(World(6), 3)
