@@ -63,10 +63,10 @@ def _vdis(state: ClusterState, _: str, command: Command) -> Result:
     if "table" in command:
         found = VdiTable.from_json(command["table"])
         if state.loaded:
-            state.vdis.merge(found, whole=not command["partial"])
+            state.vdis.merge(found, whole=not command.get("partial"))
         else:
             state.vdis, state.loaded = found, True
-        state.partial = command["partial"]
+        state.partial = command.get("partial", 0)
         for one in state.vdis.records():
             state.note_copies(one.copies)
     for values in command.get("put", ()):

@@ -96,8 +96,10 @@ def vid_of(cluster: Cluster, name: str) -> int:
 
 
 def test_small_vdi_ids(new_cluster: Callable[..., Cluster]) -> None:
-    """`format -R`: ids from 1 on, the lowest free one first, again when a whole family is deleted; a name whose snapshots
-    are left cannot begin anew."""
+    """`format -R`: ids from 1 on, the lowest free one first, also those of families that are deleted altogether.
+
+    A name whose snapshots are left cannot begin anew.
+    """
     cluster = started(new_cluster(1))
     cluster.format("-c", "1", "-R")
 
