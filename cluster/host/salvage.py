@@ -8,7 +8,7 @@ strip only). What cannot be had is zeros in the image, and is named.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from sheepdog.cluster.core.erasure import Coder, Policy, policy_of
 from sheepdog.cluster.core.errors import PeerError, UsageError
@@ -23,13 +23,26 @@ from sheepdog.cluster.core.ids import (
     oid_name,
     strip_of,
 )
-from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_ENTRY_SIZE, MAP_OFFSET, InodeHeader, unpack_map
-from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.inode import (
+    BTREE_HEADER_SIZE,
+    HEADER_SIZE,
+    MAP_ENTRY_SIZE,
+    MAP_OFFSET,
+    InodeHeader,
+    btree_children,
+    btree_leaves,
+    btree_used,
+    unpack_map,
+)
+from sheepdog.cluster.core.limits import BLOCK_SIZE, BTREE_NODE_SIZE
 from sheepdog.cluster.core.striping import UNIT, strip_size, stripe_size
 from sheepdog.cluster.host.bare_store import BareStore, Say, ranges
 from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK
+
+
+_NO_OBJECT: Final = ObjectId(0)
 
 
 class Image(Protocol):
@@ -89,18 +102,10 @@ class Salvage:
         raise UsageError(f"no volume {what} in these stores")
 
     def write_volume(self, header: InodeHeader, image: Image) -> bool:
-        """Puts all blocks of the volume that are not zero; False when parts are lost. UsageError for a hyper volume."""
-        if header.store_policy:
-            raise UsageError(f"{header.name.decode(errors='replace')} is a hyper volume, which salvage cannot read")
+        """Puts all blocks of the volume that are not zero; False when parts are lost."""
         lost_before = len(self.lost)
-        inode = inode_oid(Vid(header.vdi_id))
-        data = self._read(inode, MAP_OFFSET + MAP_ENTRY_SIZE * header.object_count)
-        if data is None:
-            raise UsageError(f"no whole object map of {header.name.decode(errors='replace')} is left in these stores")
         policies: dict[int, Policy | None] = {header.vdi_id: policy_of(header.copy_policy)}
-        for index, vid in enumerate(unpack_map(data[MAP_OFFSET:])):
-            if not vid:
-                continue
+        for index, vid in self._tree(header) if header.store_policy else self._map(header):
             if vid not in policies:  # an object of the snapshot that this was made from
                 owner = self._header(inode_oid(Vid(vid)))
                 policies[vid] = policy_of((owner or header).copy_policy)
@@ -108,6 +113,41 @@ class Salvage:
             length = min(header.object_size, header.vdi_size - start)
             self._write_object(data_oid(Vid(vid), index), header.object_size, policies[vid], start, length, image)
         return len(self.lost) == lost_before
+
+    def _map(self, header: InodeHeader) -> Iterator[tuple[int, int]]:
+        """(index, vid) of the volume's objects, ascending."""
+        data = self._read(inode_oid(Vid(header.vdi_id)), MAP_OFFSET + MAP_ENTRY_SIZE * header.object_count)
+        if data is None:
+            raise UsageError(f"no whole object map of {header.name.decode(errors='replace')} is left in these stores")
+        return ((index, vid) for index, vid in enumerate(unpack_map(data[MAP_OFFSET:])) if vid)
+
+    def _tree(self, header: InodeHeader) -> Iterator[tuple[int, int]]:
+        """The same of a hyper volume. What a lost leaf of its tree named is lost with it."""
+        root = self._node(inode_oid(Vid(header.vdi_id)), MAP_OFFSET)
+        if root is None:
+            raise UsageError(f"no whole index of {header.name.decode(errors='replace')} is left in these stores")
+        last = -1
+        children = btree_children(root)
+        for highest, oid in [(0, _NO_OBJECT)] if children is None else children:
+            node = root if children is None else self._node(oid, 0)
+            if node is None:
+                self.lost.append(f"object {oid:016x} (the index of objects up to {highest}) is lost, and what it names")
+                self._say(self.lost[-1])
+                continue
+            for index, vid in btree_leaves(node) or ():
+                if index > last and vid:  # a split that was interrupted leaves the same entries in two leaves
+                    last = index
+                    yield index, vid
+
+    def _node(self, oid: ObjectId, offset: int) -> bytes | None:
+        """A node of the tree; None when it cannot be had as a whole, or is none."""
+        try:
+            head = self._read(oid, offset + BTREE_HEADER_SIZE)
+            used = 0 if head is None else btree_used(head[offset:])
+            data = self._read(oid, offset + used) if 0 < used <= BTREE_NODE_SIZE else None
+        except PeerError:
+            return None
+        return None if data is None else data[offset:]
 
     def _write_object(
         self, oid: ObjectId, size: int, policy: Policy | None, start: int, length: int, image: Image

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from tests.support.stores import StoreDriver
 
+from sheepdog.cluster.client.btree import Leaf, Tree
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import MAP_OFFSET, InodeHeader, pack_map
-from sheepdog.cluster.core.limits import INODE_SIZE
+from sheepdog.cluster.core.limits import BTREE_NODE_SIZE, INODE_SIZE
 from sheepdog.cluster.host.salvage import Salvage
 from sheepdog.cluster.host.store_check import check
 from sheepdog.tools.dog.store import StreamImage
@@ -148,3 +149,42 @@ def test_what_no_store_has_is_named(tmp_path: Path) -> None:
     expected = bytearray(content[: 4 * SIZE]) + bytes(SIZE - 1000)
     expected[3 * SIZE + 9 * 4096 : 3 * SIZE + 10 * 4096] = bytes(4096)
     assert (tmp_path / "image").read_bytes() == bytes(expected)
+
+
+@pytest.mark.parametrize("limit", [100, 3], ids=["in the inode", "leaves of their own"])
+def test_a_hyper_volume_is_rebuilt(tmp_path: Path, limit: int) -> None:
+    driver = StoreDriver(str(tmp_path))
+    indexes = [0, 1, 4, 7, 8, 11, 19]
+    size = 20 * SIZE - 1000
+    header = InodeHeader(name=b"web", vdi_size=size, nr_copies=3, block_size_shift=20, store_policy=1, vdi_id=VID)
+    inode = inode_oid(VID)
+    driver.create(inode, INODE_SIZE, 0, header.pack(), v(1))
+    tree = Tree(VID, [Leaf(ObjectId(0), [])], 0, limit)
+    rng = random.Random(5)
+    content = bytearray(20 * SIZE)
+    leaves: dict[ObjectId, None] = {}
+    for counter, index in enumerate(indexes, 2):
+        content[index * SIZE : (index + 1) * SIZE] = data = rng.randbytes(SIZE)
+        driver.create(data_oid(VID, index), SIZE, 0, data, v(counter))
+        for write in tree.add([index]):
+            if write.create:
+                leaves[write.oid] = None
+                driver.create(write.oid, BTREE_NODE_SIZE, write.offset, write.data, v(counter))
+            else:
+                driver.write(write.oid, write.offset, write.data, v(counter))
+    driver.close()
+    assert bool(leaves) == (limit == 3)
+    salvage = Salvage([str(tmp_path)], lambda text: None)
+    assert write_image(salvage, tmp_path / "image"), salvage.lost
+    assert (tmp_path / "image").read_bytes() == content[:size]
+    salvage.close()
+    if leaves:
+        (tmp_path / "obj" / f"{next(iter(leaves)):016x}").unlink()
+        salvage = Salvage([str(tmp_path)], lambda text: None)
+        assert not write_image(salvage, tmp_path / "image")
+        assert f"object {next(iter(leaves)):016x} (the index of objects up to" in salvage.lost[0]
+        salvage.close()
+        image = (tmp_path / "image").read_bytes()
+        for start in range(0, size, SIZE):
+            part = image[start : start + SIZE]
+            assert part == content[start : min(start + SIZE, size)] or not any(part)
