@@ -41,7 +41,6 @@ from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK
 
-
 _NO_OBJECT: Final = ObjectId(0)
 
 
