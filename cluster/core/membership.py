@@ -22,14 +22,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from sheepdog.cluster.core.commands import apply_command, misplaced
+from sheepdog.cluster.core.commands import Command, apply_command, misplaced
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.fragments import Fragments, Key
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
 from sheepdog.cluster.core.join_rules import learn, refusal
 from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED
+from sheepdog.cluster.core.listener import Listener
 from sheepdog.cluster.core.ports import (
     Clock,
     Delivery,
@@ -52,34 +53,7 @@ from sheepdog.cluster.core.state import (
     record_to_json,
 )
 
-Command = dict[str, Any]
 Answer = Callable[[Any], None]
-
-
-class Listener(Protocol):
-    """What the node does when the state has changed (core.node)."""
-
-    def epoch_changed(self) -> None:
-        """A new epoch, or the first one after a start."""
-
-    def formatted(self) -> None: ...
-
-    def operation_due(self, operation: Command) -> None:
-        """This node executes the operation at the head of the queue."""
-
-    def operation_ended(self, operation: Command) -> None: ...
-
-    def state_changed(self, command: Command) -> None:
-        """A one-step command was applied."""
-
-    def refused(self, reason: str) -> None: ...
-
-    def expelled(self, member: Member) -> None:
-        """A member was struck out that may still run, and answer its clients while its lease lasts."""
-
-    def suspended(self, suspended: bool, reason: str) -> None: ...
-
-    def lost(self, reason: str) -> None: ...
 
 
 class ClusterMachine:

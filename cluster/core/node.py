@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sheepdog.cluster.core.cache import Cache
 from sheepdog.cluster.core.claims import Claims
 from sheepdog.cluster.core.coherence import Coherence
+from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.dispatch import Dispatch
@@ -25,7 +26,7 @@ from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import Epoch, Member, NodeId
 from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import CACHE_END_NS, LEASE_NS
-from sheepdog.cluster.core.membership import ClusterMachine, Command
+from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.past import Past

@@ -244,7 +244,7 @@ class ObjectStore:
             return
         end = offset + length
         if offset & _BLOCK_MASK or (end & _BLOCK_MASK and end != copy.size):
-            merged = self._merge(
+            merged = self._reads.widened(
                 copy, offset, data, done, lambda: self._write(copy, offset, data, version, durable, done)
             )
             if merged is None:
@@ -281,30 +281,6 @@ class ObjectStore:
                 done(error)
 
         return failed
-
-    def _merge(
-        self, copy: Copy, offset: int, data: Buffer, failed: Done, again: Callable[[], None]
-    ) -> tuple[int, Buffer] | None:
-        """The write widened to whole blocks, their rest read and verified.
-
-        None when that failed, or when a block has to come from the disk first: then `again` is called later.
-        """
-        end = offset + len(data)
-        start = offset & ~_BLOCK_MASK
-        stop = min((end + _BLOCK_MASK) & ~_BLOCK_MASK, copy.size)
-        merged = bytearray(stop - start)
-        edges = [start] if offset & _BLOCK_MASK else []
-        last = stop - 1 & ~_BLOCK_MASK
-        if end != stop and last not in edges:
-            edges.append(last)
-        for edge in edges:
-            block = self._reads.block(copy, edge, failed, again)
-            if block is None:
-                return None
-            keep = min(BLOCK_SIZE, stop - edge)
-            merged[edge - start : edge - start + keep] = memoryview(block)[:keep]
-        merged[offset - start : end - start] = data
-        return start, merged
 
     def punch(self, oid: ObjectId, offset: int, length: int, version: Version, durable: bool, done: Done) -> None:
         self.copies.with_open(

@@ -161,6 +161,30 @@ class Reads:
             return None
         return block
 
+    def widened(
+        self, copy: Copy, offset: int, data: Buffer, failed: Done, again: Callable[[], None]
+    ) -> tuple[int, Buffer] | None:
+        """A write widened to whole blocks, their rest read and verified.
+
+        None when that failed, or when a block has to come from the disk first: then `again` is called later.
+        """
+        end = offset + len(data)
+        start = offset & ~_BLOCK_MASK
+        stop = min((end + _BLOCK_MASK) & ~_BLOCK_MASK, copy.size)
+        merged = bytearray(stop - start)
+        edges = [start] if offset & _BLOCK_MASK else []
+        last = stop - 1 & ~_BLOCK_MASK
+        if end != stop and last not in edges:
+            edges.append(last)
+        for edge in edges:
+            block = self.block(copy, edge, failed, again)
+            if block is None:
+                return None
+            keep = min(BLOCK_SIZE, stop - edge)
+            merged[edge - start : edge - start + keep] = memoryview(block)[:keep]
+        merged[offset - start : end - start] = data
+        return start, merged
+
     def _fetch(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> None:
         """Brings a block into the page cache; operations on the copy wait meanwhile."""
         self._copies.close_gate(copy)

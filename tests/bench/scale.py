@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import count
 
+from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.fragments import Fragments
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId, ObjectId, Vid, data_oid
-from sheepdog.cluster.core.membership import ClusterMachine, Command
+from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Delivery, Peer, Timer, View
 from sheepdog.cluster.core.state import PROTOCOL_VERSION, ClusterFlag, ClusterState, Status, member_to_json, node_key

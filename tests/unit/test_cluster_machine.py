@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from tests.bench import scale
 
 from sheepdog.cluster.core import membership
+from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.ids import EpochRecord, Member, NodeId
-from sheepdog.cluster.core.membership import ClusterMachine, Command
+from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, Resumed, Suspended, Timer, View
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_key
 
