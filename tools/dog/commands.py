@@ -343,7 +343,7 @@ CLUSTER = (
             Option("t", "strict", "refuse writes when zones are fewer than copies"),
             SHIFT,
             Option("V", "fixed_vnodes", "the nodes have fixed numbers of virtual nodes"),
-            Option("R", "recycle_vid", "give the lowest free vdi ids, from 1 on, whatever the names"),
+            Option("R", "recycle_vid", "give the lowest free vdi ids, from 1 on, also those of deleted families"),
             FORCE,
             Option("F", "avoid_diskfull", "skip a recovery that could fill a disk"),
             Option("", "recovery-delay", "give a node that leaves so many seconds to come back before recovery", True),
