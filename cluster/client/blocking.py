@@ -26,6 +26,7 @@ from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.opcodes import Flags
 
 EXTENT_OBJECTS = 64  # whose blocks are looked at in one call: some milliseconds of the gateway's time
 
@@ -52,8 +53,9 @@ class BlockingVolume:
         snap_id: int = 0,
         read_only: bool = False,
         patience_s: float = PATIENCE_S,
+        object_cache: bool = False,
     ) -> BlockingVolume:
-        """Opens the working volume `name`, or the snapshot with this tag or id (read-only).
+        """As `volume.Volume.open`: the working volume `name`, or the snapshot with this tag or id (read-only).
 
         SheepError with NO_VDI or NO_TAG (errno ENOENT) if there is none.
         """
@@ -67,6 +69,7 @@ class BlockingVolume:
             connection.close()
             raise
         assert opening.machine is not None
+        opening.machine.read_flags = Flags.CACHE if object_cache else 0
         return cls(address, opening.machine, connection, patience_s)
 
     @property
@@ -105,7 +108,7 @@ class BlockingVolume:
             if not owner:
                 buffer[:length] = bytes(length)
                 return length
-            header = read_header(data_oid(Vid(owner), number), start, length)
+            header = read_header(data_oid(Vid(owner), number), start, length, machine.read_flags)
             result, got = self._channel.ask(header, b"", buffer[:length])
             if result == Result.SUCCESS and got == length:
                 return length
