@@ -31,7 +31,7 @@ OPERATIONS = 45
 OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
 NEVER = 1 << 60
 WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes about 560 images
-SOAK_WORKLOADS = 100
+SOAK_WORKLOADS = 105  # 50,000 images
 SEED = int(os.environ.get("STORE_CRASH_SEED", "0"))
 
 
