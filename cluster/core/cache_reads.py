@@ -10,7 +10,13 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, Result, StoreError
 from sheepdog.cluster.core.extents import CachedObject, Fill, IoDone, covered, runs, span, touched
 from sheepdog.cluster.core.gateway import Gateway
-from sheepdog.cluster.core.limits import BLOCK_SIZE, CACHE_READ_AHEAD_MAX_BYTES, CACHE_READ_AHEAD_MIN_BYTES
+from sheepdog.cluster.core.limits import (
+    BLOCK_SIZE,
+    CACHE_FILL_DELAY_BYTES,
+    CACHE_FILL_DELAY_NS,
+    CACHE_READ_AHEAD_MAX_BYTES,
+    CACHE_READ_AHEAD_MIN_BYTES,
+)
 from sheepdog.cluster.core.messages import Buffer
 
 
@@ -74,6 +80,9 @@ class CacheReads:
             kept = bytes(data) if fill.bits else b""  # the buffer is the client's when it is answered
             done(result, data)
             entry.known = True
+            if kept and not sequential and len(kept) <= CACHE_FILL_DELAY_BYTES:
+                self._context.clock.after(CACHE_FILL_DELAY_NS, partial(self._end_fill, entry, fill, offset, kept))
+                return
             self._end_fill(entry, fill, offset, kept)
             if sequential:
                 self._read_ahead(entry, offset + length)

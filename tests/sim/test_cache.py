@@ -257,6 +257,7 @@ def test_clean_data_that_cannot_be_read_is_fetched_again(
             store, "read", lambda *args: args[-1](Corrupt("rotten", (0,)) if error is Corrupt else error(""))
         )
         assert world.read(0, 0) == 7
+    world.world.run_for(5 * MILLISECOND)  # it is kept after it was answered
     assert world.read(0, 0) == 7 and world.cache().reads.hits >= hits + 2
     assert world.cluster.probes()["cache.unreadable_clean"] == 1
 
