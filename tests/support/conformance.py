@@ -11,7 +11,8 @@ SUITES = (
 )  # fmt: skip
 SELECTED = "--test=" + ",".join(f"ALL.{suite}" for suite in SUITES)
 _SUITE = re.compile(r"^Suite: (\w+)", re.MULTILINE)
-_TEST = re.compile(r"^  Test: (\S+) \.\.\.(.*?)(passed|FAILED)$", re.MULTILINE | re.DOTALL)
+# What is looked at after a test, such as reservations, may be remarked on behind its result.
+_TEST = re.compile(r"^  Test: (\S+) \.\.\.(.*?)(passed|FAILED)(?=$|    \[SKIPPED\])", re.MULTILINE | re.DOTALL)
 
 
 def outcomes(text: str) -> dict[str, str]:
