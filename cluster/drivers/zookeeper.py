@@ -210,7 +210,7 @@ class ZooKeeperDriver:
         """The end of this incarnation."""
         if not self._over:
             self._end()
-            if self._joined:
+            if self._joined or self._tasks:  # `open` has succeeded: nobody else would tell that it is over
                 self._deliver(Lost(f"zookeeper driver: {reason}"))
 
     def _emit(self, event: Event) -> None:
@@ -272,6 +272,9 @@ class ZooKeeperDriver:
             self._lose(str(error))
         except KazooException as error:
             self._lose(f"ZooKeeper refused a request: {str(error) or type(error).__name__}")
+        except Exception as error:  # a bug of ours, or entries that nobody of ours has written
+            self._loop.call_exception_handler({"message": "a task of the driver ended", "exception": error})
+            self._lose(f"internal error: {type(error).__name__}")
 
     # --- sending ---------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Leased, Peer, View
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, View
+from sheepdog.cluster.drivers import zookeeper
 from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
 from sheepdog.cluster.drivers.zookeeper_argument import parse
+from sheepdog.cluster.drivers.zookeeper_client import Connection, SessionLost
 from sheepdog.cluster.drivers.zookeeper_log import (
     Entry,
     EntryKind,
@@ -179,3 +182,43 @@ def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.Monk
         return told
 
     assert [type(event) for event in asyncio.run(body())] == [Leased] * 3
+
+
+class Reached:
+    """In the place of `Client`: servers that answer at once."""
+
+    def __init__(self, servers: str, timeout_s: float, on_change: Callable[[Connection], None]) -> None:
+        self.on_change = on_change
+
+    def start(self) -> None:
+        self.on_change(Connection.UP)
+
+    async def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("failure", [SessionLost("expired"), KeyError("somebody else's entry")])
+def test_an_end_is_told_also_before_the_own_join_was_read(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    """The process waits for nothing else: untold it would live on, a member of nothing."""
+
+    async def ends() -> None:
+        raise failure
+
+    async def nothing(_: Peer) -> None:
+        pass
+
+    async def body() -> list[Event]:
+        told: list[Event] = []
+        driver = ZooKeeperDriver("h:1")
+        monkeypatch.setattr(zookeeper, "Client", Reached)
+        monkeypatch.setattr(driver, "_join", nothing)
+        monkeypatch.setattr(driver, "_read_all", ends)
+        for name in ("_send_all", "_watch_all", "_collect_all"):
+            monkeypatch.setattr(driver, name, asyncio.Event().wait)
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        await driver.open(A, told.append)
+        await asyncio.sleep(0.01)
+        await driver.close()
+        return told
+
+    assert [type(event) for event in asyncio.run(body())] == [Lost]
