@@ -183,9 +183,8 @@ def test_gateways_end_when_the_last_storing_node_leaves(new_cluster: Callable[..
         cluster.start(0)
         gateway = subprocess.Popen([*cluster.command(1, ["-g"]), "-f"], env=environment(), stderr=subprocess.DEVNULL)
         ending.callback(gateway.kill)
-        wait_until(
-            lambda: cluster.pids(1), WAIT_S, "the gateway's process"
-        )  # until it runs, it looks like one that ended
+        # Until it runs it looks like one that has ended.
+        wait_until(lambda: bool(cluster.pids(1)), WAIT_S, "the gateway's process")
         cluster.wait_members(2, (0, 1))
         cluster.format("-c", "1")
         assert [line.split()[2] for line in cluster.dog("node", "list", "-r").splitlines()] == ["128", "0"]

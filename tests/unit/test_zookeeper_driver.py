@@ -207,6 +207,9 @@ def test_an_end_is_told_also_before_the_own_join_was_read(monkeypatch: pytest.Mo
     async def nothing(_: Peer) -> None:
         pass
 
+    async def waits() -> None:
+        await asyncio.sleep(60)
+
     async def body() -> list[Event]:
         told: list[Event] = []
         driver = ZooKeeperDriver("h:1")
@@ -214,7 +217,7 @@ def test_an_end_is_told_also_before_the_own_join_was_read(monkeypatch: pytest.Mo
         monkeypatch.setattr(driver, "_join", nothing)
         monkeypatch.setattr(driver, "_read_all", ends)
         for name in ("_send_all", "_watch_all", "_collect_all"):
-            monkeypatch.setattr(driver, name, asyncio.Event().wait)
+            monkeypatch.setattr(driver, name, waits)
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         await driver.open(A, told.append)
         await asyncio.sleep(0.01)
