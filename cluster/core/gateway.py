@@ -6,6 +6,7 @@ A flush goes to every member: the client may have written through another gatewa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from sheepdog.cluster.core.claims import Claims
@@ -107,20 +108,32 @@ class Gateway:
             copy_large(self, oid, cow_oid, size, offset, data, flags, done)
             return
 
-        def copied(result: int, source: Buffer) -> None:
-            if result:
-                done(result, b"")
-                return
-            if among_others:
-                self._create_among_others(oid, source, offset, data, durable, done)
-                return
-            whole = bytearray(source)
-            whole[offset : offset + len(data)] = data
-            # The source was read outside any drain: look again whether the volume may be written.
-            if self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
-                self.router.change(oid, flags, 0, size, whole, 0, done)
+        self.router.read(cow_oid, 0, size, partial(self._copied, oid, cow_oid, offset, data, durable, done))
 
-        self.router.read(cow_oid, 0, size, copied)
+    def _copied(
+        self,
+        oid: ObjectId,
+        cow_oid: ObjectId,
+        offset: int,
+        data: Buffer,
+        durable: bool,
+        done: IoDone,
+        result: int,
+        source: Buffer,
+    ) -> None:
+        """The source of a new object is here. Nested in `create` this would be a cycle that holds the object."""
+        if result:
+            done(result, b"")
+            return
+        if self.coherence is not None and self.coherence.is_shared(vid_of(oid)):
+            self._create_among_others(oid, source, offset, data, durable, done)
+            return
+        whole = bytearray(source)
+        whole[offset : offset + len(data)] = data
+        # The source was read outside any drain: look again whether the volume may be written.
+        if self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
+            flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
+            self.router.change(oid, flags, 0, len(whole), whole, 0, done)
 
     def _create_among_others(
         self, oid: ObjectId, content: Buffer, offset: int, data: Buffer, durable: bool, done: IoDone

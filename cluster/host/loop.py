@@ -20,7 +20,9 @@ from sheepdog.cluster.host.turn import Turn
 
 COLLECT_CHECK_S = 1.0  # how often the collector asks whether the node is idle
 COLLECT_IDLE_TURNS = 50  # fewer turns than this in one check are idleness: heartbeats and timers
-COLLECT_BUSY_CHECKS = 60  # collect at least this often under load: cycles are rare, but a leak must not last
+COLLECT_BUSY_CHECKS = (
+    5  # collect young objects at least this often under load: a cycle that holds megabytes must not last
+)
 COLLECT_FULL_CHECKS = 600  # checks between two full collections
 MMAP_THRESHOLD_BYTES = 32 << 20  # the most glibc accepts: memory for bodies is kept, not unmapped and faulted in again
 TRIM_THRESHOLD_BYTES = 256 << 20  # free memory at the heap's end that is not given back
