@@ -1,4 +1,4 @@
-"""Requests leave nothing for the garbage collector: under load it looks every five seconds, and each may hold megabytes."""
+"""Requests leave nothing for the collector: under load it looks every five seconds, and each may hold megabytes."""
 
 from __future__ import annotations
 
