@@ -97,9 +97,8 @@ class Gateway:
             return
         size = self.context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
-        among_others = self.coherence is not None and self.coherence.is_shared(vid_of(oid))
         if not cow_oid or len(data) >= size:
-            if among_others:
+            if self._among_others(oid):
                 self._create_among_others(oid, b"", offset, data, durable, done)
             else:
                 self.router.change(oid, flags, offset, size, data, 0, done)
@@ -125,7 +124,7 @@ class Gateway:
         if result:
             done(result, b"")
             return
-        if self.coherence is not None and self.coherence.is_shared(vid_of(oid)):
+        if self._among_others(oid):
             self._create_among_others(oid, source, offset, data, durable, done)
             return
         whole = bytearray(source)
@@ -134,6 +133,9 @@ class Gateway:
         if self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
             flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
             self.router.change(oid, flags, 0, len(whole), whole, 0, done)
+
+    def _among_others(self, oid: ObjectId) -> bool:
+        return self.coherence is not None and self.coherence.is_shared(vid_of(oid))
 
     def _create_among_others(
         self, oid: ObjectId, content: Buffer, offset: int, data: Buffer, durable: bool, done: IoDone

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
 from random import Random
 
@@ -50,10 +51,10 @@ class RunningImage:
                 assert sign not in output.lower(), output
 
     def _read(self) -> str:
-        assert self._process.stdout is not None
+        assert isinstance(self._process.stdout, BufferedReader)
         output = b""
         while not output.endswith(PROMPT):
-            part = self._process.stdout.read1(65536)  # type: ignore[attr-defined]  # it is buffered
+            part = self._process.stdout.read1(65536)
             assert part, output
             output += part
         return output.decode(errors="replace")

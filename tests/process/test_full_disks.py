@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ SECONDS = 60.0
 SURE = 40  # MiB that fit beside the journal, the inodes and the reserve
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+def unmounted(path: Path) -> bool:
+    return not run(["umount", path], check=False).returncode
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     finally:
         made.close()
         for path in mounted:  # a process that has just ended may still keep it busy
-            wait_until(lambda path=path: not run(["umount", path], check=False).returncode, SECONDS, f"umount {path}")  # type: ignore[misc]
+            wait_until(partial(unmounted, path), SECONDS, f"umount {path}")
 
 
 def block(number: int) -> bytes:

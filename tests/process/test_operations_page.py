@@ -256,7 +256,7 @@ def three_machines_from_nothing(site: Site) -> None:
         (line,) = site.page.lines("Three machines from nothing: ZooKeeper on again")
         assert line in ZOOKEEPER_STATUS
         for machine in range(3):
-            wait_until(lambda: "Mode:" in serving(site, machine), SECONDS, "three servers", 1.0)  # noqa: B023
+            wait_serving(site, machine)
     for machine in range(3):
         site.install_sheep(machine)
     site.wait_listed(1, 0, 1, 2)
@@ -302,10 +302,14 @@ def upgrades(site: Site) -> None:
         before = [site.hosts[machine].type("pgrep -f '[s]heep /var/lib/sheepdog '").split() for machine in range(3)]
         for machine in range(3):
             site.hosts[machine].type("systemctl restart zookeeper")
-            wait_until(lambda: "Mode:" in serving(site, machine), SECONDS, "it serves", 1.0)  # noqa: B023
+            wait_serving(site, machine)
         site.wait_listed(3, 0, 1, 2, 3)
         after = [site.hosts[machine].type("pgrep -f '[s]heep /var/lib/sheepdog '").split() for machine in range(3)]
         assert before == after, "no sheep was touched"
+
+
+def wait_serving(site: Site, machine: int) -> None:
+    wait_until(lambda: "Mode:" in serving(site, machine), SECONDS, f"ZooKeeper on machine {machine}", 1.0)
 
 
 def serving(site: Site, machine: int) -> str:
@@ -346,7 +350,7 @@ def one_for_another(site: Site) -> None:
             site.hosts[machine].type(restart)
             time.sleep(1.0)
         for machine in (3, *leader_last):
-            wait_until(lambda: "Mode:" in serving(site, machine), SECONDS, "it serves", 1.0)  # noqa: B023
+            wait_serving(site, machine)
     site.hosts[0].type(healthy, seconds=SECONDS)
     site.hosts[2].power_off()
     site.wait_listed(0, 0, 1, 3)

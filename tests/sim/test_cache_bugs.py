@@ -17,7 +17,6 @@ from sheepdog.cluster.core.cache_start import Leftovers
 from sheepdog.cluster.core.claims import Claims
 from sheepdog.cluster.core.extents import CachedObject, runs
 from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.sim.run import Failure, Run
 from sheepdog.cluster.sim.world import MILLISECOND
 
 CALM = cached("cache")
@@ -112,10 +111,4 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.plant.__name__)
 def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug.plant(monkeypatch)
-    for seed in range(bug.first, bug.first + bug.seeds):
-        try:
-            Run(bug.scenario, seed).execute()
-        except Failure:
-            return
-    pytest.fail(f"not found in {bug.seeds} seeds")
+    bug.must_be_found(monkeypatch)

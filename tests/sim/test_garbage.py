@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 from tests.sim.test_directed import fresh
 
+from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.sim.world import SECOND
@@ -37,20 +39,26 @@ def test_reads_and_writes_are_freed_when_they_are_answered() -> None:
         assert result == 0
         answers += 1
 
+    def each(call: Callable[[int], None]) -> None:
+        for number in range(REQUESTS):
+            wanted = answers + 1
+            call(BLOCK_SIZE * number)
+            cluster.world.run_until(partial(reached, wanted), 5 * SECOND, "answer")
+
+    def write_at(gateway: Gateway, at: int) -> None:
+        gateway.write(oid, at, data, True, answered)
+
+    def read_at(gateway: Gateway, at: int) -> None:
+        gateway.read(oid, at, BLOCK_SIZE, answered)
+
+    def reached(wanted: int) -> bool:
+        return answers == wanted
+
     for machine in cluster.machines:
         gateway = machine.node.gateway
 
-        def each(call: Callable[[int], None]) -> Callable[[], None]:
-            def run() -> None:
-                for number in range(REQUESTS):
-                    wanted = answers + 1
-                    call(BLOCK_SIZE * number)
-                    cluster.world.run_until(lambda: answers == wanted, 5 * SECOND, "answer")  # noqa: B023
-
-            return run
-
-        write = each(lambda at: gateway.write(oid, at, data, True, answered))  # noqa: B023
-        read = each(lambda at: gateway.read(oid, at, BLOCK_SIZE, answered))  # noqa: B023
+        write = partial(each, partial(write_at, gateway))
+        read = partial(each, partial(read_at, gateway))
         write()  # connections and placements are remembered from here on
         assert garbage(write) < OTHERS
         assert garbage(read) < OTHERS

@@ -107,6 +107,15 @@ class Bug:
     seeds: int
     first: int = 0  # the seed to begin with
 
+    def must_be_found(self, patch: pytest.MonkeyPatch) -> None:
+        self.plant(patch)
+        for seed in range(self.first, self.first + self.seeds):
+            try:
+                Run(self.scenario, seed).execute()
+            except Failure:
+                return
+        pytest.fail(f"not found in {self.seeds} seeds")
+
 
 def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
     write = home_writes.Write
@@ -302,13 +311,7 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.plant.__name__)
 def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug.plant(monkeypatch)
-    for seed in range(bug.first, bug.first + bug.seeds):
-        try:
-            Run(bug.scenario, seed).execute()
-        except Failure:
-            return
-    pytest.fail(f"not found in {bug.seeds} seeds")
+    bug.must_be_found(monkeypatch)
 
 
 @pytest.mark.parametrize(
