@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.client.requests import lookup
+from sheepdog.cluster.client.requests import lookup, release
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import (
     NO_VID,
@@ -31,12 +31,16 @@ from sheepdog.cluster.wire.structures import (
     EPOCH_HEADER,
     NODE_LIST_SIZE,
     NODE_SIZE,
+    VDI_STATE_SIZE,
+    VDI_STATES_MAX,
     ClusterInfo,
     EpochHeader,
+    VdiState,
     pack_names,
     unpack_cluster_info,
     unpack_epochs,
     unpack_nodes,
+    unpack_vdi_states,
 )
 
 
@@ -195,8 +199,13 @@ def delete_volume(connection: Connection, name: bytes, tag: bytes = b"", snap_id
 
 
 def release_lock(connection: Connection, vid: Vid, shared: bool) -> None:
-    fields = wire.VdiRequest(GATEWAY_VERSION, Opcode.RELEASE_VDI, base_vdi_id=vid, lock_type=int(shared))
-    connection.call(bytearray(wire.VDI_REQUEST.pack(fields)))
+    connection.call(release(vid, shared).header)
+
+
+def vdi_states(connection: Connection) -> dict[int, VdiState]:
+    """Locks by vid; of a gateway with more volumes than it can tell, the locked ones come first."""
+    data = plain(connection, Opcode.GET_VDI_COPIES, limit=VDI_STATES_MAX * VDI_STATE_SIZE)
+    return {state.vid: state for state in unpack_vdi_states(data)}
 
 
 def alter_volume_copies(connection: Connection, vid: Vid, copies: int, shift: int) -> None:

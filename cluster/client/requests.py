@@ -80,15 +80,17 @@ def whole_inode(vid: Vid) -> Request:
     return Request(read_header(inode_oid(vid), 0, MAP_END), b"", MAP_END)
 
 
-def lock_shared(name: bytes) -> Request:
-    """LOCK_VDI of the working volume, for several at a time; answered by a VDI response."""
+def lock(name: bytes, shared: bool) -> Request:
+    """LOCK_VDI of the working volume, for one or for several at a time; answered by a VDI response."""
     payload = pack_names(name)
-    fields = VdiRequest(GATEWAY_VERSION, Opcode.LOCK_VDI, Flags.WRITE, data_length=len(payload), lock_type=SHARED)
+    fields = VdiRequest(
+        GATEWAY_VERSION, Opcode.LOCK_VDI, Flags.WRITE, data_length=len(payload), lock_type=SHARED if shared else 0
+    )
     return Request(bytearray(VDI_REQUEST.pack(fields)), payload)
 
 
-def release_shared(vid: Vid) -> Request:
-    fields = VdiRequest(GATEWAY_VERSION, Opcode.RELEASE_VDI, base_vdi_id=vid, lock_type=SHARED)
+def release(vid: Vid, shared: bool) -> Request:
+    fields = VdiRequest(GATEWAY_VERSION, Opcode.RELEASE_VDI, base_vdi_id=vid, lock_type=SHARED if shared else 0)
     return Request(bytearray(VDI_REQUEST.pack(fields)))
 
 

@@ -16,7 +16,7 @@ import asyncio
 import errno
 import itertools
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from struct import Struct
 from typing import NamedTuple, Self, TypeAlias
 
@@ -46,6 +46,13 @@ _EMPTY = b""
 
 Done: TypeAlias = Callable[[int, Buffer, bytes], None]
 """done(result code, payload, answer header); the header is empty when no gateway could be reached (code EIO)."""
+
+
+Admission: TypeAlias = Callable[[Address], Awaitable[None]]
+
+
+class ShutOutError(OSError):
+    """Raised by an admission: no gateway will do any more."""
 
 
 class Reply(NamedTuple):
@@ -78,6 +85,8 @@ class Session:
     def __init__(self, address: Address, patience_s: float = PATIENCE_S, lasting: bool = True) -> None:
         """`lasting`: a broken connection is opened again. Otherwise the session ends with it."""
         self.address = address
+        self.admission: Admission | None = None
+        """What must succeed at a gateway before requests go there again; an OSError keeps them for the next one."""
         self._lasting = lasting
         self._patience_s = patience_s
         self._loop = asyncio.get_running_loop()
@@ -280,6 +289,17 @@ class Session:
                 return sock
         raise failure
 
+    async def _enter(self, address: Address) -> socket.socket:
+        """`_dial`, with the admission passed."""
+        sock = await self._dial(address)
+        try:
+            if self.admission is not None:
+                await self.admission(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
     def _attach(self, sock: socket.socket) -> None:
         self._socket = sock
         self._intake = Intake(self._arena, HEADER_SIZE, _answer_length)
@@ -312,8 +332,8 @@ class Session:
         if not self._lasting:
             self._closed = True
             self._fail_all()
-        elif self._flight and not self._closed:
-            self._reconnect()  # an idle session waits for its next request
+        elif (self._flight or self.admission) and not self._closed:
+            self._reconnect()  # an idle session waits for its next request, unless it has something to lose
 
     def _refused(self) -> None:
         """The gateway is up, its cluster is not, or hangs up on clients: ask again later, and another one first."""
@@ -366,7 +386,11 @@ class Session:
                 first = self._turn % len(gateways)
                 for address in gateways[first:] + gateways[:first]:
                     try:
-                        sock = await self._dial(address)
+                        sock = await self._enter(address)
+                    except ShutOutError:
+                        self._closed = True
+                        self._fail_all()
+                        return
                     except OSError:
                         if self._loop.time() >= deadline:
                             break

@@ -26,9 +26,9 @@ from sheepdog.cluster.client.follow import MAX_ROUNDS, inode_of, os_error
 from sheepdog.cluster.client.machine import Extent, VolumeMachine
 from sheepdog.cluster.client.requests import (
     Request,
-    lock_shared,
+    lock,
     read_header,
-    release_shared,
+    release,
     understanding_coherence,
     whole_inode,
 )
@@ -172,7 +172,7 @@ class SharedVolume:
         """Everything written is durable, and the lock is released as far as the gateway can be reached."""
         try:
             await self.flush()
-            await self._session.ask(release_shared(self._machine.vid))
+            await self._session.ask(release(self._machine.vid, shared=True))
         finally:
             await self._session.close()
 
@@ -258,7 +258,7 @@ class SharedVolume:
                 await self._read_map(self._session)
 
     async def _read_map(self, session: _CoherentSession) -> None:
-        found = VDI_RESPONSE.unpack((await session.ask(lock_shared(self._name))).header)
+        found = VDI_RESPONSE.unpack((await session.ask(lock(self._name, shared=True))).header)
         reply = await session.ask(whole_inode(Vid(found.vdi_id)))
         inode = inode_of(0, reply.data[:HEADER_SIZE])
         if not isinstance(inode, InodeHeader):

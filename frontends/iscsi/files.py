@@ -8,9 +8,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
+from sheepdog.cluster.client import exclusive
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.exclusive import Held
 from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.state import node_from_key, node_key
 
 DIRECTORY = Path("/run/sheepdog/iscsi")
 START_SECONDS = 300.0  # half a second; sheepfs says itself when it serves, but an emulated, loaded machine is slow
@@ -57,12 +62,22 @@ class Files:
 
     def show(self, volume: str, shared: bool = False) -> int:
         """Makes the volume's file appear, or its size be looked at anew; the size in bytes."""
+        order = self.place / "vdi" / ("share" if shared else "lock")
         try:
-            (self.place / "vdi" / ("share" if shared else "mount")).write_text(volume)
+            try:
+                order.write_text(volume)
+            except OSError as error:
+                if error.errno != errno.EBUSY or shared or not self._take_back(volume):
+                    raise
+                order.write_text(volume)
+            if not shared:
+                self._remember_lock(volume)
             return self.path(volume).stat().st_size
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise UsageError("somebody has it open for himself (dog vdi lock list)") from error
+                raise UsageError(
+                    f"somebody else has it open (dog vdi lock list; dog vdi lock unlock {volume} frees it)"
+                ) from error
             raise UsageError(f"volume {volume}: {error.strerror}") from error
 
     def is_held(self, volume: str) -> bool:
@@ -102,6 +117,36 @@ class Files:
                 raise UsageError(done.stderr.decode(errors="replace").strip())
         else:
             self._detach()
+
+    # -- locks that a sheepfs which died has left behind
+
+    def _lock_record(self, volume: str) -> Path:
+        """Where a restart of the host deletes it: who has the lock by then cannot be known."""
+        return self.place.with_name(f"{self.place.name}.locks") / volume
+
+    def _remember_lock(self, volume: str) -> None:
+        with self._connection() as connection:
+            held = exclusive.held(connection, os.fsencode(volume))
+        record = self._lock_record(volume)
+        if held is None:
+            record.unlink(missing_ok=True)
+        else:
+            record.parent.mkdir(exist_ok=True)
+            record.write_text(f"{node_key(held.node)} {held.epoch}")
+
+    def _take_back(self, volume: str) -> bool:
+        """Ends the lock of our sheepfs that died, if it is that which keeps us out."""
+        if volume in self.shown():
+            return False
+        try:
+            node, epoch = self._lock_record(volume).read_text().split()
+        except (OSError, ValueError):
+            return False
+        with self._connection() as connection:
+            return exclusive.release(connection, os.fsencode(volume), Held(node_from_key(node), int(epoch)))
+
+    def _connection(self) -> AbstractContextManager[Connection]:
+        return closing(Connection(self._address, 0))
 
     def _is_mounted(self) -> bool:
         """Also if its server is dead, when looking at the place itself fails."""

@@ -13,7 +13,7 @@ import os
 import threading
 from typing import NamedTuple
 
-from sheepdog.cluster.client import admin, inodes
+from sheepdog.cluster.client import admin, inodes, requests
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
@@ -23,9 +23,7 @@ from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.ids import Vid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.strings import NAME_SIZE
-from sheepdog.cluster.wire.header import VDI_REQUEST, VDI_RESPONSE, VdiRequest
-from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, Flags, Opcode
-from sheepdog.cluster.wire.structures import pack_names
+from sheepdog.cluster.wire.header import VDI_RESPONSE
 from sheepdog.frontends.nbd.parameters import Parameters
 
 
@@ -217,11 +215,10 @@ class Exports:
 
     def _lock(self, export: Export) -> Vid:
         """LOCK_VDI: the volume is ours alone, if the cluster was formatted to enforce that (protocol.md 8.5)."""
-        payload = pack_names(export.name, b"")
-        fields = VdiRequest(GATEWAY_VERSION, Opcode.LOCK_VDI, Flags.WRITE, data_length=len(payload))
+        request = requests.lock(export.name, shared=False)
         connection = Connection(self._address, self._patience_s)
         try:
-            reply = connection.call(bytearray(VDI_REQUEST.pack(fields)), payload)
+            reply = connection.call(request.header, request.payload)
         finally:
             connection.close()
         return Vid(VDI_RESPONSE.unpack(reply.header).vdi_id)

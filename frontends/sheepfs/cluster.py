@@ -122,6 +122,13 @@ class Cluster(Protocol):
         OSError: EBUSY while somebody has it for himself, else as `open`.
         """
 
+    async def open_exclusive(self, name: str, object_cache: bool) -> Volume:
+        """The working volume, which nobody else can lock until it is closed, where the cluster enforces locks.
+
+        If that ends all the same, because the gateway has died and somebody was quicker, every request fails.
+        OSError: EBUSY while somebody else has a lock, else as `open`.
+        """
+
     async def dog(self, *words: str) -> Outcome:
         """Run a `dog` command against the cluster. OSError if nobody is there."""
 

@@ -27,6 +27,7 @@ def root_directory(
     vdi = {
         "list": status("vdi", "list"),
         "mount": ControlFile(write=volumes.mount, size=lambda: 0),
+        "lock": ControlFile(write=volumes.lock, size=lambda: 0),
         "share": ControlFile(write=volumes.share, size=lambda: 0),
         "unmount": ControlFile(write=volumes.unmount, size=lambda: 0),
         "volume": Link("../volume"),  # both forms are in use

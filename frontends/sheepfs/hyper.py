@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.hyper import HyperVolume
@@ -20,6 +20,7 @@ from sheepdog.frontends.sheepfs.transport import errno_of, error
 THREADS = 16  # requests under way at a time
 
 T = TypeVar("T")
+Release: TypeAlias = Callable[[], None]
 
 
 class ThreadedHyperVolume:
@@ -27,21 +28,23 @@ class ThreadedHyperVolume:
 
     read_only = False
 
-    def __init__(self, volume: HyperVolume, name: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, volume: HyperVolume, name: str, pool: ThreadPoolExecutor, release: Release) -> None:
         self._volume = volume
         self._name = name
         self._pool = pool
+        self._release = release
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, address: Address, name: str) -> ThreadedHyperVolume:
+    async def open(cls, address: Address, name: str, release: Release = lambda: None) -> ThreadedHyperVolume:
+        """`release` is called in a thread when the volume has been closed."""
         pool = ThreadPoolExecutor(THREADS, "hyper")
         try:
             volume = await _in(pool, lambda: HyperVolume.open(address, name.encode()))
         except BaseException:
             pool.shutdown(wait=False)
             raise
-        return cls(volume, name, pool)
+        return cls(volume, name, pool, release)
 
     @property
     def size(self) -> int:
@@ -91,6 +94,7 @@ class ThreadedHyperVolume:
     async def close(self) -> None:
         try:
             await self._run(self._volume.close)
+            await self._run(self._release)
         finally:
             self._pool.shutdown(wait=False)
 

@@ -7,6 +7,7 @@ another gateway carries the requests in flight over to it.
 from __future__ import annotations
 
 import asyncio
+import enum
 import errno
 import logging
 import os
@@ -25,6 +26,14 @@ READ_ONLY_MODE = stat.S_IFREG | 0o444
 CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent cluster must not hold up the unmount
 
 
+class Use(enum.Enum):
+    """Who else may have a volume open while it is here."""
+
+    UNGUARDED = enum.auto()  # nobody looks
+    SHARED = enum.auto()  # others that share it
+    EXCLUSIVE = enum.auto()  # nobody who looks for locks
+
+
 class MountedVolume(VolumeNode):
     """One file in `volume/`. Its size is the volume's as of the last order to mount it, or larger if it grew here.
 
@@ -34,9 +43,11 @@ class MountedVolume(VolumeNode):
     mode = stat.S_IFREG | 0o644
     attribute_seconds = 1
 
-    def __init__(self, cluster: Cluster, settings: Settings, name: str, volume: Volume, shared: bool = False) -> None:
+    def __init__(
+        self, cluster: Cluster, settings: Settings, name: str, volume: Volume, use: Use = Use.UNGUARDED
+    ) -> None:
         super().__init__()
-        self.shared = shared
+        self.use = use
         self._cluster = cluster
         self.name = name
         self.size = volume.size
@@ -134,34 +145,42 @@ class Volumes:
 
         EINVAL if there is none, EIO if no node answers.
         """
-        await self._show(name, False)
+        await self._show(name, Use.UNGUARDED)
 
     async def share(self, name: str) -> None:
         """The same for a volume that other hosts write, too. EBUSY if it is here, or open elsewhere, not shared."""
-        await self._show(name, True)
+        await self._show(name, Use.SHARED)
 
-    async def _show(self, name: str, shared: bool) -> None:
+    async def lock(self, name: str) -> None:
+        """The same for a volume that nobody else shall have. EBUSY if it is here, not locked, or locked elsewhere."""
+        await self._show(name, Use.EXCLUSIVE)
+
+    async def _show(self, name: str, use: Use) -> None:
         if not name or "/" in name or name in (".", "..") or len(name.encode()) > NAME_MAX:
             raise error(errno.EINVAL)
         async with self._changing:
             try:
                 if name in self._mounted:
-                    if self._mounted[name].shared != shared:
+                    if self._mounted[name].use is not use:
                         raise error(errno.EBUSY)
                     await self._mounted[name].refresh()
                     return
-                volume = await (self._cluster.open_shared(name) if shared else self._open(name))
+                volume = await self._open(name, use)
             except OSError as problem:
                 log.error("volume %s: %s", name, problem)
                 told = {errno.ENOENT: errno.EINVAL, errno.EBUSY: errno.EBUSY}
                 raise error(told.get(problem.errno or 0, errno.EIO)) from None
-            node = MountedVolume(self._cluster, self._settings, name, volume, shared)
+            node = MountedVolume(self._cluster, self._settings, name, volume, use)
             self._numbers.add(node)
             self._mounted[name] = node
 
-    async def _open(self, name: str) -> Volume:
+    async def _open(self, name: str, use: Use) -> Volume:
         """A volume's own name may have a colon in it: that one is meant first."""
         cache = self._settings.object_cache
+        if use is Use.SHARED:
+            return await self._cluster.open_shared(name)
+        if use is Use.EXCLUSIVE:
+            return await self._cluster.open_exclusive(name, cache)
         try:
             return await self._cluster.open(name, 0, cache)
         except OSError as problem:

@@ -113,7 +113,7 @@ def test_the_tree_and_what_may_be_done_to_it(mount: MemoryMount) -> None:
         "node", "node/info", "node/list",
         "snapshot", "snapshot/disk", "snapshot/huge", "snapshot/small", "snapshot/web",
         "stat", "stat/cluster", "stat/volume",
-        "vdi", "vdi/list", "vdi/mount", "vdi/share", "vdi/unmount", "vdi/volume", "volume",
+        "vdi", "vdi/list", "vdi/lock", "vdi/mount", "vdi/share", "vdi/unmount", "vdi/volume", "volume",
     ]  # fmt: skip
     assert (place / "vdi/list").read_text().startswith("vdi list ")
     assert (place / "cluster/info").stat().st_size == len((place / "cluster/info").read_text())

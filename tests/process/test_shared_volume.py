@@ -74,7 +74,7 @@ def test_a_snapshot_is_taken_under_both(cluster: Cluster) -> None:
     async def open_snapshot(node: int) -> None:
         """As QEMU does it, which reads a snapshot beside."""
         session = await Session.open(str(cluster.socket(node)))
-        request = requests.lock_shared(b"v")
+        request = requests.lock(b"v", shared=True)
         request.payload = pack_names(b"v", b"then")
         request.header[12:16] = len(request.payload).to_bytes(4, "little")
         request.header[36:40] = bytes(4)  # lock_type: normal
@@ -170,7 +170,7 @@ def test_the_lock_is_shared_or_exclusive(cluster: Cluster) -> None:
 
     async def lock_alone(node: int) -> None:
         session = await Session.open(str(cluster.socket(node)))
-        request = requests.lock_shared(b"v")
+        request = requests.lock(b"v", shared=True)
         request.header[36:40] = bytes(4)  # lock_type: normal, as QEMU does
         try:
             await session.call(request.header, request.payload)

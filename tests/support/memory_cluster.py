@@ -174,6 +174,13 @@ class MemoryCluster:
         volume.calls.append(("share", 0, 0))
         return volume
 
+    async def open_exclusive(self, name: str, object_cache: bool) -> MemoryVolume:
+        if name in self.alone:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        volume = await self.open(name, 0, object_cache)
+        volume.calls.append(("lock", 0, 0))
+        return volume
+
     async def dog(self, *words: str) -> Outcome:
         self._arrive()
         self.orders.append(words)

@@ -97,7 +97,7 @@ def test_the_tree_has_the_names_kinds_and_modes_of_old() -> None:
         assert await mount.names("") == ["cluster", "node", "vdi", "volume", "config", "snapshot", "stat"]
         assert await mount.names("cluster") == ["info"]
         assert await mount.names("node") == ["info", "list"]
-        assert await mount.names("vdi") == ["list", "mount", "share", "unmount", "volume"]
+        assert await mount.names("vdi") == ["list", "mount", "lock", "share", "unmount", "volume"]
         assert await mount.names("config") == ["page_cache", "object_cache", "sheep_info"]
         assert await mount.names("volume") == []
         for directory in ("cluster", "node", "vdi", "volume", "config"):
@@ -186,19 +186,21 @@ def test_mounting_without_a_cluster_is_an_io_error() -> None:
     play(scenario)
 
 
-def test_a_shared_volume_is_opened_so_and_stays_so() -> None:
+@pytest.mark.parametrize(("way", "others"), [("share", ("mount", "lock")), ("lock", ("mount", "share"))])
+def test_a_shared_or_locked_volume_is_opened_so_and_stays_so(way: str, others: tuple[str, ...]) -> None:
     async def scenario(mount: Mount) -> None:
-        await mount.write("vdi/share", "web")
-        assert mount.cluster.volumes["web"].calls == [("share", 0, 0)]
-        await mount.write("vdi/share", "web")  # looks at its size
-        assert mount.cluster.volumes["web"].calls == [("share", 0, 0), ("refresh", 0, 0)]
-        await refused(errno.EBUSY, mount.write("vdi/mount", "web"))
+        await mount.write(f"vdi/{way}", "web")
+        assert mount.cluster.volumes["web"].calls == [(way, 0, 0)]
+        await mount.write(f"vdi/{way}", "web")  # looks at its size
+        assert mount.cluster.volumes["web"].calls == [(way, 0, 0), ("refresh", 0, 0)]
+        for other in others:
+            await refused(errno.EBUSY, mount.write(f"vdi/{other}", "web"))
         await mount.write("vdi/mount", "db")
-        await refused(errno.EBUSY, mount.write("vdi/share", "db"))
+        await refused(errno.EBUSY, mount.write(f"vdi/{way}", "db"))
         await mount.write("vdi/unmount", "db")
         mount.cluster.alone.add("db")
-        await refused(errno.EBUSY, mount.write("vdi/share", "db"))
-        await refused(errno.EINVAL, mount.write("vdi/share", "nobody"))
+        await refused(errno.EBUSY, mount.write(f"vdi/{way}", "db"))
+        await refused(errno.EINVAL, mount.write(f"vdi/{way}", "nobody"))
 
     play(scenario)
 

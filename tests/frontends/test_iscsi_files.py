@@ -1,0 +1,75 @@
+"""The sheepfs of an exporting host: what it exports is locked, and its successor gets the lock of one that died."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.support import needs
+from tests.support.cluster import Cluster, started
+from tests.support.processes import having_argument, send_signal, wait_until
+
+from sheepdog.cluster.core.errors import UsageError
+from sheepdog.frontends.iscsi.files import Files
+
+SECONDS = 20.0
+
+
+@pytest.fixture
+def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
+    made = started(new_cluster(2))
+    made.format("-l", "-c", "2")
+    made.dog("vdi", "create", "v", "16M")
+    return made
+
+
+@pytest.fixture
+def hosts(cluster: Cluster, tmp_path: Path) -> Iterator[list[Files]]:
+    """Two, each beside a sheep of its own."""
+    needs.fuse()
+    needs.root()
+    made = [Files(f"host{node}", ("127.0.0.1", cluster.port(node)), tmp_path / "run") for node in (0, 1)]
+    try:
+        yield made
+    finally:
+        for files in made:
+            for volume in files.shown():
+                files.hide(volume)
+            files.stop()
+
+
+def die(files: Files) -> None:
+    pids = having_argument(str(files.place))
+    assert pids
+    for pid in pids:
+        send_signal(pid, signal.SIGKILL)
+    wait_until(lambda: not files.is_alive(), SECONDS, "end of sheepfs")
+
+
+def test_one_host_at_a_time_and_again_after_its_sheepfs_has_died(cluster: Cluster, hosts: list[Files]) -> None:
+    first, second = hosts
+    for files in hosts:
+        files.start()
+    first.show("v")
+    first.path("v").write_bytes(b"data")
+    with pytest.raises(
+        UsageError, match=r"^somebody else has it open \(dog vdi lock list; dog vdi lock unlock v frees"
+    ):
+        second.show("v")
+    die(first)
+    with pytest.raises(UsageError, match="somebody else has it open"):
+        second.show("v")  # what the dead one has left keeps others out
+    first.start()
+    assert first.show("v") == 16 << 20
+    assert first.path("v").read_bytes()[:4] == b"data"
+    first.hide("v")
+    second.show("v")
+
+    die(first)
+    first.start()
+    with pytest.raises(UsageError, match="somebody else has it open"):
+        first.show("v")  # what it remembers is not this lock
+    assert os.listdir(second.place / "volume") == ["v"]
