@@ -83,7 +83,9 @@ class Endpoint(NamedTuple):
         return [*self._qemu_credentials(), "-drive", ",".join(fields)]
 
     def libvirt(self, export: str) -> str:
-        """The disk element of a domain; ends with a newline."""
+        """The disk element of a domain; ends with a newline. Empty for TLS with keys, which libvirt does not know."""
+        if self.tls.keys:
+            return ""
         if isinstance(self.address, str):
             host = f"<host transport='unix' socket={quoteattr(os.path.abspath(self.address))}/>"
         else:
@@ -101,7 +103,9 @@ class Endpoint(NamedTuple):
         )
 
     def kernel(self, export: str, device: str = "/dev/nbd0") -> list[str]:
-        """The command that attaches the volume to the kernel."""
+        """What attaches the volume to the kernel; empty for TLS with keys, which nbd-client does not know."""
+        if self.tls.keys:
+            return []
         words = ["nbd-client"]
         if isinstance(self.address, str):
             words += ["-unix", os.path.abspath(self.address)]

@@ -478,7 +478,8 @@ def test_words_for_qemu_and_the_kernel(directory: Path) -> None:
         "file.export=v,,1,file.tls-creds=tls0",
     ]
     assert endpoint.blockdev("v")[-1].startswith("driver=nbd,node-name=disk0,discard=unmap,server.type=unix,")
-    assert "tls='yes'" in endpoint.libvirt("v")
+    assert (endpoint.libvirt("v"), endpoint.kernel("v")) == ("", []), "they know no keys"
+    assert "tls='yes'" in Endpoint(("h", 1), Tls(certificates="/pki")).libvirt("v")
     assert 'name="a&lt;b"' in Endpoint(("h", 1)).libvirt("a<b")
     words = Endpoint(("h", 1)).kernel("v")
     assert words[:3] == ["nbd-client", "h", "1"]

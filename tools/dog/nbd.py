@@ -65,6 +65,9 @@ def uri(context: Context) -> int:
     else:
         print(f"{words['uri']}\n")
         print(f"QEMU:\n  {words['qemu_drive']}\nor:\n  {words['qemu_blockdev']} -device virtio-blk-pci,drive=disk0\n")
+        if not words["libvirt"]:
+            print("libvirt and nbd-client know TLS with certificates only")
+            return 0
         print("libvirt:\n" + "".join(f"  {line}\n" for line in words["libvirt"].splitlines()))
         print(f"Linux:\n  {words['nbd_client']}")
     return 0
