@@ -156,6 +156,20 @@ def test_every_command_has_its_code_and_a_usage(dog: Dog) -> None:
             walk((noun,), command)
 
 
+def test_what_changes_something_refuses_json(dog: Dog) -> None:
+    def walk(path: tuple[str, ...], command: Command) -> list[tuple[str, ...]]:
+        below = [found for nested in command.nested for found in walk((*path, nested.name), nested)]
+        return [path, *below] if command.changes else below
+
+    changing = [path for noun in COMMANDS for command in COMMANDS[noun] for path in walk((noun, command.name), command)]
+    assert ("vdi", "lock", "unlock") in changing and ("node", "log", "level", "set") in changing
+    refused = (64, "", "dog: unrecognized option '--json'\nTry 'dog --help' for more information.\n")
+    for path in changing:
+        assert dog(*path, "--json", "word", "another") == refused
+        assert "--json" not in dog(*path, "-h")[1]
+    assert dog("node", "log", "level", "list", "--json")[0] == 0  # a neighbour that reads
+
+
 # -- node and cluster
 
 

@@ -211,7 +211,7 @@ VDI = (
         "show and break the locks of images",
         nested=(
             Command("list", (), "list locked images", "locks:list_locks"),
-            Command("unlock", (), "unlock an image", "locks:unlock", "<vdiname>"),
+            Command("unlock", (), "unlock an image", "locks:unlock", "<vdiname>", changes=True),
         ),
         arguments="[vdiname]",
     ),
@@ -251,7 +251,14 @@ NODE = (
         "[max] [interval]",
         (
             Command("info", (), "show the nodes in recovery (default)", "recovery:info"),
-            Command("set-throttle", (), "set the recovery throttling", "recovery:set_throttle", "<max> <interval>"),
+            Command(
+                "set-throttle",
+                (),
+                "set the recovery throttling",
+                "recovery:set_throttle",
+                "<max> <interval>",
+                changes=True,
+            ),
             Command("get-throttle", (), "show the recovery throttling", "recovery:get_throttle"),
         ),
         True,
@@ -269,8 +276,8 @@ NODE = (
         "show and change the disks of a node",
         nested=(
             Command("info", (), "show multi-disk information", "disks:info"),
-            Command("plug", (), "plug more disk(s) into node", "disks:plug", "<path[,path...]>"),
-            Command("unplug", (), "unplug disk(s) from node", "disks:unplug", "<path[,path...]>"),
+            Command("plug", (), "plug more disk(s) into node", "disks:plug", "<path[,path...]>", changes=True),
+            Command("unplug", (), "unplug disk(s) from node", "disks:unplug", "<path[,path...]>", changes=True),
         ),
         arguments="[disks]",
     ),
@@ -282,14 +289,15 @@ NODE = (
         "[hours] [MB/s]",
         (
             Command("status", (), "show how far it is, and what was found (default)", "scrub:status"),
-            Command("start", (), "begin, or go on after a stop", "scrub:start"),
-            Command("stop", (), "stop; a start goes on from here", "scrub:stop"),
+            Command("start", (), "begin, or go on after a stop", "scrub:start", changes=True),
+            Command("stop", (), "stop; a start goes on from here", "scrub:stop", changes=True),
             Command(
                 "schedule",
                 (),
                 "set hours from pass to pass (0: never), and the rate",
                 "scrub:schedule",
                 "<hours> [MB/s]",
+                changes=True,
             ),
         ),
         True,
@@ -305,7 +313,7 @@ NODE = (
                 "get, set or list log levels",
                 nested=(
                     Command("get", (), "show the log level", "loglevel:get"),
-                    Command("set", (), "set the log level", "loglevel:set_level", "<level>"),
+                    Command("set", (), "set the log level", "loglevel:set_level", "<level>", changes=True),
                     Command("list", (), "list the log levels", "loglevel:list_levels"),
                 ),
             ),

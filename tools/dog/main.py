@@ -72,6 +72,10 @@ def _run(path: list[str], command: Command, words: list[str]) -> int:
         others.pop(0)
         path.append(nested.name)
         command = nested
+    if command.changes:
+        options = tuple(option for option in options if option is not JSON)
+        if JSON.long in values:
+            return _complain(f"dog: unrecognized option '--{JSON.long}'\n{TRY_HELP}", USAGE_ERROR)
     if "help" in values:
         print(usage(path, command, options), end="")
         return 0

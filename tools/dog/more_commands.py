@@ -13,10 +13,14 @@ CACHE = Command(
     (SNAPSHOT, *NETWORK, *LAST, JSON),
     "control the object cache of a node",
     nested=(
-        Command("flush", (), "write what is only in the cache to the cluster", "cache:flush", "<vdiname>"),
-        Command("delete", (), "flush and drop the cache of an image on all nodes", "cache:delete", "<vdiname>"),
+        Command(
+            "flush", (), "write what is only in the cache to the cluster", "cache:flush", "<vdiname>", changes=True
+        ),
+        Command(
+            "delete", (), "flush and drop the cache of an image on all nodes", "cache:delete", "<vdiname>", changes=True
+        ),
         Command("info", (), "show what the cache of a node holds", "cache:info"),
-        Command("purge", (), "drop the cache without flushing it", "cache:purge", "[vdiname]"),
+        Command("purge", (), "drop the cache without flushing it", "cache:purge", "[vdiname]", changes=True),
     ),
     arguments="[vdiname]",
 )
@@ -45,11 +49,25 @@ CLUSTER_SNAPSHOT = Command(
     ),
     "save and load the snapshots of a cluster",
     nested=(
-        Command("save", (), "save all snapshots to a directory", "cluster_snapshot:save", "<tag> <path> [vdi...]"),
+        Command(
+            "save",
+            (),
+            "save all snapshots to a directory",
+            "cluster_snapshot:save",
+            "<tag> <path> [vdi...]",
+            changes=True,
+        ),
         Command("list", (), "list what a directory holds", "cluster_snapshot:list_all", "<path>"),
         Command("show", (), "show the images of a saved state", "cluster_snapshot:show", "<tag|idx> <path>"),
-        Command("load", (), "make a cluster of a saved state", "cluster_snapshot:load", "<tag|idx> <path> [vdi...]"),
-        Command("delete", (), "delete a saved state", "cluster_snapshot:delete", "<tag|idx> <path>"),
+        Command(
+            "load",
+            (),
+            "make a cluster of a saved state",
+            "cluster_snapshot:load",
+            "<tag|idx> <path> [vdi...]",
+            changes=True,
+        ),
+        Command("delete", (), "delete a saved state", "cluster_snapshot:delete", "<tag|idx> <path>", changes=True),
     ),
     arguments="<tag|idx> <path> [vdi...]",
 )

@@ -17,7 +17,7 @@ class Command(NamedTuple):
     """A sub-command. `run` is `module:function` under tools.dog; the function takes a Context and returns the status.
 
     A command with `nested` ones runs itself only if it is a `default`. Nested commands share the options of the
-    command that holds them.
+    command that holds them, but for --json where such a one `changes` something: it has nothing to print.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Command(NamedTuple):
     arguments: str = ""
     nested: tuple[Command, ...] = ()
     default: bool = False
+    changes: bool = False
 
 
 def run_of(command: Command) -> Run:
