@@ -334,7 +334,8 @@ class Recovery:
             self._release(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]
-            self._context.log(4, f"object {job.oid:016x}: {node} could not restore it (result {result:#x}), again soon")
+            why = "has no space for it" if result == Result.NO_SPACE else f"could not restore it (result {result:#x})"
+            self._context.log(4, f"object {job.oid:016x}: {node} {why}, again soon")
 
         job.targets[target] = False
         if any(job.targets.values()):

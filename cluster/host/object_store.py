@@ -9,6 +9,7 @@ service: it is reported once, never retried.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
@@ -30,12 +31,12 @@ from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
 from sheepdog.cluster.host.reading import Reads, in_range
 from sheepdog.cluster.host.rebalance import Rebalance
-from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks, hashes_of
+from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks
 from sheepdog.cluster.host.restore import Restores
 from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions, default_journal_bytes
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
-from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
+from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash, block_hashes
 from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
 
@@ -267,7 +268,7 @@ class ObjectStore:
             kind = RecordKind.WRITE
             if type(data) is not bytes:
                 data = bytes(data)  # it stays in memory after `done`
-        hashes = (block_hash(data) or 1,) if length == BLOCK_SIZE else hashes_of(data)
+        hashes = (block_hash(data) or 1,) if length == BLOCK_SIZE else block_hashes(data)
         self._pipeline.submit(Record(kind, copy, first, count, length, hashes, data, version, durable, done))
 
     def _unless_superseded(self, durable: bool, done: Done) -> Done:
@@ -381,15 +382,16 @@ class ObjectStore:
         view = memoryview(data)
         if not copy.home.has_room(len(view)):
             return NoSpace(f"{copy.home.path} is full")
-        first = offset >> 12
-        hashes = [0] * ((len(view) + _BLOCK_MASK) >> 12)
+        found = block_hashes(view)
+        hashes = [0] * len(found)
         try:
-            for start, stop in trailer.filled_runs(view):
+            for start, stop in trailer.filled_runs(view, found):
                 write_all(self._disk, copy.fd, view[start:stop], offset + start)
-                for index, value in enumerate(hashes_of(view[start:stop]), start >> 12):
-                    hashes[index] = value
-                    copy.entries[FIRST_ENTRY + first + index] = value
-                    copy.allocated += BLOCK_SIZE
+                low, high = start >> 12, (stop + _BLOCK_MASK) >> 12
+                hashes[low:high] = found[low:high]
+                copy.allocated += (high - low) * BLOCK_SIZE
+            base = FIRST_ENTRY + (offset >> 12)
+            copy.entries[base : base + len(hashes)] = memoryview(array("Q", hashes))
             write_trailer(self._disk, copy)
         except OSError as error:
             return self.copies.write_failed(copy.home, error)

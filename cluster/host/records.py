@@ -18,7 +18,7 @@ from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host.object_file import Copy
-from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash
+from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash, hash_of
 
 RECORD_MAGIC: Final = 0x4345524A  # "JREC"
 _HEADER = Struct("<IBB2xQQQQQQQQQII")
@@ -279,15 +279,3 @@ def _payload_fits(payload: memoryview, hashes: tuple[int, ...]) -> bool:
         if expected and hash_of(block) != expected:
             return False
     return True
-
-
-def hash_of(block: Buffer) -> int:
-    """Hash of one block, zero-padded when it is short."""
-    if len(block) < BLOCK_SIZE:
-        block = bytes(block) + bytes(BLOCK_SIZE - len(block))
-    return block_hash(block) or 1
-
-
-def hashes_of(data: Buffer) -> list[int]:
-    view = memoryview(data)
-    return [hash_of(view[start : start + BLOCK_SIZE]) for start in range(0, len(view), BLOCK_SIZE)]

@@ -30,10 +30,9 @@ from sheepdog.cluster.host.records import (
     Parsed,
     RecordKind,
     cut_blocks,
-    hash_of,
     parse,
 )
-from sheepdog.cluster.host.trailer import FIRST_ENTRY, ZERO_BLOCK, block_count
+from sheepdog.cluster.host.trailer import FIRST_ENTRY, ZERO_BLOCK, block_count, hash_of
 
 VERSION_GAP: Final = 1 << VERSION_STEP_BITS  # home counts in these steps; what lies between belongs to torn copies
 

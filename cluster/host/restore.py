@@ -20,7 +20,7 @@ from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.directory import write_all
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import Pipeline
-from sheepdog.cluster.host.records import Record, RecordKind, hash_of
+from sheepdog.cluster.host.records import Record, RecordKind
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
 from sheepdog.cluster.host.trailer import FIRST_ENTRY
 
@@ -108,7 +108,7 @@ class Restores:
                 return
             for at in range(0, len(part), BLOCK_SIZE):
                 block = part[at : at + BLOCK_SIZE]
-                value = 0 if bytes(block) == trailer.ZERO_BLOCK else hash_of(block)
+                value = 0 if bytes(block) == trailer.ZERO_BLOCK else trailer.hash_of(block)
                 copy.entries[FIRST_ENTRY + (start + at >> 12)] = value
         self._applier.touch(copy)
 
