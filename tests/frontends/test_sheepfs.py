@@ -268,24 +268,6 @@ def test_copies_and_statistics(cluster3: Cluster, sheepfs: SheepFs) -> None:
     assert "sheepdog_nodes 3\n" in (sheepfs.place / "stat/cluster").read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ([], "Try 'sheepfs --help' for help.\n"),
-        (["-p", "70000", "."], "Invalid port number '70000'\n"),
-        (["/does/not/exist"], "fuse: bad mount point `/does/not/exist': No such file or directory\n"),
-    ],
-)
-def test_mistakes_of_the_command_line(arguments: list[str], complaint: str) -> None:
-    done = run([BIN / "sheepfs", *arguments], check=False)
-    assert (done.returncode, done.stderr.decode(), done.stdout) == (1, complaint, b"")
-
-
-def test_help() -> None:
-    done = run([BIN / "sheepfs", "--help"])
-    assert done.stdout.startswith(b"Usage: sheepfs [OPTION]... MOUNTPOINT\n")
-
-
 def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directory: Path) -> None:
     """The tree is there, status files are empty; kill -9 of the daemon fails callers instead of hanging them."""
     place = directory / "dir"

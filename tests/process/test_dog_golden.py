@@ -1,4 +1,7 @@
-"""Transcripts: what `dog` says, to the letter, against a real cluster. `REWRITE=1` writes what it says now."""
+"""Transcripts: what `dog` says to the letter against a real cluster, and `sheepfs` without one.
+
+`REWRITE=1` writes what they say now.
+"""
 
 from __future__ import annotations
 
@@ -51,22 +54,24 @@ def steps(text: str) -> list[Step]:
     return found
 
 
-def said(cluster: Cluster, step: Step) -> list[str]:
+def said(cluster: Cluster | None, directory: Path, step: Step) -> list[str]:
     """Output of a command in the form of a transcript."""
-    _, *words = shlex.split(step.command.replace("DIR", str(cluster.directory)))
-    port = ["-p", str(cluster.port(0))] if len(words) > 1 and not PORTLESS.search(step.command) else []
-    done = run([BIN / "dog", *words[:2], *port, *words[2:]], stdin=step.stdin.encode(), check=False)
-    out = mask(cluster, done.stdout.decode())
-    if out.startswith("Usage: "):
+    program, *words = shlex.split(step.command.replace("DIR", str(directory)))
+    if cluster is not None and len(words) > 1 and not PORTLESS.search(step.command):
+        words[2:2] = ["-p", str(cluster.port(0))]
+    done = run([BIN / program, *words], stdin=step.stdin.encode(), check=False)
+    out = mask(cluster, directory, done.stdout.decode())
+    if out.startswith("Usage: dog "):
         out = "USAGE " + re.split(r" [\[<{]", out.removeprefix("Usage: "))[0] + "\n"
-    lines = out.splitlines() + [f"2> {line}" for line in mask(cluster, done.stderr.decode()).splitlines()]
+    lines = out.splitlines() + [f"2> {line}" for line in mask(cluster, directory, done.stderr.decode()).splitlines()]
     return lines + ([f"[rc={done.returncode}]"] if done.returncode else [])
 
 
-def mask(cluster: Cluster, text: str) -> str:
-    for node in range(cluster.count):
-        text = text.replace(f":{cluster.port(node)}", f":{7000 + node}")
-    text = text.replace(str(cluster.directory), "DIR")
+def mask(cluster: Cluster | None, directory: Path, text: str) -> str:
+    if cluster is not None:
+        for node in range(cluster.count):
+            text = text.replace(f":{cluster.port(node)}", f":{7000 + node}")
+    text = text.replace(str(directory), "DIR")
     for pattern, name in MASKS:
         text = re.sub(pattern, name, text)
     return text
@@ -84,11 +89,19 @@ def matches(expected: list[str], found: list[str]) -> bool:
 @pytest.mark.parametrize("name", ["dog.txt", "dog_beside.txt"])
 def test_dog_says_what_it_always_said(name: str, new_cluster: Callable[..., Cluster]) -> None:
     cluster = started(new_cluster(3))
-    golden = GOLDEN / name
+    compare(GOLDEN / name, cluster, cluster.directory)
+
+
+def test_sheepfs_says_what_it_always_said(tmp_path: Path) -> None:
+    compare(GOLDEN / "sheepfs.txt", None, tmp_path)
+
+
+def compare(golden: Path, cluster: Cluster | None, directory: Path) -> None:
+    """Types every command of a transcript."""
     text = golden.read_text()
     wrong, lines = [], [line for line in text.splitlines() if line.startswith("#")] + [""]
     for step in steps(text):
-        found = said(cluster, step)
+        found = said(cluster, directory, step)
         good = matches(step.output, found)
         if not good:
             expected = "\n".join(step.output)
