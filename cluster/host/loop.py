@@ -13,10 +13,14 @@ import resource
 import selectors
 from collections.abc import Callable
 from contextvars import Context
-from typing import TypeVarTuple
+from functools import partial
+from typing import TYPE_CHECKING, TypeVarTuple
 
 from sheepdog.cluster.core.ports import Log
-from sheepdog.cluster.host.turn import Turn
+from sheepdog.cluster.host.turn import Poller, Turn
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 COLLECT_CHECK_S = 1.0  # how often the collector asks whether the node is idle
 COLLECT_IDLE_TURNS = 50  # fewer turns than this in one check are idleness: heartbeats and timers
@@ -33,32 +37,37 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class _TurnSelector(selectors.EpollSelector):
-    """Ends the turn before it waits for the next one."""
+    """Serves the loop's readers, and ends its turns, before asyncio gets to see anything."""
 
-    loop: TurnLoop
+    poller: Poller
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        loop = self.loop
-        if loop.end_of_turn is not None:
-            loop.scheduled = False
-            loop.end_of_turn()
-            if loop.scheduled:
-                timeout = 0  # the loop decided how long to wait before this was asked for
-        return super().select(timeout)
+        return super().select(0) if self.poller.wait(timeout) else []
+
+    def close(self) -> None:
+        self.poller.close()
+        super().close()
 
 
 class TurnLoop(asyncio.SelectorEventLoop):
     """An asyncio loop that calls `end_of_turn` after all callbacks of a turn, right before it looks at the sockets.
 
-    `call_soon` could do the same for an empty pass of the loop more: 5-10 % of the time at queue depth 1.
+    `call_soon` could do the same for an empty pass of the loop more: 5-10 % of the time at queue depth 1. What
+    `add_reader` watches is served by the `Poller`, past asyncio's queue of handles.
     """
 
     def __init__(self) -> None:
         selector = _TurnSelector()
-        selector.loop = self
+        self._poller = selector.poller = Poller(self, selector.fileno())
         self.end_of_turn: Callable[[], None] | None = None
         self.scheduled = False  # something was scheduled since this was last set to False
         super().__init__(selector)
+
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Ts], object], *args: *_Ts) -> None:
+        self._poller.add(descriptor(fd), partial(callback, *args) if args else callback)
+
+    def remove_reader(self, fd: FileDescriptorLike) -> bool:
+        return self._poller.remove(descriptor(fd))
 
     def call_soon(
         self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
@@ -120,6 +129,10 @@ class Collector:
         elif (idle and gc.get_count()[0] > gc.get_threshold()[0]) or self._checks >= COLLECT_BUSY_CHECKS:
             gc.collect(1)  # young objects only
             self._checks = 0
+
+
+def descriptor(file: FileDescriptorLike) -> int:
+    return file if isinstance(file, int) else file.fileno()
 
 
 def new_loop(log: Log) -> TurnLoop:

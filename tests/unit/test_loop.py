@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -120,6 +121,103 @@ def test_one_broken_call_does_not_stop_the_others(world: World) -> None:
     assert world.happened == ["other"]
     assert len(world.logged) == 1
     assert "planted" in world.logged[0]
+
+
+def test_a_reader_that_always_has_more_leaves_room_for_asyncio(world: World) -> None:
+    """Its own timers, its own descriptors (another thread's call), and what a reader schedules."""
+    ours, theirs = socket.socketpair()
+    theirs.send(b"x")  # never received: ready in every turn
+    turns: list[int] = []
+    reached: set[str] = set()
+
+    def readable() -> None:
+        turns.append(0)
+        if len(turns) == 3:
+            world.loop.call_soon(reached.add, "scheduled by a reader")
+
+    def elsewhere() -> None:
+        time.sleep(0.01)
+        world.loop.call_soon_threadsafe(reached.add, "from a thread")
+
+    world.loop.add_reader(ours, readable)
+    world.loop.call_later(0.01, reached.add, "timer")
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    world.run(0.1)
+    thread.join()
+    assert world.loop.remove_reader(ours)
+    assert not world.loop.remove_reader(ours)
+    ours.close()
+    theirs.close()
+    assert reached == {"scheduled by a reader", "from a thread", "timer"}
+    assert len(turns) > 10
+
+
+@pytest.mark.parametrize("how", ["soon", "later"])
+def test_what_a_reader_schedules_is_not_slept_over(world: World, how: str) -> None:
+    ours, theirs = socket.socketpair()
+    future: asyncio.Future[None] = world.loop.create_future()
+
+    def readable() -> None:
+        ours.recv(10)
+        if how == "soon":
+            world.loop.call_soon(future.set_result, None)
+        else:
+            world.loop.call_later(0.01, future.set_result, None)
+
+    world.loop.add_reader(ours, readable)
+    theirs.send(b"x")
+    guard = world.loop.call_later(5.0, world.loop.stop)  # the only timer: five seconds of sleep if we forget
+    before = time.monotonic()
+    world.loop.run_until_complete(future)
+    assert time.monotonic() - before < 2.0
+    guard.cancel()
+    world.loop.remove_reader(ours)
+    ours.close()
+    theirs.close()
+
+
+def test_readers_may_remove_each_other_and_break(world: World) -> None:
+    pairs = [socket.socketpair() for _ in range(3)]
+
+    def first_of_two(number: int) -> None:
+        world.happened.append(f"read {number}")
+        for ours, _ in pairs[:2]:
+            world.loop.remove_reader(ours)
+
+    def broken() -> None:
+        world.loop.remove_reader(pairs[2][0])
+        raise ValueError("planted")
+
+    for number, (ours, theirs) in enumerate(pairs[:2]):
+        world.loop.add_reader(ours, first_of_two, number)
+        theirs.send(b"x")
+    world.loop.add_reader(pairs[2][0], broken)
+    pairs[2][1].send(b"x")
+    world.run(0.02)
+    for pair in pairs:
+        for end in pair:
+            end.close()
+    assert len(world.happened) == 1
+    assert len(world.logged) == 1
+    assert "planted" in world.logged[0]
+
+
+def test_a_descriptor_that_was_closed_first_can_be_used_again(world: World) -> None:
+    ours, theirs = socket.socketpair()
+    number = ours.fileno()
+    world.loop.add_reader(number, world.happened.append, "old")
+    ours.close()
+    world.loop.remove_reader(number)
+    ours, again = socket.socketpair()
+    assert ours.fileno() == number
+    world.loop.add_reader(number, lambda: world.happened.append(str(ours.recv(10))))
+    again.send(b"x")
+    world.run(0.02)
+    world.loop.remove_reader(number)
+    for end in (ours, again, theirs):
+        end.close()
+    assert world.happened == ["b'x'"]
 
 
 def test_clock(world: World) -> None:
