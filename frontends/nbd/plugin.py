@@ -23,6 +23,7 @@ from sheepdog.cluster.client.blocking import EXTENT_OBJECTS
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, describe
 from sheepdog.frontends.nbd.parameters import Parameters
+from sheepdog.frontends.nbd.threads import ThreadStates
 
 API_VERSION = 2
 LEAVING_S = 0.3  # for requests under way and clients about to leave, when the server is stopped
@@ -37,6 +38,7 @@ _SPOKEN_AS = {errno.EROFS: errno.EPERM, errno.EFBIG: errno.ENOSPC, errno.EDQUOT:
 
 _parameters = Parameters()
 _exports: Exports | None = None
+_states = ThreadStates()
 
 _Result = TypeVar("_Result")
 
@@ -134,6 +136,8 @@ def close(h: Handle) -> None:
         _door().close(h)
     except (OSError, PeerError) as error:
         nbdkit.debug(f"{h.export}: closing: {error}")
+    finally:
+        _states.end(h)
 
 
 def export_description(h: Handle) -> str:
@@ -196,11 +200,13 @@ def can_cache(h: Handle) -> int:
 
 @_told
 def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    _states.keep(h)
     h.volume.read_into(offset, buf)
 
 
 @_told
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    _states.keep(h)
     h.volume.write(offset, buf, bool(flags & nbdkit.FLAG_FUA))
 
 

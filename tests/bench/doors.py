@@ -1,5 +1,7 @@
 """The doors of one cluster beside each other: the native protocol, NBD, sheepfs, and QEMU's own FUSE export.
 
+Also a plugin of nbdkit's that does nothing (`empty`): what any plugin in Python can reach at most.
+
 Three nodes, three copies, every flush on the disks. Each row is measured through all its doors in turn, several times;
 a ratio is the median of the ratios of one turn, so what else the machine does falls on both sides of it. CPU is that of
 the door's own process (nbdkit, sheepfs) per operation.
@@ -81,7 +83,10 @@ class Comparison:
 
 COMPARISONS = (
     Comparison(READ, "nbd", "native", 0.6),
+    Comparison(READ, "empty", "native"),
+    Comparison(READ, "nbd", "empty"),
     Comparison(WRITE, "nbd", "native", 0.4),
+    Comparison(WRITE, "empty", "native"),
     Comparison(READ_BIG, "nbd", "native", 0.8),
     Comparison(WRITE_BIG, "nbd", "native", 0.8),
     Comparison(SLOW_READ, "nbd", "native"),
@@ -160,11 +165,23 @@ class Doors:
         self.by_name = {
             "native": Door("native", qemu(f"sheepdog://127.0.0.1:{cluster.port(0)}/bench")),
             "nbd": Door("nbd", qemu(self.server.uri("bench")), self.server.process.pid),
+            "empty": self._empty(),
         }
         if os.geteuid() == 0 and os.path.exists("/dev/fuse") and shutil.which("fio"):
             self._mount("sheepfs", "direct")
             self._mount("pyfuse3", "pyfuse3")
             self._qemu_fuse()
+
+    def _empty(self) -> Door:
+        """nbdkit as `dog nbd serve` starts it, with a plugin that does nothing."""
+        place = self._directory / "empty.sock"
+        process = subprocess.Popen(
+            ["nbdkit", "-f", "-U", place, "python", Path(__file__).with_name("empty_plugin.py"), f"size={VOLUME_BYTES}"]
+        )
+        self._stack.callback(process.wait, 20)
+        self._stack.callback(process.terminate)
+        wait_until(place.exists, 20, "nbdkit")
+        return Door("empty", qemu(f"nbd+unix:///?socket={place}"), process.pid)
 
     def _mount(self, name: str, transport: str) -> None:
         mount = SheepFs(self.cluster, self._directory / name, 0, f"--transport={transport}")

@@ -1,0 +1,60 @@
+"""What nbdkit's threads leave behind in Python when their connection has ended: nothing."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.support import needs
+from tests.support.cluster import Cluster
+from tests.support.nbd import SYSTEM_PYTHON, NbdServer, nbdsh
+from tests.support.processes import run, wait_until
+
+CONNECTIONS = 60
+LEFT_BYTES = 4 << 20  # 60 connections of 16 threads that leave 16 KiB and more each are 15 MiB and more
+CLOSE_SECONDS = 20.0
+CONNECT_AND_READ = [
+    "for n in range(COUNT):",
+    "    h = connect(uri)",
+    "    buffers = [nbd.Buffer(4096) for _ in range(64)]",
+    "    cookies = [h.aio_pread(buffer, 0) for buffer in buffers]",
+    "    for cookie in cookies:",
+    "        while not h.aio_command_completed(cookie):",
+    "            h.poll(-1)",
+    "    h.shutdown()",
+]
+
+
+@pytest.mark.parametrize("threads", [16, 1])
+def test_connections_leave_no_memory_behind(
+    cluster3: Cluster, teardown: ExitStack, directory: Path, threads: int
+) -> None:
+    needs.program("nbdkit")
+    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
+        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
+    cluster3.dog("vdi", "create", "v", "4M")
+    cluster3.dog("vdi", "write", "v", "0", "4096", stdin=b"1" * 4096)
+    server = NbdServer(cluster3, directory, "--threads", str(threads))
+    teardown.callback(server.close)
+    pid = server.process.pid
+
+    def connect(count: int) -> int:
+        """So many times; what the server's process then has."""
+        script = [line.replace("COUNT", str(count)) for line in CONNECT_AND_READ]
+        nbdsh(None, f"uri = {server.uri('v')!r}", *script)
+        wait_until(lambda: thread_count(pid) <= 2, CLOSE_SECONDS, "end of the connections' threads")
+        return resident_bytes(pid)
+
+    before = connect(5)
+    assert connect(CONNECTIONS) - before < LEFT_BYTES
+    assert server.process.poll() is None
+
+
+def thread_count(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def resident_bytes(pid: int) -> int:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) << 10
