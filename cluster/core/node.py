@@ -44,6 +44,7 @@ class CacheDisk(NamedTuple):
     store: Store
     identity: str  # of what is in it: another one when that was lost
     size_bytes: int
+    direct_io: bool = False  # told to administrators
 
 
 class Node:
@@ -84,6 +85,7 @@ class Node:
         self.copies = Copies(self.context, state, self._must_work, self.operations.settled)
         self.gateway = Gateway(self.context, self.copies.replica, self.everyone)
         self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone, self.operations)
+        self.cache_disk = cache_disk
         identity = "" if cache_disk is None else cache_disk.identity
         self.claims = self.gateway.claims = Claims(self.context, self.everyone, self.gateway.drain, identity)
         self.cache: Cache | None = None

@@ -32,8 +32,17 @@ class CacheFiles:
     """Opened with the daemon, closed with it. UsageError if the directory cannot be used."""
 
     def __init__(
-        self, directory: str, size_bytes: int, disk: Disk, workers: Workers, clock: Clock, at_end: AtEnd, log: Log
+        self,
+        directory: str,
+        size_bytes: int,
+        disk: Disk,
+        workers: Workers,
+        clock: Clock,
+        at_end: AtEnd,
+        log: Log,
+        direct_io: bool = False,
     ) -> None:
+        """With `direct_io` its files leave the page cache at once."""
         self._log = log
         self._path = Path(directory)
         journal = max(_MIN_JOURNAL_BYTES, min(_MAX_JOURNAL_BYTES, size_bytes // _JOURNAL_PART))
@@ -48,12 +57,12 @@ class CacheFiles:
                 at_end,
                 log,
                 self._failed,
-                StoreOptions(nosync=True, journal_bytes=journal),
+                StoreOptions(nosync=True, journal_bytes=journal, direct_io=direct_io),
             )
             self._store.open()
         except OSError as error:
             raise UsageError(f"the object cache in {directory} cannot be used: {error}") from None
-        self.disk = CacheDisk(self._store, self._identity, size_bytes)
+        self.disk = CacheDisk(self._store, self._identity, size_bytes, direct_io)
 
     def _identify(self) -> str:
         """What the contents are called; they are removed if they cannot be trusted."""

@@ -153,8 +153,8 @@ class Daemon:
         options = self.options
         assert options.cache is not None
         directory = options.cache.directory or f"{options.metadata}/cache"
-        size = options.cache.size_bytes
-        cache = CacheFiles(directory, size, disk, self._workers, self._clock, self._turn.at_end, self._log)
+        size, direct = options.cache.size_bytes, options.cache.direct_io
+        cache = CacheFiles(directory, size, disk, self._workers, self._clock, self._turn.at_end, self._log, direct)
         self._log(6, f"object cache of {size} bytes in {directory}")
         return cache
 
@@ -384,6 +384,7 @@ def store_options(options: Options) -> StoreOptions:
         journal_bytes=journal.size_bytes if journal else 0,
         journal_directory=journal.directory if journal else None,
         journal_skip=journal.skip if journal else False,
+        direct_io=options.direct_io,
     )
 
 

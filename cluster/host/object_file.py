@@ -136,16 +136,35 @@ class OpenFiles:
         self._limit = limit
         self._copies: OrderedDict[ObjectId, Copy] = OrderedDict()
         self._table_bytes = 0
-        self.used = self._copies.move_to_end  # used(oid): it is the most recent now
+        self.used: Callable[[ObjectId], None] = self._copies.move_to_end  # used(oid): it is the most recent now
+        self._uses: dict[ObjectId, None] | None = None  # since they were taken; None: nobody asks
 
     def __len__(self) -> int:
         return len(self._copies)
 
     def add(self, copy: Copy) -> None:
         self._copies[copy.oid] = copy
-        self._copies.move_to_end(copy.oid)
+        self.used(copy.oid)
         self._table_bytes += len(copy.trailer)
         self.shrink()
+
+    def note_uses(self) -> None:
+        """From now on `take_used` tells whose files were used."""
+        uses: dict[ObjectId, None] = {}
+        move_to_end = self._copies.move_to_end
+
+        def used(oid: ObjectId) -> None:
+            move_to_end(oid)
+            uses[oid] = None
+
+        self._uses, self.used = uses, used
+
+    def take_used(self) -> list[Copy]:
+        """Copies whose open files were used since the last call."""
+        uses = self._uses or {}
+        found = [self._copies[oid] for oid in uses if oid in self._copies]
+        uses.clear()
+        return found
 
     def retire(self, copy: Copy) -> None:
         """The copy is removed or replaced: close its file as soon as nobody uses it."""

@@ -37,6 +37,7 @@ from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions, d
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash, block_hashes
+from sheepdog.cluster.host.uncached import Uncached
 from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
 
@@ -129,6 +130,8 @@ class ObjectStore:
         self._restores = Restores(
             self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
         )
+        if self._options.direct_io:
+            Uncached(self.copies, self._clock).begin()
         self.rebalance = Rebalance(self.copies, self._clock, lambda done: self._pipeline.flush(None, done))
 
     def _open_disk(self, directory: str) -> ObjectDirectory:

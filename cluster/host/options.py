@@ -141,13 +141,7 @@ class Options:
     def without_effect(self) -> tuple[str, ...]:
         """One line for each option given that is accepted but changes nothing in this version."""
         given = (
-            ("-D", self.direct_io, "object files are read and written through the page cache"),
             ("-u", self.upgrade, "there is no older store layout to migrate"),
-            (
-                "-w directio",
-                self.cache is not None and self.cache.direct_io,
-                "the object cache is read and written through the page cache",
-            ),
             ("-w", bool(self.threads), "thread numbers are chosen by the daemon"),
             ("-W", self.wildcard_recovery, "recovery always looks at every node"),
             ("-x", self.max_dynamic_threads is not None, "thread numbers are chosen by the daemon"),

@@ -18,6 +18,7 @@ class StoreOptions:
     journal_bytes: int = 0
     journal_directory: str | None = None  # None: META
     journal_skip: bool = False
+    direct_io: bool = False  # object files leave the page cache at once
 
 
 DEFAULT_OPTIONS: Final = StoreOptions()

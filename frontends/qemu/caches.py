@@ -63,11 +63,12 @@ class CacheOperations:
             call.done(Result.SUCCESS, data[: call.length])
 
     def _of(self, volumes: list[tuple[Any, int, int]]) -> dict[str, Any]:
-        cache = self._node.cache
-        assert cache is not None
+        cache, disk = self._node.cache, self._node.cache_disk
+        assert cache is not None and disk is not None
         pusher = cache.entries.pusher
         return {
             "size": cache.entries.space.size_bytes,
+            "direct_io": disk.direct_io,
             "used": cache.entries.space.used_blocks * BLOCK_SIZE,
             "hits": cache.reads.hits,
             "misses": cache.reads.misses,

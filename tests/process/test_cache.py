@@ -15,7 +15,7 @@ from sheepdog.cluster.client.blocking import BlockingVolume
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-CACHE = ("-w", "object:size=64M")
+CACHE = ("-w", "object:size=64M,directio")
 OWNER, OTHER = 0, 1
 
 
@@ -87,6 +87,7 @@ def test_dog_controls_the_cache(cluster: Cluster) -> None:
     data = write_back(cluster)
     text = cluster.dog("vdi", "cache", "info")
     assert text.startswith("Name\tTag\tTotal\tDirty\tClean\nguest\t\t") and "Cache size 64 MB, used " in text
+    assert text.endswith(", directio\n")
     cluster.dog("vdi", "cache", "flush", "guest", node=OTHER)
     assert not dirty_bytes(cluster)
     assert "guest" in cluster.dog("vdi", "cache", "info")

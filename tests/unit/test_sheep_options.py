@@ -173,7 +173,7 @@ def test_sub_options(tmp_path: Path) -> None:
         True,
     )
     assert options.cache is None
-    assert [line.split()[1] for line in options.without_effect()] == ["-D", "-u", "-w", "-W", "-x"]
+    assert [line.split()[1] for line in options.without_effect()] == ["-u", "-w", "-W", "-x"]
 
 
 @pytest.mark.parametrize("prefix", ["", "object:"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,55 @@ def test_a_skipped_journal_is_named_in_the_log_and_its_writes_are_gone(tmp_path:
     assert (skipped in third.logged) == skip
     assert third.read(OID, 0, 4096) == (b"a" if skip else b"b") * 4096
     third.close()
+
+
+def cached_blocks(path: Path) -> int:
+    """Blocks of the object that the page cache holds."""
+    block = bytearray(4096)
+    found = 0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for offset in range(0, SIZE, len(block)):
+            try:
+                found += os.preadv(fd, (block,), offset, os.RWF_NOWAIT) == len(block)
+            except BlockingIOError:
+                pass
+            except OSError:
+                pytest.skip("a file system in memory")
+    finally:
+        os.close(fd)
+    return found
+
+
+def sweep(driver: StoreDriver, path: Path) -> None:
+    """A second passes, and the disk has written what it was asked to write."""
+    assert driver.clock.calls
+    driver.clock.fire()
+    while not driver.clock.calls:
+        driver.step()
+    fd = os.open(path, os.O_RDONLY)
+    os.fdatasync(fd)
+    os.close(fd)
+
+
+def test_with_direct_io_objects_leave_the_page_cache(tmp_path: Path) -> None:
+    for direct in (False, True):
+        place = tmp_path / str(direct)
+        place.mkdir()
+        options = StoreOptions(nosync=True, journal_bytes=JOURNAL_BYTES, direct_io=direct)
+        driver = StoreDriver(str(place), options=options)
+        path = place / "obj" / f"{OID:016x}"
+        driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+        assert cached_blocks(path) == SIZE // 4096
+        if direct:
+            sweep(driver, path)
+            sweep(driver, path)
+            assert cached_blocks(path) == 0
+            assert driver.read(OID, 4096, 4096) == b"a" * 4096
+            assert cached_blocks(path) > 0
+            sweep(driver, path)
+            assert cached_blocks(path) == 0
+        driver.write(OID, 0, b"b" * 4096, v(2))
+        assert driver.read(OID, 0, 4096) == b"b" * 4096
+        driver.close()
+        assert driver.failed == []

@@ -37,7 +37,8 @@ def info(context: Context) -> None:
         total, dirty = volume["total"], volume["dirty"]
         sizes = "\t".join(human_size(size) for size in (total, dirty, total - dirty))
         print(f"{_shown(volume['name'])}\t{_shown(volume['tag'])}\t{sizes}")
-    print(f"\nCache size {human_size(found['size'])}, used {human_size(found['used'])}, non-directio")
+    direct = "directio" if found["direct_io"] else "non-directio"
+    print(f"\nCache size {human_size(found['size'])}, used {human_size(found['used'])}, {direct}")
 
 
 def _record(volume: dict[str, Any]) -> dict[str, Any]:
