@@ -26,6 +26,7 @@ from sheepdog.cluster.host.coders import best_coder
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.disk_control import DiskControl
 from sheepdog.cluster.host.disk_watch import DiskWatch
+from sheepdog.cluster.host.kernel_sync import LoopWorkers
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
 from sheepdog.cluster.host.loop import Collector, describe, new_loop, prepare_process
@@ -35,7 +36,6 @@ from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.turn import HostClock, Turn
-from sheepdog.cluster.host.workers import ThreadWorkers
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 from sheepdog.frontends.qemu.connection import Clients
 from sheepdog.frontends.qemu.operations import handlers
@@ -117,7 +117,7 @@ class Daemon:
         self._clock = HostClock(self._loop)
         driver = registry.create(options.driver)
         self.address = resolve(options.my_address or driver.local_address() or "127.0.0.1")
-        self._workers = ThreadWorkers(self._call_soon)
+        self._workers = LoopWorkers(self._loop, self._call_soon)
         self._coder = best_coder(self._log)
         disk = RealDisk()
         self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
@@ -133,7 +133,7 @@ class Daemon:
             self._log,
             self._disk_failed,
             store_options(options),
-            before_sync=self._state.sync_undo,
+            sync_first=self._state.take_undo_to_sync,
         )
         self.store.open()
         if self.store.disks.incomplete:

@@ -60,6 +60,9 @@ class Disk(Protocol):
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         """True when no byte of the range is allocated; False when in doubt."""
 
+    def written_from_start(self, fd: int) -> int:
+        """Bytes from the file's beginning that have been written: new ones in their place need no new map of it."""
+
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Gives the range back; it reads as zeros."""
 
@@ -138,6 +141,14 @@ class RealDisk:
             return os.lseek(fd, offset, os.SEEK_DATA) >= offset + length
         except OSError as error:
             return error.errno == errno.ENXIO  # no data behind `offset`
+
+    def written_from_start(self, fd: int) -> int:
+        try:
+            return os.lseek(fd, 0, os.SEEK_HOLE)  # what is only allocated counts as a hole
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # an empty file
+                return 0
+            raise
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         if _libc.fallocate(fd, _KEEP_SIZE_AND_PUNCH, offset, length) == 0:

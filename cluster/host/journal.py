@@ -8,8 +8,8 @@ segment are never durable before those of the older one. The journal knows nothi
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from struct import Struct
 from typing import Final
 
@@ -32,8 +32,8 @@ SEGMENT_MAGIC: Final = b"SHEEPJNL"
 SEGMENT_FORMAT: Final = 1
 SEGMENT_RESERVE_BYTES: Final = 64 << 10  # of a segment for the journal's own records: end, checkpoints, done
 VECTORS: Final = 1000  # buffers of one gathered write: below IOV_MAX (1024)
-IN_PLACE_LIMIT_NS: Final = 2_000_000  # a sync of the loop's thread that takes longer holds up everybody else
-IN_PLACE_PAUSE: Final = 256  # syncs that go to a thread after such a slow one
+AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come: 1 ms of a disk's time
+AHEAD_LEAST_BYTES: Final = 256 << 10  # what is ready for the records that come while a sync runs
 
 _SEGMENT = Struct("<8sIIQ16s")  # magic, format, number, bytes of the segment, the node's id
 _CHECKSUM = Struct("<Q")
@@ -63,6 +63,16 @@ def segment_path(directory: str, index: int) -> str:
     return f"{directory}/journal_file{index}"
 
 
+class _Sync:
+    """One that is under way: behind it everything before `target` is durable."""
+
+    def __init__(self, target: int, with_other: bool, files: list[int], synced: Callable[[], None]) -> None:
+        self.target = target
+        self.with_other = with_other  # it covers the other segment
+        self.files = files  # descriptors, in the order they have to become durable
+        self.synced = synced
+
+
 class Journal:
     """The end of the journal that is written. `failed` is called once, with the error that ends it."""
 
@@ -74,10 +84,10 @@ class Journal:
         disk: Disk,
         workers: Workers,
         failed: Callable[[OSError], None],
-        before_sync: Callable[[], None] | None = None,
+        sync_first: Callable[[], int] | None = None,
     ) -> None:
-        """`before_sync` makes durable what must not be lost when a record is there; on any thread, OSError."""
-        self._before_sync = before_sync
+        """`sync_first`: descriptor of what must not be lost when a record is there and is not durable yet; -1: none."""
+        self._sync_first = sync_first
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._node = node
@@ -85,6 +95,7 @@ class Journal:
         self._workers = workers
         self._failed = failed
         self._fds = [-1, -1]
+        self._laid = [0, 0]  # offsets up to which the files' blocks have been written once
         self._number = 0  # of the segment that is written
         self._offset = 0  # in it, behind the last queued record
         self._queue: list[Buffer] = []
@@ -94,7 +105,6 @@ class Journal:
         self._free = True  # the other segment may be overwritten
         self._other_unsynced = False  # the other segment has records that are not durable yet
         self._syncing = False
-        self._slow = 0  # syncs to leave to a thread yet
         self.dead = False
 
     # Life
@@ -108,9 +118,11 @@ class Journal:
             if self._disk.info(fd).length != self._segment_bytes:
                 self._disk.truncate(fd, self._segment_bytes)
                 self._disk.allocate(fd, self._segment_bytes)
+            self._laid[index] = self._disk.written_from_start(fd)
         self._begin(number)
         self.append(RecordKind.CHECKPOINT, offset=self.position)
         self.write_out()
+        self._write_ahead()
         self._disk.fdatasync(self._fds[number & 1])
         self._disk.sync_directory(self._directory)
         self.synced = self.written
@@ -227,47 +239,56 @@ class Journal:
     def syncing(self) -> bool:
         return self._syncing
 
-    def sync(self, synced: Callable[[], None], in_place: bool) -> None:
-        """Makes what is written durable, then calls back (not after a failure). One at a time.
-
-        `in_place`: on this thread, if syncs have been fast lately.
-        """
+    def sync(self, synced: Callable[[], None]) -> None:
+        """Makes what is written durable, then calls back (not after a failure). One at a time."""
         assert not self._syncing
-        target = self.written
-        current, other = self._fds[self._number & 1], self._fds[self._number + 1 & 1]
-        with_other = self._other_unsynced
-        disk = self._disk
-
-        def work() -> int:
-            began = time.monotonic_ns()
-            if self._before_sync is not None:
-                self._before_sync()
-            if with_other:
-                disk.fdatasync(other)
-            disk.fdatasync(current)
-            return time.monotonic_ns() - began
-
-        def finished(result: int | OSError) -> None:
-            self._syncing = False
-            if isinstance(result, OSError):
-                self._fail(result)
-                return
-            self._slow = IN_PLACE_PAUSE if result > IN_PLACE_LIMIT_NS else max(0, self._slow - 1)
-            self.synced = max(self.synced, target)
-            if with_other:
-                self._other_unsynced = False
-            synced()
-
         self._syncing = True
-        if in_place and not self._slow:
-            try:
-                duration = work()
-            except OSError as error:
-                finished(error)
-            else:
-                finished(duration)
-        else:
-            self._workers.run(work, finished)
+        files = [self._fds[self._number & 1]]
+        with_other = self._other_unsynced
+        if with_other:
+            files.insert(0, self._fds[self._number + 1 & 1])
+        first = -1 if self._sync_first is None else self._sync_first()
+        if first >= 0:
+            files.insert(0, first)
+        run = _Sync(self.written, with_other, files, synced)
+        try:
+            self._write_ahead()
+        except OSError as error:
+            self._sync_ended(run, error)
+            return
+        self._sync_next(run, None)
+
+    def _sync_next(self, run: _Sync, error: OSError | None) -> None:
+        """One file after the other."""
+        if error is not None or not run.files:
+            self._sync_ended(run, error)
+            return
+        self._workers.sync(self._disk, run.files.pop(0), partial(self._sync_next, run))
+
+    def _sync_ended(self, run: _Sync, error: OSError | None) -> None:
+        self._syncing = False
+        if error is not None:
+            self._fail(error)
+            return
+        self.synced = max(self.synced, run.target)
+        if run.with_other:
+            self._other_unsynced = False
+        run.synced()
+
+    def _write_ahead(self) -> None:
+        """Zeros where records will come, on the disk with the next sync.
+
+        The first write to a preallocated place changes the map of the file's extents, so that its sync is one of the
+        file system's journal too, twice as long: better once for each MiB than for each record.
+        """
+        index = self._number & 1
+        end = self._offset + (-self._offset & BLOCK_SIZE - 1)
+        if self._laid[index] >= min(end + AHEAD_LEAST_BYTES, self._segment_bytes):
+            return
+        start = max(self._laid[index], end)
+        length = min(AHEAD_BYTES, self._segment_bytes - start)
+        write_all(self._disk, self._fds[index], bytes(length), start)
+        self._laid[index] = start + length
 
     def _fail(self, error: OSError) -> None:
         if not self.dead:

@@ -116,11 +116,13 @@ class NodeStateFiles:
         except OSError as error:
             self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
 
-    def sync_undo(self) -> None:
-        """What was appended so far is durable; on any thread. OSError."""
-        if self._undo_dirty:
-            self._undo_dirty = False
-            self._disk.fdatasync(self._undo)
+    def take_undo_to_sync(self) -> int:
+        """The file that has what is not durable yet, -1 when nothing is; the caller syncs it. Valid until the next
+        `replace_undo` but one."""
+        if not self._undo_dirty:
+            return -1
+        self._undo_dirty = False
+        return self._undo
 
     def load_undo(self) -> list[bytes]:
         return [self._read_undo("undo.old"), self._read_undo("undo")]

@@ -63,10 +63,10 @@ class ObjectStore:
         on_disk_failure: DiskFailed,
         options: StoreOptions = DEFAULT_OPTIONS,
         random_bytes: RandomBytes = os.urandom,
-        before_sync: Callable[[], None] | None = None,
+        sync_first: Callable[[], int] | None = None,
     ) -> None:
-        """`before_sync`: see Journal."""
-        self._before_sync = before_sync
+        """`sync_first`: see Journal."""
+        self._sync_first = sync_first
         self._metadata = metadata
         self._directories = tuple(directories)
         self._disk = disk
@@ -117,7 +117,7 @@ class ObjectStore:
             self._disk,
             self._workers,
             self._journal_failed,
-            self._before_sync,
+            self._sync_first,
         )
         self._journal.start(found.next_number)
         self._pipeline = Pipeline(

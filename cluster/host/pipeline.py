@@ -55,7 +55,7 @@ class Pipeline:
         self._last: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable
         self._flushes: list[tuple[int, Done]] = []
         self._scheduled = False
-        self._waiting = 0  # how many wait for the next sync
+        self._sync_wanted = False  # somebody waits for the next sync, or it is time for one
         self._timer_set = False
         self.error: StoreError | None = None
 
@@ -114,10 +114,8 @@ class Pipeline:
         self._last[vid_of(copy.oid)] = record.end
         if not self._nosync:
             self._overlay_bytes += len(record.data)
-            if record.durable or record.kind == RecordKind.INTENT:
-                self._waiting += 1
-            elif self._overlay_bytes > OVERLAY_SYNC_BYTES:
-                self._waiting += 2  # nobody waits: not worth this thread's time
+            if record.durable or record.kind == RecordKind.INTENT or self._overlay_bytes > OVERLAY_SYNC_BYTES:
+                self._sync_wanted = True
             elif not self._timer_set:
                 self._timer_set = True
                 self._clock.after(OVERLAY_AGE_NS, self._aged)
@@ -139,13 +137,13 @@ class Pipeline:
         self.want_sync()
 
     def want_sync(self) -> None:
-        self._waiting += 1
+        self._sync_wanted = True
         self._schedule()
 
     def _aged(self) -> None:
         self._timer_set = False
         if self._unapplied and not self._nosync:
-            self._waiting += 2
+            self._sync_wanted = True
             self._schedule()
 
     def _schedule(self) -> None:
@@ -159,7 +157,7 @@ class Pipeline:
         if not self._journal.write_out():
             return
         written, self._written = self._written, []
-        waiting, self._waiting = self._waiting, 0  # whoever comes from here on is not in what was just written
+        wanted, self._sync_wanted = self._sync_wanted, False  # who comes from here on is not in what was just written
         nosync = self._nosync
         for record in written:
             if record.done is not None and (nosync or not record.durable) and record.kind in _ACKED_BY_JOURNAL:
@@ -167,10 +165,10 @@ class Pipeline:
                 done(None)
         if nosync:
             self._apply_until(self._journal.written)
-        if waiting and self._journal.syncing:
-            self._waiting += waiting
-        elif waiting and not self._journal.dead:
-            self._journal.sync(self._synced, waiting == 1)
+        if wanted and self._journal.syncing:
+            self._sync_wanted = True
+        elif wanted and not self._journal.dead:
+            self._journal.sync(self._synced)
 
     def _synced(self) -> None:
         synced = self._journal.synced
@@ -190,7 +188,7 @@ class Pipeline:
                 done(None)
         self._apply_until(synced)
         self.drain()
-        if self._waiting:
+        if self._sync_wanted:
             self._schedule()
 
     def _apply_until(self, lsn: int) -> None:

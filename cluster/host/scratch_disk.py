@@ -126,6 +126,9 @@ class ScratchDisk:
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         return False
 
+    def written_from_start(self, fd: int) -> int:
+        return self._open[fd].length
+
     def punch(self, fd: int, offset: int, length: int) -> None:
         self.pwrite(fd, bytes(max(0, min(length, self._open[fd].length - offset))), offset)
 

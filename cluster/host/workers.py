@@ -11,6 +11,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
+from sheepdog.cluster.host.disk import Disk
+
 _T = TypeVar("_T")
 CallSoon: TypeAlias = Callable[[Callable[[], None]], None]
 """Schedules a call on the loop's thread; may be used from any thread."""
@@ -21,6 +23,9 @@ _Job: TypeAlias = Callable[[], None]
 
 class Workers(Protocol):
     """Runs blocking calls."""
+
+    def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
+        """`disk.fdatasync`: what was written before this call is on the disk when `done` gets None."""
 
     def run(self, call: Callable[[], _T], done: Callable[[_T | OSError], None]) -> None:
         """`done` gets the result of `call`, or the `OSError` it raised, on the loop's thread."""
@@ -57,6 +62,9 @@ class ThreadWorkers:
             self._threads.append(thread)
             thread.start()
         self._jobs.put(job)
+
+    def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
+        self.run(lambda: disk.fdatasync(fd), done)
 
     def stop(self) -> None:
         for _ in self._threads:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.core.ports import Buffer
-from sheepdog.cluster.host.disk import FileInfo, Space
+from sheepdog.cluster.host.disk import Disk, FileInfo, Space
 
 ATOM = 512
 _T = TypeVar("_T")
@@ -136,6 +136,9 @@ class SimDisk:
 
     def is_hole(self, fd: int, offset: int, length: int) -> bool:
         return _is_zero(self._open[fd].data[offset : offset + length])
+
+    def written_from_start(self, fd: int) -> int:
+        return 0  # so that the zeros are written, which crashes may cut
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         inode = self._open[fd]
@@ -324,6 +327,9 @@ class SimWorkers:
             self._call_soon(lambda: done(result))
 
         self.jobs.append(job)
+
+    def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
+        self.run(lambda: disk.fdatasync(fd), done)
 
     def step(self) -> bool:
         if not self.jobs:

@@ -89,7 +89,7 @@ class StoreDriver(Driver):
         disks: Sequence[str] = (),
         options: StoreOptions | None = None,
         seed: int = 0,
-        before_sync: Callable[[], None] | None = None,
+        sync_first: Callable[[], int] | None = None,
     ) -> None:
         super().__init__()
         self.random = random.Random(seed)
@@ -113,7 +113,7 @@ class StoreDriver(Driver):
             lambda path, text, last: self.failed.append(text),
             options or StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES),
             self.random.randbytes,
-            before_sync,
+            sync_first,
         )
         self.store.open()
 

@@ -13,6 +13,7 @@ from tests.support.stores import StoreDriver
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid, inode_oid
 from sheepdog.cluster.host.disk import RealDisk, Space
+from sheepdog.cluster.host.journal import AHEAD_BYTES, AHEAD_LEAST_BYTES
 
 SIZE = 64 * 4096
 OID = data_oid(Vid(0x123456), 7)
@@ -349,6 +350,29 @@ def test_a_failed_sync_of_the_journal_ends_the_store(tmp_path: Path) -> None:
     with pytest.raises(DiskError):
         driver.flush()
     driver.crash()
+
+
+@pytest.mark.parametrize("nosync", [False, True])
+def test_the_journal_is_written_once_before_its_records_come(tmp_path: Path, nosync: bool) -> None:
+    """A record in a place that was only allocated costs its sync another one of the file system's journal."""
+    driver = StoreDriver(str(tmp_path), nosync=nosync)
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1))
+    syncs, steps = 200, set()
+    with open(tmp_path / "journal_file1", "rb") as file:
+        for counter in range(2, 2 + syncs):
+            driver.write(OID, 0, b"b" * 8192, v(counter), durable=True)
+            laid = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+            steps.add(laid)
+            if not nosync:
+                assert laid >= (driver.store._journal.written & 0xFFFFFFFF) + AHEAD_LEAST_BYTES - 8400
+    if nosync:
+        assert len(steps) > syncs // 4  # nobody waits for a sync: nothing is written twice
+    else:
+        assert len(steps) <= 1 + syncs * 8400 // AHEAD_BYTES + 1
+    driver.crash()
+    again = StoreDriver(str(tmp_path))
+    assert again.read(OID, 0, 8192) == b"b" * 8192
+    again.crash()
 
 
 def test_a_failed_sync_of_a_file_takes_the_disk_out_and_is_not_retried(tmp_path: Path) -> None:

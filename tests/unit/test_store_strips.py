@@ -98,7 +98,7 @@ def test_what_leads_back_is_durable_before_the_write_is(tmp_path: Path) -> None:
     disk = _Recording()
     state = NodeStateFiles(str(tmp_path), disk, ThreadWorkers(Driver().call_soon), lambda level, text: None)
     state.open()
-    store = StoreDriver(str(tmp_path), disk=disk, before_sync=state.sync_undo)
+    store = StoreDriver(str(tmp_path), disk=disk, sync_first=state.take_undo_to_sync)
     strip = strip_of(OID, 2)
     store.create(strip, SIZE, 0, b"", V1)
     disk.synced.clear()

@@ -1,0 +1,147 @@
+"""The kernel's own asynchronous sync: no thread of ours, no error lost, and threads where it cannot be had."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.kernel_sync import KernelSync, LoopWorkers
+from sheepdog.cluster.host.loop import TurnLoop, new_loop
+
+SECONDS = 20
+
+
+class _Watched(RealDisk):
+    """Knows which of its syncs ran in this process."""
+
+    def __init__(self) -> None:
+        self.synced: list[int] = []
+
+    def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
+        self.synced.append(threading.get_ident())
+        os.fdatasync(fd)
+
+
+class World:
+    def __init__(self, path: Path) -> None:
+        self.logged: list[str] = []
+        self.loop: TurnLoop = new_loop(lambda level, text: self.logged.append(text))
+        self.disk = _Watched()
+        self.workers = LoopWorkers(self.loop, lambda call: void(self.loop.call_soon_threadsafe(call)))
+        self.fd = self.disk.open(str(path / "file"), os.O_RDWR | os.O_CREAT)
+        self.results: list[OSError | None] = []
+
+    def wait(self, count: int) -> list[OSError | None]:
+        async def arrived() -> None:
+            while len(self.results) < count:
+                await asyncio.sleep(0.001)
+
+        self.loop.run_until_complete(asyncio.wait_for(arrived(), SECONDS))
+        return self.results
+
+    def sync(self) -> None:
+        self.workers.sync(self.disk, self.fd, self.results.append)
+
+    def close(self) -> None:
+        self.workers.stop()
+        self.loop.close()
+
+
+def void(_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    try:
+        KernelSync().close()
+    except OSError as error:
+        pytest.skip(f"no io_submit here: {error}")
+    world = World(tmp_path)
+    yield world
+    world.close()
+    assert not world.logged
+
+
+def test_the_kernel_syncs_without_a_thread_of_ours(world: World) -> None:
+    threads = threading.active_count()
+    for count in range(1, 6):
+        os.pwrite(world.fd, b"x" * 4096, 4096 * count)
+        world.sync()
+        assert world.results == [None] * (count - 1)  # it is never done within the call
+        assert world.wait(count)[-1] is None
+    assert not world.disk.synced
+    assert threading.active_count() == threads
+
+
+def test_a_second_sync_at_the_same_time_is_a_thread_s(world: World) -> None:
+    world.sync()
+    world.sync()
+    assert world.wait(2) == [None, None]
+    assert len(world.disk.synced) == 1
+    assert world.disk.synced[0] != threading.get_ident()
+
+
+def test_what_cannot_be_begun_fails_as_it_does_in_a_thread(world: World) -> None:
+    os.close(world.fd)
+    world.sync()
+    (error,) = world.wait(1)
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EBADF
+    world.fd = world.disk.open("/dev/null", os.O_RDWR)
+    world.sync()  # the kernel's way is free again
+    assert isinstance(world.wait(2)[1], OSError | None)
+
+
+@pytest.mark.parametrize(
+    ("result", "code"), [(-errno.EIO, errno.EIO), (-errno.ENOSPC, errno.ENOSPC), (None, errno.EIO)]
+)
+def test_what_the_kernel_reports_is_the_result(
+    world: World, monkeypatch: pytest.MonkeyPatch, result: int | None, code: int
+) -> None:
+    """`None`: it says that something has ended, and has nothing."""
+    kernel = world.workers._kernel
+    assert kernel is not None
+    call = kernel._call
+
+    def reported(number: int, *arguments: object) -> int:
+        got: int = call(number, *arguments)
+        if number != kernel._getevents:
+            return got
+        if result is None:
+            return 0
+        struct.pack_into("<q", kernel._event, 16, result)
+        return got
+
+    monkeypatch.setattr(kernel, "_call", reported)
+    world.sync()
+    (error,) = world.wait(1)
+    assert isinstance(error, OSError)
+    assert error.errno == code
+    assert not world.disk.synced  # never tried again
+
+
+def test_where_the_system_has_none_threads_sync(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "pdp11")
+    world = World(tmp_path)
+    world.sync()
+    assert world.wait(1) == [None]
+    assert len(world.disk.synced) == 1
+    world.close()
+
+
+def test_an_end_waits_for_what_is_under_way(world: World) -> None:
+    for index in range(64):
+        os.pwrite(world.fd, os.urandom(1 << 16), index << 16)
+    world.sync()
+    world.workers.stop()
+    assert world.results == []
+    assert world.workers._kernel is None
