@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 
 ROW, GAP, LABEL, WIDTH = 14, 10, 300, 420  # pixels
-COLOURS = ("#3b6ea8", "#8ab17d", "#e9c46a", "#c8553d", "#6d597a")
+LEGEND_COLUMNS, LEGEND_WIDTH = 5, 150
+COLOURS = ("#3b6ea8", "#8ab17d", "#e9c46a", "#c8553d", "#6d597a", "#2a9d8f", "#b5838d", "#555555", "#a3b18a", "#023047")
 
 
 def bars(title: str, values: Sequence[tuple[str, str, float]]) -> str:
@@ -14,11 +15,13 @@ def bars(title: str, values: Sequence[tuple[str, str, float]]) -> str:
     groups = list(dict.fromkeys(group for group, _, _ in values))
     series = list(dict.fromkeys(name for _, name, _ in values))
     highest = max((value for _, _, value in values), default=1.0) or 1.0
-    parts, y = [], 44
+    parts = []
     for index, name in enumerate(series):
-        x = 10 + 130 * index
-        parts.append(f'<rect x="{x}" y="24" width="10" height="10" fill="{COLOURS[index % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 14}" y="33">{escape(name)}</text>')
+        row, column = divmod(index, LEGEND_COLUMNS)
+        x, y = 10 + LEGEND_WIDTH * column, 24 + ROW * row
+        parts.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{COLOURS[index % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{x + 14}" y="{y + 9}">{escape(name)}</text>')
+    y = 44 + ROW * ((len(series) - 1) // LEGEND_COLUMNS)
     for group in groups:
         mine = [(name, value) for of, name, value in values if of == group]
         parts.append(

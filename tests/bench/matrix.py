@@ -1,12 +1,12 @@
-"""The whole matrix: kinds of load x kinds of redundancy (x another implementation), in one run.
+"""The whole matrix: kinds of load x kinds of redundancy x doors (x another implementation), in one run.
 
-    make bench-matrix [PEER_SHEEP=/path/to/bin] [ARGS='--rounds 5 --only write --syscalls']
+    make bench-matrix [PEER_SHEEP=/path/to/bin] [ARGS='--rounds 5 --only write --doors native,sheepfs --syscalls']
 
 What is compared takes turns (A B A B), and figures are medians with their spread, since machines drift: compare within
 one run only. `PEER_SHEEP` is a directory with the `sheep` and `dog` of any other server of the native protocol; it gets
-the same loads from the same generator (cluster/client/workload.py).
+the same loads from the same generator (cluster/client/workload.py). The other doors are driven by fio.
 
-Writes bench-results/matrix.json and, with --svg, a chart.
+Writes bench-results/matrix.json (--results) and, with --svg, a chart.
 """
 
 from __future__ import annotations
@@ -19,23 +19,28 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shutil import rmtree, which
-from typing import Any
+from typing import Any, Protocol
 
 from tests.bench.chart import bars
 from tests.bench.counting import cpu_seconds, resident_bytes, system_calls
+from tests.bench.fio import FioLoad
 from tests.support.cluster import Cluster, started
+from tests.support.mounts import SheepFs
+from tests.support.nbd import NbdServer
+from tests.support.processes import CommandFailed, having_argument
 
 from sheepdog import COMPILED
 from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.client.workload import Cell, Measured, Workload, parse_cell
+from sheepdog.cluster.client.workload import FRESH_OBJECTS, OBJECT_BYTES, Cell, Workload, parse_cell
 
-OBJECTS = 32  # of 4 MiB in each volume
+OBJECTS = 32  # of 4 MiB written in each volume before the clock runs
+DOORS = ("native", "sheepfs", "nbd")
 RESULTS = Path("bench-results/matrix.json")
 SYNCS = ("durable", "flush32", "volatile")
 SIZES = ("4k", "64k", "1M", "4M")
@@ -60,27 +65,46 @@ def matrix() -> Iterator[Cell]:
     yield parse_cell("write:4k:4:durable:x16")
 
 
+class Measured(Protocol):
+    """What a run gives."""
+
+    @property
+    def operations(self) -> int: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    def percentile(self, part: float) -> float: ...
+
+
+class Load(Protocol):
+    """A volume behind a door."""
+
+    def run(self, cell: Cell, seconds: float) -> Measured: ...
+
+
 @dataclass(slots=True)
 class Variant:
-    """One of the things compared: a cluster and the redundancy of the volume on it."""
+    """One of the things compared: a volume with its redundancy, behind a door."""
 
     name: str
     cluster: Cluster
-    copies: int
-    policy: int
+    load: Load
+    door: int = 0  # pid of the door's own process
     runs: dict[Cell, list[tuple[Measured, float]]] = field(default_factory=dict)  # with CPU seconds of all daemons
     calls: dict[Cell, float] = field(default_factory=dict)  # system calls per operation
     refused: dict[Cell, str] = field(default_factory=dict)
 
     def pids(self) -> list[int]:
-        return [pid for node in range(self.cluster.count) for pid in self.cluster.pids(node)]
+        daemons = [pid for node in range(self.cluster.count) for pid in self.cluster.pids(node)]
+        return [*daemons, self.door] if self.door else daemons
 
-    def once(self, workload: Workload, cell: Cell, seconds: float) -> None:
+    def once(self, cell: Cell, seconds: float) -> None:
         pids = self.pids()
         before = cpu_seconds(pids)
         try:
-            measured = workload.run(cell, seconds)
-        except (SheepError, OSError) as error:
+            measured = self.load.run(cell, seconds)
+        except (SheepError, OSError, CommandFailed) as error:
             self.refused[cell] = str(error)
         else:
             self.runs.setdefault(cell, []).append((measured, cpu_seconds(pids) - before))
@@ -104,8 +128,50 @@ class Variant:
         }
 
 
-def variants(directory: Path, stack: ExitStack, peer: str | None, coded: bool) -> list[Variant]:
-    """Clusters that run, formatted."""
+class Fronts:
+    """The doors of one cluster beside the native one."""
+
+    def __init__(self, cluster: Cluster, directory: Path, stack: ExitStack, doors: Sequence[str], objects: int) -> None:
+        self._cluster = cluster
+        self._objects = objects
+        self._nbd: NbdServer | None = None
+        self._mount: SheepFs | None = None
+        if "nbd" in doors:
+            self._nbd = NbdServer(cluster, directory)
+            stack.callback(self._nbd.close)
+        if "sheepfs" in doors:
+            self._mount = SheepFs(cluster, directory / "mount")
+            stack.callback(self._mount.close)
+
+    def variants(self, redundancy: str) -> Iterator[Variant]:
+        """A volume of its own for each door; `redundancy` as `dog vdi create -c` takes it."""
+        for door in ("sheepfs", "nbd"):
+            name = f"{door}-{redundancy.replace(':', '-')}"
+            title = f"{door}, {shown(redundancy)}"
+            if door == "nbd" and self._nbd is not None:
+                self._fill(name, redundancy)
+                load = FioLoad(self._nbd.uri(name), self._objects)
+                yield Variant(title, self._cluster, load, self._nbd.process.pid)
+            elif door == "sheepfs" and self._mount is not None:
+                self._fill(name, redundancy)
+                (pid,) = having_argument(str(self._mount.place))
+                yield Variant(title, self._cluster, FioLoad(self._mount.volume(name), self._objects), pid)
+
+    def _fill(self, name: str, redundancy: str) -> None:
+        size = (self._objects + FRESH_OBJECTS) * OBJECT_BYTES
+        self._cluster.dog("vdi", "create", "-c", redundancy, name, str(size))
+        content = os.urandom(self._objects * OBJECT_BYTES)
+        self._cluster.dog("vdi", "write", name, "0", str(len(content)), stdin=content, seconds=300)
+
+
+def shown(redundancy: str) -> str:
+    return redundancy if ":" in redundancy else f"{redundancy} {'copy' if redundancy == '1' else 'copies'}"
+
+
+def variants(
+    directory: Path, stack: ExitStack, peer: str | None, redundancies: Sequence[str], doors: Sequence[str], objects: int
+) -> list[Variant]:
+    """Volumes on clusters that run: three nodes for copies, six for 4:2."""
 
     def cluster(name: str, count: int, **more: Any) -> Cluster:
         (directory / name).mkdir()
@@ -114,13 +180,28 @@ def variants(directory: Path, stack: ExitStack, peer: str | None, coded: bool) -
         started(made).format("-c", "3")
         return made
 
-    own = cluster("own", 3)
-    found = [Variant("3 copies", own, 3, 0), Variant("1 copy", own, 1, 0)]
-    if coded:
-        found.append(Variant("4:2", cluster("coded", 6), 6, 2 << 4 | 2))
+    def native(of: Cluster, copies: int, policy: int = 0) -> Workload:
+        return Workload(("127.0.0.1", of.port(0)), objects, copies, policy)
+
+    found: list[Variant] = []
+    for name, count, mine in (
+        ("own", 3, [word for word in redundancies if ":" not in word]),
+        ("coded", 6, [word for word in redundancies if ":" in word]),
+    ):
+        if not mine:
+            continue
+        own = cluster(name, count)
+        fronts = Fronts(own, directory / name, stack, doors, objects)
+        for redundancy in mine:
+            if "native" in doors:
+                data, _, parity = redundancy.partition(":")
+                policy = (int(data) // 2 << 4 | int(parity)) if parity else 0
+                load = native(own, int(data) + int(parity or 0), policy)
+                found.append(Variant(shown(redundancy), own, load))
+            found += fronts.variants(redundancy)
     if peer:
         theirs = cluster("peer", 3, binaries=Path(peer))
-        found.append(Variant("peer, 3 copies", theirs, 3, 0))
+        found.append(Variant("peer, 3 copies", theirs, native(theirs, 3)))
     return found
 
 
@@ -143,6 +224,11 @@ def report(compared: list[Variant], cells: list[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
+def needed(doors: Sequence[str]) -> list[str]:
+    """Programs that must be there."""
+    return [*(["fio"] if {"sheepfs", "nbd"} & set(doors) else []), *(["nbdkit"] if "nbd" in doors else [])]
+
+
 def machine() -> dict[str, Any]:
     return {
         "processors": os.cpu_count(),
@@ -159,8 +245,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one run of one cell")
     parser.add_argument("--only", default="", help="only cells whose name contains this")
     parser.add_argument("--cell", action="append", default=[], help="this cell (as dog benchmark run), not the matrix")
-    parser.add_argument("--no-coded", action="store_true", help="leave out the six nodes with 4:2")
+    parser.add_argument("--redundancy", default="3,1,4:2", help="what dog vdi create -c takes, each D:P on six nodes")
+    parser.add_argument("--doors", default=",".join(DOORS), help="of native, sheepfs and nbd")
     parser.add_argument("--syscalls", action="store_true", help="count system calls with strace, in a run of their own")
+    parser.add_argument("--objects", type=int, default=OBJECTS, help="written in each volume before the clock runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
     parser.add_argument("--svg", type=Path, help="write a chart of the CPU per operation here")
     options = parser.parse_args()
     cells = [parse_cell(word) for word in options.cell] or [cell for cell in matrix() if options.only in str(cell)]
@@ -169,26 +258,25 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
-        compared = variants(directory, stack, os.environ.get("PEER_SHEEP"), not options.no_coded)
+        redundancies, doors = options.redundancy.split(","), options.doors.split(",")
+        if missing := [name for name in needed(doors) if which(name) is None]:
+            parser.error(f"these doors need {', '.join(missing)}: install them, or choose others with --doors")
+        compared = variants(directory, stack, os.environ.get("PEER_SHEEP"), redundancies, doors, options.objects)
         before = machine()
-        workloads = []
-        for variant in compared:
-            address = ("127.0.0.1", variant.cluster.port(0))
-            workloads.append(Workload(address, OBJECTS, variant.copies, variant.policy))
         for cell in cells:
             for _ in range(options.rounds):
-                for variant, workload in zip(compared, workloads, strict=True):
-                    variant.once(workload, cell, options.seconds)
-            for variant, workload in zip(compared, workloads, strict=True):
+                for variant in compared:
+                    variant.once(cell, options.seconds)
+            for variant in compared:
                 if options.syscalls and which("strace") and cell not in variant.refused:
-                    calls = system_calls(variant.pids(), partial(workload.run, cell, options.seconds))
+                    calls = system_calls(variant.pids(), partial(variant.load.run, cell, options.seconds))
                     variant.calls[cell] = round(calls, 2)
         rows = report(compared, cells)
         memory = {variant.name: max(map(resident_bytes, variant.pids())) >> 20 for variant in compared}
         print(f"\nlargest daemon afterwards, MiB: {memory}; load {before['load'][0]:.1f} -> {os.getloadavg()[0]:.1f}")
-    RESULTS.parent.mkdir(exist_ok=True)
+    options.results.parent.mkdir(exist_ok=True)
     command = " ".join(["python -m tests.bench.matrix", *sys.argv[1:]])
-    RESULTS.write_text(
+    options.results.write_text(
         json.dumps({"machine": before, "command": command, "memory_mib": memory, "rows": rows}, indent=1) + "\n"
     )
     if options.svg:
