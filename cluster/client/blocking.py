@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import PATIENCE_S, Answer, Connection
+from sheepdog.cluster.client.connection import PATIENCE_S, Answer, Connection, Dial
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation
 from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
@@ -34,12 +34,20 @@ EXTENT_OBJECTS = 64  # whose blocks are looked at in one call: some milliseconds
 class BlockingVolume:
     """An open volume for any number of threads; made by `open`. Semantics as `volume.Volume`."""
 
-    def __init__(self, address: Address, machine: VolumeMachine, connection: Connection, patience_s: float) -> None:
+    def __init__(
+        self,
+        address: Address,
+        machine: VolumeMachine,
+        connection: Connection,
+        patience_s: float,
+        dial: Dial | None = None,
+    ) -> None:
         self._address = address
         self._machine = machine
         self._patience_s = patience_s
+        self._dial = dial
         self._lock = threading.Lock()  # around every call into the machine; never held during I/O
-        self._channel = Channel(address, patience_s)  # for reads and writes inside one object
+        self._channel = Channel(address, patience_s, dial)  # for reads and writes inside one object
         # For everything else; the last used on top. Not one per thread: threads that Python has not made lose what is
         # theirs with every call.
         self._idle = [connection]
@@ -54,12 +62,13 @@ class BlockingVolume:
         read_only: bool = False,
         patience_s: float = PATIENCE_S,
         object_cache: bool = False,
+        dial: Dial | None = None,
     ) -> BlockingVolume:
         """As `volume.Volume.open`: the working volume `name`, or the snapshot with this tag or id (read-only).
 
         SheepError with NO_VDI or NO_TAG (errno ENOENT) if there is none.
         """
-        connection = Connection(address, patience_s)
+        connection = Connection(address, patience_s, dial=dial)
         opening = Open(name.encode() if isinstance(name, str) else name, tag, snap_id, read_only)
         try:
             connection.exchange(opening.resume(), opening.answer)
@@ -70,7 +79,7 @@ class BlockingVolume:
             raise
         assert opening.machine is not None
         opening.machine.read_flags = Flags.CACHE if object_cache else 0
-        return cls(address, opening.machine, connection, patience_s)
+        return cls(address, opening.machine, connection, patience_s, dial)
 
     @property
     def size(self) -> int:
@@ -247,7 +256,7 @@ class BlockingVolume:
         try:
             return self._idle.pop()
         except IndexError:
-            return Connection(self._address, self._patience_s)
+            return Connection(self._address, self._patience_s, dial=self._dial)
 
     def _exchange(self, requests: list[Request], answer: Answer) -> None:
         connection = self._borrow()

@@ -25,9 +25,11 @@ from sheepdog.cluster.client.connection import (
     RETRY_FIRST_S,
     RETRY_LAST_S,
     Broken,
+    Dial,
     connect,
     receive,
 )
+from sheepdog.cluster.client.errors import ShutOutError
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.wire.header import HEADER_SIZE
 
@@ -68,9 +70,10 @@ class _Waiter:
 class Channel:
     """See the module. Any thread may call."""
 
-    def __init__(self, address: Address, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: Address, patience_s: float = PATIENCE_S, dial: Dial | None = None) -> None:
         """Connects; OSError if nobody listens."""
         self.address = address
+        self._dial = dial or connect
         self._patience_s = patience_s
         self._ids = itertools.count()
         self._flight: dict[int, _Waiter] = {}  # in order of sending
@@ -78,7 +81,7 @@ class Channel:
         self._receiving = threading.Lock()  # the post: whoever holds it receives for all
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._end = 0  # bytes of an incomplete header that begin the buffer
-        self._socket: socket.socket | None = connect(address)
+        self._socket: socket.socket | None = self._dial(address)
         self._next_attempt = 0.0
         self._deadline: float | None = None  # set from a break to the next answer: several connections may break in it
         self._delay = RETRY_FIRST_S
@@ -195,16 +198,22 @@ class Channel:
                     time.sleep(self._delay)
                     self._delay = min(2 * self._delay, RETRY_LAST_S)
                 try:
-                    self._socket = connect(self.address)
+                    self._socket = self._dial(self.address)
                     for waiter in self._flight.values():
                         _send(self._socket, waiter)
                     return
+                except ShutOutError as error:
+                    self._closed = True
+                    failure = error
+                    break
                 except OSError as error:
                     failure = error
                 fruitless = True
             self._deadline = None
             self._next_attempt = time.monotonic() + ATTEMPT_EVERY_S
-            self._give_up(OSError(errno.EIO, f"no gateway at {describe(self.address)}: {failure.strerror}"))
+            if not isinstance(failure, ShutOutError):
+                failure = OSError(errno.EIO, f"no gateway at {describe(self.address)}: {failure.strerror}")
+            self._give_up(failure)
 
     def _give_up(self, error: OSError) -> None:
         if self._socket is not None:
@@ -222,7 +231,7 @@ class Channel:
         if self._closed or now < self._next_attempt:
             raise OSError(errno.EIO, f"no gateway at {describe(self.address)}")
         self._next_attempt = now + ATTEMPT_EVERY_S
-        self._socket = connect(self.address)
+        self._socket = self._dial(self.address)
         return self._socket
 
 

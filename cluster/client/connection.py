@@ -15,7 +15,7 @@ from struct import Struct
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from sheepdog.cluster.client.address import Address, candidates, describe, prepare
-from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.client.requests import Request
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.messages import Buffer
@@ -33,6 +33,8 @@ _ID = Struct("<I")
 _ID_OFFSET = 8
 
 Outcome = TypeVar("Outcome")
+Dial: TypeAlias = Callable[[Address], socket.socket]
+"""Gives a connected blocking socket; OSError if there is no gateway, ShutOutError if there will be none."""
 Answer: TypeAlias = Callable[[Request, int, Buffer, bytes], list[Request]]
 
 
@@ -52,15 +54,20 @@ class Connection:
     """One connection of one thread. A broken one is opened again within `patience_s`; 0 means never."""
 
     def __init__(
-        self, address: Address, patience_s: float = PATIENCE_S, on_silence: Callable[[], None] | None = None
+        self,
+        address: Address,
+        patience_s: float = PATIENCE_S,
+        on_silence: Callable[[], None] | None = None,
+        dial: Dial | None = None,
     ) -> None:
         """Connects; OSError if nobody listens. `on_silence` is told when the first answer does not come."""
         self.address = address
+        self._dial = dial or connect
         self._patience_s = patience_s
         self._on_silence = on_silence
         self._ids = itertools.count()
         self._head = bytearray(HEADER_SIZE)
-        self._socket: socket.socket | None = connect(address)
+        self._socket: socket.socket | None = self._dial(address)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -179,7 +186,7 @@ class Connection:
 
     def _open(self) -> socket.socket:
         if self._socket is None:
-            self._socket = connect(self.address)
+            self._socket = self._dial(self.address)
         return self._socket
 
     def _patiently(self, attempt: Callable[[], Outcome]) -> Outcome:
@@ -189,6 +196,9 @@ class Connection:
         while True:
             try:
                 return attempt()
+            except ShutOutError:
+                self.close()
+                raise
             except OSError as error:
                 self.close()
                 now = time.monotonic()

@@ -24,6 +24,10 @@ _ERRNO: Final[dict[int, int]] = {
 }
 
 
+class ShutOutError(OSError):
+    """No gateway will do any more for this client: to try again is of no use."""
+
+
 class SheepError(OSError):
     """An answer other than SUCCESS. `result` is its code, `errno` what a system call would say."""
 

@@ -18,7 +18,7 @@ from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS, BlockingVolume
 from sheepdog.cluster.client.btree import Leaf, NodeWrite, Tree
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import PATIENCE_S, Connection
+from sheepdog.cluster.client.connection import PATIENCE_S, Connection, Dial
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import os_error
 from sheepdog.cluster.client.machine import Extent
@@ -37,7 +37,9 @@ class HyperVolume:
     """Semantics as `blocking.BlockingVolume`. An object is in the index before `write` returns, and stays there:
     what is discarded becomes holes in the objects."""
 
-    def __init__(self, connection: Connection, vid: Vid, read_only: bool, patience_s: float) -> None:
+    def __init__(
+        self, connection: Connection, vid: Vid, read_only: bool, patience_s: float, dial: Dial | None = None
+    ) -> None:
         self._connection = connection
         self._vid = vid
         self.read_only = read_only
@@ -48,16 +50,21 @@ class HyperVolume:
         self._tree = self._read_tree()
         self._telling: int | None = None  # the object that the cluster's index does not name yet
         self._unsure = False  # how much of a change of the index was written
-        self._channel = Channel(connection.address, patience_s)
+        self._channel = Channel(connection.address, patience_s, dial)
 
     @classmethod
     def open(
-        cls, address: Address, name: bytes, read_only: bool = False, patience_s: float = PATIENCE_S
+        cls,
+        address: Address,
+        name: bytes,
+        read_only: bool = False,
+        patience_s: float = PATIENCE_S,
+        dial: Dial | None = None,
     ) -> HyperVolume:
         """SheepError with NO_VDI if there is none."""
-        connection = Connection(address, patience_s)
+        connection = Connection(address, patience_s, dial=dial)
         try:
-            return cls(connection, admin.find(connection, name).vid, read_only, patience_s)
+            return cls(connection, admin.find(connection, name).vid, read_only, patience_s, dial)
         except BaseException:
             connection.close()
             raise
@@ -280,11 +287,12 @@ def open_volume(
     snap_id: int = 0,
     read_only: bool = False,
     patience_s: float = PATIENCE_S,
+    dial: Dial | None = None,
 ) -> BlockingVolume | HyperVolume:
     """`BlockingVolume.open`, whichever kind of volume it is."""
     try:
-        return BlockingVolume.open(address, name, tag, snap_id, read_only, patience_s)
+        return BlockingVolume.open(address, name, tag, snap_id, read_only, patience_s, dial=dial)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-    return HyperVolume.open(address, name, read_only, patience_s)
+    return HyperVolume.open(address, name, read_only, patience_s, dial)

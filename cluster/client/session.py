@@ -21,7 +21,7 @@ from struct import Struct
 from typing import NamedTuple, Self, TypeAlias
 
 from sheepdog.cluster.client.address import Address, candidates, describe, prepare
-from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.wire.header import HEADER_SIZE
@@ -49,10 +49,6 @@ Done: TypeAlias = Callable[[int, Buffer, bytes], None]
 
 
 Admission: TypeAlias = Callable[[Address], Awaitable[None]]
-
-
-class ShutOutError(OSError):
-    """Raised by an admission: no gateway will do any more."""
 
 
 class Reply(NamedTuple):
@@ -86,7 +82,8 @@ class Session:
         """`lasting`: a broken connection is opened again. Otherwise the session ends with it."""
         self.address = address
         self.admission: Admission | None = None
-        """What must succeed at a gateway before requests go there again; an OSError keeps them for the next one."""
+        """What must succeed at a gateway before requests go there again; an OSError keeps them for the next one, and a
+        ShutOutError ends the session."""
         self._lasting = lasting
         self._patience_s = patience_s
         self._loop = asyncio.get_running_loop()

@@ -13,17 +13,16 @@ import os
 import threading
 from typing import NamedTuple
 
-from sheepdog.cluster.client import admin, inodes, requests
+from sheepdog.cluster.client import inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.exclusive import VolumeLock
 from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.cluster.client.operations import ZERO_CHUNK_BYTES
 from sheepdog.cluster.core.errors import PeerError, Result
-from sheepdog.cluster.core.ids import Vid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.strings import NAME_SIZE
-from sheepdog.cluster.wire.header import VDI_RESPONSE
 from sheepdog.frontends.nbd.parameters import Parameters
 
 
@@ -61,12 +60,12 @@ class Refused(OSError):
 class _Shared:
     """An export that somebody has open, or opens or closes right now."""
 
-    __slots__ = ("lock", "locked", "users", "volume")
+    __slots__ = ("alone", "lock", "users", "volume")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held while the volume is opened, closed or looked at anew
         self.volume: BlockingVolume | HyperVolume | None = None
-        self.locked = False
+        self.alone: VolumeLock | None = None  # the cluster's lock, while the volume is open for writing
         self.users = 0
 
 
@@ -191,16 +190,18 @@ class Exports:
 
     def _enter(self, export: Export, shared: _Shared, read_only: bool) -> None:
         read_only = read_only or export.is_snapshot
-        vid = None if read_only else self._lock(export)
+        address, patience_s = self._address, self._patience_s
+        if read_only:
+            shared.volume = open_volume(address, export.name, export.tag, export.snap_id, read_only, patience_s)
+            return
+        lock = VolumeLock(address, export.name, patience_s)
+        lock.take()
         try:
-            shared.volume = open_volume(
-                self._address, export.name, export.tag, export.snap_id, read_only, self._patience_s
-            )
+            shared.volume = open_volume(address, export.name, patience_s=patience_s, dial=lock.dial)
         except BaseException:
-            if vid is not None:
-                self._unlock(vid)
+            lock.release()
             raise
-        shared.locked = vid is not None
+        shared.alone = lock
 
     def _leave(self, shared: _Shared) -> None:
         volume, shared.volume = shared.volume, None
@@ -209,26 +210,9 @@ class Exports:
         try:
             volume.close()
         finally:
-            if shared.locked:
-                # Snapshots taken meanwhile have moved the lock along with the name.
-                self._unlock(Vid(volume.inode.vdi_id))
-
-    def _lock(self, export: Export) -> Vid:
-        """LOCK_VDI: the volume is ours alone, if the cluster was formatted to enforce that (protocol.md 8.5)."""
-        request = requests.lock(export.name, shared=False)
-        connection = Connection(self._address, self._patience_s)
-        try:
-            reply = connection.call(request.header, request.payload)
-        finally:
-            connection.close()
-        return Vid(VDI_RESPONSE.unpack(reply.header).vdi_id)
-
-    def _unlock(self, vid: Vid) -> None:
-        connection = Connection(self._address, self._patience_s)
-        try:
-            admin.release_lock(connection, vid, shared=False)
-        finally:
-            connection.close()
+            lock, shared.alone = shared.alone, None
+            if lock is not None:
+                lock.release()
 
 
 def describe(inode: InodeHeader) -> str:

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from sheepdog.cluster.client import admin, exclusive, inodes
+from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.connection import Connection
-from sheepdog.cluster.client.errors import SheepError
-from sheepdog.cluster.client.exclusive import Held
-from sheepdog.cluster.client.session import Session, ShutOutError
+from sheepdog.cluster.client.errors import ShutOutError
+from sheepdog.cluster.client.exclusive import VolumeLock
+from sheepdog.cluster.client.session import Session
 from sheepdog.cluster.client.shared import SharedVolume
 from sheepdog.cluster.client.volume import Volume
-from sheepdog.cluster.core.errors import PeerError, Result
+from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import Vid, format_address
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.wire.header import REQUEST, Request
@@ -43,7 +43,7 @@ class GatewayVolume:
     When its gateway dies the volume goes on through another node of the cluster, as the members were last known.
     """
 
-    def __init__(self, session: Session, volume: Volume, name: str, lock: GatewayLock | None = None) -> None:
+    def __init__(self, session: Session, volume: Volume, name: str, lock: VolumeLock | None = None) -> None:
         """`lock` is what the session's `admission` renews."""
         self._session = session
         self._lock = lock
@@ -124,38 +124,6 @@ class SharedGatewayVolume(SharedVolume):
         raise OSError(errno.EBUSY, "a shared volume stays with its gateway")
 
 
-class GatewayLock:
-    """The exclusive lock of a volume, renewed at every gateway that its client goes to. `take`, `release`: threads'."""
-
-    def __init__(self, name: str, address: Address) -> None:
-        """`address` is that of the first gateway."""
-        self._name = name
-        self._address = address
-        self._held: Held | None = None
-
-    def take(self) -> None:
-        """SheepError VDI_LOCKED (EBUSY) if somebody else has it, and OSError if the cluster cannot be asked."""
-        name = self._name.encode()
-        self._held = _connected(self._address, lambda connection: exclusive.take(connection, name, self._held))
-
-    def release(self) -> None:
-        """OSError if the cluster cannot be asked; nothing happens to a lock that is somebody else's by now."""
-        held, name = self._held, self._name.encode()
-        if held is not None:
-            _connected(self._address, lambda connection: exclusive.release(connection, name, held))
-
-    async def renew(self, address: Address) -> None:
-        """`take` as an admission: what others have written meanwhile must neither be missed nor destroyed."""
-        self._address = address
-        try:
-            await asyncio.to_thread(self.take)
-        except SheepError as problem:
-            if problem.result != Result.VDI_LOCKED:
-                raise
-            log.error("volume %s: somebody else has locked it: every request fails until it is closed", self._name)
-            raise ShutOutError(errno.EIO, "the lock is lost") from problem
-
-
 def _connected(address: Address, work: Callable[[Connection], T]) -> T:
     """Blocking administration with a connection of its own; its failures are OSErrors."""
     connection = Connection(address, patience_s=0)
@@ -212,19 +180,27 @@ class GatewayCluster:
 
     async def open_exclusive(self, name: str, object_cache: bool) -> GatewayVolume | ThreadedHyperVolume:
         session = await self._session()
-        lock = GatewayLock(name, session.address)
+        lock = VolumeLock(session.address, name.encode())
         try:
             await asyncio.to_thread(lock.take)
         except BaseException:
             await session.close()
             raise
-        session.admission = lock.renew
+
+        async def renew(address: Address) -> None:
+            try:
+                await asyncio.to_thread(lock.renew, address)
+            except ShutOutError as problem:
+                log.error("volume %s", problem.strerror)
+                raise
+
+        session.admission = renew
         try:
             volume = await Volume.open(session, name, object_cache=object_cache)
         except BaseException as problem:
             await session.close()
             if isinstance(problem, OSError) and problem.errno == errno.EOPNOTSUPP:
-                return await ThreadedHyperVolume.open(session.address, name, lock.release)
+                return await ThreadedHyperVolume.open(session.address, name, lock)
             await asyncio.to_thread(lock.release)
             raise
         return GatewayVolume(session, volume, name, lock)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from sheepdog.cluster.client.address import Address
+from sheepdog.cluster.client.connection import Dial
+from sheepdog.cluster.client.exclusive import VolumeLock
 from sheepdog.cluster.client.hyper import HyperVolume
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.messages import Buffer
@@ -20,7 +22,6 @@ from sheepdog.frontends.sheepfs.transport import errno_of, error
 THREADS = 16  # requests under way at a time
 
 T = TypeVar("T")
-Release: TypeAlias = Callable[[], None]
 
 
 class ThreadedHyperVolume:
@@ -28,23 +29,23 @@ class ThreadedHyperVolume:
 
     read_only = False
 
-    def __init__(self, volume: HyperVolume, name: str, pool: ThreadPoolExecutor, release: Release) -> None:
+    def __init__(self, volume: HyperVolume, name: str, pool: ThreadPoolExecutor, lock: VolumeLock | None) -> None:
         self._volume = volume
         self._name = name
         self._pool = pool
-        self._release = release
+        self._lock = lock
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, address: Address, name: str, release: Release = lambda: None) -> ThreadedHyperVolume:
-        """`release` is called in a thread when the volume has been closed."""
+    async def open(cls, address: Address, name: str, lock: VolumeLock | None = None) -> ThreadedHyperVolume:
+        """`lock` is released when the volume has been closed."""
         pool = ThreadPoolExecutor(THREADS, "hyper")
         try:
-            volume = await _in(pool, lambda: HyperVolume.open(address, name.encode()))
+            volume = await _in(pool, lambda: HyperVolume.open(address, name.encode(), dial=_dial(lock)))
         except BaseException:
             pool.shutdown(wait=False)
             raise
-        return cls(volume, name, pool, release)
+        return cls(volume, name, pool, lock)
 
     @property
     def size(self) -> int:
@@ -87,14 +88,17 @@ class ThreadedHyperVolume:
 
     async def move(self, address: Address) -> None:
         """What is under way ends at the old gateway."""
-        fresh = await self._run(lambda: HyperVolume.open(address, self._name.encode(), patience_s=0))
+        fresh = await self._run(
+            lambda: HyperVolume.open(address, self._name.encode(), patience_s=0, dial=_dial(self._lock))
+        )
         old, self._volume = self._volume, fresh
         await self._run(old.close)
 
     async def close(self) -> None:
         try:
             await self._run(self._volume.close)
-            await self._run(self._release)
+            if self._lock is not None:
+                await self._run(self._lock.release)
         finally:
             self._pool.shutdown(wait=False)
 
@@ -103,6 +107,10 @@ class ThreadedHyperVolume:
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await _in(self._pool, call)
+
+
+def _dial(lock: VolumeLock | None) -> Dial | None:
+    return lock.dial if lock is not None else None
 
 
 async def _in(pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:

@@ -158,3 +158,32 @@ def test_without_enforced_locks_nobody_is_kept_out(new_cluster: Callable[..., Cl
             await volume.close()
 
     play(body)
+
+
+def test_an_nbd_server_whose_gateway_restarts_has_the_lock_again_or_nothing(cluster: Cluster) -> None:
+    exports = Exports(Parameters(address=("127.0.0.1", cluster.port(0)), volumes=["v"]))
+    mine = exports.open("v", read_only=False)
+    mine.volume.write(0, b"1" * BLOCK)
+    restart(cluster)
+    mine.volume.write(0, b"2" * BLOCK)  # a request brings it to the gateway again
+    assert owners(cluster) == [0]
+    restart(cluster)
+    other = Exports(Parameters(address=("127.0.0.1", cluster.port(1))))
+    theirs = other.open("v", read_only=False)  # nobody has asked since, so nobody has the lock
+    theirs.volume.write(0, b"3" * BLOCK)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"somebody else has locked it|no gateway"):
+            mine.volume.write(0, b"4" * BLOCK)
+    with pytest.raises(OSError, match="Input/output error"):
+        mine.volume.flush()
+    assert bytes(theirs.volume.read(0, BLOCK)) == b"3" * BLOCK
+    other.close(theirs)
+    with pytest.raises(OSError, match=r"Input/output error|somebody else"):
+        exports.close(mine)  # not even now: what it knows of the volume is old
+
+
+def restart(cluster: Cluster) -> None:
+    cluster.kill(0)
+    cluster.wait_members(2)
+    cluster.start(0)
+    cluster.wait_members(3)

@@ -22,8 +22,10 @@ from tests.support.fake_sheep import Answer, FakeSheep
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.core.errors import Result, UsageError
 from sheepdog.cluster.core.ids import ObjectId, is_data
+from sheepdog.cluster.core.vdi import LockState
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.cluster.wire.structures import VdiState, pack_vdi_state
 from sheepdog.frontends.nbd import exports as exports_module
 from sheepdog.frontends.nbd.endpoints import Endpoint, Tls, endpoint_of
 from sheepdog.frontends.nbd.exports import Export, Exports, Refused, readings
@@ -36,13 +38,14 @@ PLUGIN = Path(exports_module.__file__).with_name("plugin.py")
 
 
 class Locks:
-    """LOCK_VDI and RELEASE_VDI of a cluster that enforces locks."""
+    """LOCK_VDI, RELEASE_VDI and GET_VDI_COPIES of a cluster that enforces locks."""
 
     def __init__(self, sheep: FakeSheep) -> None:
         self.held: set[int] = set()
         self._sheep = sheep
         sheep.handlers[Opcode.LOCK_VDI] = self._lock
         sheep.handlers[Opcode.RELEASE_VDI] = self._release
+        sheep.handlers[Opcode.GET_VDI_COPIES] = self._states
 
     def _lock(self, header: bytes, payload: bytes) -> Answer:
         request = wire.VDI_REQUEST.unpack(header)
@@ -58,6 +61,11 @@ class Locks:
         request = wire.VDI_REQUEST.unpack(header)
         self.held.discard(request.base_vdi_id)
         return self._sheep._vdi_answer(request, 0)
+
+    def _states(self, header: bytes, payload: bytes) -> Answer:
+        owner = self._sheep.members[0].id
+        states = [VdiState(vid, 1, 0, 0, 0, SHIFT, 0, LockState.LOCKED, owner, ()) for vid in sorted(self.held)]
+        return self._sheep._answer(wire.REQUEST.unpack(header), 0, b"".join(map(pack_vdi_state, states)))
 
 
 @pytest.fixture
