@@ -15,6 +15,11 @@ from tests.support.processes import run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRANSACTIONS = 150
+PARTS = 16  # of the program that is built
+MAKEFILE = """\
+program: $(patsubst %.c,%.o,$(wildcard *.c))
+\t$(CC) -o $@ $^
+"""
 
 CHECKS = {
     "ext4": (["mkfs.ext4", "-q"], [["e2fsck", "-fn"]]),
@@ -59,13 +64,34 @@ def database_is_whole(file: Path) -> None:
     base.close()
 
 
+def unpack_and_build(place: Path) -> None:
+    """This repository's files out of an archive, and a program of many parts."""
+    place.mkdir()
+    run(["git", "-C", REPOSITORY, "archive", "--prefix=files/", "-o", place / "archive.tar", "HEAD"])
+    run(["tar", "-xf", "archive.tar"], cwd=place)
+    calls = " + ".join(f"part{number}()" for number in range(PARTS))
+    declarations = " ".join(f"int part{number}(void);" for number in range(PARTS))
+    for number in range(PARTS):
+        (place / f"part{number}.c").write_text(f"int part{number}(void) {{ return {number}; }}\n")
+    (place / "main.c").write_text(
+        f'#include <stdio.h>\n{declarations}\nint main(void) {{ printf("%d\\n", {calls}); return 0; }}\n'
+    )
+    (place / "Makefile").write_text(MAKEFILE)
+    run(["make", "-s", "-j2"], cwd=place)
+
+
+def unpacked_and_built(place: Path) -> None:
+    run(["tar", "-df", "archive.tar"], cwd=place)  # compares
+    assert run([place / "program"]).stdout == b"%d\n" % sum(range(PARTS))
+
+
 @pytest.mark.parametrize("kind", list(CHECKS))
 def test_work_on_a_filesystem_while_nodes_die(
     kind: str, cluster3: Cluster, mount_sheepfs: Callable[..., SheepFs], mount_loop: Callable[..., LoopMount]
 ) -> None:
     needs.loop_devices()
     make, checks = CHECKS[kind]
-    needs.program(make[0], checks[0][0], "git")
+    needs.program(make[0], checks[0][0], "git", "tar", "make", "cc")
     cluster3.dog("vdi", "create", "disk", "1G")
     sheepfs = mount_sheepfs(cluster3)
     volume = sheepfs.volume("disk")
@@ -77,6 +103,7 @@ def test_work_on_a_filesystem_while_nodes_die(
         cluster3.kill(victim)
         run(["git", "clone", "-q", "--no-hardlinks", REPOSITORY, clone])
         run(["git", "-C", clone, "fsck", "--strict", "--no-progress"])
+        unpack_and_build(loop.place / f"build{turn}")
         cluster3.start(victim)
         cluster3.wait_members(3)
         cluster3.wait_recovered()
@@ -89,6 +116,7 @@ def test_work_on_a_filesystem_while_nodes_die(
     database_is_whole(again.place / "database")
     for turn in range(2):
         run(["git", "-C", again.place / f"clone{turn}", "fsck", "--strict", "--no-progress"])
+        unpacked_and_built(again.place / f"build{turn}")
     if kind == "btrfs":
         assert b"no errors found" in run(["btrfs", "scrub", "start", "-B", again.place]).stdout
     again.unmount()
