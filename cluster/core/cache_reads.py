@@ -12,6 +12,7 @@ from sheepdog.cluster.core.extents import CachedObject, Fill, IoDone, covered, r
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.limits import (
     BLOCK_SIZE,
+    CACHE_FILL_BATCH,
     CACHE_FILL_DELAY_BYTES,
     CACHE_FILL_DELAY_NS,
     CACHE_READ_AHEAD_MAX_BYTES,
@@ -21,10 +22,17 @@ from sheepdog.cluster.core.messages import Buffer
 
 
 class CacheReads:
-    """Of one cache."""
+    """Of one cache.
+
+    What random reads have brought waits in `_late`, since answers leave at the end of a turn: a few are kept together
+    when a further miss has been sent on, so that this gateway works while the other node does, or else a little later.
+    """
 
     def __init__(self, context: Context, gateway: Gateway, entries: CacheEntries) -> None:
         self.hits = self.misses = 0
+        self._late: list[tuple[CachedObject, Fill, int, bytes]] = []
+        self._soon = False  # the next turn keeps them
+        self._timer_set = False
         self._context = context
         self._gateway = gateway
         self._entries = entries
@@ -68,6 +76,9 @@ class CacheReads:
 
     def _miss(self, entry: CachedObject, offset: int, length: int, done: IoDone) -> None:
         self.misses += 1
+        if len(self._late) >= CACHE_FILL_BATCH and not self._soon:
+            self._soon = True
+            self._context.clock.after(0, self._keep_late)
         sequential = offset == entry.read_end
         entry.read_end = offset + length
         fill = self._begin_fill(entry, covered(offset, length))
@@ -81,13 +92,26 @@ class CacheReads:
             done(result, data)
             entry.known = True
             if kept and not sequential and len(kept) <= CACHE_FILL_DELAY_BYTES:
-                self._context.clock.after(CACHE_FILL_DELAY_NS, partial(self._end_fill, entry, fill, offset, kept))
+                self._late.append((entry, fill, offset, kept))
+                if not self._timer_set:
+                    self._timer_set = True
+                    self._context.clock.after(CACHE_FILL_DELAY_NS, self._delay_ended)
                 return
             self._end_fill(entry, fill, offset, kept)
             if sequential:
                 self._read_ahead(entry, offset + length)
 
         self._gateway.read(entry.oid, offset, length, found)
+
+    def _delay_ended(self) -> None:
+        self._timer_set = False
+        self._keep_late()
+
+    def _keep_late(self) -> None:
+        self._soon = False
+        late, self._late = self._late, []
+        for entry, fill, offset, data in late:
+            self._end_fill(entry, fill, offset, data)
 
     def _read_ahead(self, entry: CachedObject, offset: int) -> None:
         """A reader goes on where it ended: the next window is on its way before it asks."""

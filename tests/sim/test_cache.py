@@ -321,3 +321,30 @@ def test_a_small_read_fetches_little_and_a_sequential_reader_more() -> None:
         world.read(0, block)
         world.world.run_for(5 * MILLISECOND)
     assert world.cache().reads.misses <= misses + 1
+
+
+def test_what_random_reads_brought_is_kept_with_a_further_one_or_a_little_later() -> None:
+    world = Owner(3)
+    world.become_owner()
+    world.read(0, 5)
+    entry = world.cache().volumes.by_vid[world.volume.vid].objects[data_oid(world.volume.vid, 0)]
+
+    def kept(block: int) -> bool:
+        return bool(entry.present >> block & 1)
+
+    world.world.run_for(20 * MILLISECOND)
+    first = [100, 50, 150, 20]
+    for block in first:
+        world.read(0, block)
+    world.world.run_for(MILLISECOND)
+    assert len(entry.fills) == len(first)  # to keep one would have delayed the answers of its turn
+    world.read(0, 200)
+    world.world.run_for(MILLISECOND)
+    assert not entry.fills
+    world.world.run_for(20 * MILLISECOND)
+    assert all(map(kept, (*first, 200)))
+    world.read(0, 75)
+    world.world.run_for(MILLISECOND)
+    assert entry.fills and not kept(75)
+    world.world.run_for(20 * MILLISECOND)
+    assert kept(75) and not entry.fills
