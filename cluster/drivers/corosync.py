@@ -3,8 +3,8 @@
 One process group (GROUP, by default `sheepdog`) on the local daemon; corosync_order makes one order of events out of
 what the daemon tells. A lease is a message that came back: a node that is cut off cannot send, since it has no token.
 
-The daemon's death is this member's end (Lost); a new attachment is tried when it is back. Calls into libcpg return
-at once while the daemon lives; those that wait for its answer are made in threads, lest a stopped one stops us.
+The daemon's death is this member's end (Lost); a new attachment is tried when it is back. What waits for the daemon's
+answer goes through corosync_calls, lest a stopped one stops us.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer
 from sheepdog.cluster.drivers import cpg
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
+from sheepdog.cluster.drivers.corosync_calls import answer, own_address, patiently
 from sheepdog.cluster.drivers.corosync_messages import HEADER_BYTES
 from sheepdog.cluster.drivers.corosync_order import Order
 
@@ -31,14 +30,31 @@ DEFAULT_GROUP = "sheepdog"
 MAX_GROUP_BYTES = 127  # cpg.h
 DETECTION_NS = 10_000_000_000  # of a node: (token + 650 ms x (nodes - 2)) x 2.2, 3.5 s for three; of a process 20 ms
 LEASE_NS = 1_000_000_000  # others wait so long after losing a node; coming back takes a message a millisecond
-CONNECT_PATIENCE_S = 10.0  # a daemon that is just starting answers "try again"
-CONNECT_RETRY_S = 0.1
 RETRY_S = 0.01  # when the daemon's queue is full: it empties within a token's round
 TICK_S = 0.1  # between looks at messages that are not acknowledged
 STOP_PATIENCE_S = 5.0  # for a daemon that does not answer at the end
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
+
+
+class _Verdict(NamedTuple):
+    """What the daemon says of a ring."""
+
+    quorate: bool
+    sequence: int
+    nodes: tuple[int, ...]
+
+
+class _Connected(NamedTuple):
+    """The connections to the daemon, and the number of its node."""
+
+    group: cpg.Group
+    quorum: cpg.Quorum
+    node: int
+
+    def close(self) -> None:
+        self.group.close()
+        self.quorum.close()
 
 
 class CorosyncDriver:
@@ -58,6 +74,8 @@ class CorosyncDriver:
         self._group: cpg.Group | None = None
         self._quorum: cpg.Quorum | None = None
         self._readers: list[int] = []
+        self._verdicts: deque[_Verdict] = deque()  # not told to the order yet
+        self._judging: asyncio.Task[None] | None = None
         self._order: Order | None = None
         self._queue: deque[bytes] = deque()  # what the daemon has not taken yet
         self._queued_bytes = 0
@@ -70,11 +88,7 @@ class CorosyncDriver:
     def local_address(self) -> str | None:
         """The address of this node's first ring. UsageError while corosync does not run."""
         try:
-            group = cpg.Group()
-            try:
-                return cpg.node_address(group.local_node())
-            finally:
-                group.close()
+            return own_address()
         except cpg.CorosyncError as error:
             raise UsageError(f"corosync driver: {error}") from error
 
@@ -86,11 +100,12 @@ class CorosyncDriver:
         self._loop = asyncio.get_running_loop()
         self._on_event = on_event
         try:
-            group, quorum = await _repeated(self._connect)
-        except (TimeoutError, cpg.CorosyncError) as error:
-            raise UsageError(f"corosync driver: {str(error) or 'the daemon does not answer'}") from error
+            connected = await answer(lambda: patiently(_connect), discard=_Connected.close)
+        except cpg.CorosyncError as error:
+            raise UsageError(f"corosync driver: {error}") from error
+        group, quorum, node = connected
         incarnation = time.time_ns() // 1000  # of one process: it cannot attach twice in a microsecond
-        process = cpg.Process(self._node, os.getpid())
+        process = cpg.Process(node, os.getpid())
         order = Order(replace(me, incarnation=incarnation), process, LEASE_NS, self._send, self._emit, _boot_time_ns)
         self._group, self._quorum, self._order = group, quorum, order
         group.on_message, group.on_change, group.on_ring = order.on_message, order.on_change, order.on_ring
@@ -100,34 +115,47 @@ class CorosyncDriver:
                 descriptor = handle.fileno()
                 self._loop.add_reader(descriptor, self._readable, handle)
                 self._readers.append(descriptor)
-            await _repeated(lambda: group.join(self._group_name))
-        except (TimeoutError, cpg.CorosyncError) as error:
+            await answer(lambda: patiently(lambda: group.join(self._group_name)))
+        except cpg.CorosyncError as error:
             await self.close()
-            raise UsageError(f"corosync driver: {str(error) or 'the daemon does not answer'}") from error
+            raise UsageError(f"corosync driver: {error}") from error
         self._readable(quorum)
 
-    def _connect(self) -> tuple[cpg.Group, cpg.Quorum]:
-        """In a thread of its own."""
-        group = cpg.Group()
-        try:
-            self._node = group.local_node()
-            quorum = cpg.Quorum()
-        except BaseException:
-            group.close()
-            raise
-        return group, quorum
-
     def _on_quorum(self, quorate: bool, sequence: int, nodes: tuple[int, ...]) -> None:
-        order = self._there
-        if quorate:  # how this ring got its verdict tells about rings that are over before they have one
+        self._verdicts.append(_Verdict(quorate, sequence, nodes))
+        if self._judging is None:
+            self._judging = self._loop.create_task(self._judge())
+
+    async def _judge(self) -> None:
+        """Tells the order all verdicts, each after the votes that it rests on are known.
+
+        Until then its ring goes on with nothing: two nodes that are both quorate alone must know it.
+        """
+        try:
+            while self._verdicts and not self._over:
+                verdict = self._verdicts.popleft()
+                if verdict.quorate:
+                    await self._learn_votes(verdict.nodes)
+                self._there.on_quorum(verdict.quorate, verdict.sequence)
+                self._advance()
+        finally:
+            self._judging = None
+
+    async def _learn_votes(self, nodes: tuple[int, ...]) -> None:
+        """They also tell about rings that are over before there is a verdict."""
+        quorum = self._there.quorum
+        while True:
             try:
-                votes = cpg.votes(nodes)
-            except cpg.CorosyncError:
-                order.quorum.needed = 0
-            else:
-                order.quorum.needed, order.quorum.tie_breaker = votes.quorum, votes.two_node
-                order.quorum.votes.update(votes.of_nodes)
-        order.on_quorum(quorate, sequence)
+                votes = await answer(lambda: patiently(lambda: cpg.votes(nodes)), None)  # a dead daemon is an answer
+            except cpg.CorosyncError as error:
+                if error.code in (cpg.Code.TIMEOUT, cpg.Code.TRY_AGAIN):
+                    await asyncio.sleep(TICK_S)
+                    continue
+                quorum.needed = 0  # something else than votes decides
+                return
+            quorum.needed, quorum.tie_breaker = votes.quorum, votes.two_node
+            quorum.votes.update(votes.of_nodes)
+            return
 
     @property
     def _there(self) -> Order:
@@ -145,7 +173,12 @@ class CorosyncDriver:
             self._stop_reading()
             self._there.lose(f"corosync driver: the daemon is gone: {error}")
             return
+        self._advance()
+
+    def _advance(self) -> None:
         order = self._there
+        if self._over:
+            return
         order.advance()
         if order.waiting and self._ticking is None and not self._over:
             self._ticking = self._loop.call_later(TICK_S, self._tick)
@@ -225,9 +258,9 @@ class CorosyncDriver:
             async with asyncio.timeout(STOP_PATIENCE_S):
                 await self._flushed.wait()
                 self._end()
-                await _in_thread(lambda: group.leave(self._group_name), STOP_PATIENCE_S)
+                await answer(lambda: group.leave(self._group_name), STOP_PATIENCE_S)
         except (TimeoutError, cpg.CorosyncError) as error:
-            _logger.warning("corosync driver: left without telling: %s", str(error) or "the daemon does not answer")
+            _logger.warning("corosync driver: left without telling: %s", str(error) or "the daemon takes nothing")
         self._end()
 
     async def close(self) -> None:
@@ -235,8 +268,8 @@ class CorosyncDriver:
         handles = [handle for handle in (self._group, self._quorum) if handle is not None]
         self._group = self._quorum = None
         for handle in handles:
-            with contextlib.suppress(TimeoutError, cpg.CorosyncError):
-                await _in_thread(handle.close, STOP_PATIENCE_S)
+            with contextlib.suppress(cpg.CorosyncError):
+                await answer(handle.close, STOP_PATIENCE_S)
 
     def _stop_reading(self) -> None:
         for descriptor in self._readers:
@@ -249,6 +282,8 @@ class CorosyncDriver:
             return
         self._over = True
         self._stop_reading()
+        if self._judging is not None:
+            self._judging.cancel()
         for timer in (self._sending, self._late, self._ticking):
             if timer is not None:
                 timer.cancel()
@@ -260,39 +295,10 @@ def _boot_time_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-async def _repeated(call: Callable[[], _T]) -> _T:
-    """Repeats what a busy daemon refuses, and waits for one that does not answer, within CONNECT_PATIENCE_S."""
-    async with asyncio.timeout(CONNECT_PATIENCE_S):
-        while True:
-            try:
-                return await _in_thread(call, CONNECT_PATIENCE_S)
-            except cpg.CorosyncError as error:
-                if error.code != cpg.Code.TRY_AGAIN:
-                    raise
-            await asyncio.sleep(CONNECT_RETRY_S)
-
-
-async def _in_thread(call: Callable[[], _T], seconds: float) -> _T:
-    """Its result; TimeoutError. A thread that never ends does not keep the process alive, as an executor's would."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def finish(result: _T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, problem = None, None
-        try:
-            result = call()
-        except Exception as error:
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, problem)
-
-    threading.Thread(target=run, daemon=True, name="corosync").start()
-    return await asyncio.wait_for(future, seconds)
+def _connect() -> _Connected:
+    group = cpg.Group()
+    try:
+        return _Connected(group, cpg.Quorum(), group.local_node())
+    except BaseException:
+        group.close()
+        raise

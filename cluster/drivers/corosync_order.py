@@ -15,7 +15,8 @@ and each side of a broken network gets a valid stream of its own. So:
 
 CPG knows processes only by numbers. A process that wants to be a member announces itself (JOIN) and is *pending*
 until the oldest established member has sent the roster as of that JOIN (ROSTER). When nobody is established, the
-pending ones found the roster, in the order in which they announced themselves since the group last changed.
+pending ones found the roster, in the order in which they announced themselves since the group last changed. A member
+that is asked may be stopped: who gets no answer announces itself again and asks the next older one, turn by turn.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from sheepdog.cluster.drivers.corosync_messages import (
 from sheepdog.cluster.drivers.corosync_quorum import Quorum, Ring, Verdict
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
+ANSWER_NS = 2_000_000_000  # a member answers in milliseconds; twice ROUNDS_NS if the node of another one is silent
+MAX_PATIENCE = 5  # times ANSWER_NS: an answer to an earlier turn does not count, so a slow group is asked less often
 ROUNDS_NS = 200_000_000  # the token goes round a hundred times meanwhile; each time a daemon may ask for what it lacks
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
 
@@ -98,6 +101,8 @@ class Order:
         self._present: tuple[Process, ...] = ()
         self._announced: dict[Process, Seat] = {}  # since the group last changed; of those that are pending
         self._attempt = 0
+        self._turn = 0  # how many members did not answer
+        self._asked_ns: int | None = None  # when an answer was asked for last
         # the order
         self._roster: dict[Process, Seat] = {}
         self._sequence = 0
@@ -163,12 +168,14 @@ class Order:
 
     @property
     def waiting(self) -> bool:
-        """Something is in the queue: `tick` is wanted."""
-        return bool(self._queue)
+        """Something is in the queue, or an answer is asked for: `tick` is wanted."""
+        return bool(self._queue) or (self._asked_ns is not None and not self.established)
 
     def tick(self) -> None:
-        """Asks whether the ring still lives when a message has waited for too long."""
-        if self._queue and self._may_deliver():
+        """Asks whether the ring still lives when a message has waited for too long; asks the next one to answer."""
+        if not self.established:
+            self._ask_the_next()
+        elif self._queue and self._may_deliver():
             due_ns = self._queue[0][1] + ROUNDS_NS
             if self._now_ns() >= due_ns and not any(sent_ns >= due_ns for sent_ns in self._beats.values()):
                 self.beat()
@@ -272,10 +279,19 @@ class Order:
         elif proven:
             self._enqueue(Gone(tuple(proven), proven=True))
 
+    def _ask_the_next(self) -> None:
+        if self._asked_ns is None or self.lost:
+            return
+        if self._now_ns() >= self._asked_ns + ANSWER_NS * min(self._turn + 1, MAX_PATIENCE):
+            self._turn += 1
+            self.suspend("no member has answered yet; asking on")
+            self._announce()
+
     def _announce(self) -> None:
         """Asks to become a member, where the ring is quorate; again after every change, which may have taken the
         one that would have answered."""
         self._attempt += 1  # an answer to an earlier one does not count any more
+        self._asked_ns = None
         if self._process not in self._present or self.lost:
             return
         verdict = self.quorum.of(self._ring, broken=False)
@@ -283,9 +299,12 @@ class Order:
             if verdict is Verdict.NO:
                 self.suspend("no quorum yet")
             return
-        self.resume()
+        if not self._turn:  # else it is still told why it waits
+            self.resume()
+        self._asked_ns = self._now_ns()
         values = {
             **seat_values(Seat(self.me, self._lease_ns, False)),
+            "turn": self._turn,
             "ring": self._ring.sequence,
             "present": sorted(self._present),
         }
@@ -369,6 +388,7 @@ class Order:
             seat.established = True
             self._take_seat(process, seat)
         self._announced.clear()
+        self.resume()
 
     def _adopt(self, values: dict[str, Any]) -> None:
         """The roster as of our JOIN; what came after it follows from the queue."""
@@ -379,6 +399,7 @@ class Order:
         self._roster[self._process].established = True
         self._announced.clear()
         self._emit_event(View(self._sequence, self._peers(), (self.me,), ()))
+        self.resume()
 
     def _peers(self) -> tuple[Peer, ...]:
         return tuple(seat.peer for seat in self._roster.values())
@@ -457,8 +478,8 @@ class Order:
             self._remove(Gone((process,), proven=True))
         if process not in self._roster:
             self._take_seat(process, seat)
-        able = (which for which, other in self._roster.items() if other.established and which != process)
-        if next(able, None) == self._process:
+        able = [which for which, other in self._roster.items() if other.established and which != process]
+        if able and able[values.get("turn", 0) % len(able)] == self._process:
             rows = [{"process": which, **seat_values(other)} for which, other in self._roster.items()]
             roster = {"for": process, "sequence": self._sequence, "origin": self.origin, "members": rows}
             self._order(Kind.ROSTER, encode(roster, attempt))

@@ -1,7 +1,8 @@
 """libcpg, libquorum and libcfg of corosync by ctypes: closed process groups, quorum, and a node's addresses.
 
-Layouts and numbers are those of corosync 3's headers (cpg.h, quorum.h, cfg.h, corotypes.h). Everything is called on
-the loop's thread; callbacks come from within `dispatch`. No call blocks for longer than the local daemon takes.
+Layouts and numbers are those of corosync 3's headers (cpg.h, quorum.h, cfg.h, corotypes.h). Callbacks come from
+within `dispatch`, which is called on the loop's thread, as `send` and `fileno` are: they do not wait for the daemon.
+All others do, for as long as it is stopped: corosync_calls sets a limit.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Code(IntEnum):
 
     OK = 1
     LIBRARY = 2
+    TIMEOUT = 5
     TRY_AGAIN = 6
     ACCESS = 11
 
@@ -57,7 +59,8 @@ class Code(IntEnum):
     def text(cls, code: int) -> str:
         texts: dict[int, str] = {
             cls.LIBRARY: "corosync does not run here",
-            cls.TRY_AGAIN: "corosync is busy",
+            cls.TIMEOUT: "corosync runs and does not answer",
+            cls.TRY_AGAIN: "corosync is starting, or too busy to answer",
             cls.ACCESS: "corosync does not let this user in (see uidgid in corosync.conf(5))",
         }
         return texts.get(code, f"corosync answers with error {code}")
@@ -154,17 +157,6 @@ def missing() -> str | None:
         except OSError:
             return file
     return None
-
-
-def running() -> bool:
-    """Whether a corosync daemon lets this process in."""
-    if missing() is not None:
-        return False
-    try:
-        Group().close()
-    except CorosyncError:
-        return False
-    return True
 
 
 def _checked(code: int) -> None:

@@ -48,12 +48,17 @@ def available() -> tuple[str, ...]:
 
 
 def default() -> str:
-    """Without -c: corosync where its daemon lets us in, else local (cli.md 1.4)."""
-    if "corosync" in available():
-        from sheepdog.cluster.drivers import cpg
+    """Without -c: corosync where its daemon lets us in, else local (cli.md 1.4).
 
-        if cpg.running():
-            return "corosync"
+    UsageError for a daemon that is there and does not say: this host may belong to a cluster, so it is not guessed.
+    """
+    if "corosync" in available():
+        from sheepdog.cluster.drivers import corosync_calls, cpg
+
+        try:
+            return "corosync" if corosync_calls.running() else "local"
+        except cpg.CorosyncError as error:
+            raise UsageError(f"corosync driver: {error}; with -c local it is not asked") from error
     return "local"
 
 

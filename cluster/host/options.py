@@ -166,7 +166,7 @@ def parse(
     try:
         for letter, argument in gnu_options.read(program, arguments, _SHORT, _LONG, operands):
             if letter == "h":
-                return usage.help_text(default_driver())
+                return usage.help_text(_shown(default_driver))
             if letter == "v":
                 return usage.version_text(drivers)
             if letter == "c":
@@ -233,6 +233,14 @@ def _bind_address(options: Options, text: str) -> Options:
     if not _is_address(text):
         raise UsageError(f"Bad address '{text}'")
     return replace(options, bind_address=text)
+
+
+def _shown(default_driver: Callable[[], str]) -> str:
+    """The default driver's name; help is given also while nobody can tell it."""
+    try:
+        return default_driver()
+    except UsageError:
+        return "not known now"
 
 
 def _driver(text: str, drivers: Sequence[str], absent: Mapping[str, str]) -> str:

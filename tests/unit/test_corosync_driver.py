@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.corosync_order import ROUNDS_NS, Order
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
@@ -35,6 +35,7 @@ class Attachment:
         self.world = world
         self.process = Process(node, 100 + world.incarnations)
         self.alive = True
+        self.stopped = False  # SIGSTOP: its daemon goes on
         self.stream: deque[Item] = deque()  # from the daemon, not handled yet
         self.verdicts: deque[Item] = deque()  # the other way
         self.events: list[tuple[int, Event]] = []  # with times
@@ -185,7 +186,7 @@ class World:
     def send(self, node: int) -> bool:
         """The daemon takes one message over and puts it into the order of its ring; it has it at once itself."""
         attachment = self.attached(node)
-        if attachment is None or not attachment.outgoing:
+        if attachment is None or attachment.stopped or not attachment.outgoing:
             return False
         while self.receive(node):  # who sends has the token, and with it all messages
             pass
@@ -195,7 +196,7 @@ class World:
 
     def handle(self, node: int, verdicts: bool) -> bool:
         attachment = self.attached(node)
-        if attachment is None or attachment.order.lost:
+        if attachment is None or attachment.stopped or attachment.order.lost:
             return False
         source = attachment.verdicts if verdicts else attachment.stream
         if not source:
@@ -220,10 +221,14 @@ class World:
                 self.receive(node)
         node = random.randint(1, NODES)
         action = random.choices(
-            ("send", "receive", "handle", "verdict", "broadcast", "beat", "tick", "reform", "process"),
-            (60, 60, 60, 8, 8, 4, 4, 1, 1),
+            ("send", "receive", "handle", "verdict", "broadcast", "beat", "tick", "reform", "process", "stop"),
+            (60, 60, 60, 8, 8, 4, 4, 1, 1, 0.3),
         )[0]
         attachment = self.attached(node)
+        if attachment is not None and (action == "stop" or random.random() < 0.05):
+            attachment.stopped = action == "stop"
+        elif attachment is not None and attachment.stopped and action in ("broadcast", "beat", "tick"):
+            return
         if action == "send":
             self.send(node)
         elif action == "receive":
@@ -234,8 +239,8 @@ class World:
             self.broadcast(node)
         elif action == "beat" and attachment is not None and not attachment.order.lost:
             attachment.order.beat()
-        elif action == "tick" and attachment is not None and not attachment.order.lost:
-            attachment.order.tick()
+        elif action == "tick":
+            self.tick(node)
         elif action == "reform":
             self.reform(*random.choice(PARTITIONS))
             for one in range(1, NODES + 1):
@@ -257,9 +262,31 @@ class World:
                 moved |= self.handle(node, verdicts)
         return moved
 
+    def there(self, node: int) -> Attachment:
+        attachment = self.attached(node)
+        assert attachment is not None
+        return attachment
+
+    def run(self, nodes: tuple[int, ...]) -> None:
+        """As `settle`, but who is stopped stays so, and nobody attaches."""
+        for _ in range(50):
+            while self.move(nodes):
+                self.now_ns += MILLISECOND
+            self.now_ns += ROUNDS_NS
+            for node in nodes:
+                self.tick(node)
+
+    def tick(self, node: int) -> None:
+        attachment = self.attached(node)
+        if attachment is not None and not attachment.stopped and not attachment.order.lost:
+            attachment.order.tick()
+
     def settle(self) -> None:
         """Everything works again: all that is on its way arrives, lost processes attach again."""
         whole = tuple(range(1, NODES + 1))
+        for attachment in self.at:
+            if attachment is not None:
+                attachment.stopped = False
         self.reform(whole)
         for node in whole:
             self.announce_verdict(node)
@@ -274,9 +301,7 @@ class World:
                 self.now_ns += MILLISECOND
             self.now_ns += ROUNDS_NS
             for node in whole:
-                attachment = self.attached(node)
-                if attachment is not None and not attachment.order.lost:
-                    attachment.order.tick()
+                self.tick(node)
 
 
 PARTITIONS = [((1, 2, 3),), ((1,), (2, 3)), ((1, 2), (3,)), ((1, 3), (2,)), ((1,), (2,), (3,))]
@@ -381,9 +406,49 @@ def test_the_same_ring_is_told_twice_to_one_that_joins() -> None:
     assert len(newcomer.members()) == 2
 
 
+@pytest.mark.parametrize("stopped", [(1,), (1, 2)])
+def test_a_newcomer_is_let_in_while_the_oldest_member_is_stopped(stopped: tuple[int, ...]) -> None:
+    """Who is asked and does not answer is passed over; its late answer changes nothing."""
+    world = World(Random(1))
+    everybody = tuple(range(1, NODES + 1))
+    world.reform(everybody)
+    for node in (1, 2):
+        world.start(node)
+        world.run(everybody)
+    for node in stopped:
+        world.there(node).stopped = True
+    world.start(3)
+    world.run(everybody)
+    assert world.there(3).order.established == (2 not in stopped)
+    world.there(2).stopped = False
+    world.run(everybody)
+    assert world.there(3).order.established
+    assert world.there(3).members() == world.there(2).members()
+    check(world)
+    world.settle()
+    check(world)
+    assert len({tuple(world.there(node).members()) for node in everybody}) == 1
+    assert not any(attachment.lost for attachment in world.all)
+
+
+def test_a_newcomer_tells_what_it_waits_for() -> None:
+    world = World(Random(1))
+    world.reform((1, 2, 3))
+    world.start(1)
+    world.run((1, 2, 3))
+    world.there(1).stopped = True
+    world.start(2)
+    world.run((1, 2, 3))
+    reasons = [event.reason for _, event in world.there(2).events if isinstance(event, Suspended)]
+    assert reasons == ["no member has answered yet; asking on"]
+    world.settle()
+    assert isinstance(world.there(2).events[-1][1], Resumed) or world.there(2).members() == world.there(1).members()
+    assert any(isinstance(event, Resumed) for _, event in world.there(2).events)
+
+
 def test_the_simulation_is_rough_enough() -> None:
     """Everything that the machine is made for happens in a few hundred runs."""
-    seen = dict.fromkeys(("lost", "suspended", "unproven", "messages", "later orders"), 0)
+    seen = dict.fromkeys(("lost", "suspended", "unproven", "messages", "later orders", "asked again"), 0)
     for seed in range(60):
         world = play(Random(seed), 1500)
         events = [event for attachment in world.all for _, event in attachment.events]
@@ -391,6 +456,7 @@ def test_the_simulation_is_rough_enough() -> None:
         seen["suspended"] += any(isinstance(event, Suspended) for event in events)
         seen["unproven"] += any(isinstance(event, View) and event.grace_ns > 0 for event in events)
         seen["messages"] += sum(isinstance(event, Delivery) for event in events) > 10
+        seen["asked again"] += any(attachment.order._turn for attachment in world.all)
         seen["later orders"] += len({attachment.order.origin for attachment in world.all} - {0}) > 1
     assert min(seen.values()) > 15, seen
 
