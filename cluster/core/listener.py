@@ -29,6 +29,9 @@ class Listener(Protocol):
     def expelled(self, member: Member) -> None:
         """A member was struck out that may still run, and answer its clients while its lease lasts."""
 
+    def coordinator_due(self) -> None:
+        """The coordinator has something to do; `ClusterMachine.awaited` tells for how long it has not."""
+
     def suspended(self, suspended: bool, reason: str) -> None: ...
 
     def lost(self, reason: str) -> None: ...

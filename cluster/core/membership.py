@@ -125,6 +125,8 @@ class ClusterMachine:
             self._accepted.pop(key, None)
             self._joins.pop(key, None)
             self._fragments.forget(key)
+        if view.left:
+            self._listener.coordinator_due()
         mine = next((key for key in self._view if key[0] == _id_bytes(self.me)), None)
         if mine is None:
             return
@@ -144,6 +146,18 @@ class ClusterMachine:
 
     def is_coordinator(self) -> bool:
         return self.joined and self.coordinator() == self._my_key
+
+    def awaited(self) -> Member | None:
+        """The coordinator, while it owes an answer to one that wants to join, or the end of one that is gone."""
+        key = self.coordinator()
+        if not self.joined or key == self._my_key or not (self._joins or self.gone()):
+            return None
+        return next((member for member in self.state.members if _member_key(member) == key), None)
+
+    def gone(self) -> list[Member]:
+        """Members that the engine no longer shows."""
+        shown = set(self._view)  # membership tests only
+        return [member for member in self.state.members if _member_key(member) not in shown]
 
     def _now_s(self) -> int:
         return self._clock.wall_ns() // 1_000_000_000
@@ -165,8 +179,7 @@ class ClusterMachine:
         if self._view is self._compared[0] and self.state.members is self._compared[1]:
             return  # both are made anew when they change, and most events change neither
         self._compared = self._view, self.state.members
-        shown = set(self._view)  # membership tests only
-        gone = [member for member in self.state.members if _member_key(member) not in shown]
+        gone = self.gone()
         if any(_member_key(member) not in self._struck for member in gone):
             self._struck.update(_member_key(member) for member in gone)
             nodes = [[node_key(member.id), member.incarnation] for member in gone]
@@ -217,6 +230,7 @@ class ClusterMachine:
                 self._history.append((sequence, sender, command))
             self._applied = sequence
             self._coordinate()
+            self._listener.coordinator_due()
             return
         if kind in ("accept", "reject"):
             # Also of a coordinator that is expelled and does not know it yet: who has not joined cannot tell.

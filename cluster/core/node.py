@@ -18,6 +18,7 @@ from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.dispatch import Dispatch
+from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
@@ -101,7 +102,7 @@ class Node:
         self.part.queries["inodes"] = self._executor.table.inodes_here
         self.part.queries["orphans"] = self._executor.sweep.candidates_here
         self.dispatch = Dispatch(self.context, self.gateway, self.copies, self.part)
-        self.vigil = Vigil(self.context, self.machine.propose, self._may_expel)
+        self.vigil = Vigil(self.context, self.machine.propose, self._may_expel, self.machine.awaited)
         self.scrub = Scrub(self.context, state, self.gateway.repair)
         self._durable = False  # the current epoch's record is on the disk
         self._told = False  # the homes of the current epoch know what is here
@@ -168,11 +169,15 @@ class Node:
     def expelled(self, member: Member) -> None:
         self._grace_until_ns = max(self._grace_until_ns, self.context.clock.now_ns() + LEASE_NS)
 
+    def coordinator_due(self) -> None:
+        self.vigil.look()
+
     def _may_expel(self) -> bool:
-        """Everything is recovered, and every volume has another copy: no object can depend on one member."""
+        """Everything is recovered, and no object can depend on one member more than on those that are gone anyhow."""
         state = self.cluster
-        fewest = min([state.copies, *(vdi.copies for vdi in state.vdis.records() if vdi.copies)])
-        return self.copies.all_done() and fewest > 1
+        kept = [(state.copies, state.policy), *((vdi.copies, vdi.policy) for vdi in state.vdis.records() if vdi.copies)]
+        spare = min(_spare(copies, policy) for copies, policy in kept)
+        return self.copies.all_done() and spare > len(self.machine.gone())
 
     def refused(self, reason: str) -> None:
         self._log(3, f"failed to join Sheepdog: {reason}")
@@ -386,3 +391,9 @@ class Node:
             return False, 0, 0
         recovery = home.recovery
         return not home.active or bool(recovery.unfinished), recovery.finished, recovery.total
+
+
+def _spare(copies: int, policy: int) -> int:
+    """So many copies or strips may be missing."""
+    coding = policy_of(policy)
+    return coding.parity if coding is not None else copies - 1

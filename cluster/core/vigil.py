@@ -3,10 +3,11 @@
 A stopped process, a hung disk or a dead link leaves a member attached to the engine while everybody waits for it.
 While requests to a member stay open this machine asks it for a sign of life; one that stays silent for
 SILENT_TICKS ticks is proposed for expulsion by an ordered command, which every member applies at the same place
-(core.membership). Two that suspect each other: the first command wins, since it ends the epoch that the second names.
+(core.membership). So is the coordinator also without a request, while it owes the others a newcomer or a death. Two
+that suspect each other: the first command wins, since it ends the epoch that the second names.
 
-Not expelled: anybody while the cluster is still recovering, or while some volume has only one copy. The silent
-member may hold what nobody else has; better that requests wait than that they fail.
+Not expelled: anybody while the cluster is still recovering, or while some volume has no more copies than members are
+gone. The silent one may hold what nobody else has; better that requests wait than that they fail.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.ids import NodeId
+from sheepdog.cluster.core.ids import Member, NodeId
 from sheepdog.cluster.core.limits import SILENT_TICKS, VIGIL_TICK_NS
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.state import node_key
@@ -24,22 +25,37 @@ _SIGNS = (Kind.APPLY, Kind.PING)  # what a healthy member answers by itself, wha
 
 
 class Vigil:
-    """Of one node. `may_expel` tells whether the cluster could do without any one member now."""
+    """Of one node. `may_expel` tells whether the cluster could do without any one member now, `awaited` who is to act
+    although nobody has a request open there."""
 
     def __init__(
-        self, context: Context, propose: Callable[[dict[str, Any]], None], may_expel: Callable[[], bool]
+        self,
+        context: Context,
+        propose: Callable[[dict[str, Any]], None],
+        may_expel: Callable[[], bool],
+        awaited: Callable[[], Member | None],
     ) -> None:
         self._context = context
         self._propose = propose
         self._may_expel = may_expel
+        self._awaited = awaited
         self._silent: dict[NodeId, tuple[int, int]] = {}  # id of the oldest open sign, ticks for which it was that one
         self._told: dict[NodeId, None] = {}  # complained about in this epoch
+        self._proposed: dict[NodeId, None] = {}  # for expulsion, in this epoch
         context.peers.on_busy = self._watch
 
     def begin(self) -> None:
         """A new epoch: everybody begins anew."""
         self._silent = {}
         self._told = {}
+        self._proposed = {}
+
+    def look(self) -> None:
+        """Somebody is awaited, or will not be any more before the next tick."""
+        peers = self._context.peers
+        if not peers.watched:
+            peers.watched = True
+            self._watch()
 
     def _watch(self) -> None:
         """A request is open: look after it, tick by tick, until none is."""
@@ -49,6 +65,9 @@ class Vigil:
         context = self._context
         peers = context.peers
         busy = peers.busy()
+        awaited = self._awaited()
+        if awaited is not None and awaited.id not in busy:
+            busy.append(awaited.id)
         if not busy or context.fence <= 0:
             peers.watched = False
             return
@@ -66,17 +85,20 @@ class Vigil:
 
     def _suspect(self, node: NodeId) -> None:
         context = self._context
-        if node in self._told:
+        if node in self._proposed:
             return
-        self._told[node] = None
         member = next((member for member in context.state.members if member.id == node), None)
         if member is None:
             return
         seconds = SILENT_TICKS * VIGIL_TICK_NS // 1_000_000_000
         if not self._may_expel():
+            if node in self._told:
+                return
+            self._told[node] = None
             context.probe("vigil.not_expelled")
             context.log(3, f"{node} has not answered for {seconds} s; it stays, as it may hold what nobody else has")
             return
+        self._proposed[node] = None
         context.probe("vigil.expel")
         context.log(3, f"{node} has not answered for {seconds} s: expelling it")
         self._propose(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,8 +13,10 @@ from pathlib import Path
 import pytest
 from tests.support.corosync import Corosync
 from tests.support.members import Member, Members, agree, wait
+from tests.support.processes import BIN, run
 
 CLEAN_SECONDS = 1.0  # a process's end is seen within milliseconds; this machine may be busy
+END_SECONDS = 60.0
 RING_SECONDS = 30.0  # losing a node takes 2.2 tokens and more under load
 
 
@@ -112,6 +116,62 @@ def test_large_messages(group: Callable[..., Group]) -> None:
     a.tell("send big 20 900000")
     two.wait(lambda: len(a.messages()) == len(b.messages()) == 20)
     assert a.digest("b") == b.digest("b")
+
+
+def test_more_than_the_daemon_takes_at_a_time(group: Callable[..., Group]) -> None:
+    """It refuses for as long as its queue is full (CS_ERR_TRY_AGAIN): everything arrives, once and in order."""
+    one = group(1)
+    a, b, c = one.together("a", "b", "c")
+    for member in (a, b, c):
+        member.tell("send much 400 50000")
+    one.wait(lambda: all(len(member.messages()) == 1200 for member in (a, b, c)))
+    assert len({member.digest("c") for member in (a, b, c)}) == 1
+    for member in (a, b, c):
+        member.tell("refused")
+        own = [text for text in a.messages() if text.startswith(member.name)]
+        assert own == [f"{member.name} much {index}" for index in range(400)]
+    one.wait(lambda: all(member.refused() >= 0 for member in (a, b, c)))
+    assert sum(member.refused() for member in (a, b, c)) > 0
+
+
+def test_a_newcomer_is_let_in_while_the_oldest_member_is_stopped(group: Callable[..., Group]) -> None:
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    c.signal(signal.SIGKILL)
+    three.wait(lambda: b.members() == ["a", "b"])
+    a.signal(signal.SIGSTOP)
+    again = three.start("c", 2)
+    three.wait(lambda: again.members() == b.members() == ["a", "b", "c"])
+    again.tell("send x 3")
+    three.wait(lambda: b.messages() == again.messages() == [f"c x {index}" for index in range(3)])
+    a.signal(signal.SIGCONT)
+    three.wait(lambda: a.messages() == again.messages() and a.members() == ["a", "b", "c"])
+    assert a.others() == b.others() == []
+
+
+def test_the_engine_that_a_sheep_takes_by_itself(group: Callable[..., Group], directory: Path) -> None:
+    """corosync where its daemon runs, local where it does not, neither where it does not say."""
+    one = group(1)
+    (daemon,) = one.corosync.daemons
+    script = "from sheepdog.cluster.drivers import corosync_calls, registry\n"
+    script += "corosync_calls.START_PATIENCE_S = corosync_calls.ANSWER_S = 1.0\nprint(registry.default())"
+    command = [*daemon.enter, sys.executable, "-c", script]
+    assert run(command).stdout == b"corosync\n"
+    daemon.send(signal.SIGSTOP)
+    silent = run(command, check=False)
+    assert silent.returncode == 1
+    assert b"corosync runs and does not answer; with -c local it is not asked" in silent.stderr.splitlines()[-1]
+    daemon.send(signal.SIGCONT)
+    place = directory / "store"
+    sheep = subprocess.Popen([*daemon.enter, str(BIN / "sheep"), "-f", "-y", "127.0.0.1", "-p", "7000", str(place)])
+    try:
+        a = one.start("a")
+        one.wait(lambda: len(a.members()) == 2)
+    finally:
+        sheep.terminate()
+        sheep.wait(END_SECONDS)
+    daemon.stop()
+    assert run(command).stdout == b"local\n"
 
 
 def test_a_node_is_cut_off_and_comes_back(group: Callable[..., Group]) -> None:

@@ -175,3 +175,44 @@ def test_a_client_that_missed_a_snapshot_and_its_deletion_goes_on() -> None:
     cluster.world.run_until(lambda: len(done) == 2, SECOND, "deletion of the snapshot")
     assert done == [Result.SUCCESS, Result.SUCCESS]
     assert write(cluster.machines[1], volume, 1) == Result.READONLY
+
+
+def silenced(cluster: SimCluster) -> tuple[Machine, Machine, Machine]:
+    """The coordinator, which is stopped now, another member, and one that is killed; nobody asks for anything."""
+    coordinator = next(machine for machine in cluster.machines if machine.node.machine.is_coordinator())
+    other, victim = (machine for machine in cluster.machines if machine is not coordinator)
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    coordinator.pause(HEALTH_LIMIT_NS)
+    victim.kill()
+    cluster.world.run_for(SECOND)
+    return coordinator, other, victim
+
+
+def test_a_newcomer_does_not_wait_for_a_stopped_coordinator() -> None:
+    """Nobody has a request open there, and it counts as alive: the others have to look after it all the same."""
+    cluster, _ = fresh(3, 3)
+    coordinator, other, victim = silenced(cluster)
+    victim.start()
+    cluster.world.run_until(lambda: victim.node.machine.joined, 10 * SECOND, "the newcomer joins")
+    settle(cluster, other, victim)
+    cluster.world.run_until(cluster.healthy, 2 * HEALTH_LIMIT_NS, "health when it goes on")
+    assert coordinator.up
+
+
+def test_a_death_does_not_wait_for_a_stopped_coordinator() -> None:
+    cluster, volume = fresh(3, 3)
+    _, other, _ = silenced(cluster)
+    cluster.world.run_until(lambda: len(other.node.cluster.members) == 1, 10 * SECOND, "both are struck out")
+    settle(cluster, other)
+    assert write(other, volume, 1) == Result.SUCCESS
+
+
+def test_a_stopped_coordinator_stays_if_it_may_hold_the_only_copy() -> None:
+    """Of two copies, one is on a node that is gone."""
+    cluster, _ = fresh(3, 2)
+    _, other, victim = silenced(cluster)
+    victim.start()
+    cluster.world.run_for(20 * SECOND)
+    assert not victim.node.machine.joined
+    assert len(other.node.cluster.members) == 3
+    cluster.world.run_until(cluster.healthy, 2 * HEALTH_LIMIT_NS, "health when it goes on")

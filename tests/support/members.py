@@ -17,7 +17,7 @@ from typing import Any
 from tests.support.processes import send_signal, wait_until
 
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
-from sheepdog.cluster.drivers import registry
+from sheepdog.cluster.drivers import cpg, registry
 
 WAIT_SECONDS = 40.0
 
@@ -48,9 +48,8 @@ class Member:
 
     def others(self) -> list[str]:
         """Names of the events about this member's own attachment, leases left out."""
-        return [
-            json.loads(line)[0] for line in self.lines() if not line.startswith(('["view"', '["message"', '["leased"'))
-        ]
+        names = [json.loads(line)[0] for line in self.lines() if not line.startswith(('["view"', '["message"'))]
+        return [name for name in names if name not in ("leased", "refused")]
 
     def tell(self, command: str) -> None:
         assert self.process.stdin is not None
@@ -71,6 +70,10 @@ class Member:
     def leases(self) -> list[float]:
         """How far ahead each lease reached when it was given, in seconds."""
         return [json.loads(line)[1] for line in self.lines() if line.startswith('["leased"')]
+
+    def refused(self) -> int:
+        """How often corosync was too busy for a message, when it was last asked for by `tell("refused")`."""
+        return max([json.loads(line)[1] for line in self.lines() if line.startswith('["refused"')], default=-1)
 
     def signal(self, number: signal.Signals) -> None:
         send_signal(self.process.pid, number)
@@ -143,7 +146,7 @@ def wait(condition: Callable[[], bool], members: Members, seconds: float = WAIT_
 
 
 def _text(peer: Peer) -> list[Any]:
-    return [peer.id.decode(), peer.incarnation, peer.payload.decode()]
+    return [peer.id.decode(errors="replace"), peer.incarnation, peer.payload.decode(errors="replace")]
 
 
 def _show(event: Event) -> None:
@@ -151,7 +154,7 @@ def _show(event: Event) -> None:
     if isinstance(event, View):
         line = ["view", event.sequence, *([_text(peer) for peer in part] for part in event[1:4]), event.grace_ns / 1e9]
     elif isinstance(event, Delivery):
-        line = ["message", event.sequence, _text(event.sender), event.data.decode()]
+        line = ["message", event.sequence, _text(event.sender), event.data.decode().rstrip(), len(event.data)]
     elif isinstance(event, Leased):
         line = ["leased", (event.until_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) / 1e9]
     elif isinstance(event, (Suspended, Lost)):
@@ -161,7 +164,24 @@ def _show(event: Event) -> None:
     print(json.dumps(line), flush=True)
 
 
+def _count_refusals() -> list[int]:
+    """Grows with every message that corosync does not take now."""
+    counted: list[int] = []
+    send = cpg.Group.send
+
+    def counting(self: cpg.Group, data: bytes) -> None:
+        try:
+            send(self, data)
+        except cpg.CorosyncError as error:
+            counted.append(error.code)
+            raise
+
+    cpg.Group.send = counting  # type: ignore[method-assign]
+    return counted
+
+
 async def _live(driver_text: str, name: str) -> None:
+    refusals = _count_refusals()
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -175,6 +195,8 @@ async def _live(driver_text: str, name: str) -> None:
             for index in range(int(words[2])):
                 driver.broadcast(f"{name} {words[1]} {index}".encode())
                 await asyncio.sleep(0.002)
+        elif words[0] == "refused":
+            print(json.dumps(["refused", len(refusals)]), flush=True)
         elif words[0] == "renew":
             driver.renew()
         elif words[0] == "leave":
