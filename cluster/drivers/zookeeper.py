@@ -14,6 +14,7 @@ may write, whereas reads and pings are answered by servers that are cut off.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -24,10 +25,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.cluster.core.limits import LEASE_NS
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
-from sheepdog.cluster.drivers.zookeeper_argument import own_address, parse
+from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse
 from sheepdog.cluster.drivers.zookeeper_client import (
     Client,
     Connection,
@@ -38,7 +38,7 @@ from sheepdog.cluster.drivers.zookeeper_client import (
     Unreachable,
     ZnodeStat,
 )
-from sheepdog.cluster.drivers.zookeeper_collect import shorten
+from sheepdog.cluster.drivers.zookeeper_collect import Gaps, shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
     MAX_ENTRY_MESSAGES,
     MESSAGE_OVERHEAD_BYTES,
@@ -51,8 +51,6 @@ from sheepdog.cluster.drivers.zookeeper_log import (
     position_path,
 )
 
-LEASE_PART = 3  # a lease is this part of the timeout: others wait for it after a death, on top of the timeout
-MIN_LEASE_NS = 500_000_000  # an ensemble under load answers a write within a few hundred milliseconds
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
 CONNECT_PATIENCE_S = 10.0  # at the start: longer than an election, short enough for a person with a wrong address
 JOIN_PATIENCE_S = 15.0  # beyond the timeout, in which the session of a dead predecessor ends
@@ -60,6 +58,7 @@ TWIN_RETRY_S = 0.2
 LEAVE_PATIENCE_S = 5.0  # then the others see a death instead
 READ_ON_S = 0.005  # a round trip, while entries are on their way
 BATCH_BYTES = MAX_MESSAGE_BYTES  # of one entry; a single message of the largest size fits (a znode holds 1 MiB)
+GAP_ROUNDS = 10  # between looks for gaps, about a second each: only somebody else's writing makes them
 READ_WINDOW = 32  # entries asked for at a time while there are more: a round trip takes milliseconds
 CHECKPOINT_ENTRIES = 1000  # between two checkpoints: a late joiner reads that many in a second
 PUBLISH_ENTRIES = 250  # how far the published read position may lag behind
@@ -74,12 +73,12 @@ class ZooKeeperDriver:
 
     def __init__(self, argument: str = "") -> None:
         self._servers, self._base, self._timeout_ms = parse(argument)
-        self._lease_ns = min(max(self._timeout_ms * 1_000_000 // LEASE_PART, MIN_LEASE_NS), LEASE_NS)
         self.max_message = MAX_MESSAGE_BYTES
-        self.detection_ns = 2 * self._timeout_ms * 1_000_000  # a session ends up to one tick after its timeout
+        self._set_timeout(self._timeout_ms)  # until the servers have their say
         self._me = Peer(b"", 0, b"")
         self._roster = Roster()
         self._position = 0  # of the next entry to read
+        self._folded = 0  # transaction of the entry that was read last
         self._counter = 0  # of own entries
         self._published = self._checkpoint = 0  # positions
         self._joined = False  # the own join was read
@@ -97,6 +96,10 @@ class ZooKeeperDriver:
         """The address by which this host talks to the servers: the other members reach it there, too."""
         return own_address(self._servers)
 
+    def _set_timeout(self, timeout_ms: int) -> None:
+        self._lease_ns = lease_ns(timeout_ms)
+        self.detection_ns = 2 * timeout_ms * 1_000_000  # a session ends up to one tick after its timeout
+
     # --- attaching -------------------------------------------------------------------------------------------------
 
     async def open(self, me: Peer, on_event: OnEvent) -> None:
@@ -110,10 +113,12 @@ class ZooKeeperDriver:
         self._sent = asyncio.Event()
         self._look = asyncio.Event()  # somebody may have gone
         self._client = Client(self._servers, self._timeout_ms / 1000, self._changed)
+        self._gaps = Gaps(self._client, self._base)
         problem = "no server of the ensemble can be reached"
         try:
             self._client.start()
             await asyncio.wait_for(self._up.wait(), CONNECT_PATIENCE_S)
+            self._set_timeout(self._client.timeout_ms)
             problem = "the ensemble does not answer, or a member with the same identity is still running"
             await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
         except (SessionLost, KazooException, PeerError, TimeoutError) as error:
@@ -165,7 +170,7 @@ class ZooKeeperDriver:
         except NoNodeError:
             self._roster, self._position = Roster(), 0
         self._checkpoint = self._position
-        while await self._read_window(READ_WINDOW):
+        while await self._read_window(READ_WINDOW) or await self._skip_gap():
             pass
 
     @property
@@ -235,8 +240,7 @@ class ZooKeeperDriver:
             while True:
                 began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
                 try:
-                    await self._publish()
-                    await self._read_to_the_end()
+                    await self._read_up_to(await self._publish())
                     break
                 except Unreachable:
                     await self._up.wait()
@@ -248,17 +252,31 @@ class ZooKeeperDriver:
             self._suspended_for = None
             self._emit(Resumed())
 
-    async def _read_to_the_end(self) -> None:
-        """Everything that was ordered before is folded: this member may have been expelled by the others."""
-        while True:
+    async def _read_up_to(self, transaction: int) -> None:
+        """Everything that was ordered before it is folded: the others may have expelled this member."""
+        while self._folded < transaction:
             position = self._position
-            if await self._there.exists(self._entry_path(position)) is None and position == self._position:
+            stat = await self._there.exists(self._entry_path(position))
+            if stat is None and not await self._skip_gap():
+                return
+            if stat is not None and position == self._position and stat.czxid > transaction:
                 return
             await asyncio.sleep(READ_ON_S)
 
-    async def _publish(self) -> None:
+    async def _skip_gap(self) -> bool:
+        """Goes on behind a number that no entry has; False: all that there are have been read."""
+        position = self._position
+        following = await self._gaps.next_after(position, self._folded)
+        if following is not None and position == self._position:
+            _logger.warning("zookeeper driver: something in %s/queue is not of this cluster", self._base)
+            self._position = following
+            self._woken.set()
+        return position != self._position
+
+    async def _publish(self) -> int:
+        """Writes the own znode; the transaction of that."""
         self._published = self._position
-        await self._there.set(self._member_path(self._me), self._member_data())
+        return await self._there.set(self._member_path(self._me), self._member_data())
 
     async def _guarded(self, body: Coroutine[Any, Any, None]) -> None:
         """Runs a task of the driver; what it cannot go on without ends this incarnation."""
@@ -353,7 +371,10 @@ class ZooKeeperDriver:
                 raise found
             data, stat = found
             self._position += 1
-            self._fold(stat.czxid, Entry.decode(data))
+            self._folded = stat.czxid
+            entry = Entry.decode(data)
+            if entry is not None:
+                self._fold(stat.czxid, entry)
             if self._over:
                 return False
         if self._joined and self._position - self._published >= PUBLISH_ENTRIES:
@@ -413,9 +434,15 @@ class ZooKeeperDriver:
     # --- keeping the log short -------------------------------------------------------------------------------------
 
     async def _collect_all(self) -> None:
-        """The oldest member moves the checkpoint, and deletes what everybody has read."""
+        """The oldest member moves the checkpoint, and deletes what everybody has read. All look for gaps, as they
+        otherwise do when a lease is wanted."""
+        rounds = 0
         while True:
+            rounds += 1
             await asyncio.sleep(random.uniform(0.5, 1.5))
+            if rounds % GAP_ROUNDS == 0:
+                with contextlib.suppress(Unreachable):
+                    await self._skip_gap()
             if self._position - self._checkpoint < CHECKPOINT_ENTRIES:
                 continue
             if next(iter(self._roster.members), 0) != self._me.incarnation:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import socket
 
 from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.limits import LEASE_NS
 
 DEFAULT_BASE = "/sheepdog"
 DEFAULT_PORT = 2181
 DEFAULT_TIMEOUT_MS = 3000  # cli.md 1.4
 MIN_TIMEOUT_MS, MAX_TIMEOUT_MS = 100, 600_000  # the ensemble has limits of its own, in between
+LEASE_PART = 3  # a lease is this part of the timeout: others wait for it after a death, on top of the timeout
+MIN_LEASE_NS = 500_000_000  # an ensemble under load answers a write within a few hundred milliseconds
+
+
+def lease_ns(timeout_ms: int) -> int:
+    """How long a member may answer after the servers have last heard of it."""
+    return min(max(timeout_ms * 1_000_000 // LEASE_PART, MIN_LEASE_NS), LEASE_NS)
 
 
 def parse(argument: str) -> tuple[str, str, int]:

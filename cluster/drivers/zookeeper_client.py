@@ -25,6 +25,7 @@ from kazoo.exceptions import (
     SessionExpiredError,
     SessionMovedError,
 )
+from kazoo.protocol.serialization import Connect
 from kazoo.protocol.states import KazooState, ZnodeStat
 from kazoo.retry import KazooRetry
 
@@ -80,6 +81,9 @@ class Client:
             logger=_quiet,
         )
         self._kazoo.add_listener(self._changed)
+        self._timeout_ms = int(timeout_s * 1000)
+        self._invoke = self._kazoo._connection._invoke
+        self._kazoo._connection._invoke = self._connecting
         self._watches: dict[Callable[[], None], Callable[[Any], None]] = {}  # kazoo tells equal ones apart otherwise
 
     def start(self) -> None:
@@ -94,6 +98,11 @@ class Client:
             raise SessionLost("the session is over")
         return int(identity[0]) & UNSIGNED
 
+    @property
+    def timeout_ms(self) -> int:
+        """Of the session, as the servers grant it: they have limits of their own. Before that, what was asked for."""
+        return self._timeout_ms
+
     async def stop(self) -> None:
         """Ends the session at once, if a server can be told; frees the threads. May be repeated."""
         self._lost = True
@@ -106,6 +115,13 @@ class Client:
             self._kazoo.close()
 
     # From kazoo's threads
+
+    def _connecting(self, timeout_s: float, request: Any, xid: int | None = None) -> Any:
+        """kazoo's own exchange at the beginning of a connection; it only logs what timeout the servers grant."""
+        answer = self._invoke(timeout_s, request, xid)
+        if isinstance(request, Connect) and answer[0].time_out > 0:
+            self._timeout_ms = answer[0].time_out
+        return answer
 
     def _changed(self, state: str) -> None:
         if self._lost:
@@ -168,13 +184,19 @@ class Client:
         """In one round trip; errors in the place of what they concern."""
         return await asyncio.gather(*(self.get(path) for path in paths), return_exceptions=True)
 
-    async def set(self, path: str, data: bytes, version: int = -1) -> None:
-        """NoNodeError, BadVersionError. Executed only while the session is valid."""
-        await self._request(self._kazoo.set_async, path, data, version)
+    async def set(self, path: str, data: bytes, version: int = -1) -> int:
+        """The transaction that did it. NoNodeError, BadVersionError. Executed only while the session is valid."""
+        stat: ZnodeStat = await self._request(self._kazoo.set_async, path, data, version)
+        return int(stat.mzxid)
 
     async def exists(self, path: str, watch: Callable[[], None] | None = None) -> ZnodeStat | None:
         """`watch` is called once: when it comes, changes or goes, or when the connection is lost."""
         return await self._request(self._kazoo.exists_async, path, watch and self._watch(watch))
+
+    async def listing(self, path: str) -> tuple[list[str], ZnodeStat]:
+        """Names of the children, and what the znode itself was then. NoNodeError."""
+        names, stat = await self._request(self._kazoo.get_children_async, path, None, True)
+        return names, stat
 
     async def children(self, path: str, watch: Callable[[], None] | None = None) -> list[str]:
         """Names, in no order. NoNodeError."""

@@ -8,6 +8,7 @@ be there twice, since a create whose answer was lost is repeated: the author's c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from struct import Struct, error
@@ -18,8 +19,10 @@ from sheepdog.cluster.core.ports import Delivery, Event, Peer, View
 
 MESSAGE_BITS = 12  # of a sequence: messages of one entry have sequences of their own
 MAX_ENTRY_MESSAGES = (1 << MESSAGE_BITS) - 1
-FORMAT = 1  # of entries and checkpoints; another one is refused
+FORMAT = 1  # of entries and checkpoints; a later one is refused
+LATER_FORMATS = range(FORMAT + 1, 16)  # of ours some day; text, which somebody else may write, begins with larger bytes
 _HEADER = Struct(">BBQQ")  # format, kind, author's incarnation, author's counter
+_NAME = re.compile(r"e-(-?\d{1,10})", re.ASCII)
 _LENGTH = Struct(">I")
 _INCARNATION = Struct(">Q")
 _JOIN = Struct(">QH")  # lease in ns, bytes of the id
@@ -46,15 +49,17 @@ class Entry(NamedTuple):
         return _HEADER.pack(FORMAT, self.kind, self.author, self.counter) + self.body
 
     @classmethod
-    def decode(cls, data: bytes) -> Entry:
-        """PeerError for bytes that are no entry."""
+    def decode(cls, data: bytes) -> Entry | None:
+        """None for what is not ours. PeerError for what is and is not understood: nobody may go on without it."""
+        if data and data[0] in LATER_FORMATS:
+            raise PeerError(f"an entry has format {data[0]}, this version knows {FORMAT}")
+        if len(data) < _HEADER.size or data[0] != FORMAT:
+            return None
+        _, kind, author, counter = _HEADER.unpack_from(data)
         try:
-            form, kind, author, counter = _HEADER.unpack_from(data)
-            if form != FORMAT:
-                raise PeerError(f"an entry has format {form}, this version knows {FORMAT}")
             return cls(EntryKind(kind), author, counter, data[_HEADER.size :])
-        except (error, ValueError) as problem:
-            raise PeerError(f"an entry is damaged: {problem}") from None
+        except ValueError:
+            raise PeerError(f"an entry is of kind {kind}, which this version does not know") from None
 
 
 def join_entry(peer: Peer, lease_ns: int) -> Entry:
@@ -76,6 +81,12 @@ def position_path(position: int) -> str:
     return f"e-{(position + (1 << 31)) % (1 << 32) - (1 << 31):010d}"
 
 
+def distance(name: str, position: int) -> int | None:
+    """How far behind `position` the entry of this name is in the log (negative: before it); None: it is no entry."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else (int(found[1]) - position + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 class Roster:
     """The members as of a place in the log, oldest first, and what is needed to go on from there."""
 
@@ -90,6 +101,8 @@ class Roster:
         if entry.kind == EntryKind.JOIN:
             yield from self._join(sequence, entry)
         elif entry.kind == EntryKind.DEAD:
+            if len(entry.body) % _INCARNATION.size:
+                raise PeerError("a list of the dead is damaged")
             gone = [number for (number,) in _INCARNATION.iter_unpack(entry.body) if number in self.members]
             grace_ns = max((self._leases[number] for number in gone), default=0)
             yield from self._remove(sequence, gone, grace_ns)

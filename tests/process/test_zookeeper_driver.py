@@ -17,9 +17,9 @@ from tests.support.members import Member, Members, agree, wait
 from tests.support.zookeeper import Ensemble
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, View
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
 from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
-from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable
+from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable, ZnodeStat
 
 TIMEOUT_MS = 1500  # where somebody dies
 CALM_TIMEOUT_MS = 20_000  # where nobody shall: no pause of a busy machine is taken for a death
@@ -363,6 +363,96 @@ def test_the_largest_message_and_many_at_once(place: str) -> None:
         assert sequences == sorted(set(sequences))
         await a.driver.leave()
         await a.driver.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "granted_ms"), [(100, 400), (CALM_TIMEOUT_MS, CALM_TIMEOUT_MS), (600_000, 60_000)]
+)
+def test_what_is_advertised_is_what_the_servers_grant(server: Ensemble, asked_ms: int, granted_ms: int) -> None:
+    """They have limits: here 400 ms to 60 s."""
+
+    async def body() -> int:
+        place = f"{server.address}/test{next(_numbers)},timeout={asked_ms}"
+        a = await Attached(place, "a").open()
+        await a.driver.leave()
+        await a.driver.close()
+        return a.driver.detection_ns
+
+    assert asyncio.run(body()) == 2 * granted_ms * 1_000_000
+
+
+def test_a_lease_does_not_wait_for_an_end_that_recedes(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is appended meanwhile: what was ordered before the renewal is enough."""
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        exists = Client.exists
+        appended = 0
+
+        async def there_is_more(self: Client, path: str, watch: Callable[[], None] | None = None) -> ZnodeStat | None:
+            nonlocal appended
+            if "/queue/e-" in path and watch is None:
+                appended += 1
+                a.driver.broadcast(b"%d" % appended)
+                await until(lambda: len(a.texts()) == appended)
+                a.driver.broadcast(b"%d" % (appended := appended + 1))
+            return await exists(self, path, watch)
+
+        monkeypatch.setattr(Client, "exists", there_is_more)
+        for _ in range(3):
+            leases = len([event for event in a.events if isinstance(event, Leased)])
+            a.driver.renew()
+            await until(lambda leases=leases: len([one for one in a.events if isinstance(one, Leased)]) > leases)  # type: ignore[misc]
+        assert appended < 50
+        monkeypatch.undo()
+        await a.driver.leave()
+        await a.driver.close()
+
+    asyncio.run(body())
+
+
+def test_what_others_put_below_our_path_disturbs_nobody(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It uses up numbers of the log, it looks like entries or members: what is ours goes on, in one order."""
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CHECKPOINT_ENTRIES", 20)
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.PUBLISH_ENTRIES", 5)
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        b = await Attached(place, "b").open()
+        client, base = a.driver._there, a.driver._base
+        for name, data in (("foreign", b"x"), ("6e6f626f6479", b"[]"), ("6e6f626f647a", b'{"position": "x"}')):
+            await client.create(f"{base}/members/{name}", data)
+        for index in range(60):
+            if index % 10 == 5:
+                await client.create(f"{base}/queue/stray{index}", b"not an entry")
+                await client.create(f"{base}/queue/lock-", b"", sequence=True)
+            if index % 10 == 7:
+                await client.create(f"{base}/queue/e-", b"hello", sequence=True)
+            (a, b)[index % 2].driver.broadcast(b"%d" % index)
+            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+        assert sorted(a.texts(), key=int) == [b"%d" % index for index in range(60)]
+        assert [e for e in a.events[-100:] if not isinstance(e, Leased)][-40:] == [
+            e for e in b.events if not isinstance(e, Leased)
+        ][-40:]
+
+        async def entries() -> int:
+            return len([name for name in await client.children(f"{base}/queue") if name.startswith("e-")])
+
+        async with asyncio.timeout(20):
+            while await entries() > 40:
+                await asyncio.sleep(0.1)
+        await client.create(f"{base}/queue/stray", b"")
+        c = await Attached(place, "c").open()
+        assert c.members() == [b"a", b"b", b"c"]
+        strays = [name for name in await client.children(f"{base}/queue") if not name.startswith("e-")]
+        assert len(strays) == 13, "they are left alone"
+        for one in (a, b, c):
+            assert not [event for event in one.events if isinstance(event, (Lost, Suspended))]
+            await one.driver.leave()
+            await one.driver.close()
 
     asyncio.run(body())
 

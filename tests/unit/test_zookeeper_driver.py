@@ -18,6 +18,7 @@ from sheepdog.cluster.drivers.zookeeper_log import (
     EntryKind,
     Roster,
     dead_entry,
+    distance,
     join_entry,
     messages_entry,
     position_path,
@@ -133,10 +134,38 @@ def test_a_checkpoint_goes_on_where_it_was_made() -> None:
     assert list(second.members.values()) == [A]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01", b"\x02" + bytes(17), b"\x01\x09" + bytes(16)])
+@pytest.mark.parametrize("data", [b"", b"\x01", b"\x00" * 18, b"somebody else's text"])
 def test_bytes_that_are_no_entry(data: bytes) -> None:
-    with pytest.raises(PeerError):
+    assert Entry.decode(data) is None
+
+
+@pytest.mark.parametrize("data", [b"\x02", b"\x02" + bytes(17), b"\x01\x09" + bytes(16)])
+def test_entries_of_a_later_version(data: bytes) -> None:
+    """Who does not understand them must not go on without them."""
+    with pytest.raises(PeerError, match="this version"):
         Entry.decode(data)
+
+
+def test_a_damaged_list_of_the_dead() -> None:
+    with pytest.raises(PeerError, match="damaged"):
+        folded(Roster(), Entry(EntryKind.DEAD, 11, 0, b"abc"))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "expected"),
+    [
+        ("e-0000000007", 5, 2),
+        ("e-0000000003", 5, -2),
+        (position_path(1 << 31), (1 << 31) - 1, 1),
+        (position_path((1 << 32) + 5), (1 << 32) - 1, 6),
+        ("f-0000000007", 5, None),
+        ("e-", 5, None),
+        ("e-00000x0007", 5, None),
+        ("lock", 5, None),
+    ],
+)
+def test_names_of_entries(name: str, position: int, expected: int | None) -> None:
+    assert distance(name, position) == expected
 
 
 @pytest.mark.parametrize("body", [b"\0", b"\0\0\0\5abc"])
@@ -171,7 +200,7 @@ def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.Monk
                 driver.renew()
 
         monkeypatch.setattr(driver, "_publish", slowly)
-        monkeypatch.setattr(driver, "_read_to_the_end", slowly)
+        monkeypatch.setattr(driver, "_read_up_to", lambda transaction: slowly())
         monkeypatch.setattr(driver, "_joined", True)
         monkeypatch.setattr(driver, "_loop", asyncio.get_running_loop(), raising=False)
         monkeypatch.setattr(driver, "_up", asyncio.Event(), raising=False)
@@ -186,6 +215,8 @@ def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.Monk
 
 class Reached:
     """In the place of `Client`: servers that answer at once."""
+
+    timeout_ms = 3000
 
     def __init__(self, servers: str, timeout_s: float, on_change: Callable[[Connection], None]) -> None:
         self.on_change = on_change
