@@ -31,6 +31,7 @@ from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
 from sheepdog.cluster.core.join_rules import learn, refusal
 from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED
 from sheepdog.cluster.core.listener import Listener
+from sheepdog.cluster.core.member_index import MemberIndex
 from sheepdog.cluster.core.ports import (
     Clock,
     Delivery,
@@ -85,6 +86,7 @@ class ClusterMachine:
         self._compared: tuple[object, object] = (None, None)  # the view and the members that were compared last
         self._history: list[tuple[int, Key, Command]] = []  # since attach, until joined
         self._fragments = Fragments()
+        self._index = MemberIndex()
         self._waiting: dict[int, Answer] = {}
         self._next_id = 0
         self._executing: Any = None
@@ -468,10 +470,8 @@ class ClusterMachine:
         if self._executing == _name(head):
             return
         # The same node as another incarnation does not take over again: two would run the operation at a time.
-        owner_here = any(
-            (node_key(member.id), member.incarnation) == (head["owner"], head.get("incarnation", member.incarnation))
-            for member in self.state.members
-        )
+        owner = self._index.find(self.state.members, head["owner"])
+        owner_here = owner is not None and owner.incarnation == head.get("incarnation", owner.incarnation)
         mine = head["owner"] == node_key(self.me.id) if owner_here else self.is_coordinator()
         if mine:
             self._executing = _name(head)

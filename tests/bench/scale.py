@@ -31,8 +31,8 @@ COLUMNS = ("nodes", "leave ms", "join ms", "notify us", "leave ms*", "join ms*",
 ROW = "| " + " | ".join(f"{{:>{max(5, len(name))}}}" for name in COLUMNS) + " |"
 
 
-def member(number: int) -> Member:
-    return Member(NodeId(bytes(12) + (0x0A000000 + number).to_bytes(4), 7000), number, 128, 1 << 40, 1)
+def member(number: int, incarnation: int = 1) -> Member:
+    return Member(NodeId(bytes(12) + (0x0A000000 + number).to_bytes(4), 7000), number, 128, 1 << 40, incarnation)
 
 
 def peer(one: Member) -> Peer:
