@@ -95,6 +95,7 @@ class NodeReport:
     free: int = 0
     failed_disks: list[str] = field(default_factory=list)
     clients: int = 0  # connections
+    votes: list[int] = field(default_factory=list)  # ports.Votes of the membership engine on this machine; or nothing
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,6 +142,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         free=free,
         failed_disks=list(failed_disks),
         clients=clients,
+        votes=list(node.votes() or ()),
     )
 
 
@@ -294,10 +296,7 @@ def _recovery_text(left: int, running: Sequence[NodeReport]) -> str:
 
 
 def costs_of_stopping(target: Member, members: Sequence[Member], reports: Reports) -> list[Cost]:
-    """What would become unavailable, or be lost, if `target` stopped now. Nothing: it may.
-
-    A vote in the membership engine is not counted: the engine runs by itself.
-    """
+    """What would become unavailable, or be lost, if `target` and its machine stopped now. Nothing: it may."""
     others = [member for member in members if member.id != target.id]
     if not others:
         return [Cost("availability", "it is the only node")]
@@ -306,15 +305,26 @@ def costs_of_stopping(target: Member, members: Sequence[Member], reports: Report
     known = [one for one in reports.values() if one is not None]
     if any(one.state != "running" for one in known):
         return [*unknown, Cost("availability", "the cluster is not running, and would wait for this node again")]
+    costs = [*unknown, *_vote_costs(reports.get(target.id))]
     if not target.vnodes:
-        return unknown
-    costs = list(unknown)
+        return costs
     if len({one.epoch for one in known}) > 1 or any(one.peering or one.suspended for one in known):
         costs.append(Cost("availability", "the nodes are just agreeing on what they hold; ask again in a moment"))
     sole = sum(one.sole.get(str(target.id), 0) for one in known)
     if sole:
         costs.append(Cost("data", f"{_count(sole, 'object')} would have no other current copy"))
     return costs + _redundancy_costs(target, others, known) + _space_costs(target, others, reports)
+
+
+def _vote_costs(mine: NodeReport | None) -> list[Cost]:
+    """The engine on the machine goes with it, if it is the machine that stops."""
+    if mine is None or not mine.votes:
+        return []
+    own, present, needed = mine.votes
+    if present - own >= needed:
+        return []
+    left = f"{_count(present - own, 'vote')} of the {needed} that it needs"
+    return [Cost("availability", f"the membership engine would have {left}, should it stop with this machine")]
 
 
 def _redundancy_costs(target: Member, others: Sequence[Member], known: Sequence[NodeReport]) -> list[Cost]:

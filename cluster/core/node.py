@@ -32,7 +32,7 @@ from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View
+from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View, Votes
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.scrub import Scrub
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
@@ -66,6 +66,7 @@ class Node:
         cache_disk: CacheDisk | None = None,
     ) -> None:
         self.on_exit: Callable[[int, str], None] = lambda status, reason: None
+        self.votes: Callable[[], Votes | None] = lambda: None  # set by the daemon, too
         self.on_lost: Callable[[str], None] = lambda reason: self.on_exit(1, reason)
         self.context = Context(me.id, clock, network, store, log, engine.renew)
         self._disk = state

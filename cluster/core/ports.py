@@ -231,6 +231,14 @@ class Lost(NamedTuple):
     reason: str
 
 
+class Votes(NamedTuple):
+    """How an engine counts the machines that it runs on, this one's sheep beside it."""
+
+    own: int  # of this machine
+    present: int  # of all that are in reach, and whatever else votes
+    needed: int  # with fewer, nobody goes on
+
+
 Event: TypeAlias = View | Delivery | Suspended | Resumed | Leased | Lost
 Log: TypeAlias = Callable[[int, str], None]
 """log(level, text); levels as in syslog: 3 error, 4 warning, 5 notice, 6 info, 7 debug."""

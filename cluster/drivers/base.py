@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Protocol, TypeAlias
 
-from sheepdog.cluster.core.ports import Event, Peer
+from sheepdog.cluster.core.ports import Event, Peer, Votes
 
 OnEvent: TypeAlias = Callable[[Event], None]
 
@@ -50,6 +50,9 @@ class Driver(Protocol):
 
     def renew(self) -> None:
         """Asks for a `Leased` event, if this engine gives leases."""
+
+    def votes(self) -> Votes | None:
+        """How the engine counts; None where this host has no part in it, and before that is known."""
 
     def broadcast(self, data: bytes) -> None:
         """Queues a message to all members, this one included; retried inside until it is ordered."""

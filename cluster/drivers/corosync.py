@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer
+from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Votes
 from sheepdog.cluster.drivers import cpg
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.corosync_calls import answer, own_address, patiently
@@ -76,6 +76,8 @@ class CorosyncDriver:
         self._readers: list[int] = []
         self._verdicts: deque[_Verdict] = deque()  # not told to the order yet
         self._judging: asyncio.Task[None] | None = None
+        self._node = 0
+        self._votes: Votes | None = None  # as of the latest quorate ring
         self._order: Order | None = None
         self._queue: deque[bytes] = deque()  # what the daemon has not taken yet
         self._queued_bytes = 0
@@ -103,9 +105,9 @@ class CorosyncDriver:
             connected = await answer(lambda: patiently(_connect), discard=_Connected.close)
         except cpg.CorosyncError as error:
             raise UsageError(f"corosync driver: {error}") from error
-        group, quorum, node = connected
+        group, quorum, self._node = connected
         incarnation = time.time_ns() // 1000  # of one process: it cannot attach twice in a microsecond
-        process = cpg.Process(node, os.getpid())
+        process = cpg.Process(self._node, os.getpid())
         order = Order(replace(me, incarnation=incarnation), process, LEASE_NS, self._send, self._emit, _boot_time_ns)
         self._group, self._quorum, self._order = group, quorum, order
         group.on_message, group.on_change, group.on_ring = order.on_message, order.on_change, order.on_ring
@@ -151,10 +153,11 @@ class CorosyncDriver:
                 if error.code in (cpg.Code.TIMEOUT, cpg.Code.TRY_AGAIN):
                     await asyncio.sleep(TICK_S)
                     continue
-                quorum.needed = 0  # something else than votes decides
+                quorum.needed, self._votes = 0, None  # something else than votes decides
                 return
             quorum.needed, quorum.tie_breaker = votes.quorum, votes.two_node
             quorum.votes.update(votes.of_nodes)
+            self._votes = Votes(votes.of_nodes.get(self._node, 0), votes.total, votes.quorum)
             return
 
     @property
@@ -214,6 +217,9 @@ class CorosyncDriver:
         if self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
             raise UsageError("corosync driver: too many messages wait to be ordered")
         order.broadcast(bytes(data))
+
+    def votes(self) -> Votes | None:
+        return self._votes
 
     def renew(self) -> None:
         """Asks for a new lease."""

@@ -271,6 +271,7 @@ class Votes(NamedTuple):
     """How the quorum counts. `two_node`: it was told that two nodes are all there are, each is quorate alone then."""
 
     quorum: int
+    total: int  # of what is in reach, a quorum device too
     of_nodes: dict[int, int]
     two_node: bool
 
@@ -287,7 +288,7 @@ def votes(nodes: tuple[int, ...]) -> Votes:
             _checked(library.votequorum_getinfo(handle, c_uint(node), byref(info)))
             of_nodes[node] = int(info.votes)
         _checked(library.votequorum_getinfo(handle, c_uint(0), byref(info)))
-        return Votes(int(info.quorum), of_nodes, bool(info.flags & _TWO_NODE))
+        return Votes(int(info.quorum), int(info.total), of_nodes, bool(info.flags & _TWO_NODE))
     finally:
         library.votequorum_finalize(handle)
 

@@ -23,7 +23,7 @@ import asyncio_dgram
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.limits import LEASE_NS
-from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View, Votes
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.local_log import Damaged, EventLog, Header, Record, RecordKind
 from sheepdog.cluster.drivers.local_members import MemberCard, MemberDirectory, pid_namespace
@@ -161,6 +161,9 @@ class LocalDriver:
         return bound
 
     def local_address(self) -> str | None:
+        return None
+
+    def votes(self) -> Votes | None:
         return None
 
     def renew(self) -> None:

@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View, Votes
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse
 from sheepdog.cluster.drivers.zookeeper_client import (
@@ -37,6 +37,7 @@ from sheepdog.cluster.drivers.zookeeper_client import (
     SessionLost,
     Unreachable,
     ZnodeStat,
+    current_task,
 )
 from sheepdog.cluster.drivers.zookeeper_collect import Gaps, shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
@@ -227,6 +228,9 @@ class ZooKeeperDriver:
             self._on_event(event)
         except Exception as error:  # the handler's bug must not stop the order of events
             self._loop.call_exception_handler({"message": "a membership event was not handled", "exception": error})
+
+    def votes(self) -> Votes | None:
+        return None  # the servers may be anywhere
 
     def renew(self) -> None:
         """Asks for a new lease; comes back by itself until there is one."""
@@ -489,12 +493,5 @@ class ZooKeeperDriver:
         self._queue.clear()
         self._queued_bytes = 0
         for task in (*self._tasks, *([self._renewal] if self._renewal is not None else [])):
-            if task is not _current_task():
+            if task is not current_task():
                 task.cancel()
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # called from outside any task
-        return None

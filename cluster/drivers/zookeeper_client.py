@@ -43,6 +43,7 @@ __all__ = [
     "SessionLost",
     "Unreachable",
     "ZnodeStat",
+    "current_task",
 ]
 
 
@@ -207,3 +208,10 @@ class Client:
         """What is not there is deleted already."""
         with contextlib.suppress(NoNodeError):
             await self._request(self._kazoo.delete_async, path)
+
+
+def current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # called from outside any task
+        return None

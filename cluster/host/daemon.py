@@ -16,7 +16,7 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.limits import DEFAULT_VNODES
 from sheepdog.cluster.core.node import Node
-from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended
+from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended, Votes
 from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.drivers import registry
 from sheepdog.cluster.drivers.base import Driver
@@ -90,6 +90,9 @@ class _Attachment:
 
     def renew(self) -> None:
         self.driver.renew()
+
+    def votes(self) -> Votes | None:
+        return self.driver.votes()
 
     def leave(self) -> None:
         if self.leaving is None:
@@ -183,6 +186,7 @@ class Daemon:
             node.context.throttle = (throttle.objects, throttle.interval_ms * 1_000_000)
         node.on_exit = self._end
         node.on_lost = self._on_lost
+        node.votes = self._attachment.votes
         requests = Requests(
             node.door,
             node.context.current_state,

@@ -256,7 +256,7 @@ def test_a_verdict_waits_for_the_votes_and_the_loop_does_not(
 
     def votes(nodes: tuple[int, ...]) -> cpg.Votes:
         release.wait()
-        return cpg.Votes(1, dict.fromkeys(nodes, 1), True)
+        return cpg.Votes(1, len(nodes), dict.fromkeys(nodes, 1), True)
 
     async def body() -> None:
         monkeypatch.setattr(cpg, "votes", votes)

@@ -100,6 +100,7 @@ def test_one_of_four_may_stop() -> None:
         (replace(FINE, sole={"10.0.0.1:7000": 3, "10.0.0.2:7000": 9}), "data", "12 objects would have no other"),
         (replace(FINE, state="waiting"), "availability", "not running"),
         (replace(FINE, peering=["x:1"]), "availability", "agreeing"),
+        (replace(FINE, votes=[1, 2, 2]), "availability", "engine would have 1 vote of the 2 that it needs"),
         (replace(FINE, used=40 * GB, free=GB), "availability", "3072 MB free for the 40960 MB"),
     ],
 )
@@ -107,6 +108,17 @@ def test_a_stop_that_costs(base: NodeReport, kind: str, words: str) -> None:
     costs = costs_of_stopping(FOUR[0], FOUR, reports(base=base))
     assert [cost.kind for cost in costs] == [kind]
     assert words in costs[0].text
+
+
+@pytest.mark.parametrize("votes", [[], [1, 3, 2], [1, 2, 1], [0, 2, 2]])
+def test_a_stop_that_leaves_votes_enough(votes: list[int]) -> None:
+    assert costs_of_stopping(FOUR[0], FOUR, reports(base=replace(FINE, votes=votes))) == []
+
+
+def test_a_gateway_has_a_vote() -> None:
+    gateway = replace(FOUR[0], vnodes=0)
+    costs = costs_of_stopping(gateway, [gateway, *FOUR[1:]], reports(base=replace(FINE, votes=[2, 3, 2])))
+    assert [cost.kind for cost in costs] == ["availability"]
 
 
 def test_objects_that_only_another_node_has_do_not_matter() -> None:
