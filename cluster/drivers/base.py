@@ -35,6 +35,9 @@ class Driver(Protocol):
     max_message: int
     """Largest message or payload in bytes; larger ones are refused with UsageError."""
 
+    def reach(self) -> None:
+        """Waits for the engine, a few seconds at most; UsageError when it cannot be reached. Blocks: before `open`."""
+
     async def open(self, me: Peer, on_event: OnEvent) -> None:
         """Connects and becomes visible; the incarnation of `me` is replaced by a new one.
 

@@ -94,6 +94,9 @@ class CorosyncDriver:
         except cpg.CorosyncError as error:
             raise UsageError(f"corosync driver: {error}") from error
 
+    def reach(self) -> None:
+        self.local_address()
+
     # --- attaching -------------------------------------------------------------------------------------------------
 
     async def open(self, me: Peer, on_event: OnEvent) -> None:

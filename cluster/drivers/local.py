@@ -163,6 +163,8 @@ class LocalDriver:
     def local_address(self) -> str | None:
         return None
 
+    def reach(self) -> None: ...
+
     def votes(self) -> Votes | None:
         return None
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View, Votes
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
-from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse
+from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse, reach
 from sheepdog.cluster.drivers.zookeeper_client import (
     Client,
     Connection,
@@ -96,6 +96,9 @@ class ZooKeeperDriver:
     def local_address(self) -> str | None:
         """The address by which this host talks to the servers: the other members reach it there, too."""
         return own_address(self._servers)
+
+    def reach(self) -> None:
+        reach(self._servers, CONNECT_PATIENCE_S)
 
     def _set_timeout(self, timeout_ms: int) -> None:
         self._lease_ns = lease_ns(timeout_ms)

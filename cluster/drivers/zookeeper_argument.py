@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.limits import LEASE_NS
@@ -11,6 +12,8 @@ DEFAULT_BASE = "/sheepdog"
 DEFAULT_PORT = 2181
 DEFAULT_TIMEOUT_MS = 3000  # cli.md 1.4
 MIN_TIMEOUT_MS, MAX_TIMEOUT_MS = 100, 600_000  # the ensemble has limits of its own, in between
+CONNECT_S = 2.0  # for one server: a host that is off does not refuse
+REACH_RETRY_S = 0.2
 LEASE_PART = 3  # a lease is this part of the timeout: others wait for it after a death, on top of the timeout
 MIN_LEASE_NS = 500_000_000  # an ensemble under load answers a write within a few hundred milliseconds
 
@@ -72,3 +75,20 @@ def own_address(servers: str) -> str | None:
     if problem is not None:  # the network is not up yet, or names are not resolved
         raise UsageError(f"zookeeper driver: {servers}: {problem.strerror}; -y ADDRESS tells it who it is")
     return None
+
+
+def reach(servers: str, patience_s: float) -> None:
+    """Returns when one of the servers takes a connection; UsageError after `patience_s`."""
+    end = time.monotonic() + patience_s
+    while True:
+        for server in servers.split(","):
+            host, _, port = server.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            except OSError as error:
+                problem = error.strerror or str(error)
+            else:
+                return
+        if time.monotonic() >= end:
+            raise UsageError(f"zookeeper driver: {servers}: no server of the ensemble can be reached: {problem}")
+        time.sleep(REACH_RETRY_S)

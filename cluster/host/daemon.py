@@ -1,6 +1,7 @@
 """The daemon `sheep`: the one place that puts the parts together.
 
-Order of a start: lock on META (mistakes up to here are printed), log, store, listening sockets, membership engine.
+Order of a start: lock on META, the membership engine is in reach (mistakes up to here are printed), log, store,
+listening sockets, attaching to the engine.
 Order of an end: leave the cluster, make everything durable, close the store, remove the pid file.
 """
 
@@ -47,9 +48,10 @@ END_TIMEOUT_S = 30.0  # for making everything durable at the end; a hung disk mu
 
 
 def run(options: Options) -> int:
-    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked."""
+    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked and the
+    membership engine was reached."""
     try:
-        registry.create(options.driver)
+        driver = registry.create(options.driver)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 1
@@ -60,13 +62,13 @@ def run(options: Options) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 1
-    startup.done(options.metadata)
     try:
+        driver.reach()
+        startup.done(options.metadata)
         return Daemon(options, logs).run()
     except UsageError as error:
         logs.write(3, str(error))
-        if options.foreground:
-            print(error, file=sys.stderr)
+        print(error, file=sys.stderr)  # nobody hears it any more once the daemon is on its own
         return 1
     except Exception as error:
         logs.write(2, f"internal error: {describe(error)}")

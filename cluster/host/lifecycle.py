@@ -1,7 +1,8 @@
 """A daemon's birth and end as its surroundings see them: detaching, pid file, signals.
 
 startup = lifecycle.detach()            # or lifecycle.Startup() to stay in the foreground
-lock = DirectoryLock(options.metadata)  # mistakes up to here are printed, and the caller's exit status is 1
+lock = DirectoryLock(options.metadata)
+driver.reach()                          # mistakes up to here are printed, and the caller's exit status is 1
 startup.done(options.metadata)          # from here on the log is the only way to say anything
 """
 

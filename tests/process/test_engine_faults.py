@@ -11,6 +11,8 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import pytest
 from tests.support import native, trees
 from tests.support.door import Door, plain
 from tests.support.machines import SESSION_MS, Machines
-from tests.support.processes import wait_until
+from tests.support.processes import environment, wait_until
 from tests.support.registers import VOLUME, WORKER_BYTES, Worker, check_all
 from tests.support.watch import Watch
 
@@ -40,24 +42,59 @@ SOAK_ROUNDS = int(os.environ.get("SOAK_ROUNDS", "20"))
 HEAL_SECONDS = 90.0  # after the last fault, on a busy machine
 DETECT_SECONDS = 30.0  # until the others go on without a machine: 4 s with corosync, 3 s with a session of 2 s
 BEYOND_SESSION_SECONDS = 2.5 * SESSION_MS / 1000
+START_SECONDS = 60.0  # ten of them for an engine that does not come
 DETECTED_SECONDS = 5.0  # by then each side knows that it is alone
 LATE_SECONDS = 1.5  # on a busy machine an answer is seen so much later than it was sent, at most
 PATIENCE_SECONDS = 120.0  # of clients: they sit on one machine, whatever happens to it
 ENGINES = ("zookeeper", "corosync")
 
 
-@pytest.fixture(params=ENGINES)
-def machines(request: pytest.FixtureRequest, directory: Path, teardown: ExitStack) -> Iterator[Machines]:
-    """A formatted cluster of three machines, each object on all of them."""
-    made = Machines(request.param, directory, MACHINES)
-    teardown.callback(made.close)
-    made.start_engine()
-    made.start()
-    made.wait_members(MACHINES, range(MACHINES))
-    made.format("-c", str(MACHINES))
+class Site:
+    """Three machines for all tests of one engine; other ones after a test that failed."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self.machines: Machines | None = None
+        self._closing = ExitStack()
+
+    def begin(self) -> Machines:
+        """A cluster that was just formatted, each object on all machines."""
+        if self.machines is None:
+            directory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="sheepdog-")))
+            self.machines = made = Machines(self.engine, directory, MACHINES)
+            self._closing.callback(made.close)
+            made.start_engine()
+            made.start()
+            made.wait_members(MACHINES, range(MACHINES))
+        self.machines.format("-c", str(MACHINES))
+        return self.machines
+
+    def close(self) -> None:
+        self.machines = None
+        self._closing.close()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    made = Site(request.param)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def machines(request: pytest.FixtureRequest, site: Site) -> Iterator[Machines]:
+    failed = request.session.testsfailed
+    try:
+        made = site.begin()
+    except BaseException:
+        site.close()
+        raise
     yield made
-    if request.session.testsfailed:
+    if request.session.testsfailed > failed:
         print(made.logs())
+        site.close()
 
 
 class Ask:
@@ -169,6 +206,7 @@ def lease_seconds(machines: Machines) -> float:
 def test_the_engine_goes_away_and_comes_back(machines: Machines, watch: Callable[..., Watch]) -> None:
     """Answers end with the lease and begin again when it is back, without anybody's help."""
     oid = object_of(machines)
+    logged = len(machines.log(0).read_text())
     pids = [machines.pids(node) for node in range(MACHINES)]
     writer, reader = watch(0, oid, write=True), watch(1, oid)
     for member in machines.members:
@@ -182,7 +220,7 @@ def test_the_engine_goes_away_and_comes_back(machines: Machines, watch: Callable
     assert writer.goes_on() > back and reader.goes_on() > back
     machines.healthy(seconds=HEAL_SECONDS)
     assert [machines.pids(node) for node in range(MACHINES)] == pids, "no sheep had to be started again"
-    log = machines.log(0).read_text()
+    log = machines.log(0).read_text()[logged:]
     assert "out of reach" in log or "lost the cluster" in log, "the log says why"
 
 
@@ -245,12 +283,15 @@ def test_everything_starts_cold_in_any_order(machines: Machines) -> None:
     chance = random.Random(machines.engine)
     order = [*(("engine", node) for node in range(MACHINES)), *(("sheep", node) for node in range(MACHINES))]
     chance.shuffle(order)
+    starting = []
     for what, node in order:
         if what == "engine":
             machines.members[node].start()
-        else:
-            machines.start(node)
+        else:  # waits for its engine, in vain perhaps
+            starting.append(subprocess.Popen(machines.command(node), stderr=subprocess.DEVNULL, env=environment()))
         time.sleep(chance.uniform(0.0, 1.0))
+    for process in starting:
+        process.wait(START_SECONDS)
     machines.wait_engine()
     all_healthy(machines)
     assert [shown(machines, node) for node in range(MACHINES)] == [data] * MACHINES

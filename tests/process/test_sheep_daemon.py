@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster
+from tests.support.netns import NetworkNamespace
 from tests.support.processes import BIN, alive, environment, run, wait_until
+
+from sheepdog.cluster.drivers import registry
 
 WAIT_S = 30.0
 SERVER_LINE = re.compile(r"[A-Z][a-z]{2} \d\d \d\d:\d\d:\d\d [ A-Z]{6} \[[^]]+\] [\w<>]+\(\d+\) .*")
@@ -175,6 +178,32 @@ def test_the_system_log(new_cluster: Callable[..., Cluster], directory: Path, sy
         assert int(found[1]) == 3 * 8 + levels[found[2]], "facility daemon, and the level of the message"
     assert STARTED in lines[0]
     assert not cluster.log(0).exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            "zookeeper:127.0.0.1:9,timeout=1000",
+            b"zookeeper driver: 127.0.0.1:9: no server of the ensemble can be reached",
+        ),
+        ("corosync", b"corosync driver: corosync does not run here\n"),
+        ("zookeeper", b"zookeeper driver: the list of servers is missing"),
+        ("other", b"Invalid cluster driver 'other'\n"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["-f"]])
+def test_an_engine_that_is_not_there(
+    private_network: NetworkNamespace, directory: Path, engine: str, said: bytes, options: list[str]
+) -> None:
+    """One line and status 1, also of one that would become a daemon."""
+    name = engine.partition(":")[0]
+    if name in registry.absent():
+        pytest.skip(registry.absent()[name])
+    done = run([*private_network.enter, BIN / "sheep", *options, "-c", engine, directory / "store"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_gateways_end_when_the_last_storing_node_leaves(new_cluster: Callable[..., Cluster]) -> None:
