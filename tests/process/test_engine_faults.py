@@ -66,7 +66,7 @@ class Site:
             made.start_engine()
             made.start()
             made.wait_members(MACHINES, range(MACHINES))
-        self.machines.format("-c", str(MACHINES))
+        self.machines.format("-f", "-c", str(MACHINES))
         return self.machines
 
     def close(self) -> None:
