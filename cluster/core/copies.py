@@ -13,7 +13,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
-from sheepdog.cluster.core.limits import LOST_PART_ENTRIES
+from sheepdog.cluster.core.limits import LOST_PART_ENTRIES, RECOVERY_FULL_PERCENT
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.peering import (
@@ -30,7 +30,9 @@ from sheepdog.cluster.core.ports import Done, NodeState, Proven
 from sheepdog.cluster.core.puller import Puller
 from sheepdog.cluster.core.rebuilder import Rebuilder
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.stale_strips import StaleStrips
 from sheepdog.cluster.core.standing import Standing
+from sheepdog.cluster.core.state import ClusterFlag
 
 
 class Copies:
@@ -47,7 +49,8 @@ class Copies:
         self._must_work = must_work
         self._on_settled = settled
         self._standing = Standing(0)
-        self._proven = Proven(0, 0)
+        self._stale = StaleStrips(state)
+        self._proven = Proven()
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
 
     # -- epochs ----------------------------------------------------------------------------------------------------
@@ -57,6 +60,11 @@ class Copies:
         """Up to this epoch what is here is all that should be."""
         return self._standing.complete
 
+    @property
+    def forgotten(self) -> int:
+        """Up to this epoch nothing is remembered here: the disks are newer."""
+        return max(0, self._proven.forgotten)
+
     def as_of(self, oid: ObjectId, version: Version) -> int:
         """The newest epoch in which the copy here was known to be current."""
         return self._standing.as_of(oid, version)
@@ -64,16 +72,19 @@ class Copies:
     def load(self) -> None:
         """What the disk remembers."""
         self._proven = self._disk.load_proven()
-        unfinished = [oid for oid, version in self._context.store.inventory() if version == NO_VERSION]
-        self._standing = Standing(self._proven.settled, self._context.state.epoch, self._proven.broken, unfinished)
-        self.replica.strips.undo.load(self._disk, self._context.store.version)
+        store, settled = self._context.store, self._proven.settled
+        unfinished = [oid for oid, version in store.inventory() if version == NO_VERSION]
+        stale = self._stale.load(store.version, settled)
+        self._standing = Standing(settled, self._context.state.epoch, self._proven.broken, unfinished, stale)
+        self.replica.strips.undo.load(self._disk, store.version)
 
     def forget(self) -> None:
         """The cluster was formatted: nothing of before counts."""
         self._context.origins.clear()
         self.replica.strips.clear()
+        self._stale.clear()
         self._standing = Standing(0)
-        self._prove(Proven(0, 0))
+        self._prove(Proven())
 
     def _prove(self, proven: Proven) -> None:
         self._proven = proven
@@ -82,7 +93,7 @@ class Copies:
     def _went_bad(self) -> None:
         """A current copy here did: after a restart the copies without a version are not taken for new ones."""
         if self._proven.broken < self._context.epoch:
-            self._prove(Proven(self._proven.settled, self._context.epoch))
+            self._prove(self._proven._replace(broken=self._context.epoch))
 
     def end_epoch(self) -> None:
         """Keeps what is known of the copies at the end of the epoch that is over."""
@@ -91,9 +102,18 @@ class Copies:
     def begin(self) -> None:
         """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
         self._complete = {}
+        if self._proven.forgotten < 0:
+            self._prove(self._proven._replace(forgotten=self._first_epoch() - 1))
         self.replica.begin()
         self.puller.begin()
         self.rebuilder.begin()
+
+    def _first_epoch(self) -> int:
+        """From which epoch on empty disks are a witness: from this one, unless it began before this process did."""
+        context = self._context
+        placement = context.placement
+        began_with_it = placement.members[placement.me].incarnation == context.machine.me.incarnation
+        return context.epoch if began_with_it else context.epoch + 1
 
     def tell(self) -> None:
         """Tells each home which of its objects are here."""
@@ -113,6 +133,7 @@ class Copies:
                     offset=index,
                     length=self._standing.complete,
                     flags=flags if index else flags | Flag.ORIGINS,
+                    watermark=self.forgotten,
                     body=body,
                 )
                 if member == placement.me:
@@ -144,10 +165,11 @@ class Copies:
         context = self._context
         if not self.all_done() or self.replica.missing or not self.replica.all_settled():
             return
-        if self._proven == (context.epoch, 0):
+        proven = self._proven._replace(settled=context.epoch, broken=0)
+        if self._proven == proven:
             return
         self._standing.settle(context.epoch)
-        self._prove(Proven(context.epoch, 0))
+        self._prove(proven)
         context.log(6, f"all copies are current in epoch {context.epoch}")
 
     def home_undone(self, node: NodeId) -> None:
@@ -164,9 +186,24 @@ class Copies:
         assert self.home is not None  # there is one as soon as there is an epoch
         return self.home
 
-    def settled_locally(self, verdict: Verdict) -> None:
-        self.replica.settle(self._context.placement.me, verdict)
+    def settled_locally(self, verdict: Verdict, known: Callable[[], None]) -> None:
+        self.settled(self._context.placement.me, verdict, known)
         self._on_settled()
+
+    def settled(self, home: int, verdict: Verdict, known: Callable[[], None]) -> None:
+        """A home has decided; `known`, in this epoch, when that will not be forgotten where it must not be."""
+        context, placement = self._context, self._context.placement
+        fence = context.fence
+        self.replica.settle(home, verdict)
+
+        def saved(error: StoreError | None) -> None:
+            self._must_work(error)
+            if error is None and context.fence == fence:
+                known()
+
+        self._stale.settle(
+            lambda strip: placement.home(strip) == home, verdict.missing, context.epoch, context.store.version, saved
+        )
 
     def completed_locally(self) -> None:
         self.home_done(self._context.me)
@@ -182,6 +219,9 @@ class Copies:
         placement, oid = self._context.placement, message.oid
         members = decode_members(message.payload(), len(placement.nodes))
         repair = bool(message.flags & Flag.REPAIR)
+        if not (message.flags & Flag.URGENT or self._may_take(oid)):
+            pulled(Result.NO_SPACE)
+            return
         if repair:
             self.replica.doubt(oid)
         if not oid >> STRIP_SHIFT:
@@ -193,6 +233,16 @@ class Copies:
         else:
             self.replica.strips.replaced(oid)
             self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled)
+
+    def _may_take(self, oid: ObjectId) -> bool:
+        """False where the cluster was formatted with -F and a new copy here would leave clients too little space."""
+        context = self._context
+        if not context.state.flags & ClusterFlag.AVOID_DISKFULL or context.store.version(oid) is not None:
+            return True
+        policy = context.policy_of(plain_oid(oid)) if oid >> STRIP_SHIFT else None
+        size = context.size_of(plain_oid(oid)) // (1 if policy is None else policy.data)
+        used, free = context.store.usage()
+        return (used + size) * 100 <= (used + free) * RECOVERY_FULL_PERCENT
 
     def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
         """Brings a strip here back to the state that all of them can have."""
@@ -229,7 +279,7 @@ class Copies:
         context, placement = self._context, self._context.placement
         if not oids:
             return
-        self._prove(Proven(0, context.epoch))
+        self._prove(self._proven._replace(settled=0, broken=context.epoch))
         if not context.epoch:
             return
         context.probe("node.copies_lost")

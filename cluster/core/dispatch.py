@@ -89,8 +89,8 @@ class Dispatch:
     # -- for the copies here ---------------------------------------------------------------------------------------
 
     def _on_settle(self, sender: NodeId, message: Message) -> None:
-        self._copies.replica.settle(self._context.placement.index_of[sender], Verdict.decode(message))
-        self._acknowledge(sender, message)
+        home, verdict = self._context.placement.index_of[sender], Verdict.decode(message)
+        self._copies.settled(home, verdict, lambda: self._acknowledge(sender, message))
 
     def _on_pull(self, sender: NodeId, message: Message) -> None:
         fence = self._context.fence

@@ -84,6 +84,7 @@ class NodeReport:
     restored_bytes: int = 0  # fetched by this node since its start
     sole: dict[str, int] = field(default_factory=dict)  # by node: so many objects would be lost with it
     full: int = 0  # objects that are refused writes, for want of space on some node
+    skipped: int = 0  # objects that wait for space on a node that is nearly full (format -F)
     lost: int = 0  # objects of which no current copy is on any member
     knows_all: bool = True  # False: all copies of some objects may be on nodes that are away
     recovery_enabled: bool = True
@@ -131,6 +132,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         restored_bytes=node.copies.puller.bytes_pulled,
         sole=recovery.sole() if recovery is not None else {},
         full=recovery.full() if recovery is not None else 0,
+        skipped=recovery.skipped() if recovery is not None else 0,
         lost=home.lost if home is not None else 0,
         knows_all=home.knows_all if home is not None else True,
         recovery_enabled=not cluster.disable_recovery,
@@ -273,6 +275,12 @@ def _recovery_findings(running: Sequence[NodeReport]) -> list[Finding]:
     if full:
         text = f"{_count(full, 'object')} refused for writing: a node that shall hold them has no space"
         found.append(Finding(Level.HALTED, text))
+    skipped = sum(one.skipped for one in running)
+    if skipped:
+        text = (
+            f"{_count(skipped, 'object')} short of a copy: recovery does not fill disks (-F), a node needs more space"
+        )
+        found.append(Finding(Level.DEGRADED, text))
     left = sum(one.unfinished for one in running)
     if left:
         found.append(Finding(Level.DEGRADED, _recovery_text(left, running)))

@@ -86,6 +86,7 @@ class Home:
         if self.active:
             return
         member = self._placement.index_of[sender]
+        self.past.forgot(sender, message.watermark)
         self._inventories.add(member, message.offset, message.payload(), message.length, message.flags)
         if self._inventories.all_here():
             self._settle()
@@ -136,19 +137,20 @@ class Home:
                 surplus += decision.surplus_copies()
         self._inventories = Inventories(0)
         self.active = True
+        self._untold_verdicts = len(verdicts)
         for member, node in enumerate(self._placement.nodes):
             if member == self.me:
-                self.hooks.settled_locally(verdicts[member])
+                self.hooks.settled_locally(verdicts[member], self._verdict_known)
             else:
-                self._untold_verdicts += 1
-                self.context.peers.request(node, verdicts[member].encode(self.fence), self._verdict_taken)
+                message = verdicts[member].encode(self.fence)
+                self.context.peers.request(node, message, lambda _: self._verdict_known())
         self.recovery.drop(surplus)
         held, self._held = self._held, []
         for call in held:
             call()
         self.recovery.begin()
 
-    def _verdict_taken(self, _: Message) -> None:
+    def _verdict_known(self) -> None:
         self._untold_verdicts -= 1
         if not self._untold_verdicts:
             waiting, self._wait_for_verdicts = self._wait_for_verdicts, []

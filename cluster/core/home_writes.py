@@ -21,8 +21,8 @@ IoDone: TypeAlias = Callable[[int, Buffer], None]
 class HomeHooks(Protocol):
     """What a home tells the replica side of its own node."""
 
-    def settled_locally(self, verdict: Verdict) -> None:
-        """Peering is over."""
+    def settled_locally(self, verdict: Verdict, known: Callable[[], None]) -> None:
+        """Peering is over; `known` when this node will not forget what it must not, as for other members."""
 
     def restored_locally(self, oid: ObjectId) -> None:
         """This node's copy is current again."""

@@ -4,6 +4,8 @@ An object is served in an epoch only when every copy on its replicas of that epo
 change is answered only when all of them have it. So one replica of an epoch that is here is witness enough: what
 happened to the object in that epoch is in its copy, unless that copy went bad since. Where no replica of some epoch can
 tell, anything may have happened: the object may have been written, or made, without anybody here knowing.
+
+A node that lost its disks and came back with empty ones is no witness of the epochs before.
 """
 
 from __future__ import annotations
@@ -30,6 +32,16 @@ class Past:
         self._former = former
         self._members = members
         self._copies = copies
+        self._forgotten: dict[NodeId, int] = {}
+
+    def forgot(self, node: NodeId, epoch: int) -> None:
+        """Up to this epoch the node remembers nothing, its disks are newer; 0: they are as old as the cluster."""
+        if epoch:
+            self._forgotten[node] = epoch
+
+    def remembers(self, node: NodeId, epoch: int) -> bool:
+        """What happened in the epoch to objects that the node held is in its copies."""
+        return self._forgotten.get(node, 0) < epoch
 
     def superseded(
         self, oid: ObjectId, as_of: int, least: int = 1, blind: Mapping[int, int] = MappingProxyType({})
@@ -52,7 +64,8 @@ class Past:
         if then is None:
             return False
         replicas = then.replicas(oid)
-        here = [self._placement.index_of.get(then.nodes[index]) for index in replicas]
+        nodes = [node for node in (then.nodes[index] for index in replicas) if self.remembers(node, epoch)]
+        here = [self._placement.index_of.get(node) for node in nodes]
         witnesses = sum(member is not None and blind.get(member, 0) < epoch for member in here)
         return len(replicas) >= least > witnesses
 
@@ -83,5 +96,5 @@ class Past:
         if members is None:
             return True
         storing = [member for member in members if member.vnodes]
-        away = {member.zone for member in storing if member.id not in witnesses}
+        away = {one.zone for one in storing if one.id not in witnesses or not self.remembers(one.id, epoch)}
         return len(away) < min(copies, len({member.zone for member in storing}))

@@ -359,7 +359,9 @@ class _Facts:
         )
 
     def _remembers(self, member: int, epoch: int) -> bool:
-        """The member's disks are those that it had in `epoch`."""
+        """The member's disks are those that it had in `epoch`, all of them."""
+        if not self._past.remembers(self._placement.nodes[member], epoch):
+            return False
         if self._inventories.complete[member]:
             return True
         then = self._former(epoch)

@@ -121,8 +121,9 @@ class Store(Protocol):
 class Proven(NamedTuple):
     """What is proven of a node's copies, by epochs."""
 
-    settled: int  # the newest in which every copy was current
-    broken: int  # the newest in which a current copy went bad and was not made anew since; 0: none did
+    settled: int = 0  # the newest in which every copy was current
+    broken: int = 0  # the newest in which a current copy went bad and was not made anew since; 0: none did
+    forgotten: int = -1  # up to this one the disks tell nothing: they are newer. -1: to be found out
 
 
 class NodeState(Protocol):
@@ -146,13 +147,19 @@ class NodeState(Protocol):
         """Remembers how much is proven of this node's copies."""
 
     def load_proven(self) -> Proven:
-        """(0, 0) if nothing was ever proven."""
+        """`Proven()` if nothing was ever proven."""
 
     def save_scrub(self, data: bytes, done: Done) -> None:
         """Remembers how far the scrub is (core.scrub)."""
 
     def load_scrub(self) -> bytes | None:
         """None when nothing is remembered that can be read."""
+
+    def save_stale(self, data: bytes, done: Done) -> None:
+        """Remembers which strips are to be made anew (core.stale_strips); durable at `done`."""
+
+    def load_stale(self) -> bytes:
+        """Empty when nothing is remembered that can be read."""
 
     def append_undo(self, record: bytes) -> None:
         """Adds to what strips need to go back (core.strip_undo). At the return it survives a kill -9; what is handed

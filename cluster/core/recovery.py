@@ -18,9 +18,16 @@ from typing import TYPE_CHECKING
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
-from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS, REPAIR_TRIES
+from sheepdog.cluster.core.limits import (
+    HEALTH_JOBS,
+    RECOVERY_PULLS,
+    RECOVERY_RETRY_NS,
+    RECOVERY_SKIP_NS,
+    REPAIR_TRIES,
+)
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
+from sheepdog.cluster.core.state import ClusterFlag
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
@@ -88,6 +95,10 @@ class Recovery:
                 node = str(self._placement.nodes[member])
                 counts[node] = counts.get(node, 0) + 1
         return counts
+
+    def skipped(self) -> int:
+        """Objects that wait because some node has little space left (format -F)."""
+        return sum(job.skipped for job in islice(self._jobs.values(), HEALTH_JOBS))
 
     def full(self) -> int:
         """Objects that cannot be restored, and are refused writes, because some node has no space."""
@@ -225,6 +236,7 @@ class Recovery:
             self._give_up(job)
             return
         job.running = True
+        job.skipped = False
         self._running += 1
         if job.version == NO_VERSION:
             self._learn(job)
@@ -326,6 +338,8 @@ class Recovery:
 
     def _failed(self, job: Job, target: int, result: int) -> None:
         """Tries again a little later, for as long as the epoch lasts; for a copy that is only suspected, some times."""
+        if result == Result.NO_SPACE and self._skip(job, target):
+            return
         job.failures += 1
         if result == Result.NO_SPACE and not job.full:
             job.full = True
@@ -347,12 +361,30 @@ class Recovery:
             self.run()
             return
 
-        def again() -> None:
-            if self._context.fence == self._fence and self._jobs.get(job.oid) is job and not job.running:
-                self._start(job)
-
-        self._context.clock.after(RECOVERY_RETRY_NS, again)
+        self._context.clock.after(RECOVERY_RETRY_NS, lambda: self._again(job))
         self.run()
+
+    def _skip(self, job: Job, target: int) -> bool:
+        """With format -F: the node is nearly full, and nobody waited when it was asked. Tried again much later."""
+        if job.urgent or target in job.repair or not self._context.state.flags & ClusterFlag.AVOID_DISKFULL:
+            return False
+        self._context.probe("recovery.skipped")
+        job.targets[target] = False
+        if any(job.targets.values()):
+            return True
+        job.running = False
+        self._running -= 1
+        if job.waiting:  # for it by now
+            self._start(job)
+            return True
+        job.skipped = True
+        self._context.clock.after(RECOVERY_SKIP_NS, lambda: self._again(job))
+        self.run()
+        return True
+
+    def _again(self, job: Job) -> None:
+        if self._context.fence == self._fence and self._jobs.get(job.oid) is job and not job.running:
+            self._start(job)
 
     def _done(self, job: Job) -> None:
         del self._jobs[job.oid]

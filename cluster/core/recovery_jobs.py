@@ -27,10 +27,12 @@ class Job:
         "oid",
         "repair",
         "running",
+        "skipped",
         "sources",
         "stale",
         "surplus",
         "targets",
+        "urgent",
         "version",
         "waiting",
     )
@@ -49,6 +51,8 @@ class Job:
         self.running = False
         self.failures = 0
         self.full = False
+        self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
+        self.urgent = False  # a client did when the pulls under way were sent
 
     @classmethod
     def of(cls, decision: Decision) -> Job:
@@ -120,10 +124,12 @@ class Job:
         return [me] if me in self.targets else list(self.targets)
 
     def pull(self, target: int, fence: int) -> Message:
-        flags = Flag.REPAIR if target in self.repair else 0
-        return Message(
-            Kind.PULL, fence, oid=self.oid, version=self.version, flags=flags, body=encode_members(self.sources)
-        )
+        return self._pull(target, fence, encode_members(self.sources))
+
+    def _pull(self, target: int, fence: int, sources: bytes) -> Message:
+        self.urgent = bool(self.waiting)
+        flags = (Flag.REPAIR if target in self.repair else 0) | (Flag.URGENT if self.urgent else 0)
+        return Message(Kind.PULL, fence, oid=self.copy_on(target), version=self.version, flags=flags, body=sources)
 
     def restored(self, target: int) -> None:
         del self.targets[target]
@@ -209,11 +215,8 @@ class StripJob(Job):
         return list(self.targets)
 
     def pull(self, target: int, fence: int) -> Message:
-        flags = Flag.REPAIR if target in self.repair else 0
         sources = [self.holders.get(strip, NO_MEMBER) for strip in range(self._policy.strips)]
-        return Message(
-            Kind.PULL, fence, oid=self.copy_on(target), version=self.version, flags=flags, body=encode_members(sources)
-        )
+        return self._pull(target, fence, encode_members(sources))
 
     def agreement(self, strip: int, fence: int) -> Message:
         """ROLLBACK of one strip."""

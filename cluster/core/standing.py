@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
@@ -19,21 +20,31 @@ class Lack(NamedTuple):
 
 
 _NOTHING_KNOWN = Lack(0, 0)
+_NONE: Mapping[ObjectId, int] = MappingProxyType({})
 
 
 class Standing:
     """How current the copies of this node are."""
 
-    def __init__(self, settled: int, last: int = 0, broken: int = 0, unfinished: Iterable[ObjectId] = ()) -> None:
+    def __init__(
+        self,
+        settled: int,
+        last: int = 0,
+        broken: int = 0,
+        unfinished: Iterable[ObjectId] = (),
+        stale: Mapping[ObjectId, int] = _NONE,
+    ) -> None:
         """At the start of the node: every copy was current in `settled`, it last served in epoch `last`.
 
         `unfinished`: copies without a version. They were being restored when the node ended, or went with their disk.
         They may have been current before if some copy went bad since `settled`, last in the epoch `broken`.
+        `stale`: strips that were to be made anew, in which epoch (core.stale_strips).
         """
         self.default = settled  # as_of of every copy not named below
         self.complete = settled
         self._older: dict[ObjectId, int] = {}
         self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, Lack(last, broken, bool(broken)))
+        self.lacking.update((strip, Lack(epoch, 0)) for strip, epoch in stale.items())
 
     def as_of(self, oid: ObjectId, version: Version) -> int:
         if version == NO_VERSION:

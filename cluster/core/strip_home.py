@@ -20,6 +20,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_index, strip_of
+from sheepdog.cluster.core.loose_strips import LooseStrips
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
@@ -69,6 +70,7 @@ class StripHome:
         self._forgotten: dict[ObjectId, None] = {}  # lost, and about to be created anew
         self._versions: dict[ObjectId, Version] = {}  # last one given to objects that are to be repaired
         self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
+        self._loose = LooseStrips(context)
         self.levels = StripLevels(context, home)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
@@ -221,12 +223,11 @@ class StripHome:
     ) -> None:
         """Numbers the change and hands the strips that it touches their part; all get one that has no bytes."""
         oid, context = submission.oid, self._context
-        members = stored = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
+        stored = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
         fresh = bool(flags & Flag.CREATE)
-        mask = ALL_STRIPS
-        if not flags & (Flag.CREATE | Flag.REMOVE) and (changed := mask_of(changes)):
-            mask = changed
-            members = [entry for entry in stored if mask >> entry[0] & 1]
+        mask = ALL_STRIPS if flags & (Flag.CREATE | Flag.REMOVE) else mask_of(changes) or ALL_STRIPS
+        reached = self._loose.changed(oid, flags, mask)
+        members = [entry for entry in stored if reached >> entry[0] & 1]
         write = self._home.open_write(submission, len(members), fresh)
         write.ordered = True
         write.tolerance = len(stored) - policy.data

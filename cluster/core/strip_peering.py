@@ -157,7 +157,7 @@ def decide(
     ]
     proven = [entry for entry in real if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.
-    cuts: list[Version | None] = [*_unfinished(proven), None, *reversed(_unfinished(current))]
+    cuts: list[Version | None] = [*_unfinished(policy, proven), None, *reversed(_unfinished(policy, current))]
     for cut in cuts:
         good = _fitting(policy, real, current, proven, cut)
         if len({entry.strip for entry, _ in good}) >= policy.data:
@@ -198,8 +198,12 @@ def _in_place(held: Sequence[Held], replicas: tuple[int, ...]) -> bool:
     )
 
 
-def _unfinished(current: Sequence[Held]) -> list[Version]:
-    """Writes that some strip has and another one lacks that they touch, ascending."""
+def _unfinished(policy: Policy, current: Sequence[Held]) -> list[Version]:
+    """Writes that some strip has and another one lacks that they touch, ascending.
+
+    All touch the parity. So does the one that a strip knows only because it was brought level with it.
+    """
+    parity = (1 << policy.strips) - (1 << policy.data)
     newest: dict[int, Version] = {}
     writes: dict[Version, int] = {}
     for entry in current:
@@ -208,7 +212,7 @@ def _unfinished(current: Sequence[Held]) -> list[Version]:
     return sorted(
         version
         for version, touched in writes.items()
-        if any(touched >> strip & 1 and has < version for strip, has in newest.items())
+        if any((touched | parity) >> strip & 1 and has < version for strip, has in newest.items())
     )
 
 

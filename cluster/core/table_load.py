@@ -48,9 +48,11 @@ class _Found:
         self.attributes: dict[tuple[Vid, int], None] = {}
         self.claims: dict[Vid, Claim] = {}
         self.complete: dict[NodeId, int] = {}
+        self.forgotten: dict[NodeId, int] = {}
         ranks: dict[int, tuple[Any, ...]] = {}
         for node in sorted(answers):
-            inodes, places, cache, cached, self.complete[node] = json.loads(bytes(answers[node]))
+            inodes, places, cache, cached, known = json.loads(bytes(answers[node]))
+            self.complete[node], self.forgotten[node] = known
             self.claims.update((Vid(vid), Claim(node_key(node), cache, True)) for vid in cached)
             self.attributes.update(((Vid(vid), place), None) for vid, place in places)
             for number, as_of, version, text in inodes:
@@ -122,7 +124,10 @@ class TableLoad:
         state = self._context.state
         complete = [found.complete.get(node, 0) for node in self._context.placement.nodes]
         copies = [inode.nr_copies for inode in found.inodes.values() if inode.nr_copies]
-        if self._copies.at_home().past.knows_all(complete, min([state.fewest_copies(), *copies])):
+        past = self._copies.at_home().past
+        for node, epoch in found.forgotten.items():
+            past.forgot(node, epoch)
+        if past.knows_all(complete, min([state.fewest_copies(), *copies])):
             return 0
         self._context.probe("table.partial")
         self._context.log(4, "nodes that are away may hold volumes of which nobody here knows: waiting for them")
@@ -152,7 +157,8 @@ class TableLoad:
 
     def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
         """JSON of this node's [[vid, as_of, version, hex of the inode's header]...], [[vid, attribute id]...], its
-        cache's identity, the [vid...] that it may have unpushed data of, and the epoch up to which this is complete."""
+        cache's identity, the [vid...] that it may have unpushed data of, and the epochs [up to which this is complete,
+        up to which nothing is remembered]."""
         here = [(oid, version) for oid, version in self._context.store.inventory() if version != NO_VERSION]
         copies = [(oid, version) for oid, version in here if is_inode(oid)]
         attributes = [(vid_of(oid), oid & 0xFFFFFFFF) for oid, _ in here if is_attribute(oid)]
@@ -167,7 +173,8 @@ class TableLoad:
             told = [found, attributes]
             self._left_dirty(
                 lambda cache, vids: answered(
-                    Result.SUCCESS, json.dumps([*told, cache, vids, self._copies.complete]).encode()
+                    Result.SUCCESS,
+                    json.dumps([*told, cache, vids, [self._copies.complete, self._copies.forgotten]]).encode(),
                 )
             )
 

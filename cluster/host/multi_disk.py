@@ -28,6 +28,7 @@ class Disks:
         self._known = KnownDisks(copies.disk, metadata, copies.log)
         self.on_lost: Callable[[list[ObjectId]], None] = lambda oids: None
         self.incomplete = False  # a disk that this node had is not here
+        self.all_new = False  # nor is any other
 
     # At start
 
@@ -48,6 +49,7 @@ class Disks:
         gone = self._known.missing(home.identity for home in homes)
         if gone:
             self.incomplete = True
+            self.all_new = not any(self._known.was_in_service(home.identity) for home in homes)
             self._copies.log(4, f"{len(gone)} disks that this node had are not here: what they held is restored")
             self._known.set(gone, True)
         for home in homes:

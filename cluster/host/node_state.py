@@ -4,6 +4,7 @@
     config    the cluster's configuration as core encoded it
     epoch/    one file per epoch, named by its number in 8 decimal digits
     settled   the newest epoch in which every copy here was proven current
+    stale     strips that are to be made anew
     undo      what strips need to go back, appended (core/strip_undo.py), synced before the journal is
     undo.old  the same, of some time before: what led from it to here may be durable only now
     reserve   room for all these, given up when the disk is full
@@ -31,8 +32,9 @@ from sheepdog.cluster.host.workers import Workers
 
 _CONFIG = struct.Struct("<8sIQ")  # magic, format, bytes that follow
 _CONFIG_MAGIC: Final = b"SHEEPCFG"
-_SETTLED = struct.Struct("<8sIQQ")  # magic, format, epochs: settled, broken
-_SETTLED_FORMAT: Final = 2  # 1 had no second epoch
+_SETTLED = struct.Struct("<8sIQQq")  # magic, format, epochs: settled, broken, forgotten
+_SETTLED_2 = struct.Struct("<8sIQQ")  # of format 2, which did not know what was forgotten
+_SETTLED_FORMAT: Final = 3
 _SETTLED_MAGIC: Final = b"SHEEPSET"
 _EPOCH = struct.Struct("<8sIQQI")  # magic, format, epoch, began (Unix seconds), members that follow
 _EPOCH_MAGIC: Final = b"SHEEPEPO"
@@ -148,6 +150,16 @@ class NodeStateFiles:
             self._log(4, str(error))
             return None
 
+    def save_stale(self, data: bytes, done: Done) -> None:
+        self._change(lambda: write_file(self._disk, self._directory, "stale", data), done)
+
+    def load_stale(self) -> bytes:
+        try:
+            return self._read(f"{self._directory}/stale") or b""
+        except UsageError as error:
+            self._log(4, str(error))
+            return b""
+
     def save_config(self, config: bytes, done: Done) -> None:
         data = _CONFIG.pack(_CONFIG_MAGIC, _FORMAT, len(config)) + config
         self._change(lambda: write_file(self._disk, self._directory, "config", data), done)
@@ -186,9 +198,10 @@ class NodeStateFiles:
         data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *proven)
         self._change(lambda: write_file(self._disk, self._directory, "settled", data), done)
 
-    def forget_settled(self) -> None:
-        """Nothing is proven any more; before the node starts. OSError."""
-        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, 0, 0)
+    def forget_settled(self, all_new: bool) -> None:
+        """Nothing is proven any more; before the node starts. `all_new`: no disk is left of those it had. OSError."""
+        proven = Proven() if all_new else self.load_proven()._replace(settled=0, broken=0)
+        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *proven)
         self._with_room(lambda: write_file(self._disk, self._directory, "settled", data))
 
     def load_proven(self) -> Proven:
@@ -197,12 +210,14 @@ class NodeStateFiles:
         try:
             data = self._read(path)
             if data is None:
-                return Proven(0, 0)
-            _, settled, broken = _parse_head(_SETTLED, _SETTLED_MAGIC, data, path, _SETTLED_FORMAT)
-            return Proven(settled, broken)
+                return Proven()
+            if len(data) == _SETTLED_2.size:
+                _, settled, broken = _parse_head(_SETTLED_2, _SETTLED_MAGIC, data, path, 2)
+                return Proven(settled, broken, 0)
+            return Proven(*_parse_head(_SETTLED, _SETTLED_MAGIC, data, path, _SETTLED_FORMAT)[1:])
         except UsageError as error:
             self._log(4, f"{error}; comparing all copies")
-            return Proven(0, 0)
+            return Proven(forgotten=0)
 
     def _epoch_names(self) -> list[str]:
         return [name for name in self._disk.listdir(self._epochs) if len(name) >= 8 and name.isdecimal()]

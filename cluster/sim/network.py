@@ -65,6 +65,7 @@ class _Link:
         self.fabric = fabric
         self.ends = ends
         self.cut_ns: int | None = None
+        self.began_ns = fabric.world.now_ns
         self._arrival = [0, 0]  # of the last message, by receiving end
 
     def other(self, end: SimNetwork) -> SimNetwork:
@@ -102,6 +103,8 @@ class _Link:
         if other in end.wanted:
             old = end.links.get(other)
             if old is not None:  # a stopped process finds its end and its successor at once
+                if old.began_ns > self.began_ns:
+                    return  # and accepts them in order
                 old.noticed(end)
             end.links[other] = self
             end.on_link(other, True)

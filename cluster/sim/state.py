@@ -22,9 +22,10 @@ class SimStateDisk:
         """Another, empty disk."""
         self.config: bytes | None = None
         self.epochs: dict[int, EpochRecord] = {}
-        self.proven = Proven(0, 0)
+        self.proven = Proven()
         self.undo = bytearray()
         self.scrub: bytes | None = None
+        self.stale = b""
 
     def crash(self, power: bool) -> None:
         if power:
@@ -80,6 +81,12 @@ class SimNodeState:
 
     def load_scrub(self) -> bytes | None:
         return self._disk.scrub
+
+    def save_stale(self, data: bytes, done: Done) -> None:
+        self._change(lambda: setattr(self._disk, "stale", data), done)
+
+    def load_stale(self) -> bytes:
+        return self._disk.stale
 
     def append_undo(self, record: bytes) -> None:
         if self._life.alive:

@@ -119,6 +119,7 @@ class SimDisk:
         self.fault: type[StoreError] | None = None
         self.fault_chance = 0.0
         self.slow = 1  # factor of all delays
+        self.capacity_bytes = 1 << 40  # as it is told; `fault` says what fails
         self.undo_written = 0  # bytes (ports.NodeState.append_undo) ...
         self.undo_durable = 0  # ... of which a change that is durable needs so many
 
@@ -212,7 +213,7 @@ class SimStore:
 
     def usage(self) -> tuple[int, int]:
         used = sum(len(copy.blocks) for copy in self._disk.copies().values()) * BLOCK_SIZE
-        return used, (1 << 40) - used
+        return used, max(0, self._disk.capacity_bytes - used)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.ids import NodeId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Kind
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
@@ -126,6 +127,32 @@ def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:
     assert read(replica, volume) == (Result.SUCCESS, block_of(2))
 
 
+def test_a_node_with_new_disks_is_no_witness() -> None:
+    """What it held when a node was away, it does not know any more: that node's older copy must not be shown."""
+    cluster, volume = fresh(3, 2)
+    world = cluster.world
+    newer, older = holders(cluster, volume)
+    third = next(machine for machine in cluster.machines if machine not in (newer, older))
+    assert write(newer, volume, 1) == Result.SUCCESS
+    older.kill()
+    settle(cluster, newer, third)
+    assert write(newer, volume, 2) == Result.SUCCESS
+    cluster.fabric.break_link((min(newer.id, older.id), max(newer.id, older.id)), 4 * SECOND)  # nothing is restored
+    older.start()
+    world.run_until(lambda: older.serves() and len(older.node.cluster.members) == 3, SECOND, "join")
+    third.kill(power=True)
+    third.replace_disk()
+    world.run_until(lambda: len(older.node.cluster.members) == 2, SECOND, "death noticed")
+    third.start()
+    world.run_until(lambda: third.serves() and len(older.node.cluster.members) == 3, SECOND, "join")
+    newer.kill()
+    world.run_until(lambda: len(older.node.cluster.members) == 2, SECOND, "death noticed")
+    assert read(older, volume)[0] == Result.EIO
+    newer.start()
+    settle(cluster, *cluster.machines)
+    assert read(older, volume) == (Result.SUCCESS, block_of(2))
+
+
 def test_an_object_that_nobody_here_has_heard_of_is_not_absent() -> None:
     """Its copies are on nodes that are down: that is an error, not a hole."""
     cluster, volume = fresh(4, 2)
@@ -216,3 +243,54 @@ def test_a_stopped_coordinator_stays_if_it_may_hold_the_only_copy() -> None:
     assert not victim.node.machine.joined
     assert len(other.node.cluster.members) == 3
     cluster.world.run_until(cluster.healthy, 2 * HEALTH_LIMIT_NS, "health when it goes on")
+
+
+def test_a_strip_that_was_to_be_made_anew_stays_so_after_a_restart() -> None:
+    """2:1. The other strips become one state with a new version, then all are killed, and one of those is away."""
+    cluster = SimCluster(World(3), 3)
+    cluster.start_all()
+    cluster.format(2)
+    volume = make_volume(cluster, "coded", 1, (0,), policy=0x11)
+    world, second_unit = cluster.world, 64 * 1024
+    world.run_until(cluster.healthy, SECOND, "strips are level")
+    first, stale, parity = holders(cluster, volume)  # strips 0, 1 and 2
+    stale.kill()
+    settle(cluster, first, parity)
+    results: list[int] = []
+    gateway = first.node.gateway
+    gateway.write(data_oid(volume.vid, 0), second_unit, block_of(2), False, lambda result, _: results.append(result))
+    world.run_until(lambda: bool(results), SECOND, "write")
+    assert results == [Result.SUCCESS]
+
+    killed: list[Machine] = []
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        if kind == Kind.PULL and not killed:  # the others have agreed
+            killed.extend(cluster.machines)
+            for machine in killed:
+                world.after(0, machine.kill)
+
+    cluster.fabric.trap = trap
+    stale.start()
+    world.run_until(lambda: bool(killed), SECOND, "a strip is to be made anew")
+    world.run_for(MILLISECOND)
+    cluster.fabric.trap = None
+    for other in (first, stale):
+        cluster.fabric.break_link((min(other.id, parity.id), max(other.id, parity.id)), SECOND)
+    cluster.start_all()
+    world.run_until(cluster.all_joined, SECOND, "a cold start")
+    parity.kill()
+    settle(cluster, first, stale)
+
+    def look() -> tuple[int, bytes]:
+        answers: list[tuple[int, bytes]] = []
+        first.node.gateway.read(
+            data_oid(volume.vid, 0), second_unit, BLOCK_SIZE, lambda result, data: answers.append((result, bytes(data)))
+        )
+        world.run_until(lambda: bool(answers), 5 * SECOND, "read")
+        return answers[0]
+
+    assert look()[0] == Result.EIO
+    parity.start()
+    world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert look() == (Result.SUCCESS, block_of(2))

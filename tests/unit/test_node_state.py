@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.stores import Driver
 from sheepdog.cluster.core.errors import DiskError, StoreError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Buffer, Proven
+from sheepdog.cluster.host.directory import write_file
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.node_state import RESERVE_BYTES, DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.workers import ThreadWorkers
@@ -38,13 +40,13 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     driver = StateDriver(tmp_path)
     assert driver.state.load_config() is None
     assert driver.state.load_epochs() == []
-    assert driver.state.load_proven() == (0, 0)
+    assert driver.state.load_proven() == Proven()
     errors: list[StoreError | None] = []
     driver.state.save_config(b"one", errors.append)
     driver.state.save_config(b"\0two\xff", errors.append)
     for number in (1, 2, 10):
         driver.state.append_epoch(record(number), errors.append)
-    driver.state.save_proven(Proven(2, 1), errors.append)
+    driver.state.save_proven(Proven(2, 1, 5), errors.append)
     while len(errors) < 6:
         driver.step()
     assert errors == [None] * 6
@@ -52,7 +54,7 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     again = StateDriver(tmp_path)
     assert again.state.load_config() == b"\0two\xff"
     assert again.state.load_epochs() == [record(1), record(2), record(10)]
-    assert again.state.load_proven() == (2, 1)
+    assert again.state.load_proven() == (2, 1, 5)
     assert again.wait(again.state.clear_epochs) is None
     assert again.state.load_epochs() == []
 
@@ -110,8 +112,19 @@ def test_a_damaged_settled_epoch_is_forgotten(tmp_path: Path) -> None:
     driver = StateDriver(tmp_path)
     driver.wait(lambda done: driver.state.save_proven(Proven(7, 0), done))
     (tmp_path / "settled").write_bytes(b"rubbish")
-    assert driver.state.load_proven() == (0, 0)
+    assert driver.state.load_proven() == (0, 0, 0)
     assert driver.logged
+
+
+def test_what_was_proven_before_disks_could_be_forgotten_is_read(tmp_path: Path) -> None:
+    """A node of a former version had all its disks, as far as is known; one that lost them all knows nothing."""
+    driver = StateDriver(tmp_path)
+    write_file(RealDisk(), str(tmp_path), "settled", struct.pack("<8sIQQ", b"SHEEPSET", 2, 9, 4))
+    assert driver.state.load_proven() == (9, 4, 0)
+    driver.state.forget_settled(all_new=False)
+    assert driver.state.load_proven() == (0, 0, 0)
+    driver.state.forget_settled(all_new=True)
+    assert driver.state.load_proven() == (0, 0, -1)
 
 
 def test_one_daemon_a_directory(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Strips here that are to be made anew, remembered durably until they are.
+
+A stale strip looks like any other: it has a version. Once the other strips of its object have become one state without
+it, with a new version (core.strip_peering), it must not be taken for one that only lacks that. So nobody gives strips a
+new version before every node has written down which of its own do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from struct import Struct
+from typing import NamedTuple
+
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid
+from sheepdog.cluster.core.ports import Done, NodeState
+
+_ENTRY = Struct("<QB3xIIQI4x")  # oid, strip + 1, version, epoch
+VersionOf = Callable[[ObjectId], Version | None]
+
+
+class _Mark(NamedTuple):
+    version: Version  # of the strip then; with another one it is another strip
+    epoch: int
+
+
+class StaleStrips:
+    """Of one node."""
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        self._marks: dict[ObjectId, _Mark] = {}
+
+    def load(self, version_of: VersionOf, settled: int) -> dict[ObjectId, int]:
+        """The strips that are still to be made anew, with the epoch in which that was last known.
+
+        What was marked by then is not stale if all was proven current in the epoch `settled`.
+        """
+        data = self._state.load_stale()
+        whole = len(data) - len(data) % _ENTRY.size
+        for oid, strip, epoch, term, counter, marked in _ENTRY.iter_unpack(data[:whole]):
+            self._marks[ObjectId(oid | strip << STRIP_SHIFT)] = _Mark(Version(epoch, term, counter), marked)
+        self._marks = self._valid(version_of, settled)
+        return {strip: mark.epoch for strip, mark in self._marks.items()}
+
+    def _valid(self, version_of: VersionOf, settled: int) -> dict[ObjectId, _Mark]:
+        return {
+            strip: mark
+            for strip, mark in self._marks.items()
+            if mark.epoch > settled and version_of(strip) == mark.version
+        }
+
+    def settle(
+        self,
+        told: Callable[[ObjectId], bool],
+        missing: Iterable[ObjectId],
+        epoch: int,
+        version_of: VersionOf,
+        done: Done,
+    ) -> None:
+        """In `epoch` those of `missing` are not current, of all strips here that `told` is true of; `done` when that is
+        durable. Whole copies do not matter."""
+        marks = {strip: mark for strip, mark in self._valid(version_of, 0).items() if not told(strip)}
+        for strip in missing:
+            version = version_of(strip) if strip >> STRIP_SHIFT else None
+            if version is not None and version != NO_VERSION:
+                marks[strip] = _Mark(version, epoch)
+        if marks == self._marks:
+            done(None)
+            return
+        self._marks = marks
+        entries = [
+            _ENTRY.pack(plain_oid(strip), strip >> STRIP_SHIFT, *mark.version, mark.epoch)
+            for strip, mark in marks.items()
+        ]
+        self._state.save_stale(b"".join(entries), done)
+
+    def clear(self) -> None:
+        """The cluster was formatted: epochs begin again."""
+        if self._marks:
+            self._marks = {}
+            self._state.save_stale(b"", lambda _: None)
