@@ -215,17 +215,22 @@ class Copies:
         self.replica.spoil(oid)
 
     def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
-        """Restores a copy or a strip here."""
+        """Restores a copy or a strip here; or only hurries, and then never calls `pulled`."""
         placement, oid = self._context.placement, message.oid
         members = decode_members(message.payload(), len(placement.nodes))
+        if message.flags & Flag.HURRY:
+            self.puller.hurry(oid)
+            return
         repair = bool(message.flags & Flag.REPAIR)
-        if not (message.flags & Flag.URGENT or self._may_take(oid)):
+        urgent = bool(message.flags & Flag.URGENT)
+        if not (urgent or self._may_take(oid)):
             pulled(Result.NO_SPACE)
             return
         if repair:
             self.replica.doubt(oid)
         if not oid >> STRIP_SHIFT:
-            self.puller.pull(oid, message.version, [placement.nodes[index] for index in members], repair, pulled)
+            sources = [placement.nodes[index] for index in members]
+            self.puller.pull(oid, message.version, sources, repair, pulled, urgent)
             return
         policy = self._context.policy_of(plain_oid(oid))
         if policy is None or len(members) != policy.strips:

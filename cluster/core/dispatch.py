@@ -10,7 +10,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId
 from sheepdog.cluster.core.limits import MAX_EARLY_MESSAGES
-from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.peering import Verdict, decode_oids
 
@@ -94,6 +94,8 @@ class Dispatch:
 
     def _on_pull(self, sender: NodeId, message: Message) -> None:
         fence = self._context.fence
+        if message.flags & Flag.HURRY:
+            self._acknowledge(sender, message)
 
         def pulled(result: int) -> None:
             if self._context.fence == fence:

@@ -1,4 +1,7 @@
-"""The puller: makes a copy here equal to one elsewhere, moving only the blocks whose hashes differ."""
+"""The puller: makes a copy here equal to one elsewhere, moving only the blocks whose hashes differ.
+
+What a client waits for goes first: the other restores ask for nothing more meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Puller:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._active: dict[ObjectId, _Pull] = {}
+        self._urgent: dict[ObjectId, None] = {}  # those of them that clients wait for
         self.bytes_pulled = 0
 
     def begin(self) -> None:
@@ -29,12 +33,26 @@ class Puller:
         for pull in self._active.values():
             pull.given_up = True
         self._active = {}
+        self._urgent = {}
 
-    def pull(self, oid: ObjectId, version: Version, sources: Sequence[NodeId], repair: bool, pulled: Pulled) -> None:
-        """Restores `oid` at `version`; `pulled` gets the result. With `repair` the bytes here are not trusted."""
+    def pull(
+        self,
+        oid: ObjectId,
+        version: Version,
+        sources: Sequence[NodeId],
+        repair: bool,
+        pulled: Pulled,
+        urgent: bool = False,
+    ) -> None:
+        """Restores `oid` at `version`; `pulled` gets the result. With `repair` the bytes here are not trusted.
+
+        `urgent`: a client waits.
+        """
         if self._context.store.version(oid) == version and not repair and oid not in self._active:
             pulled(Result.SUCCESS)
             return
+        if urgent:
+            self._urgent[oid] = None
         active = self._active.get(oid)
         if active is not None:
             active.waiting.append(pulled)
@@ -43,10 +61,25 @@ class Puller:
         pull.waiting.append(pulled)
         pull.start()
 
+    def hurry(self, oid: ObjectId) -> None:
+        """A client waits for it, if it is being restored."""
+        active = self._active.get(oid)
+        if active is not None:
+            self._urgent[oid] = None
+            active.go_on()
+
     def ended(self, pull: _Pull, result: int) -> None:
         self._active.pop(pull.oid, None)
+        was_urgent = self._urgent.pop(pull.oid, False) is None
         for pulled in pull.waiting:
             pulled(result)
+        if was_urgent and not self._urgent:
+            for other in list(self._active.values()):
+                other.go_on()
+
+    def may_fetch(self, oid: ObjectId) -> bool:
+        """Nothing else is more urgent."""
+        return not self._urgent or oid in self._urgent
 
     # -- the other side ----------------------------------------------------------------------------------------
 
@@ -108,8 +141,15 @@ class _Pull:
         self._ranges: list[tuple[int, int]] = []
         self._in_flight = 0
         self._failed: int | None = None
+        self._fetching = False
+
+    def go_on(self) -> None:
+        """It may be its turn now."""
+        if self._fetching and not self.given_up:
+            self._fetch_more()
 
     def start(self) -> None:
+        self._fetching = False
         if not self._sources:
             self._end(self._failed if self._failed is not None else int(Result.NO_OBJ))
             return
@@ -163,6 +203,7 @@ class _Pull:
         store.restore_begin(self.oid, size)
         for offset, length in holes:
             store.restore_punch(self.oid, offset, length)
+        self._fetching = True
         self._fetch_more()
 
     def _repaired(self, result: int) -> None:
@@ -175,6 +216,9 @@ class _Pull:
 
     def _fetch_more(self) -> None:
         while self._ranges and self._in_flight < PULL_WINDOW and self._failed is None:
+            if not self._puller.may_fetch(self.oid):
+                self._context.probe("puller.gives_way")
+                return
             offset, length = self._ranges.pop()
             self._in_flight += 1
             message = Message(
@@ -182,6 +226,7 @@ class _Pull:
             )
             self._ask(message, partial(self._on_data, offset))
         if self._in_flight == 0 and not self._ranges and self._failed is None:
+            self._fetching = False
             self._finish()
 
     def _on_data(self, offset: int, answer: Message) -> None:

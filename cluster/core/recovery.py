@@ -25,7 +25,7 @@ from sheepdog.cluster.core.limits import (
     RECOVERY_SKIP_NS,
     REPAIR_TRIES,
 )
-from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 from sheepdog.cluster.core.state import ClusterFlag
 
@@ -126,7 +126,19 @@ class Recovery:
         job.waiting.append(retry)
         if not job.running:
             self._start(job)
+        elif not job.urgent:
+            self._hurry(job)
         return True
+
+    def _hurry(self, job: Job) -> None:
+        """A client waits for what is being restored already."""
+        job.urgent = True
+        for target in [target for target, under_way in job.targets.items() if under_way]:
+            message = Message(Kind.PULL, self._fence, oid=job.copy_on(target), flags=Flag.HURRY)
+            if target == self._home.me:
+                self._home.hooks.pull(message, _ignore)
+            else:
+                self._request(target, message, _ignore)
 
     def strip_holders(self, oid: ObjectId) -> Mapping[int, int] | None:
         """Of a coded object that is not clean: member by strip, of those that can be read."""
@@ -418,3 +430,7 @@ class Recovery:
             if node != self._context.me:
                 self._context.peers.request(node, Message(Kind.COMPLETE, self._fence), lambda _: None)
         self._home.hooks.completed_locally()
+
+
+def _ignore(_: int) -> None:
+    """The request that is to be hurried tells how it ended."""

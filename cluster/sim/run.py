@@ -203,7 +203,7 @@ class Run:
             for index in range(volume.objects):
                 for block in volume.blocks:
                     reader.read(index, block, 1, lambda: None)
-                    self.world.run_until(partial(_is_idle, door), SECOND, "a read in peace")
+                    self.world.run_until(partial(_is_idle, door), HEALTH_LIMIT_NS, "a read in peace")
 
     def _judge(self) -> None:
         if self.scenario.cache_bytes:

@@ -32,7 +32,7 @@ WRITES = Cell("write", BLOCK, 1, VOLATILE)
 SLICE_S = 0.25  # of the writer's load: so soon it looks whether it should end
 QUIET_S = 5.0
 LIMIT_S = 600.0
-POLL_S = 0.01
+POLL_S = 0.02  # each look costs the nodes a millisecond
 C_RATES = "342-472"  # MB/s of C Sheepdog for the same, on a quiet machine of two cores
 
 

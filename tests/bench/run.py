@@ -5,10 +5,11 @@ With `--coded`: six nodes, 4:2, without syncs, and the same cluster's own three 
 Prints for each workload operations (or bytes) per second and the CPU time of all daemons per operation: medians of
 several runs. The second figure is the one to compare: the first drifts with whatever else the machine does.
 
+With `--recovery`: four nodes, one goes and comes back; see tests/bench/recovery.py.
 With `--administration`: what `dog` commands cost, with up to a thousand volumes and snapshots.
 
-    python -m tests.bench.run [--durable | --coded | --administration] [--runs N] [--seconds S] [--only TEXT]
-                              [--no-load]
+    python -m tests.bench.run [--durable | --coded | --recovery | --administration] [--runs N] [--seconds S]
+                              [--only TEXT] [--no-load]
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from tests.bench import administration
+from tests.bench import administration, recovery
 from tests.bench.counting import cpu_seconds
 from tests.support.cluster import Cluster, started
 from tests.support.processes import run
@@ -182,6 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench ARGS='...'", description="Measure three nodes with three copies.")
     parser.add_argument("--coded", action="store_true", help="six nodes and a volume of 4:2")
     parser.add_argument("--administration", action="store_true", help="the cost of dog commands")
+    parser.add_argument("--recovery", action="store_true", help="four nodes, of which one goes and comes back")
     parser.add_argument("--durable", action="store_true", help="without -n: every write is durable when it is answered")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
@@ -190,16 +192,19 @@ def main() -> int:
     )
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
     arguments = parser.parse_args()
-    if not QEMU_IMG.exists() and not arguments.administration:
+    if not QEMU_IMG.exists() and not (arguments.administration or arguments.recovery):
         print(f"{QEMU_IMG} is missing: make qemu52 builds it", file=sys.stderr)
         return 1
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
-        nodes = CODED_NODES if arguments.coded else NODES
+        nodes = CODED_NODES if arguments.coded else recovery.NODES if arguments.recovery else NODES
         cluster = Cluster(nodes, directory, options=() if arguments.durable else ("-n",))
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
+        if arguments.recovery:
+            recovery.measure(cluster)
+            return 0
         if arguments.administration:
             administration.measure(cluster, arguments.only)
             return 0

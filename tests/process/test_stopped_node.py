@@ -6,14 +6,16 @@ The others expel it and go on (cluster/core/vigil.py); when it wakes it must not
 
 from __future__ import annotations
 
+import select
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from tests.support.cluster import Cluster, started
 from tests.support.door import Door, plain
-from tests.support.processes import wait_until
+from tests.support.processes import send_signal, wait_until
 
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid
@@ -22,6 +24,7 @@ from sheepdog.cluster.wire.opcodes import Opcode
 OBJECTS, BLOCK = 24, 4096
 STOPPED = 3
 EXPELLED_SECONDS = 60.0  # silence, grace and a slow machine
+SLOW_STOP_SECONDS, SLOW_RUN_SECONDS, SLOW_SECONDS = 0.05, 0.01, 8.0
 VID = Vid(vid_of_name(b"v"))
 
 
@@ -92,6 +95,71 @@ def test_a_pause_shorter_than_the_limit_costs_time_and_nothing_else(cluster: Clu
                 cluster.kill(STOPPED, signal.SIGCONT)
                 write(door, oid, b"c")
             assert read(door, oid) == b"c"
+        cluster.wait_members(4)
+        assert cluster.dog("cluster", "info", "-r").splitlines()[-1].split()[1] == "1"  # no new epoch
+    finally:
+        cluster.close()
+
+
+class _Slowed(threading.Thread):
+    """Stops a node for most of the time, a moment each: it answers everything, and everything late."""
+
+    def __init__(self, cluster: Cluster, node: int) -> None:
+        super().__init__(daemon=True)
+        self._pids = cluster.pids(node)
+        self.stops = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            for number, seconds in ((signal.SIGSTOP, SLOW_STOP_SECONDS), (signal.SIGCONT, SLOW_RUN_SECONDS)):
+                for pid in self._pids:
+                    send_signal(pid, number)
+                time.sleep(seconds)
+            self.stops += 1
+
+    def __enter__(self) -> _Slowed:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def holders(cluster: Cluster, oid: ObjectId) -> list[int]:
+    return [node for node in range(4) if f"{oid:016x}" in cluster.objects(node)]
+
+
+def test_a_slow_node_is_no_dead_one(cluster: Cluster) -> None:
+    """Far longer than silence is borne: it stays a member, nothing fails, and only its own objects wait for it."""
+    try:
+        cluster.format("-c", "3")
+        cluster.dog("vdi", "create", "v", "1G")
+        oids = [data_oid(VID, index) for index in range(OBJECTS)]
+        with Door(cluster.port(0)) as door, Door(cluster.port(0)) as other:
+            for one in (door, other):
+                one.socket.settimeout(EXPELLED_SECONDS)
+            for oid in oids:
+                assert door.ask(plain(Opcode.CREATE_AND_WRITE_OBJ, payload=b"a" * BLOCK, oid=oid)).result == 0
+            cluster.wait_recovered()
+            slow = [oid for oid in oids if STOPPED in holders(cluster, oid)]
+            fast = [oid for oid in oids if STOPPED not in holders(cluster, oid)]
+            assert slow, fast
+            written, overtaken, begin = 0, 0, time.monotonic()
+            with _Slowed(cluster, STOPPED) as slowed:
+                while time.monotonic() - begin < SLOW_SECONDS:
+                    value = bytes([ord("b") + written % 20])
+                    door.send(plain(Opcode.WRITE_OBJ, payload=value * BLOCK, oid=slow[written % len(slow)]))
+                    while not select.select([door.socket], [], [], 0)[0]:  # the others go on meanwhile
+                        write(other, fast[overtaken % len(fast)], value)
+                        overtaken += 1
+                    assert door.answer().result == 0
+                    assert read(door, slow[written % len(slow)]) == value
+                    written += 1
+            assert slowed.stops > SLOW_SECONDS / (SLOW_STOP_SECONDS + SLOW_RUN_SECONDS) / 4
+            assert written > 10
+            assert overtaken > written
         cluster.wait_members(4)
         assert cluster.dog("cluster", "info", "-r").splitlines()[-1].split()[1] == "1"  # no new epoch
     finally:
