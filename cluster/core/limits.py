@@ -23,7 +23,9 @@ MAX_PEER_BODY_BYTES = (1 << 31) + 4096
 
 PLACEMENT_CACHE_ENTRIES = 65_536  # a lookup costs 3 us, a hit 0.1; 64 Ki entries are 10 MB
 RECOVERY_PULLS = 4  # objects one home restores at a time: fills a disk without starving clients
-PULL_CHUNK_BYTES = 1 << 20  # one fetch of a restore: large enough for streaming, small beside client I/O
+PULL_CHUNK_BYTES = (
+    512 << 10
+)  # one fetch of a restore: large enough for streaming, and what clients send waits behind few
 INVENTORY_PART_ENTRIES = 32_768  # 1 MiB messages
 LOST_PART_ENTRIES = 8_192  # 72 KiB messages, each a moment's work for the home
 STABLE_DELAY_NS = 2_000_000  # an idle home pushes its watermark after this long: reads elsewhere wait no longer

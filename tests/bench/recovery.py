@@ -47,7 +47,8 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._ended:
-            self.latencies += self._load.run(WRITES, SLICE_S).latencies
+            latencies = self._load.run(WRITES, SLICE_S).latencies
+            self.latencies += latencies  # in one step: `take` may have come meanwhile
 
     def take(self) -> list[float]:
         """What was noted since the last call."""

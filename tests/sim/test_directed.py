@@ -9,6 +9,7 @@ from sheepdog.cluster.core.ids import NodeId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Kind
 from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, WALL_START_NS, World
@@ -294,3 +295,35 @@ def test_a_strip_that_was_to_be_made_anew_stays_so_after_a_restart() -> None:
     parity.start()
     world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert look() == (Result.SUCCESS, block_of(2))
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "read while another replica is stale"])
+def test_what_was_read_is_not_taken_back(planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that nobody heard of is on the home only, when an epoch ends; then the home dies, too."""
+    if planted:
+        monkeypatch.setattr(Job, "holds_read", lambda self, me: me in self.targets)
+    cluster, volume = fresh(3, 2)
+    world, oid = cluster.world, data_oid(volume.vid, 0)
+    home, replica = holders(cluster, volume)
+    third = next(machine for machine in cluster.machines if machine not in (home, replica))
+    pair = min(home.id, replica.id), max(home.id, replica.id)
+    assert write(home, volume, 1) == Result.SUCCESS
+    cluster.fabric.break_link(pair, SECOND // 10)
+    home.node.gateway.write(oid, 0, block_of(2), False, lambda result, _: None)
+    world.run_for(5 * MILLISECOND)
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        if kind == Kind.PULL:
+            cluster.fabric.break_link(pair, 4 * SECOND)
+
+    cluster.fabric.trap = trap
+    third.kill()
+    world.run_until(lambda: home.node.home is not None and bool(home.node.home.recovery.unfinished), SECOND, "peering")
+    answers: list[bytes] = []
+    home.node.gateway.read(oid, 0, BLOCK_SIZE, lambda _, data: answers.append(bytes(data)))
+    world.run_for(20 * MILLISECOND)
+    home.kill()
+    world.run_until(lambda: len(replica.node.cluster.members) == 1, SECOND, "death noticed")
+    later = read(replica, volume)
+    assert later == (Result.SUCCESS, block_of(1))
+    assert answers == ([block_of(2)] if planted else [])

@@ -24,7 +24,6 @@ from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.peering import Decision, Inventories
-from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.standing import Standing
 from sheepdog.cluster.core.table_load import TableLoad
@@ -172,10 +171,6 @@ def old_copies_served_when_newer_are_away(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Past, "superseded", lambda *_: False)
 
 
-def read_while_another_replica_is_stale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Job, "holds_read", lambda self, me: me in self.targets)
-
-
 def unknown_means_absent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Past, "knows_all", lambda *_: True)
 
@@ -290,7 +285,6 @@ BUGS = [
     Bug(recovery_trusts_the_first_copy, KILLS, 20),
     Bug(all_copies_claim_to_be_current, KILLS, 20),
     Bug(old_copies_served_when_newer_are_away, KILLS, 60),
-    Bug(read_while_another_replica_is_stale, AWAY, 60, first=80),
     Bug(unknown_means_absent, AWAY, 60),
     Bug(write_executed_again_after_an_epoch, CHURN, 40),
     Bug(repeated_submission_executed_again, HOT_LINKS, 20),
