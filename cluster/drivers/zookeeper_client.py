@@ -25,11 +25,13 @@ from kazoo.exceptions import (
     SessionExpiredError,
     SessionMovedError,
 )
+from kazoo.handlers.threading import SequentialThreadingHandler
 from kazoo.protocol.serialization import Connect
 from kazoo.protocol.states import KazooState, ZnodeStat
 from kazoo.retry import KazooRetry
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # between rounds over all servers: an election takes about a second
+CONNECT_PART = 8  # of a session, for one server: three may be silent in a row, and the session is not over
 RETRY_PART = 4  # of a session: several rounds must fit, since servers that come back all at once count it from then on
 UNSIGNED = (1 << 64) - 1  # sessions are numbers with a sign in Java
 
@@ -66,6 +68,17 @@ _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
 
+class _Handler(SequentialThreadingHandler):  # type: ignore[misc]
+    """kazoo's threads. By itself it waits for a server that is cut off for as long as a session lasts."""
+
+    def __init__(self, connect_s: float) -> None:
+        super().__init__()
+        self._connect_s = connect_s
+
+    def create_connection(self, *arguments: Any, timeout: float, **options: Any) -> Any:
+        return super().create_connection(*arguments, timeout=min(timeout, self._connect_s), **options)
+
+
 class Client:
     """One session. `on_change` is called on the loop's thread; no call comes after LOST."""
 
@@ -76,6 +89,7 @@ class Client:
         self._kazoo = KazooClient(
             servers,
             timeout=timeout_s,
+            handler=_Handler(timeout_s / CONNECT_PART),
             connection_retry=KazooRetry(
                 max_tries=-1, delay=RETRY_FIRST_S, max_delay=min(RETRY_MAX_S, timeout_s / RETRY_PART), backoff=2
             ),

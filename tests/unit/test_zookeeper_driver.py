@@ -12,7 +12,7 @@ from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Vie
 from sheepdog.cluster.drivers import zookeeper
 from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
 from sheepdog.cluster.drivers.zookeeper_argument import parse
-from sheepdog.cluster.drivers.zookeeper_client import Connection, SessionLost
+from sheepdog.cluster.drivers.zookeeper_client import Client, Connection, SessionLost
 from sheepdog.cluster.drivers.zookeeper_log import (
     Entry,
     EntryKind,
@@ -211,6 +211,28 @@ def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.Monk
         return told
 
     assert [type(event) for event in asyncio.run(body())] == [Leased] * 3
+
+
+def test_a_server_that_is_cut_off_costs_a_part_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not refuse: kazoo would wait for as long as the session lasts, and then there is none any more."""
+    waited: list[float] = []
+
+    def silent(*_: object, timeout: float, **__: object) -> None:
+        waited.append(timeout)
+        raise OSError("timed out")
+
+    monkeypatch.setattr("kazoo.handlers.utils.create_tcp_connection", silent)
+
+    async def body() -> None:
+        client = Client("192.0.2.1:1,192.0.2.2:1,192.0.2.3:1", 2.0, lambda state: None)
+        client.start()
+        async with asyncio.timeout(20.0):
+            while len(waited) < 3:
+                await asyncio.sleep(0.01)
+        await client.stop()
+
+    asyncio.run(body())
+    assert sum(waited[:3]) <= 2.0 / 2
 
 
 class Reached:
