@@ -217,6 +217,37 @@ def attached(monkeypatch: pytest.MonkeyPatch, group: Difficult) -> CorosyncDrive
     return driver
 
 
+def test_a_connection_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
+    closed: list[str] = []
+    both = threading.Event()
+
+    class Handle:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+            if len(closed) == 2:
+                both.set()
+
+    def connect() -> corosync._Connected:
+        release.wait()
+        return corosync._Connected(Handle("group"), Handle("quorum"), 1, 0)  # type: ignore[arg-type]
+
+    async def soon(call: Callable[[], Any], discard: Callable[[Any], None]) -> Any:
+        return await answer(call, SHORT_S, discard)
+
+    monkeypatch.setattr(cpg, "missing", lambda: None)
+    monkeypatch.setattr(corosync, "_connect", connect)
+    monkeypatch.setattr(corosync, "answer", soon)
+    with pytest.raises(UsageError, match="corosync runs and does not answer"):
+        asyncio.run(CorosyncDriver().open(Peer(b"a", 0, b""), lambda event: None))
+    assert closed == []
+    release.set()
+    assert both.wait(LONG_S)
+    assert closed == ["group", "quorum"]
+
+
 def test_a_full_queue_of_the_daemon_delays_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> Difficult:
         group = Difficult(refusals=2)
