@@ -166,6 +166,21 @@ def test_a_slow_node_is_no_dead_one(cluster: Cluster) -> None:
         cluster.close()
 
 
+def test_nobody_waits_for_a_stopped_coordinator(cluster: Cluster) -> None:
+    """The oldest node lets others in and strikes out who is dead: the others notice that it does not, without I/O too."""
+    try:
+        cluster.format("-c", "3")
+        cluster.wait_recovered()
+        cluster.kill(0, signal.SIGSTOP)
+        cluster.kill(STOPPED)
+        cluster.start(STOPPED)
+        cluster.wait_members(3, nodes=[1, 2, STOPPED], seconds=EXPELLED_SECONDS)
+        cluster.kill(0, signal.SIGCONT)
+        cluster.wait_members(4, seconds=EXPELLED_SECONDS)
+    finally:
+        cluster.close()
+
+
 def answers(port: int) -> bool:
     try:
         with Door(port) as door:
