@@ -167,7 +167,7 @@ def test_a_slow_node_is_no_dead_one(cluster: Cluster) -> None:
 
 
 def test_nobody_waits_for_a_stopped_coordinator(cluster: Cluster) -> None:
-    """The oldest node lets others in and strikes out who is dead: the others notice that it does not, without I/O too."""
+    """The oldest node lets others in and strikes out the dead: the others notice that it does not, also without I/O."""
     try:
         cluster.format("-c", "3")
         cluster.wait_recovered()
