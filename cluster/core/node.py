@@ -36,6 +36,7 @@ from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Netwo
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.scrub import Scrub
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
+from sheepdog.cluster.core.strip_check import StripCheck
 from sheepdog.cluster.core.vigil import Vigil
 
 
@@ -104,7 +105,7 @@ class Node:
         self.part.queries["orphans"] = self._executor.sweep.candidates_here
         self.dispatch = Dispatch(self.context, self.gateway, self.copies, self.part)
         self.vigil = Vigil(self.context, self.machine.propose, self._may_expel, self.machine.awaited)
-        self.scrub = Scrub(self.context, state, self.gateway.repair)
+        self.scrub = Scrub(self.context, state, self.gateway.repair, StripCheck(self.context, lambda: self.copies.home))
         self._durable = False  # the current epoch's record is on the disk
         self._told = False  # the homes of the current epoch know what is here
         self._saved = b""  # the configuration, as it is on the disk or will be

@@ -4,6 +4,8 @@
  running   copies in ascending order of their ids, one chunk at a time, at a bounded rate, slower while clients work
  stopped   a pass that somebody stopped; `start` goes on from there
 
+An object whose home is this node and that is coded has its strips compared then (core.strip_check).
+
 The position survives a restart. A bad copy or strip is repaired by its home from others; what is still bad then is lost
 and named. Each node scrubs what it holds itself; nothing here is known to other nodes.
 """
@@ -17,7 +19,7 @@ from typing import Any, Final
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, oid_name, plain_oid
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, oid_name, plain_oid
 from sheepdog.cluster.core.limits import (
     BLOCK_SIZE,
     SCRUB_BYTES_PER_S,
@@ -30,9 +32,11 @@ from sheepdog.cluster.core.limits import (
     SCRUB_SAVE_NS,
     SCRUB_TICK_NS,
     SCRUB_YIELD,
+    STRIP_CHECK_LIMIT_NS,
 )
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.ports import NodeState, Timer
+from sheepdog.cluster.core.strip_check import Checked, StripCheck
 
 Repair = Callable[[ObjectId, Callable[[int, Buffer], None]], None]
 """repair(oid, done): this node's copy or strip of the object is made right; done(result, b"")."""
@@ -40,23 +44,26 @@ Repair = Callable[[ObjectId, Callable[[int, Buffer], None]], None]
 _SECOND_NS: Final = 1_000_000_000
 _HOUR_S: Final = 3600
 _KEPT: Final = (
-    "state", "position", "began", "ended", "objects", "blocks", "found", "repaired", "lost", "passes", "hours", "rate",
+    "state", "position", "began", "ended", "objects", "blocks", "found", "repaired", "misfits", "lost", "passes",
+    "hours", "rate",
 )  # fmt: skip
 
 
 class Scrub:
     """Of one node. Times are Unix seconds, `rate` is bytes per second."""
 
-    def __init__(self, context: Context, disk: NodeState, repair: Repair) -> None:
+    def __init__(self, context: Context, disk: NodeState, repair: Repair, strips: StripCheck) -> None:
         self._context = context
         self._disk = disk
         self._repair = repair
+        self._strips = strips
         self.state = "idle"
         self.position = -1  # the last object that is done
         self.began = 0
         self.ended = 0
         self.objects = self.blocks = 0  # looked at in this pass
         self.found = self.repaired = 0  # bad blocks of this pass
+        self.misfits = 0  # strips of this pass that did not fit the others of their object, and were made anew
         self.lost: list[list[Any]] = []  # [object's name, blocks, directory of the disk]: no copy had them
         self.passes = 0
         self.hours = SCRUB_INTERVAL_HOURS  # from pass to pass; 0: never by itself
@@ -91,7 +98,7 @@ class Scrub:
         if self.state == "idle":
             self.position = -1
             self.began, self.ended = self._now_s(), 0
-            self.objects = self.blocks = self.found = self.repaired = 0
+            self.objects = self.blocks = self.found = self.repaired = self.misfits = 0
             self.lost = []
         self.state = "running"
         self._context.log(5, "scrub: every block of this node is verified")
@@ -190,7 +197,8 @@ class Scrub:
         self._context.log(
             5,
             f"scrub: {self.objects} objects with {self.blocks} blocks verified, {self.found} were bad, "
-            f"{self.repaired} are repaired, {sum(len(one[1]) for one in self.lost)} are lost",
+            f"{self.repaired} are repaired, {sum(len(one[1]) for one in self.lost)} are lost"
+            + (f"; {self.misfits} strips did not fit the others" if self.misfits else ""),
         )
         self._turn += 1
         self._watch_schedule()
@@ -206,7 +214,7 @@ class Scrub:
             if self._bad:
                 self._repair_object(oid, 1)
             else:
-                self._finished(oid)
+                self._check_strips(oid, 0, size)
             return
         length = min(SCRUB_CHUNK_BYTES, size - offset)
         turn, began_ns = self._turn, self._context.clock.now_ns()
@@ -227,6 +235,32 @@ class Scrub:
                 self._go_on(oid, offset + length, self._pause_ns(length, began_ns))
 
         store.verify(oid, offset, length, done)
+
+    def _check_strips(self, oid: ObjectId, offset: int, size: int) -> None:
+        """Range after range of all strips of the object, if it is this node's to compare them."""
+        if not oid >> STRIP_SHIFT or offset >= size:
+            self._finished(oid)
+            return
+        turn, began_ns = self._turn, self._context.clock.now_ns()
+
+        def checked(found: Checked) -> None:
+            if turn != self._turn:
+                return
+            self._cancel()
+            self.misfits += len(found.wrong)
+            if found.wrong or not found.length:
+                self._finished(oid)
+                return
+            self._timer = self._context.clock.after(
+                self._pause_ns(found.length * found.strips, began_ns),
+                lambda: self._check_strips(oid, offset + found.length, size) if turn == self._turn else None,
+            )
+
+        self._cancel()
+        self._timer = self._context.clock.after(
+            STRIP_CHECK_LIMIT_NS, lambda: self._finished(oid) if turn == self._turn else None
+        )
+        self._strips.check(plain_oid(oid), offset, size, checked)
 
     def _pause_ns(self, length: int, began_ns: int) -> int:
         """What is left of the chunk's share of time: a fraction of the rate while clients have requests under way."""

@@ -386,7 +386,21 @@ class StripHome:
 
         _Fetches(left, policy.data, fetch, decoded).go_on()
 
-    def _fetch(self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone) -> None:
+    def read_all(
+        self, oid: ObjectId, policy: Policy, offset: int, length: int, done: Callable[[dict[int, Buffer]], None]
+    ) -> None:
+        """A range of every strip that can be read, all as the changes sent so far leave them: asked for at once, they
+        are read between the same two writes. What cannot be read is left to who verifies it."""
+        holders = self.holders(oid, policy)
+
+        def fetch(strip: int, arrived: ReadDone) -> None:
+            self._fetch(oid, strip, holders[strip], offset, length, arrived, False)
+
+        _Fetches(sorted(holders), len(holders), fetch, done).go_on()
+
+    def _fetch(
+        self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone, repair: bool = True
+    ) -> None:
         """Present bytes of a strip; one that cannot be read is going to be repaired."""
         context, fence = self._context, self._context.fence
         strip_oid = strip_of(oid, strip)
@@ -395,7 +409,7 @@ class StripHome:
             if context.fence != fence:
                 return
             if isinstance(data, StoreError):
-                self._cannot_be_read(oid, member, data, done)
+                self._cannot_be_read(oid, member, data, done, repair)
             else:
                 done(data)
 
@@ -405,7 +419,7 @@ class StripHome:
                 done(answer.body)
             elif answer.result == Result.EIO:
                 error = Corrupt(f"{self._placement.nodes[member]} cannot read its strip")
-                self._cannot_be_read(oid, member, error, done)
+                self._cannot_be_read(oid, member, error, done, repair)
             else:
                 done(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
 
@@ -415,8 +429,8 @@ class StripHome:
             message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
             context.peers.request(self._placement.nodes[member], message, answered)
 
-    def _cannot_be_read(self, oid: ObjectId, member: int, error: StoreError, done: ReadDone) -> None:
-        if isinstance(error, Corrupt):
+    def _cannot_be_read(self, oid: ObjectId, member: int, error: StoreError, done: ReadDone, repair: bool) -> None:
+        if repair and isinstance(error, Corrupt):
             self._context.probe("strips.corrupt")
             self._home.recovery.suspect(oid, member)
         done(error)

@@ -12,6 +12,8 @@ import pytest
 from tests.support.cluster import RUNNING, Cluster
 from tests.support.processes import BIN, run, wait_until
 
+from sheepdog.cluster.host import trailer
+
 MIB = 1 << 20
 SIZE = 12 * MIB
 NODES = 5
@@ -142,3 +144,38 @@ def test_a_pass_goes_on_after_a_stop_and_a_restart(cluster: Cluster) -> None:
     wait_until(lambda: own()["state"] == "idle", PASS_SECONDS, "end of the pass")
     assert own()["began"] == before["began"], "it went on"
     assert own()["passes"] == 1
+
+
+def test_a_strip_that_does_not_fit_the_others_is_made_anew(cluster: Cluster) -> None:
+    """Its hashes are right, so that nothing but the parity can tell."""
+    data = random.Random(6).randbytes(SIZE)
+    cluster.dog("vdi", "create", "-c", "2:2", "coded", str(SIZE))
+    cluster.dog("vdi", "write", "coded", "0", str(SIZE), stdin=data)
+    cluster.dog("cluster", "shutdown")
+    cluster.wait_stopped()
+    ends = ("0_2", "0_3", "2_1")  # both parity strips of the first object, a data strip of the third
+    victims = [path for end in ends for path in files(cluster, coded=True) if path.name.endswith(end)]
+    assert len(victims) == 3
+    right = [path.read_bytes() for path in victims]
+    for path, content in zip(victims, right, strict=True):
+        table = trailer.offset_in_file(len(content)) or 0
+        with path.open("r+b") as file:
+            file.seek(20 * 4096)
+            file.write(b"lost" * 1024)
+            file.seek(table + trailer.HEADER_SIZE + 20 * trailer.ENTRY_SIZE)
+            file.write(trailer.hash_of(b"lost" * 1024).to_bytes(8, "little"))
+    cluster.start()
+    cluster.wait_members(NODES)
+    cluster.wait_recovered()
+    cluster.dog("node", "scrub", "schedule", "-A", "48", "512")
+    result = scrub(cluster)
+    assert sum(one["misfits"] for one in result) == 3
+    assert all((one["found"], one["lost"]) == (0, []) for one in result)
+    assert "did not fit the others" in cluster.dog("node", "scrub", "status", "-A")
+    cluster.wait_recovered()
+    assert sum(one["misfits"] for one in scrub(cluster)) == 0
+    for path, content in zip(victims, right, strict=True):
+        assert path.read_bytes()[:MIB] == content[:MIB]
+    assert cluster.try_dog("vdi", "read", "coded", check=True).stdout == data
+    logs = "".join(cluster.log(node).read_text() for node in range(NODES))
+    assert logs.count("does not fit the others: it is made anew") == 3

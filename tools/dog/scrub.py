@@ -100,6 +100,8 @@ def _print(one: dict[str, Any]) -> None:
         print(
             f"  object {name}{''.join(f' in {path}' for path in place)}: blocks {', '.join(map(str, blocks))} are lost"
         )
+    if one.get("misfits"):
+        print(f"  {one['misfits']} strips did not fit the others of their object and were made anew")
     rot = one["rot"]
     if rot["found"]:
         print(f"  since it was started: {rot['found']} bad, {rot['repaired']} right again, {rot['bad']} still bad")
