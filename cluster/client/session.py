@@ -88,6 +88,8 @@ class Session:
         self._patience_s = patience_s
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
+        self.gateway: Address | None = None
+        """The one that is connected just now."""
         self._flight: dict[int, _Request] = {}  # in order of submission
         self._ids = itertools.count()
         self._queue: list[Buffer] = []  # submitted in this turn of the loop
@@ -110,7 +112,7 @@ class Session:
     async def open(cls, address: Address, patience_s: float = PATIENCE_S, lasting: bool = True) -> Self:
         """Connects once; OSError if nobody listens there."""
         session = cls(address, patience_s, lasting)
-        session._attach(await session._dial(address))
+        session._attach(await session._dial(address), address)
         return session
 
     @property
@@ -297,8 +299,9 @@ class Session:
             raise
         return sock
 
-    def _attach(self, sock: socket.socket) -> None:
+    def _attach(self, sock: socket.socket, address: Address) -> None:
         self._socket = sock
+        self.gateway = address
         self._intake = Intake(self._arena, HEADER_SIZE, _answer_length)
         self._outbox = Outbox()
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -310,6 +313,7 @@ class Session:
 
     def _detach(self) -> None:
         sock, self._socket = self._socket, None
+        self.gateway = None
         self._queue.clear()
         if sock is not None:
             self._loop.remove_reader(sock.fileno())
@@ -393,7 +397,7 @@ class Session:
                             break
                         continue
                     self._connecting = None  # before attaching: the new socket may break at once
-                    self._attach(sock)
+                    self._attach(sock, address)
                     return
                 self._tried_at = self._loop.time()
                 if self._tried_at >= deadline:

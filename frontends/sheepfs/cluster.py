@@ -75,6 +75,12 @@ class Volume(Protocol):
     def submit_write(self, offset: int, data: Buffer, durable: bool, done: WriteDone) -> None:
         """`durable`: on the disks of every copy before `done`; else after the next `flush`. `data` is borrowed."""
 
+    def plain_read(self, offset: int, length: int) -> tuple[Address, bytearray] | None:
+        """The one request whose successful answer is exactly these bytes, and the gateway to send it to just now.
+
+        None if it takes more than that; `submit_read` always works.
+        """
+
     async def read(self, offset: int, length: int) -> Buffer: ...
 
     async def write(self, offset: int, data: Buffer, durable: bool = False) -> None: ...

@@ -20,6 +20,7 @@ from functools import partial
 
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.frontends.sheepfs import fuse_wire as wire
+from sheepdog.frontends.sheepfs.bulk import BULK_BYTES, BulkReads
 from sheepdog.frontends.sheepfs.files import DURABLE_FLAGS, VolumeHandle
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.fuse_wire import IN_HEADER, IN_SIZE, OUT_HEADER, OUT_SIZE, Opcode
@@ -72,6 +73,7 @@ class DirectTransport:
         self._files: FileSystem
         self._loop: asyncio.AbstractEventLoop
         self._ended: asyncio.Future[None]
+        self._bulk: BulkReads
         self._buffer = bytearray(BUFFER_BYTES)
         self._spare: list[bytearray] = []
         self._lent = 0
@@ -137,11 +139,13 @@ class DirectTransport:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self._loop.add_reader(self._device, self._readable)
+        self._bulk = BulkReads(self._device, self._loop)
         try:
             await self._ended
             await self._drain()
         finally:
             self._loop.remove_reader(self._device)
+            self._bulk.close()
             for task in self._tasks:
                 task.cancel()
 
@@ -270,8 +274,22 @@ class DirectTransport:
         size = file.clip(offset, size)
         if size <= 0:
             return b""
+        if size >= BULK_BYTES:
+            ended = partial(self._have_spliced, unique, file, offset, size)
+            if self._bulk.take(unique, file, offset, size, ended):
+                return Verdict.LATER
         file.submit_read(offset, size, partial(self._have_read, unique))
         return Verdict.LATER
+
+    def _have_spliced(self, unique: int, file: VolumeHandle, offset: int, size: int, answered: bool) -> None:
+        if answered:
+            self._unanswered -= 1
+            file.count_read(size)
+            return
+        try:
+            file.submit_read(offset, size, partial(self._have_read, unique))
+        except Exception as problem:  # nothing may escape: the request would hang
+            self._fail(unique, errno_of(problem))
 
     def _have_read(self, unique: int, problem: OSError | None, data: Buffer) -> None:
         if problem is None:

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 
+from sheepdog.cluster.client.address import Address
 from sheepdog.frontends.sheepfs.cluster import Buffer, ReadDone, Volume, WriteDone
 from sheepdog.frontends.sheepfs.transport import error
 from sheepdog.frontends.sheepfs.tree import Node
@@ -71,6 +72,15 @@ class VolumeHandle:
         """How much of the range lies inside the volume; may be negative beyond its end."""
         size = self._node.size
         return length if offset + length <= size else size - offset
+
+    def plain_read(self, offset: int, length: int) -> tuple[Address, bytearray] | None:
+        """The one request that reads a range that lies inside the volume, and whom to ask; None if it takes more."""
+        return self._node.volume.plain_read(offset, length)
+
+    def count_read(self, length: int) -> None:
+        """A read that did not come by `submit_read`."""
+        self._counters.reads += 1
+        self._counters.read_bytes += length
 
     def submit_read(self, offset: int, length: int, done: ReadDone) -> None:
         counters = self._counters

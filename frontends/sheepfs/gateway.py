@@ -62,6 +62,11 @@ class GatewayVolume:
     def read_only(self) -> bool:
         return self._volume.read_only
 
+    def plain_read(self, offset: int, length: int) -> tuple[Address, bytearray] | None:
+        gateway = self._session.gateway
+        header = self._volume.plain_read(offset, length)
+        return None if gateway is None or header is None else (gateway, header)
+
     async def read(self, offset: int, length: int) -> Buffer:
         return await self._volume.read(offset, length)
 
@@ -119,6 +124,9 @@ class GatewayVolume:
 
 class SharedGatewayVolume(SharedVolume):
     """A volume for which other hosts are ways, too: the gateway knows what this client has seen, so it is no other."""
+
+    def plain_read(self, offset: int, length: int) -> None:
+        """Reads are asked again when the map has changed meanwhile."""
 
     async def move(self, address: Address) -> None:
         raise OSError(errno.EBUSY, "a shared volume stays with its gateway")

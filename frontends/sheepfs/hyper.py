@@ -62,6 +62,9 @@ class ThreadedHyperVolume:
         work = self._start(lambda: self._volume.write(offset, data, durable))
         work.add_done_callback(lambda work: done(_problem(work)))
 
+    def plain_read(self, offset: int, length: int) -> None:
+        """Its maps are looked up in threads."""
+
     async def read(self, offset: int, length: int) -> Buffer:
         return await self._run(lambda: self._volume.read(offset, length))
 

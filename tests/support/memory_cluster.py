@@ -90,6 +90,9 @@ class MemoryVolume:
             self.objects.setdefault(index, bytearray(OBJECT))[start : start + part] = data[:part]
             offset, data = offset + part, data[part:]
 
+    def plain_read(self, offset: int, length: int) -> None:
+        """There is no gateway."""
+
     async def read(self, offset: int, length: int) -> bytes:
         await self._arrive("read", offset, length)
         return self._read(offset, length)
