@@ -164,7 +164,7 @@ class Pipeline:
                 done, record.done = record.done, None
                 done(None)
         if nosync:
-            self._apply_until(self._journal.written)
+            self._at_end(self._apply_written)  # the answers, asked for just now, leave first
         if wanted and self._journal.syncing:
             self._sync_wanted = True
         elif wanted and not self._journal.dead:
@@ -186,10 +186,16 @@ class Pipeline:
             self._flushes = [(lsn, done) for lsn, done in self._flushes if lsn > synced]
             for done in covered:
                 done(None)
-        self._apply_until(synced)
-        self.drain()
+        self._at_end(self._apply_synced)  # the answers, asked for just now, leave first
         if self._sync_wanted:
             self._schedule()
+
+    def _apply_written(self) -> None:
+        self._apply_until(self._journal.written)
+
+    def _apply_synced(self) -> None:
+        self._apply_until(self._journal.synced)
+        self.drain()
 
     def _apply_until(self, lsn: int) -> None:
         unapplied = self._unapplied

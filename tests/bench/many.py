@@ -14,6 +14,7 @@ import itertools
 import os
 import random
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -168,6 +169,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended in this case too
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * options.clients + 100)), hard))
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, hot path {'compiled' if COMPILED else 'plain'}")

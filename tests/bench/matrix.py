@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -252,6 +253,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
     parser.add_argument("--svg", type=Path, help="write a chart of the CPU per operation here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended in this case too
     cells = [parse_cell(word) for word in options.cell] or [cell for cell in matrix() if options.only in str(cell)]
     with contextlib.suppress(PermissionError):
         os.nice(PRIORITY)

@@ -118,7 +118,9 @@ class StoreDriver(Driver):
         self.store.open()
 
     def done(self, start: Callable[[Done], None]) -> None:
+        """The whole turn: what is acknowledged is applied after its answer."""
         error = self.wait(start)
+        self.settle()
         if error is not None:
             raise error
 

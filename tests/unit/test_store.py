@@ -49,6 +49,25 @@ def test_create_write_read(store: StoreDriver) -> None:
     assert store.read(OID, 0, SIZE)[:105] == bytes(100) + b"hello"
 
 
+def test_answers_leave_before_the_file_gets_the_bytes(store: StoreDriver, tmp_path: Path) -> None:
+    """What an answer asks for at the end of its turn, its sending, comes before the work that nobody waits for."""
+    store.create(OID, SIZE, 0, b"a" * 4096, v(1), durable=True)
+    file = tmp_path / "obj" / f"{OID:016x}"
+    when_sent: list[bytes] = []
+
+    def answered(error: StoreError | None) -> None:
+        assert error is None
+        store.call_soon(lambda: when_sent.append(file.read_bytes()[:4096]))
+
+    store.store.write(OID, 0, b"b" * 4096, v(2), True, answered)
+    while not when_sent:
+        store.step()
+    assert when_sent == [b"a" * 4096]
+    assert store.read(OID, 0, 4096) == b"b" * 4096
+    store.settle()
+    assert file.read_bytes()[:4096] == b"b" * 4096
+
+
 def test_the_file_is_what_the_format_says(store: StoreDriver, tmp_path: Path) -> None:
     store.create(OID, 10_000, 4096, b"a" * 4096, Version(3, 2, 9), durable=True)
     data = (tmp_path / "obj" / f"{OID:016x}").read_bytes()
