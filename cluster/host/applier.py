@@ -53,6 +53,7 @@ class Applier:
         self._no_room = no_room
         self._nosync = nosync
         self.note_done: NoteDone = _unset  # the pipeline's, which comes after this
+        self.answer_behind: Callable[[Record], None] = _unset  # the pipeline's
         self.touched: dict[Copy, None] = {}
         self.barriers: list[tuple[int, Callable[[], None]]] = []  # (lsn, call when all before it is applied)
         self._reached = 0
@@ -147,7 +148,7 @@ class Applier:
     def _write_large(self, record: Record) -> None:
         copy = record.copy
         if copy.gone:
-            self._end(record, None)
+            self._end_replaced(record)
             return
         if len(record.data) < SLOW_WRITE_BYTES:
             try:
@@ -201,7 +202,10 @@ class Applier:
         self._syncs.mark_dirty(copy)
         if copy in self.unnamed:
             self.unnamed[copy] = True
-        if record.durable and not self._nosync and not copy.gone:
+        if copy.gone:
+            self._end_replaced(record)
+            return
+        if record.durable and not self._nosync:
             self._acknowledge_when_done(record)
         self._end(record, None)
 
@@ -245,7 +249,7 @@ class Applier:
             return
         copy.home.names_changed = True
         if copy.gone:
-            self._end(record, None)
+            self._end_replaced(record)
             return
         self.touch(copy)
         self.unnamed[copy] = record.kind == RecordKind.CREATE_LARGE
@@ -299,6 +303,12 @@ class Applier:
         if done is not None:
             done(error)
 
+    def _end_replaced(self, record: Record) -> None:
+        """Of a copy that was replaced or removed after the record was made."""
+        if record.done is not None:
+            self.answer_behind(record)
+        self._release(record)
+
     def _failed(self, record: Record, error: OSError) -> None:
         """Without room the journal keeps it, and what follows for the copy; all else takes the disk out."""
         copy = record.copy
@@ -312,5 +322,5 @@ class Applier:
         self._end(record, self._copies.fail(record.copy.home, error))
 
 
-def _unset(copy: Copy, lsn: int, done: Done | None) -> None:
+def _unset(*_: object) -> None:
     raise AssertionError("the applier is not connected")

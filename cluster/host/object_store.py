@@ -124,6 +124,7 @@ class ObjectStore:
             self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
         )
         self._applier.note_done = self._pipeline.note_done
+        self._applier.answer_behind = self._pipeline.answer_behind
         self._checkpoints = Checkpoints(
             self.copies, self._journal, self._applier, self._syncs, self._directory_syncs, self._no_room
         )

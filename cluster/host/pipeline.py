@@ -69,8 +69,7 @@ class Pipeline:
             return
         copy = record.copy
         if copy.gone and record.kind not in (RecordKind.REMOVE, RecordKind.DONE):
-            # It waited for the file while the object was replaced: answered when that is as durable as this asks.
-            self.submit(Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", NO_VERSION, record.durable, record.done))
+            self.answer_behind(record)  # it waited for the file while the object was replaced
             return
         copy.pins += 1
         if record.count:
@@ -120,6 +119,14 @@ class Pipeline:
                 self._timer_set = True
                 self._clock.after(OVERLAY_AGE_NS, self._aged)
         self._schedule()
+
+    def answer_behind(self, record: Record) -> None:
+        """Answers what a copy was asked for that is replaced or removed now: when that is as durable as this asks.
+
+        Earlier would be too early: a crash could bring the object back as it was before both.
+        """
+        done, record.done = record.done, None
+        self.submit(Record(RecordKind.DONE, record.copy, 0, 0, 0, (), b"", NO_VERSION, record.durable, done))
 
     def note_done(self, copy: Copy, lsn: int, done: Done | None = None) -> None:
         """The large write of `lsn` (0: none) is on the disk; durable at `done`, as everything submitted before.

@@ -255,6 +255,11 @@ def test_every_crash_leaves_what_was_promised(number: int, nosync: bool) -> None
     run(number, nosync)
 
 
+def test_a_large_write_is_not_answered_before_what_replaced_its_object() -> None:
+    """Answered when it was applied, it found its object replaced by what was not in the journal yet."""
+    run(21, True)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
 @pytest.mark.parametrize("number", range(WORKLOADS, SOAK_WORKLOADS))
