@@ -66,8 +66,9 @@ def show(name: str, measured: tuple[float, float, float]) -> None:
 
 
 def measure(cluster: Cluster, only: str = "") -> None:
-    """All of it, or what `only` names: the streams alone."""
-    stream(cluster)
+    """All of it, or what `only` names: the streams or the commands alone."""
+    if only != "commands":
+        stream(cluster)
     if only == "stream":
         return
     print("Administration, three nodes, three copies, -n; ms: medians of whole commands, means of CPU.\n")

@@ -188,7 +188,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one run")
     parser.add_argument(
-        "--only", default="", help="only workloads whose name contains this; `stream` with --administration"
+        "--only",
+        default="",
+        help="only workloads whose name contains this; `stream` or `commands` with --administration",
     )
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
     arguments = parser.parse_args()
