@@ -29,6 +29,7 @@ STREAM_LIMIT_MB = 300  # of changed data per second, in a backup and in a restor
 ROUNDS = 20
 LIST_ROUNDS = 5
 STREAM_BYTES = 512 * MIB
+SETTLE_ROUNDS, SETTLED_CPU_S = 30, 0.02
 COPIES, SPARE_BYTES = 3, 768 * MIB
 C_COMMAND_MS = {"create": 55.0, "snapshot": 107.0, "clone": 110.0, "delete": 84.0, "list": 137.0, "list NAME": 434.0}
 C_CPU_MS = {"create": 42.0}
@@ -58,6 +59,15 @@ def commands(cluster: Cluster, every: Iterable[Sequence[str]]) -> tuple[float, f
     return statistics.median(took), 1000 * spent / len(took), servers
 
 
+def settle(cluster: Cluster) -> None:
+    """Waits, for a while at most, until the servers have done with what came before: checkpoints, reclaiming."""
+    for _ in range(SETTLE_ROUNDS):
+        before = cpu_seconds(cluster)
+        time.sleep(1)
+        if cpu_seconds(cluster) - before <= SETTLED_CPU_S:
+            return
+
+
 def show(name: str, measured: tuple[float, float, float]) -> None:
     command, own, servers = measured
     c_command = f"{C_COMMAND_MS[name]:>8.0f}" if name in C_COMMAND_MS else f"{'-':>8}"
@@ -84,6 +94,7 @@ def measure(cluster: Cluster, only: str = "") -> None:
     connection = Connection(("127.0.0.1", cluster.port(0)))
     for number in range(len(cluster.dog("vdi", "list", "-r").splitlines()), MANY):
         admin.new_volume(connection, b"many%d" % number, 4 << 30)
+    settle(cluster)
     show("list", commands(cluster, [("vdi", "list")] * LIST_ROUNDS))
     show("list NAME", commands(cluster, [("vdi", "list", "v0")] * LIST_ROUNDS))
     show("create (of 1,001)", commands(cluster, [("vdi", "create", f"one{number}", "4G") for number in range(ROUNDS)]))
@@ -92,6 +103,7 @@ def measure(cluster: Cluster, only: str = "") -> None:
     vid = admin.find(connection, b"many999").vid
     for _ in range(MANY - 2 * ROUNDS):
         vid = admin.new_volume(connection, b"many999", 4 << 30, vid, True).vid
+    settle(cluster)
     show("snapshot, last 20", commands(cluster, one[ROUNDS:]))
     show("list, 1,000 snapshots", commands(cluster, [("vdi", "list", "many999")] * LIST_ROUNDS))
     connection.close()
