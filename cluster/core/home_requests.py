@@ -59,12 +59,15 @@ class HomeRequests:
         )
 
     def on_read(self, sender: NodeId, message: Message) -> None:
-        """A gateway's read; with REPAIR, of a block that is rotten in its own copy."""
+        """A gateway's read; with REPAIR, of a block that is rotten in its own copy. Of no bytes: just the repair."""
         home, oid = self._home, message.oid
         if message.flags & Flag.REPAIR:
             member = self._context.placement.index_of[sender]
             if self._context.policy_of(oid) is not None:
                 self.repair_strip(oid, member, self._answering(sender, message))
+                return
+            if not message.length:
+                self.repair_copy(oid, member, self._answering(sender, message))
                 return
             if home.active and home.has_been(oid):
                 home.recovery.suspect(oid, member)
@@ -75,6 +78,17 @@ class HomeRequests:
             self._context.peers.answer(sender, message, result, data)
 
         return done
+
+    def repair_copy(self, oid: ObjectId, member: int, done: IoDone) -> None:
+        """The copy of `member` is made anew from the others; done when it is right, or cannot be."""
+        home = self._home
+        if not home.active:
+            home.hold(lambda: self.repair_copy(oid, member, done))
+        elif home.is_lost(oid) or not home.exists(oid, None):
+            done(home.absent(oid), b"")
+        else:
+            home.recovery.suspect(oid, member)
+            home.recovery.when_restored(oid, lambda result: done(result, b""))
 
     def repair_strip(self, oid: ObjectId, member: int, done: IoDone) -> None:
         """The strip of `member` is made anew from the others; done when the object is clean."""

@@ -61,7 +61,9 @@ SCRUB_INTERVAL_HOURS = 7 * 24  # rot is found while the other copies are still g
 SCRUB_TICK_NS = 10_000_000_000  # between looks whether it is time, or whether the node has joined
 SCRUB_SAVE_NS = 10_000_000_000  # so much of a pass is done again after a crash
 SCRUB_REPAIR_TRIES = 3  # of one object: nodes that find it bad at the same time wait for each other
-SCRUB_REPAIR_WAIT_NS = 1_000_000_000  # before the second, twice that before the third
+SCRUB_REPAIR_WAIT_NS = (
+    1_000_000_000  # before the second (of the object's n-th node n times this), twice that before the third
+)
 SCRUB_LOST_MAX = 1000  # objects with lost blocks that are named in the status; the log names all
 RECOVERY_FULL_PERCENT = 95  # of a node's space: with format -F recovery leaves the rest to clients
 RECOVERY_SKIP_NS = 10_000_000_000  # before a copy that found a node so full is tried again: people have made room

@@ -70,6 +70,7 @@ class Scrub:
         self.rate = SCRUB_BYTES_PER_S
         self._oids: list[ObjectId] = []
         self._bad: dict[tuple[int, int], int] = {}  # chunks (offset, length) of the present object: how many blocks
+        self._returns = 0  # to the present object, which could not be judged
         self._place = ""  # directory of the disk where they are
         self._timer: Timer | None = None
         self._turn = 0  # an answer of an earlier turn does not count
@@ -185,6 +186,7 @@ class Scrub:
             if version is not None and version != NO_VERSION:  # others are being restored, and verified by that
                 self.objects += 1
                 self._bad = {}
+                self._returns = 0
                 self._verify(oid, 0)
                 return
             self.position = oid
@@ -229,8 +231,10 @@ class Scrub:
             elif isinstance(error, Corrupt):
                 self._note_bad(oid, offset, length, error)
             if error is not None and not isinstance(error, Corrupt):
+                self.found -= sum(self._bad.values())
                 self._bad = {}
-                self._finished(oid)  # gone, or its disk is: that is being looked after
+                if not self._later_again(oid, lambda: self._verify(oid, 0)):
+                    self._finished(oid)
             else:
                 self._go_on(oid, offset + length, self._pause_ns(length, began_ns))
 
@@ -261,6 +265,16 @@ class Scrub:
             STRIP_CHECK_LIMIT_NS, lambda: self._finished(oid) if turn == self._turn else None
         )
         self._strips.check(plain_oid(oid), offset, size, checked)
+
+    def _later_again(self, oid: ObjectId, look: Callable[[], None]) -> bool:
+        """The copy is being made anew: looks again a little later, some times. False: it is gone, or its disk is."""
+        self._returns += 1
+        if self._context.store.version(oid) is None or self._returns > SCRUB_REPAIR_TRIES:
+            return False
+        self._cancel()
+        turn = self._turn
+        self._timer = self._context.clock.after(SCRUB_REPAIR_WAIT_NS, lambda: look() if turn == self._turn else None)
+        return True
 
     def _pause_ns(self, length: int, began_ns: int) -> int:
         """What is left of the chunk's share of time: a fraction of the rate while clients have requests under way."""
@@ -312,17 +326,27 @@ class Scrub:
         turn, chunk = self._turn, chunks[0]
 
         def verified(error: StoreError | None) -> None:
-            if turn == self._turn:
-                still = list(error.blocks) if isinstance(error, Corrupt) else []
-                self._judge(oid, tries, chunks[1:], left + still)
+            if turn != self._turn:
+                return
+            known = error is None or isinstance(error, Corrupt)
+            if not known and self._later_again(oid, lambda: self._judge(oid, tries, chunks, left)):
+                return
+            still = list(error.blocks) if isinstance(error, Corrupt) else []
+            self._judge(oid, tries, chunks[1:], left + still)
 
         self._context.store.verify(oid, *chunk, verified)
+
+    def _own_turn(self, oid: ObjectId) -> int:
+        """1 for the object's first node, 2 for the second: those that found it bad together ask one after another."""
+        placement = self._context.placement
+        replicas = placement.replicas(plain_oid(oid))
+        return 1 + replicas.index(placement.me) if placement.me in replicas else 1
 
     def _judged(self, oid: ObjectId, tries: int, left: list[int]) -> None:
         if left and tries < SCRUB_REPAIR_TRIES:
             turn = self._turn
             self._timer = self._context.clock.after(
-                tries * SCRUB_REPAIR_WAIT_NS,
+                tries * self._own_turn(oid) * SCRUB_REPAIR_WAIT_NS,
                 lambda: self._repair_object(oid, tries + 1) if turn == self._turn else None,
             )
             return

@@ -6,8 +6,10 @@ import pytest
 from tests.sim.test_directed import fresh, holders, read, write
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
-from sheepdog.cluster.core.ids import ObjectId, data_oid
+from sheepdog.cluster.core.ids import NodeId, ObjectId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.peers import Answered
 from sheepdog.cluster.core.ports import Buffer, ReadDone
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import block_of
@@ -98,3 +100,34 @@ def test_no_copy_can_be_read() -> None:
         break_reads(machine, data_oid(volume.vid, 0), DiskError("no such sector"), times=1000)
     for machine in cluster.machines:
         assert read(machine, volume)[0] == Result.EIO
+
+
+def test_an_epoch_that_ends_with_a_repair_under_way_ends_no_scrub() -> None:
+    """What the home was asked for is never answered then; the scrub asks again, in the next epoch."""
+    cluster, volume = fresh(4, 3)
+    oid = data_oid(volume.vid, 0)
+    assert write(cluster.machines[0], volume, 7) == Result.SUCCESS
+    cluster.world.run_for(SECOND)
+    home, replica, _ = holders(cluster, volume)
+    rot(replica, oid, 0)
+    peers = replica.node.context.peers
+    asked: list[ObjectId] = []
+    request = peers.request
+
+    def unanswered(node: NodeId, message: Message, answered: Answered) -> None:
+        if message.kind == Kind.READ and message.flags & Flag.REPAIR and not asked:
+            asked.append(message.oid)
+        else:
+            request(node, message, answered)
+
+    peers.request = unanswered  # type: ignore[method-assign]
+    assert replica.node.scrub.schedule(0, 1 << 30)
+    replica.node.scrub.start()
+    cluster.world.run_until(lambda: bool(asked), 10 * SECOND, "an order")
+    next(machine for machine in cluster.machines if machine not in (home, replica)).kill()
+    cluster.world.run_until(lambda: replica.node.scrub.state == "idle", 15 * SECOND, "the pass")
+    assert asked == [oid]
+    assert (replica.node.scrub.found, replica.node.scrub.repaired) == (1, 1)
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    audit(cluster)

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[2] / "src/sheepdog"
 SLOW = {  # once for an epoch, a checkpoint, an operation on a VDI, a plug, a repair by order: nothing piles up
     ("cluster/core/node.py", "_record"),
     ("cluster/core/operations.py", "_once_loaded"),
-    ("cluster/core/repair_order.py", "repair"),
+    ("cluster/core/repair_order.py", "_bounded"),
     ("cluster/host/checkpoint.py", "_settle_all"),
     ("cluster/host/disk_control.py", "plug"),
     ("cluster/core/home.py", "_done_before"),  # a write cut by the end of an epoch
