@@ -133,9 +133,8 @@ class Bench:
             row(number, f"{made:.0f}", *costs, memory, f"{time.monotonic() - begin:.2f}", self.memory_mib)
 
     def clients(self, most: int) -> None:
-        table(
-            "clients", *(f"{cell}: {what}" for cell in CLIENT_CELLS for what in ("IOPS", "us", "p99 ms")), "memory, MiB"
-        )
+        columns = [f"4 KiB {word}: {what}" for word in ("read", "write") for what in ("IOPS", "us", "p99 ms")]
+        table("clients", *columns, "memory, MiB")
         load = Workload(self.address, 4, 1)
         for number in tens(most):
             figures: list[str] = []
