@@ -50,7 +50,8 @@ class Copies:
         self._on_settled = settled
         self._standing = Standing(0)
         self._stale = StaleStrips(state)
-        self._proven = Proven()
+        self._proven = self._saved = Proven()  # the second is on the disk
+        self._surplus: list[ObjectId] = []  # copies that go as soon as that misleads nobody
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
 
     # -- epochs ----------------------------------------------------------------------------------------------------
@@ -71,11 +72,13 @@ class Copies:
 
     def load(self) -> None:
         """What the disk remembers."""
-        self._proven = self._disk.load_proven()
+        self._proven = self._saved = self._disk.load_proven()
         store, settled = self._context.store, self._proven.settled
         unfinished = [oid for oid, version in store.inventory() if version == NO_VERSION]
         stale = self._stale.load(store.version, settled)
         self._standing = Standing(settled, self._context.state.epoch, self._proven.broken, unfinished, stale)
+        if self._proven.dropped:
+            self._standing.complete = 0
         self.replica.strips.undo.load(self._disk, store.version)
 
     def forget(self) -> None:
@@ -88,7 +91,14 @@ class Copies:
 
     def _prove(self, proven: Proven) -> None:
         self._proven = proven
-        self._disk.save_proven(proven, self._must_work)
+
+        def saved(error: StoreError | None) -> None:
+            self._must_work(error)
+            if error is None:
+                self._saved = proven
+                self._drop_surplus()
+
+        self._disk.save_proven(proven, saved)
 
     def _went_bad(self) -> None:
         """A current copy here did: after a restart the copies without a version are not taken for new ones."""
@@ -102,6 +112,7 @@ class Copies:
     def begin(self) -> None:
         """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
         self._complete = {}
+        self._surplus = []
         if self._proven.forgotten < 0:
             self._prove(self._proven._replace(forgotten=self._first_epoch() - 1))
         self.replica.begin()
@@ -162,10 +173,13 @@ class Copies:
     def home_done(self, node: NodeId) -> None:
         """Everything that node is home of is recovered."""
         self._complete[node] = None
+        self._consider_settled()
+
+    def _consider_settled(self) -> None:
         context = self._context
         if not self.all_done() or self.replica.missing or not self.replica.all_settled():
             return
-        proven = self._proven._replace(settled=context.epoch, broken=0)
+        proven = self._proven._replace(settled=context.epoch, broken=0, dropped=0)
         if self._proven == proven:
             return
         self._standing.settle(context.epoch)
@@ -195,6 +209,7 @@ class Copies:
         context, placement = self._context, self._context.placement
         fence = context.fence
         self.replica.settle(home, verdict)
+        self._drop_surplus()
 
         def saved(error: StoreError | None) -> None:
             self._must_work(error)
@@ -265,8 +280,31 @@ class Copies:
         state = Version(message.offset, message.length, message.sequence)
         self.replica.strips.agree(strip, state, message.version, message.payload(), done)
 
-    def drop(self, oid: ObjectId) -> None:
-        """Removes a copy that does not belong here any more."""
+    def drop(self, oid: ObjectId, flags: int) -> None:
+        """Removes a copy that does not belong here any more.
+
+        Where the object lives on elsewhere (SURPLUS), that it is not here must not be taken for its deletion: not by
+        what this node knew of earlier epochs, nor by what it will know after a restart.
+        """
+        if flags & Flag.SURPLUS:
+            self._surplus.append(oid)
+            self._drop_surplus()
+        else:
+            self._remove(oid)
+
+    def _drop_surplus(self) -> None:
+        if not self._surplus or not self.replica.all_settled():
+            return
+        if self._saved.settled == self._context.epoch or self._saved.dropped:
+            surplus, self._surplus = self._surplus, []
+            for oid in surplus:
+                self._remove(oid)
+            self._consider_settled()
+        elif not self._proven.dropped:
+            self._context.probe("copies.claim_given_up")
+            self._prove(self._proven._replace(dropped=1))
+
+    def _remove(self, oid: ObjectId) -> None:
         if oid >> STRIP_SHIFT:
             self.replica.strips.replaced(oid)
         else:

@@ -107,7 +107,7 @@ class Dispatch:
 
     def _on_drop(self, sender: NodeId, message: Message) -> None:
         self._acknowledge(sender, message)
-        self._copies.drop(message.oid)
+        self._copies.drop(message.oid, message.flags)
 
     def _on_roll_back(self, sender: NodeId, message: Message) -> None:
         self._copies.agree(message, lambda result: self._context.peers.answer(sender, message, result))

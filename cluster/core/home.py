@@ -120,6 +120,7 @@ class Home:
         decisions = self._inventories.decide(self._placement, self._former, self.past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
         surplus: list[tuple[int, ObjectId]] = []
+        deleted: list[tuple[int, ObjectId]] = []
         for decision in decisions:
             for member, oid in decision.lacking():
                 (verdicts[member].lost if decision.is_lost else verdicts[member].missing).append(oid)
@@ -133,6 +134,8 @@ class Home:
                 self._lost[decision.oid] = decision.lacking()
                 self.context.probe("home.object_lost")
                 self.context.log(3, f"object {decision.oid:016x}: no current copy is left")
+            elif decision.version == NO_VERSION:
+                deleted += decision.surplus_copies()
             else:
                 surplus += decision.surplus_copies()
         self._inventories = Inventories(0)
@@ -144,7 +147,8 @@ class Home:
             else:
                 message = verdicts[member].encode(self.fence)
                 self.context.peers.request(node, message, lambda _: self._verdict_known())
-        self.recovery.drop(surplus)
+        self.recovery.drop(deleted)
+        self.recovery.drop(surplus, Flag.SURPLUS)
         held, self._held = self._held, []
         for call in held:
             call()

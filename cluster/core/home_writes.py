@@ -39,7 +39,7 @@ class HomeHooks(Protocol):
     def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
         """ROLLBACK to this node."""
 
-    def drop(self, oid: ObjectId) -> None:
+    def drop(self, oid: ObjectId, flags: int) -> None:
         """DROP to this node."""
 
 

@@ -59,6 +59,7 @@ class Flag:
     ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there
     URGENT: Final = 16  # PULL: a client waits for it
+    SURPLUS: Final = 16  # DROP: the object lives, elsewhere
     HURRY: Final = 8  # PULL: a client waits for what is being restored already; nothing else is meant
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist

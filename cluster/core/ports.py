@@ -124,6 +124,7 @@ class Proven(NamedTuple):
     settled: int = 0  # the newest in which every copy was current
     broken: int = 0  # the newest in which a current copy went bad and was not made anew since; 0: none did
     forgotten: int = -1  # up to this one the disks tell nothing: they are newer. -1: to be found out
+    dropped: int = 0  # 1: copies that belong elsewhere now were removed since `settled`: what is not here may exist
 
 
 class NodeState(Protocol):

@@ -402,7 +402,7 @@ class Recovery:
         del self._jobs[job.oid]
         self._running -= 1
         self.finished += 1
-        self.drop(job.surplus)
+        self.drop(job.surplus, Flag.SURPLUS)
         self._end(job, Result.SUCCESS)
         self._release(job)
         self.run()
@@ -412,13 +412,13 @@ class Recovery:
         for retry in waiting:
             retry()
 
-    def drop(self, copies: Iterable[tuple[int, ObjectId]]) -> None:
-        """Surplus copies (member, id) go: every replica has the object, or it was deleted."""
+    def drop(self, copies: Iterable[tuple[int, ObjectId]], flags: int = 0) -> None:
+        """Copies (member, id) go: every replica has the object (SURPLUS), or it was deleted."""
         for member, oid in copies:
             if member == self._home.me:
-                self._home.hooks.drop(oid)
+                self._home.hooks.drop(oid, flags)
             else:
-                message = Message(Kind.DROP, self._fence, oid=oid)
+                message = Message(Kind.DROP, self._fence, oid=oid, flags=flags)
                 self._context.peers.request(self._placement.nodes[member], message, lambda _: None)
 
     def _report(self) -> None:

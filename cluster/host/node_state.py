@@ -32,7 +32,7 @@ from sheepdog.cluster.host.workers import Workers
 
 _CONFIG = struct.Struct("<8sIQ")  # magic, format, bytes that follow
 _CONFIG_MAGIC: Final = b"SHEEPCFG"
-_SETTLED = struct.Struct("<8sIQQq")  # magic, format, epochs: settled, broken, forgotten
+_SETTLED = struct.Struct("<8sIQQqQ")  # magic, format, epochs: settled, broken, forgotten; dropped
 _SETTLED_2 = struct.Struct("<8sIQQ")  # of format 2, which did not know what was forgotten
 _SETTLED_FORMAT: Final = 3
 _SETTLED_MAGIC: Final = b"SHEEPSET"

@@ -46,7 +46,7 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     driver.state.save_config(b"\0two\xff", errors.append)
     for number in (1, 2, 10):
         driver.state.append_epoch(record(number), errors.append)
-    driver.state.save_proven(Proven(2, 1, 5), errors.append)
+    driver.state.save_proven(Proven(2, 1, 5, 1), errors.append)
     while len(errors) < 6:
         driver.step()
     assert errors == [None] * 6
@@ -54,7 +54,7 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     again = StateDriver(tmp_path)
     assert again.state.load_config() == b"\0two\xff"
     assert again.state.load_epochs() == [record(1), record(2), record(10)]
-    assert again.state.load_proven() == (2, 1, 5)
+    assert again.state.load_proven() == (2, 1, 5, 1)
     assert again.wait(again.state.clear_epochs) is None
     assert again.state.load_epochs() == []
 
@@ -112,7 +112,7 @@ def test_a_damaged_settled_epoch_is_forgotten(tmp_path: Path) -> None:
     driver = StateDriver(tmp_path)
     driver.wait(lambda done: driver.state.save_proven(Proven(7, 0), done))
     (tmp_path / "settled").write_bytes(b"rubbish")
-    assert driver.state.load_proven() == (0, 0, 0)
+    assert driver.state.load_proven() == (0, 0, 0, 0)
     assert driver.logged
 
 
@@ -120,11 +120,11 @@ def test_what_was_proven_before_disks_could_be_forgotten_is_read(tmp_path: Path)
     """A node of a former version had all its disks, as far as is known; one that lost them all knows nothing."""
     driver = StateDriver(tmp_path)
     write_file(RealDisk(), str(tmp_path), "settled", struct.pack("<8sIQQ", b"SHEEPSET", 2, 9, 4))
-    assert driver.state.load_proven() == (9, 4, 0)
+    assert driver.state.load_proven() == (9, 4, 0, 0)
     driver.state.forget_settled(all_new=False)
-    assert driver.state.load_proven() == (0, 0, 0)
+    assert driver.state.load_proven() == (0, 0, 0, 0)
     driver.state.forget_settled(all_new=True)
-    assert driver.state.load_proven() == (0, 0, -1)
+    assert driver.state.load_proven() == (0, 0, -1, 0)
 
 
 def test_one_daemon_a_directory(tmp_path: Path) -> None:
