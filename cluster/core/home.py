@@ -123,7 +123,10 @@ class Home:
         deleted: list[tuple[int, ObjectId]] = []
         for decision in decisions:
             for member, oid in decision.lacking():
-                (verdicts[member].lost if decision.is_lost else verdicts[member].missing).append(oid)
+                if decision.is_lost:
+                    verdicts[member].lost.append((oid, decision.known if isinstance(decision, Decision) else 0))
+                else:
+                    verdicts[member].missing.append(oid)
             for member, oid in decision.unequal():
                 verdicts[member].unequal.append(oid)
             if isinstance(decision, StripDecision) and decision.layout:

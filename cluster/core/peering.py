@@ -38,6 +38,7 @@ _ENTRY = Struct("<QIIQIBB2x")
 _OIDS = Struct("<QB")
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
+_KNOWN = Struct("<I")
 FIRM, UNDOABLE, BLIND, UNSURE = 1, 2, 3, 4
 _NOBODY_BLIND: Mapping[int, int] = {}
 NO_MEMBER = 0xFFFF  # in a list of members by strip: nobody has it
@@ -66,6 +67,7 @@ class Decision(NamedTuple):
     missing: tuple[int, ...]  # replicas without it
     surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
     stale: tuple[int, ...] = ()  # those of `missing` that hold another version
+    known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
 
     def lacking(self) -> list[tuple[int, ObjectId]]:
         """(member, id) of the copies that must not be read until recovery says so."""
@@ -91,7 +93,7 @@ class Verdict(NamedTuple):
     """What a home tells a member at the end of peering."""
 
     missing: list[ObjectId]  # it has no current copy of these; another member has
-    lost: list[ObjectId]  # nobody here has
+    lost: list[tuple[ObjectId, int]]  # nobody here has; known to have existed in that epoch, 0: in none
     unequal: list[ObjectId]  # its copy is current, but another replica has an older one yet
     complete: bool  # the home knows of all its objects that exist
 
@@ -102,15 +104,26 @@ class Verdict(NamedTuple):
             offset=len(self.missing),
             length=len(self.lost),
             flags=Flag.COMPLETE if self.complete else 0,
-            body=encode_oids([*self.missing, *self.lost, *self.unequal]),
+            body=encode_oids([*self.missing, *(oid for oid, _ in self.lost), *self.unequal])
+            + b"".join([_KNOWN.pack(known) for _, known in self.lost]),
         )
 
     @classmethod
     def decode(cls, message: Message) -> Verdict:
         assert isinstance(message.body, (bytes, bytearray, memoryview))
-        oids = decode_oids(message.body)
+        body, end = memoryview(message.body), len(message.body) - _KNOWN.size * message.length
+        if end < 0:
+            raise PeerError("verdict of odd length")
+        oids, known = decode_oids(body[:end]), [one for (one,) in _KNOWN.iter_unpack(body[end:])]
         missing, lost = message.offset, message.offset + message.length
-        return cls(oids[:missing], oids[missing:lost], oids[lost:], bool(message.flags & Flag.COMPLETE))
+        if len(oids) < lost:
+            raise PeerError("verdict of odd length")
+        return cls(
+            oids[:missing],
+            list(zip(oids[missing:lost], known, strict=True)),
+            oids[lost:],
+            bool(message.flags & Flag.COMPLETE),
+        )
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:
@@ -172,6 +185,7 @@ class Inventories:
         self._ended = [False] * members
         self._parts: list[int] = [0] * members
         self._origins: list[list[Origin]] = [[] for _ in range(members)]
+        self._unsure: dict[tuple[ObjectId, int], None] = {}  # copies that may never have existed, by object and member
         self._blind: dict[ObjectId, dict[int, int]] = {}  # by object and member: up to which epoch
 
     def add(self, member: int, index: int, body: Buffer, complete: int, flags: int) -> None:
@@ -208,6 +222,7 @@ class Inventories:
                     continue
                 if earlier == UNSURE:
                     earlier = 0
+                    self._unsure[oid, member] = None
                     if knows_all:  # then it exists only if somebody here has it
                         as_of = NEVER
                 if not oid >> STRIP_SHIFT:
@@ -307,7 +322,8 @@ class Inventories:
         if known == NEVER or self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
         if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid)):
-            return Decision(oid, NO_VERSION, (), replicas, ())
+            sure = [as_of for member, _, as_of in held if (oid, member) not in self._unsure]
+            return Decision(oid, NO_VERSION, (), replicas, (), known=max(sure, default=0))
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)
         surplus = tuple(sorted(member for member in holders if member not in replicas))

@@ -78,7 +78,7 @@ class Replica:
         self.settled: list[bool] = []  # by home
         self.complete: list[bool] = []  # by home: it knows of all that exists
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
-        self.lost: dict[ObjectId, None] = {}  # those of them that are not current anywhere
+        self.lost: dict[ObjectId, int] = {}  # those of them that are not current anywhere; known to exist in that epoch
         self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
@@ -109,8 +109,9 @@ class Replica:
 
     def settle(self, home: int, verdict: Verdict) -> None:
         """The home decided which copies here are current, and which of those may be served already."""
-        self.missing.update(dict.fromkeys([*verdict.missing, *verdict.lost]))
-        self.lost.update(dict.fromkeys(verdict.lost))
+        self.missing.update(dict.fromkeys(verdict.missing))
+        self.missing.update((oid, None) for oid, _ in verdict.lost)
+        self.lost.update(verdict.lost)
         self.unequal[home] = dict.fromkeys(verdict.unequal)
         self.complete[home] = verdict.complete
         self.settled[home] = True

@@ -60,7 +60,8 @@ class Standing:
         lacking = {} if settled else dict(before)
         for oid in replica.missing:
             known = before.get(oid, _NOTHING_KNOWN)
-            lacking[oid] = known if oid in replica.lost else Lack(epoch, known.blind)
+            existed = max(known.known, replica.lost[oid]) if oid in replica.lost else epoch
+            lacking[oid] = Lack(existed, known.blind, known.sure or oid not in replica.lost)
         for oid in replica.broken:
             lacking[oid] = Lack(epoch, epoch)
         older = {}
