@@ -101,7 +101,7 @@ class Pipeline:
         record.end = journal.append(
             record.kind,
             copy.oid,
-            copy.size,
+            max(copy.size, 0),  # less: the copy is lost since its disk is out of service
             record.offset,
             record.length,
             record.version,
@@ -134,6 +134,9 @@ class Pipeline:
         Nobody may be told that a large write is durable before that: a later one cut by a crash could else make
         replay go back to what was before both.
         """
+        if done is not None and copy.size < 0:
+            done(DiskError(f"{copy.home.path}: the disk has gone out of service"))
+            return
         record = Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", NO_VERSION, done is not None, done)
         record.offset = lsn
         self.submit(record)

@@ -130,3 +130,22 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="format 2, this version reads 1"):
             StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1"))
         path.write_bytes(data)
+
+
+def test_what_ends_after_the_disk_is_out_is_answered(tmp_path: Path) -> None:
+    """A large durable write whose sync ends only then has failed; so has a removal, of which the journal knows."""
+    driver = filled(tmp_path, "d1", "d2")
+    lost = driver.store.disks.unplug(str(tmp_path / "d1"))
+    copy = driver.store.copies.by_oid[lost[0]]
+    answers: list[object] = []
+    driver.store._pipeline.note_done(copy, 0, answers.append)
+    assert isinstance(answers.pop(), DiskError)
+    driver.store._pipeline.note_done(copy, 0)
+    with pytest.raises(DiskError):
+        driver.remove(lost[1])
+    assert driver.store.version(lost[1]) is None
+    assert not driver.failed
+    driver.close()
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d2"))
+    assert lost[1] not in dict(driver.store.inventory())
+    driver.crash()
