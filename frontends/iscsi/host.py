@@ -43,10 +43,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class Outcome:
-    """Changes made to the kernel's target, and a line for each volume that could not be brought to what is wanted."""
+    """Changes made to the kernel's target, and a line for each volume that could not be brought to what is wanted.
+
+    `remarks` are about volumes that were not asked for.
+    """
 
     changes: int = 0
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 class Host:
@@ -71,15 +75,27 @@ class Host:
         """What is there of ours."""
         return read_tree(self.name, self._root)
 
-    def apply(self, wanted: Mapping[str, Wanted], only: Iterable[str] | None = None) -> Outcome:
-        """Exports all of `wanted` and nothing else; with `only`, other volumes stay as they are, if they are alive."""
+    def apply(
+        self,
+        wanted: Mapping[str, Wanted],
+        only: Iterable[str] | None = None,
+        unknown: Callable[[str], bool] = lambda volume: False,
+    ) -> Outcome:
+        """Exports all of `wanted` and nothing else; with `only`, other volumes stay as they are, if they are alive.
+
+        So do those of which it is `unknown` whether they are wanted: an initiator may be writing to them.
+        """
         self._outcome = Outcome()
         chosen = None if self._drop_dead() or only is None else frozenset(only)
         present = self.tree()
         if chosen is not None:
             wanted = {volume: one for volume, one in wanted.items() if volume in chosen}
-        staying = _part(present, lambda volume: chosen is not None and volume not in chosen, self.name)
-        going = _part(present, lambda volume: volume not in wanted and (chosen is None or volume in chosen), self.name)
+
+        def stays(volume: str) -> bool:
+            return (chosen is not None and volume not in chosen) or unknown(volume)
+
+        staying = _part(present, stays, self.name)
+        going = _part(present, lambda volume: volume not in wanted and not stays(volume), self.name)
         self._perform(plan(Tree(), going))
         if wanted:
             self._files.start()

@@ -54,3 +54,21 @@ def test_a_kernel_without_a_target_is_told_plainly_and_nothing_is_recorded(clust
     assert text.count("\n") == 1
     assert json.loads(cluster3.dog("iscsi", "list", "--json")) == []
     assert cluster3.dog("iscsi", "apply") == "nothing to change\n", "there is nothing to do, so nothing is missing"
+
+
+def test_an_attribute_that_cannot_be_read_is_named_and_stands_in_nobodys_way(cluster3: Cluster) -> None:
+    for volume, value in (("new", '{"format": 2}'), ("odd", '{"format": "\\u001b[2J\\n"}'), ("web", None)):
+        cluster3.dog("vdi", "create", volume, "8M")
+        if value:
+            cluster3.dog("vdi", "setattr", volume, "iscsi", value)
+    done = cluster3.try_dog("iscsi", "apply")
+    lines = shown(done.stderr).splitlines()
+    assert (done.returncode, len(lines)) == (1, 2), done
+    assert lines[0].startswith("new: its attribute 'iscsi' has format 2")
+    assert lines[1].startswith("odd: its attribute 'iscsi' has format ?[2J?")
+    done = cluster3.try_dog("iscsi", "apply", "web")
+    assert (done.returncode, shown(done.stderr).splitlines()) == (0, lines), "it was not asked for"
+    assert cluster3.try_dog("iscsi", "apply", "odd").returncode == 1
+    cluster3.dog("vdi", "setattr", "-d", "new", "iscsi")
+    cluster3.dog("vdi", "setattr", "-d", "odd", "iscsi")
+    assert cluster3.try_dog("iscsi", "apply").stderr == b"", "who takes the attribute away has the answer"

@@ -7,16 +7,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tests.support.fake_configfs import FakeConfigfs
 
-from sheepdog.cluster.core.errors import UsageError
-from sheepdog.frontends.iscsi import configfs
-from sheepdog.frontends.iscsi.exports import Export, Login
+from sheepdog.cluster.client import inodes
+from sheepdog.cluster.core.errors import Result, UsageError
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.frontends.iscsi import cluster, configfs
+from sheepdog.frontends.iscsi.cluster import Exported, Unreadable
+from sheepdog.frontends.iscsi.exports import Document, Export, Login
 from sheepdog.frontends.iscsi.files import Files
 from sheepdog.frontends.iscsi.host import Host, Wanted
 from sheepdog.frontends.iscsi.model import DISK_ATTRIBUTES, label
+from sheepdog.tools.dog import iscsi
+from sheepdog.tools.dog.context import Context
 
 HERE = "node1"
 INITIATOR, OTHER = "iqn.2026-01.org.example:one", "iqn.2026-01.org.example:two"
@@ -380,3 +386,55 @@ def test_nothing_is_exported_whose_discovery_cannot_be_closed(world: World) -> N
     outcome = world.host.apply({"web": web(discovery=Login("carol", "/s/discovery")), "db": db()})
     assert outcome.problems == ["web: secret file /s/discovery: No such file or directory"]
     assert set(world.host.tree().disks) == {label(HERE, "db")}
+
+
+def test_an_export_of_which_nobody_knows_whether_it_is_wanted_stays_up(world: World) -> None:
+    world.good({"web": web(discovery=Login("carol", "/s/discovery")), "db": db()})
+    before = world.kernel.snapshot()
+    outcome = world.host.apply({"db": db(initiators=(OTHER,))}, unknown={"web"}.__contains__)
+    assert (outcome.problems, outcome.changes > 0) == ([], True)
+    after = world.kernel.snapshot()
+    assert {path: text for path, text in after.items() if ":db" not in path} == {
+        path: text for path, text in before.items() if ":db" not in path
+    }
+    assert world.host.apply({"db": db(initiators=(OTHER,))}, ["web"], {"web"}.__contains__).changes == 0, "asked for"
+    world.good({"db": db(initiators=(OTHER,))})
+    assert set(world.host.tree().disks) == {label(HERE, "db")}
+
+
+def exported(volume: str, wanted: Wanted | None) -> Exported:
+    return Exported(volume, 4 * MIB, Document(SERIAL, (wanted.export,) if wanted else ()))
+
+
+@pytest.mark.parametrize("name", ["web", None])
+def test_a_volume_that_cannot_be_read_stays_up_and_keeps_no_other_from_being_exported(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    """`None`: not even its name can be read."""
+    monkeypatch.setattr(iscsi, "_host", lambda context, host: world.host)
+    context = Mock(spec=Context)
+
+    def apply(only: list[str] | None, *said: Exported | Unreadable) -> tuple[list[str], list[str]]:
+        monkeypatch.setattr(cluster, "documents", lambda connection: iter(said))
+        outcome = iscsi._apply(context, HERE, only)
+        return outcome.problems, outcome.remarks
+
+    assert apply(None, exported("web", web()), exported("db", db())) == ([], [])
+    bad = Unreadable(name, "cannot be understood")
+    changed = exported("db", db(initiators=(OTHER,)))
+    assert apply(["db"], bad, changed) == ([], ["cannot be understood"]), "nobody asked for it"
+    assert apply(None, bad, changed) == (["cannot be understood"], [])
+    tree = world.host.tree()
+    assert set(tree.disks) == {label(HERE, "web"), label(HERE, "db")}
+    assert set(tree.targets[db().export.iqn].acls) == {OTHER}
+    assert apply(None, bad, exported("db", None)) == (["cannot be understood"], []), "what can be read is obeyed"
+    assert set(world.host.tree().disks) == {label(HERE, "web")}
+
+
+def test_a_volume_whose_inode_cannot_be_read_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "volume_ids", lambda connection: [Vid(0xABC)])
+    monkeypatch.setattr(inodes, "headers", lambda connection, vids: [inodes.Unread(vid, Result.EIO) for vid in vids])
+    (found,) = cluster.documents(Mock())
+    assert isinstance(found, Unreadable)
+    assert found.volume is None
+    assert "volume abc cannot be read" in found.problem

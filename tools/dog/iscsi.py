@@ -6,7 +6,7 @@ import ipaddress
 import os
 import shlex
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -129,8 +129,8 @@ def list_exports(context: Context) -> int:
     tree = configfs.read_tree(host)
     rows: list[dict[str, object]] = []
     for exported in cluster.documents(context.gateway()):
-        if exported.document is None:
-            warn(f"{exported.volume}: {exported.problem}")
+        if isinstance(exported, cluster.Unreadable):
+            warn(exported.problem)
             continue
         for one in exported.document.exports:
             row: dict[str, object] = {
@@ -256,23 +256,33 @@ def _login(context: Context, user: str, file: str) -> Login | None:
     return login(context.value(user), os.path.abspath(context.value(file))) if context.flag(user) else None
 
 
-def _apply(context: Context, host: str, volumes: Iterable[str] | None) -> Outcome:
+def _apply(context: Context, host: str, volumes: Collection[str] | None) -> Outcome:
+    """All volumes or these; what cannot be read stays as it is, and is a problem only where it was asked for."""
     from sheepdog.frontends.iscsi import cluster
     from sheepdog.frontends.iscsi.host import Wanted
 
-    wanted = {}
-    problems = []
+    wanted: dict[str, Wanted] = {}
+    readable: set[str] = set()
+    unreadable: list[cluster.Unreadable] = []
     for exported in cluster.documents(context.gateway()):
-        if exported.document is None:
-            problems.append(f"{exported.volume}: {exported.problem}")
+        if isinstance(exported, cluster.Unreadable):
+            unreadable.append(exported)
             continue
-        one = exported.document.of(host)
+        readable.add(exported.volume)
+        document = exported.document
+        one = document.of(host)
         if one is not None:
-            wanted[exported.volume] = Wanted(
-                one, exported.document.serial, exported.object_size, exported.document.shared
-            )
-    outcome = _host(context, host).apply(wanted, volumes)
-    outcome.problems[:0] = problems
+            wanted[exported.volume] = Wanted(one, document.serial, exported.object_size, document.shared)
+
+    names = {one.volume for one in unreadable}
+
+    def unknown(volume: str) -> bool:
+        return volume in names or (None in names and volume not in readable)
+
+    outcome = _host(context, host).apply(wanted, volumes, unknown)
+    for other in unreadable:
+        asked = volumes is None or other.volume in volumes
+        (outcome.problems if asked else outcome.remarks).append(other.problem)
     return outcome
 
 
@@ -291,8 +301,8 @@ def _host(context: Context, host: str) -> Host:
 
 
 def _report(outcome: Outcome) -> int:
-    for problem in outcome.problems:
-        warn(problem)
+    for line in (*outcome.remarks, *outcome.problems):
+        warn(line)
     return 1 if outcome.problems else 0
 
 
