@@ -24,20 +24,19 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from sheepdog.cluster.core.errors import PeerError, UsageError
+from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View, Votes
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
 from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse, reach
 from sheepdog.cluster.drivers.zookeeper_client import (
     Client,
     Connection,
-    KazooException,
     NodeExistsError,
     NoNodeError,
-    SessionLost,
     Unreachable,
     ZnodeStat,
     current_task,
+    reason_of,
 )
 from sheepdog.cluster.drivers.zookeeper_collect import Gaps, shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
@@ -125,9 +124,10 @@ class ZooKeeperDriver:
             self._set_timeout(self._client.timeout_ms)
             problem = "the ensemble does not answer, or a member with the same identity is still running"
             await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
-        except (SessionLost, KazooException, PeerError, TimeoutError) as error:
+        except Exception as error:
             await self.close()
-            raise UsageError(f"zookeeper driver: {self._servers}: {str(error) or problem}") from error
+            reason = problem if isinstance(error, TimeoutError) else self._explained(error)
+            raise UsageError(f"zookeeper driver: {self._servers}: {reason}") from error
         except BaseException:
             await self.close()
             raise
@@ -289,17 +289,14 @@ class ZooKeeperDriver:
         """Runs a task of the driver; what it cannot go on without ends this incarnation."""
         try:
             await body
-        except SessionLost as error:
-            self._lose(str(error))
-        except NoNodeError:
-            self._lose("what belongs to this member was deleted from ZooKeeper")
-        except PeerError as error:
-            self._lose(str(error))
-        except KazooException as error:
-            self._lose(f"ZooKeeper refused a request: {str(error) or type(error).__name__}")
-        except Exception as error:  # a bug of ours, or entries that nobody of ours has written
+        except Exception as error:
+            self._lose(self._explained(error))
+
+    def _explained(self, error: Exception) -> str:
+        reason = reason_of(error)
+        if reason is None:  # a bug of ours, or entries that nobody of ours has written
             self._loop.call_exception_handler({"message": "a task of the driver ended", "exception": error})
-            self._lose(f"internal error: {type(error).__name__}")
+        return reason or f"internal error: {type(error).__name__}"
 
     # --- sending ---------------------------------------------------------------------------------------------------
 

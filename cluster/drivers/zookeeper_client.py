@@ -30,6 +30,8 @@ from kazoo.protocol.serialization import Connect
 from kazoo.protocol.states import KazooState, ZnodeStat
 from kazoo.retry import KazooRetry
 
+from sheepdog.cluster.core.errors import PeerError
+
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 1.0  # between rounds over all servers: an election takes about a second
 CONNECT_PART = 8  # of a session, for one server: three may be silent in a row, and the session is not over
 RETRY_PART = 4  # of a session: several rounds must fit, since servers that come back all at once count it from then on
@@ -39,13 +41,13 @@ __all__ = [
     "BadVersionError",
     "Client",
     "Connection",
-    "KazooException",
     "NoNodeError",
     "NodeExistsError",
     "SessionLost",
     "Unreachable",
     "ZnodeStat",
     "current_task",
+    "reason_of",
 ]
 
 
@@ -191,9 +193,9 @@ class Client:
         await self._request(self._kazoo.ensure_path_async, path)
 
     async def get(self, path: str) -> tuple[bytes, ZnodeStat]:
-        """NoNodeError."""
+        """What is in a znode: nothing at all, as others may create it, is b"". NoNodeError."""
         data, stat = await self._request(self._kazoo.get_async, path)
-        return data, stat
+        return data or b"", stat
 
     async def get_many(self, paths: Sequence[str]) -> list[tuple[bytes, ZnodeStat] | BaseException]:
         """In one round trip; errors in the place of what they concern."""
@@ -229,3 +231,14 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # called from outside any task
         return None
+
+
+def reason_of(error: Exception) -> str | None:
+    """Why a member cannot go on after this error, in words; None for one that should not have come up to it."""
+    if isinstance(error, (SessionLost, PeerError)):
+        return str(error)
+    if isinstance(error, NoNodeError):
+        return "what belongs to this member was deleted from ZooKeeper"
+    if isinstance(error, KazooException):
+        return f"ZooKeeper refused a request: {str(error) or type(error).__name__}"
+    return None

@@ -457,6 +457,25 @@ def test_what_others_put_below_our_path_disturbs_nobody(place: str, monkeypatch:
     asyncio.run(body())
 
 
+def test_a_znode_without_data_is_nobodys(place: str) -> None:
+    """ZooKeeper tells nothing from empty; whoever is there, and whoever comes, goes over it."""
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        kazoo, base = a.driver._there._kazoo, a.driver._base
+        for path, options in (("queue/e-", {"sequence": True}), ("queue/stray", {}), ("members/6e6f", {})):
+            await asyncio.to_thread(kazoo.create, f"{base}/{path}", None, **options)
+        a.driver.broadcast(b"1")
+        await until(lambda: a.texts() == [b"1"])
+        b = await Attached(place, "b").open()
+        assert b.members() == [b"a", b"b"]
+        for one in (a, b):
+            assert not [event for event in one.events if isinstance(event, Lost)]
+            await one.driver.close()
+
+    asyncio.run(body())
+
+
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CONNECT_PATIENCE_S", 0.5)
     with pytest.raises(UsageError, match=r"zookeeper driver: 127\.0\.0\.1:9: no server of the ensemble can be reached"):

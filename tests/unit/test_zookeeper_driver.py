@@ -278,3 +278,30 @@ def test_an_end_is_told_also_before_the_own_join_was_read(monkeypatch: pytest.Mo
         return told
 
     assert [type(event) for event in asyncio.run(body())] == [Lost]
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        (TypeError("len() of nothing"), "internal error: TypeError"),
+        (PeerError("an entry is cut short"), "an entry is cut short"),
+        (TimeoutError(), "the ensemble does not answer, or a member with the same identity is still running"),
+    ],
+)
+def test_whatever_stops_the_attaching_is_one_kind_of_error(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, text: str
+) -> None:
+    """A sheep that joins again tries once more after it; another kind would be its end."""
+
+    async def fails(_: Peer) -> None:
+        raise failure
+
+    async def body() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        driver = ZooKeeperDriver("h:1")
+        monkeypatch.setattr(zookeeper, "Client", Reached)
+        monkeypatch.setattr(driver, "_join", fails)
+        with pytest.raises(UsageError, match=f"^zookeeper driver: h:1: {text}$"):
+            await driver.open(A, lambda event: None)
+
+    asyncio.run(body())
