@@ -38,7 +38,7 @@ from sheepdog.cluster.drivers.zookeeper_client import (
     current_task,
     reason_of,
 )
-from sheepdog.cluster.drivers.zookeeper_collect import Gaps, shorten
+from sheepdog.cluster.drivers.zookeeper_collect import Gaps, append, shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
     MAX_ENTRY_MESSAGES,
     MESSAGE_OVERHEAD_BYTES,
@@ -318,7 +318,7 @@ class ZooKeeperDriver:
         data = entry.encode()
         while True:
             try:
-                await self._there.create(f"{self._base}/queue/e-", data, sequence=True)
+                await append(self._there, self._base, data)
                 return
             except Unreachable:
                 await self._up.wait()
@@ -375,9 +375,9 @@ class ZooKeeperDriver:
                 raise found
             data, stat = found
             self._position += 1
-            self._folded = stat.czxid
             entry = Entry.decode(data)
-            if entry is not None:
+            if entry is not None:  # else its transaction says nothing: it may have got its name at any time
+                self._folded = stat.czxid
                 self._fold(stat.czxid, entry)
             if self._over:
                 return False

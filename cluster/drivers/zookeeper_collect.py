@@ -1,12 +1,30 @@
-"""Keeping the zookeeper driver's log short, and going over gaps in it. What others have put beside it is left alone."""
+"""The zookeeper driver's log as a directory of znodes: appending, going over gaps, keeping it short.
+
+What others have put there is left alone. ZooKeeper's counter, not a name, tells how far the log goes: a name far
+ahead of it is somebody else's, and is gone over when the log has come so far.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 
-from sheepdog.cluster.drivers.zookeeper_client import BadVersionError, Client, NodeExistsError, NoNodeError
+from sheepdog.cluster.drivers.zookeeper_client import BadVersionError, Client, NodeExistsError, NoNodeError, ZnodeStat
 from sheepdog.cluster.drivers.zookeeper_log import Roster, distance
+
+COUNTER_BITS = 31  # of what is told of a znode's counter: it has 32, and comes doubled in a number of 32
+
+
+async def append(client: Client, base: str, data: bytes) -> None:
+    """An entry at the end of the log. Unreachable: it may be there or not."""
+    while True:
+        try:
+            await client.create(f"{base}/queue/e-", data, sequence=True)
+            return
+        except NodeExistsError:  # somebody else has taken the name that comes next, and would keep it for ever
+            with contextlib.suppress(NodeExistsError):
+                await client.create(f"{base}/queue/taken", b"")
+            await client.delete(f"{base}/queue/taken")  # any creation counts: the name after it is the next one
 
 
 async def shorten(client: Client, base: str, position: int, data: bytes) -> bool:
@@ -48,6 +66,13 @@ def _read_up_to(member: bytes) -> int | None:
     return position if isinstance(position, int) else None
 
 
+def _given_out(queue: ZnodeStat, position: int) -> int:
+    """How many numbers from `position` on ZooKeeper has given out. It tells `cversion`: 2 * creations - children."""
+    created = (queue.cversion + queue.numChildren) % (1 << 32) // 2
+    half = 1 << (COUNTER_BITS - 1)
+    return int(created - position + half) % (1 << COUNTER_BITS) - half
+
+
 class Gaps:
     """Numbers that no entry will ever have: whatever is created beside the entries uses one up."""
 
@@ -65,7 +90,9 @@ class Gaps:
         if stat is not None and stat.pzxid in (transaction, self._seen):
             return None
         names, stat = await self._client.listing(self._queue)
-        ahead = [steps for steps in (distance(name, position) for name in names) if steps is not None and steps >= 0]
+        limit = _given_out(stat, position)
+        steps = (distance(name, position) for name in names)
+        ahead = [count for count in steps if count is not None and 0 <= count < limit]
         if not ahead:
             self._seen = stat.pzxid
             return None

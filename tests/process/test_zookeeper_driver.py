@@ -20,6 +20,7 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
 from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
 from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable, ZnodeStat
+from sheepdog.cluster.drivers.zookeeper_log import position_path
 
 TIMEOUT_MS = 1500  # where somebody dies
 CALM_TIMEOUT_MS = 20_000  # where nobody shall: no pause of a busy machine is taken for a death
@@ -457,8 +458,38 @@ def test_what_others_put_below_our_path_disturbs_nobody(place: str, monkeypatch:
     asyncio.run(body())
 
 
-def test_a_znode_without_data_is_nobodys(place: str) -> None:
+@pytest.mark.parametrize("ahead", [9999, 1, 0])
+def test_a_name_of_the_future_takes_nobody_there(place: str, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Somebody creates, by name, what ZooKeeper would give out later: the order goes on up to it, and beyond."""
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
+
+    async def body() -> None:
+        a = await Attached(place, "a").open()
+        b = await Attached(place, "b").open()
+        client, base = a.driver._there, a.driver._base
+        following = a.driver._position + 1 + ahead  # the foreign name itself counts as one
+        for number in (following, following + 1, following + 3):
+            await client.create(f"{base}/queue/{position_path(number)}", b"x")
+        await asyncio.sleep(0.1)
+        a.driver.renew()
+        for index in range(8):
+            (a, b)[index % 2].driver.broadcast(b"%d" % index)
+            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+        assert a.texts() == b.texts() == [b"%d" % index for index in range(8)]
+        c = await Attached(place, "c").open()
+        assert c.members() == [b"a", b"b", b"c"]
+        b.driver.broadcast(b"8")
+        await until(lambda: a.texts()[8:] == b.texts()[8:] == c.texts() == [b"8"])
+        for one in (a, b, c):
+            assert not [event for event in one.events if isinstance(event, Lost)]
+            await one.driver.close()
+
+    asyncio.run(body())
+
+
+def test_a_znode_without_data_is_nobodys(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZooKeeper tells nothing from empty; whoever is there, and whoever comes, goes over it."""
+    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
 
     async def body() -> None:
         a = await Attached(place, "a").open()

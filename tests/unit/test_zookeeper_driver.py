@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
@@ -12,7 +13,8 @@ from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Vie
 from sheepdog.cluster.drivers import zookeeper
 from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
 from sheepdog.cluster.drivers.zookeeper_argument import parse
-from sheepdog.cluster.drivers.zookeeper_client import Client, Connection, SessionLost
+from sheepdog.cluster.drivers.zookeeper_client import Client, Connection, SessionLost, ZnodeStat
+from sheepdog.cluster.drivers.zookeeper_collect import Gaps
 from sheepdog.cluster.drivers.zookeeper_log import (
     Entry,
     EntryKind,
@@ -166,6 +168,29 @@ def test_a_damaged_list_of_the_dead() -> None:
 )
 def test_names_of_entries(name: str, position: int, expected: int | None) -> None:
     assert distance(name, position) == expected
+
+
+@pytest.mark.parametrize("deleted", [0, 3])
+@pytest.mark.parametrize("created", [3, 10, (1 << 31) - 1, (1 << 31) + 4, (1 << 32) + 6])
+def test_gaps_end_where_the_counter_stands(created: int, deleted: int) -> None:
+    """Also where the counter, and what ZooKeeper tells of it, begin again at their smallest number."""
+    doubled = (2 * created - (created - deleted) + (1 << 31)) % (1 << 32) - (1 << 31)
+    stat = ZnodeStat(1, 1, 0, 0, 0, doubled, 0, 0, 0, created - deleted, 99)
+
+    class Queue:
+        async def exists(self, path: str) -> ZnodeStat:
+            return stat
+
+        async def listing(self, path: str) -> tuple[list[str], ZnodeStat]:
+            return [position_path(created - 1), position_path(created), position_path(created + 5)], stat
+
+    async def following(position: int) -> int | None:
+        return await Gaps(cast("Client", Queue()), "/base").next_after(position, 1)
+
+    assert asyncio.run(following(created - 3)) == created - 1, "the number before it was given out for something else"
+    assert asyncio.run(following(created - 1)) is None, "it is there to be read"
+    assert asyncio.run(following(created)) is None, "nothing was given out beyond"
+    assert asyncio.run(following(created + 1)) is None, "names of others were read in advance"
 
 
 @pytest.mark.parametrize("body", [b"\0", b"\0\0\0\5abc"])
