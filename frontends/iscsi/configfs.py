@@ -45,11 +45,6 @@ def disk_directory(label: str, root: Path = ROOT) -> Path | None:
     return next(iter(sorted((root / "core").glob(f"fileio_*/{label}"))), None)
 
 
-def portal_in_use(portal: str, root: Path = ROOT) -> bool:
-    """Some target is reachable there."""
-    return any(place.name == portal for place in root.glob("iscsi/*/tpgt_*/np/*"))
-
-
 def _disks(host: str, root: Path) -> dict[str, Disk]:
     found = {}
     for place in sorted((root / "core").glob("fileio_*/*")):

@@ -42,7 +42,10 @@ def load(there: Callable[[str], bool] | None = None) -> None:
             continue
         program = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is not None:
-            subprocess.run([program, module], check=False, capture_output=True, timeout=LOAD_SECONDS)
+            try:
+                subprocess.run([program, module], check=False, capture_output=True, timeout=LOAD_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise UsageError(f"modprobe {module} does not end within {LOAD_SECONDS:g} s (see dmesg)") from None
         if not there(module):
             raise UsageError(
                 f"this kernel ({os.uname().release}) has no iSCSI target: the module {module} is missing. "

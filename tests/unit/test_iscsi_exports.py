@@ -179,6 +179,16 @@ def test_the_missing_module_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel.load(lambda module: True)
 
 
+def test_a_modprobe_that_hangs_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "modprobe"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kernel, "LOAD_SECONDS", 0.2)
+    with pytest.raises(UsageError, match=r"^modprobe configfs does not end within 0.2 s [^\n]*$"):
+        kernel.load(lambda module: False)
+
+
 def test_commands_for_tgtd() -> None:
     serial = Document().serial
     lines = tgt.commands("web", ("192.0.2.1", 7000), EXPORT.iqn, EXPORT.initiators, serial, 3)
