@@ -61,6 +61,19 @@ def write(connection: Connection, volume: bytes, document: Document, new: bool) 
         raise
 
 
+def begin(connection: Connection, volume: bytes) -> Document:
+    """Keeps a document with nothing but a serial number; the same one for all who begin at a time."""
+    document = Document()
+    try:
+        write(connection, volume, document, new=True)
+    except UsageError:
+        first = read(connection, volume)
+        if first is None:
+            raise
+        return first
+    return document
+
+
 def documents(connection: Connection) -> Iterator[Exported | Unreadable]:
     """All volumes that are, or once were, exported, by name; before them those that cannot be read themselves."""
     working = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +46,9 @@ def test_a_volume_behaves_as_a_plain_file(request: pytest.FixtureRequest, direct
     inquiry = [*network.enter, "iscsi-inq", "-i"]
     assert b"DIRECT_ACCESS" in run([*inquiry, INITIATOR, uri]).stdout
     assert run([*inquiry, "iqn.2026-01.org.example:stranger", uri], check=False).returncode != 0
+    number = json.loads(cluster.dog("vdi", "getattr", "disk", "iscsi"))["serial"].replace("-", "")[:16].encode()
+    for page in ("128", "131"):  # 0x80, 0x83: it takes decimal numbers
+        assert number in run([*inquiry, INITIATOR, "-e", "1", "-c", page, uri]).stdout, f"page {page}"
 
     plain = directory / "plain"
     with open(plain, "wb") as file:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from tests.support.cluster import Cluster
 from tests.support.processes import shown
+
+from sheepdog.cluster.client.connection import Connection
+from sheepdog.frontends.iscsi.cluster import begin
 
 INITIATOR = "iqn.2026-01.org.example:one"
 
@@ -37,8 +41,36 @@ def test_without_exports(cluster3: Cluster) -> None:
         assert (done.returncode, text in shown(done.stderr)) == (code, True), (words, done)
         assert shown(done.stderr).count("\n") == 1, "one line says it"
     lines = cluster3.dog("iscsi", "tgt-config", "web", "--initiator", INITIATOR, "--tid", "7").splitlines()
-    assert [shlex.split(line)[0] for line in lines] == ["tgtadm"] * 3
+    assert [shlex.split(line)[0] for line in lines] == ["tgtadm"] * 4
     assert f"tcp:127.0.0.1:{cluster3.port(0)}:web" in lines[1]
+
+
+def test_tgtd_shows_the_volumes_serial_number_at_every_node(cluster3: Cluster) -> None:
+    """Without one tgtd makes it of the target's and the unit's numbers: two volumes would look like one disk."""
+
+    def parameters(volume: str, node: int) -> str:
+        words = json.loads(
+            cluster3.dog("iscsi", "tgt-config", volume, "--initiator", INITIATOR, "--json", node=node),
+        )[2]
+        assert words[4:] == ["update", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "--params", words[-1]]
+        return str(words[-1])
+
+    for volume in ("web", "db"):
+        cluster3.dog("vdi", "create", volume, "8M")
+    web = parameters("web", 0)
+    kept = json.loads(cluster3.dog("vdi", "getattr", "web", "iscsi"))
+    number = kept["serial"].replace("-", "")[:16]
+    assert web == f"scsi_sn={number},scsi_id={number},vendor_id=SHEEPDOG"
+    assert kept["exports"] == [], "this host's kernel shall not export it"
+    assert [parameters("web", node) for node in (0, 1, 2)] == [web] * 3
+    assert parameters("db", 0) != web
+
+
+def test_who_begins_at_the_same_time_gets_the_same_serial_number(cluster3: Cluster) -> None:
+    cluster3.dog("vdi", "create", "web", "8M")
+    with closing(Connection(("127.0.0.1", cluster3.port(0)), 0)) as connection:
+        first = begin(connection, b"web")
+        assert begin(connection, b"web") == first
 
 
 def test_a_kernel_without_a_target_is_told_plainly_and_nothing_is_recorded(cluster3: Cluster) -> None:

@@ -161,8 +161,8 @@ def list_exports(context: Context) -> int:
 
 
 def tgt_config(context: Context) -> int:
-    """Prints the commands that make tgtd export a volume."""
-    from sheepdog.frontends.iscsi import exports, tgt
+    """Prints the commands that make tgtd export a volume; gives it a serial number if it has none yet."""
+    from sheepdog.frontends.iscsi import cluster, exports, tgt
 
     volume = _volume(context)
     host = _host_name(context)
@@ -175,12 +175,13 @@ def tgt_config(context: Context) -> int:
     number = context.value("tid", "1")
     if not number.isascii() or not number.isdigit() or not 0 < int(number) < 1 << 16:
         raise UsageFailure(f"Invalid target number '{number}'")
+    names = [exports.iqn(initiator) for initiator in initiators]
     lines = tgt.commands(
         volume,
         (context.host, context.port),
         exports.iqn(iqn),
-        [exports.iqn(initiator) for initiator in initiators],
-        document.serial if document else "",
+        names,
+        (document or cluster.begin(context.gateway(), name_of(volume))).serial,
         int(number),
     )
     if context.json:
