@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import PATIENCE_S, Answer, Connection, Dial
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, PATIENCE_S, Answer, Connection, Dial
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import Operation
 from sheepdog.cluster.client.lifecycle import Open, Refresh, Resize, Settle
@@ -68,7 +68,7 @@ class BlockingVolume:
 
         SheepError with NO_VDI or NO_TAG (errno ENOENT) if there is none.
         """
-        connection = Connection(address, patience_s, dial=dial)
+        connection = Connection(address, patience_s, dial=dial, answer_limit_s=ANSWER_LIMIT_S)
         opening = Open(name.encode() if isinstance(name, str) else name, tag, snap_id, read_only)
         try:
             connection.exchange(opening.resume(), opening.answer)
@@ -256,7 +256,7 @@ class BlockingVolume:
         try:
             return self._idle.pop()
         except IndexError:
-            return Connection(self._address, self._patience_s, dial=self._dial)
+            return Connection(self._address, self._patience_s, dial=self._dial, answer_limit_s=ANSWER_LIMIT_S)
 
     def _exchange(self, requests: list[Request], answer: Answer) -> None:
         connection = self._borrow()

@@ -6,7 +6,8 @@ and many of them cost the gateway no more than one connection and few receives.
 
 A broken connection is opened again and everything in flight is sent again with its old id: all operations of this
 protocol may be repeated. After `patience_s` without a gateway what waits fails with EIO, and so does what follows,
-but for one attempt a second.
+but for one attempt a second. A gateway that holds the connection but leaves a request unanswered for `STALL_LIMIT_S` is
+connected to anew, and everything in flight sent again; a request unanswered for `ANSWER_LIMIT_S` fails with EIO.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from struct import Struct
 
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.connection import (
+    ANSWER_LIMIT_S,
     PATIENCE_S,
     RETRY_FIRST_S,
     RETRY_LAST_S,
+    STALL_LIMIT_S,
     Broken,
     Dial,
+    bound_waits,
     connect,
     receive,
 )
@@ -35,6 +39,7 @@ from sheepdog.cluster.wire.header import HEADER_SIZE
 
 RECEIVE_BYTES = 256 << 10  # one receive: the answers to a full queue of small reads
 ATTEMPT_EVERY_S = 1.0  # once patience has ended
+STALL_CHECK_S = 2.0  # while other requests are answered; silence is noticed by the kernel
 
 _ANSWER = Struct("<8xIII28x")  # id, data_length, result
 _ID = Struct("<I")
@@ -44,7 +49,7 @@ _ID_OFFSET = 8
 class _Waiter:
     """A request from its sending until its answer."""
 
-    __slots__ = ("error", "gate", "header", "into", "length", "over", "payload", "result", "sent")
+    __slots__ = ("error", "gate", "header", "into", "length", "over", "payload", "result", "sent", "since")
 
     def __init__(self, header: bytearray, payload: Buffer, into: memoryview | None) -> None:
         self.header = header
@@ -55,6 +60,7 @@ class _Waiter:
         self.error: OSError | None = None
         self.over = False
         self.sent = False
+        self.since = time.monotonic()
         self.gate = threading.Lock()  # opened to say: it is over, or the post is free
         self.gate.acquire()
 
@@ -81,7 +87,9 @@ class Channel:
         self._receiving = threading.Lock()  # the post: whoever holds it receives for all
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._end = 0  # bytes of an incomplete header that begin the buffer
-        self._socket: socket.socket | None = self._dial(address)
+        self._socket: socket.socket | None = self._connected()
+        self._check_at = 0.0
+        self._left_at = 0.0  # when an unanswered request was the reason to connect anew
         self._next_attempt = 0.0
         self._deadline: float | None = None  # set from a break to the next answer: several connections may break in it
         self._delay = RETRY_FIRST_S
@@ -146,9 +154,32 @@ class Channel:
             if not got:
                 raise Broken(errno.ECONNRESET, "Connection reset by peer")
             self._take(sock, self._end + got)
+            self._look_for_stalls()
         except OSError as error:
             self._end = 0
+            if isinstance(error, BlockingIOError):
+                self._leave_unanswered()
             self._reconnect(error)
+
+    def _look_for_stalls(self) -> None:
+        """BlockingIOError, as after silence, if a request has waited for `STALL_LIMIT_S` while others were answered."""
+        now = time.monotonic()
+        if now < self._check_at:
+            return
+        self._check_at = now + STALL_CHECK_S
+        oldest = next(iter(list(self._flight.values())), None)
+        if oldest is not None and now >= max(oldest.since, self._left_at) + STALL_LIMIT_S:
+            raise BlockingIOError(errno.EAGAIN, "a request is not answered")
+
+    def _leave_unanswered(self) -> None:
+        """The gateway takes connections, so the wait for it is no matter of patience: each request has a limit."""
+        self._left_at = now = time.monotonic()
+        self._deadline = None
+        for number, waiter in list(self._flight.items()):
+            if now >= waiter.since + ANSWER_LIMIT_S:
+                del self._flight[number]
+                waiter.error = OSError(errno.EIO, f"no answer from {describe(self.address)}")
+                waiter.finish()
 
     def _take(self, sock: socket.socket, end: int) -> None:
         """Hands out what is in the buffer."""
@@ -198,7 +229,7 @@ class Channel:
                     time.sleep(self._delay)
                     self._delay = min(2 * self._delay, RETRY_LAST_S)
                 try:
-                    self._socket = self._dial(self.address)
+                    self._socket = self._connected()
                     for waiter in self._flight.values():
                         _send(self._socket, waiter)
                     return
@@ -230,9 +261,16 @@ class Channel:
         now = time.monotonic()
         if self._closed or now < self._next_attempt:
             raise OSError(errno.EIO, f"no gateway at {describe(self.address)}")
-        self._next_attempt = now + ATTEMPT_EVERY_S
-        self._socket = self._dial(self.address)
+        try:
+            self._socket = self._connected()
+        finally:
+            self._next_attempt = time.monotonic() + ATTEMPT_EVERY_S  # an attempt may take long: not one after another
         return self._socket
+
+    def _connected(self) -> socket.socket:
+        sock = self._dial(self.address)
+        bound_waits(sock, STALL_LIMIT_S)
+        return sock
 
 
 def _send(sock: socket.socket, waiter: _Waiter) -> None:

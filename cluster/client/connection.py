@@ -25,10 +25,13 @@ PATIENCE_S = 30.0  # as in session
 CONNECT_LIMIT_S = 5.0
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
+STALL_LIMIT_S = 20.0  # a request unanswered for so long is sent anew: longer than expelling a hung node takes
+ANSWER_LIMIT_S = 120.0  # and for so long: EIO. Disks of a living cluster may take a minute to flush
 SILENCE_S = 10.0  # nothing at all from a gateway: longer than any first answer takes
 GATHER_LIMIT = 1024  # IOV_MAX of Linux
 
 _ANSWER = Struct("<8xIII28x")  # id, data_length, result
+_TIMEVAL = Struct("@ll")  # seconds, microseconds
 _ID = Struct("<I")
 _ID_OFFSET = 8
 
@@ -59,15 +62,22 @@ class Connection:
         patience_s: float = PATIENCE_S,
         on_silence: Callable[[], None] | None = None,
         dial: Dial | None = None,
+        answer_limit_s: float | None = None,
     ) -> None:
-        """Connects; OSError if nobody listens. `on_silence` is told when the first answer does not come."""
+        """Connects; OSError if nobody listens. `on_silence` is told when the first answer does not come.
+
+        A gateway that holds its connection and says nothing for `answer_limit_s` fails the request with EIO; without
+        that an answer may take for ever, as orders to the whole cluster may.
+        """
         self.address = address
         self._dial = dial or connect
+        self._answer_limit_s = answer_limit_s
         self._patience_s = patience_s
         self._on_silence = on_silence
         self._ids = itertools.count()
         self._head = bytearray(HEADER_SIZE)
-        self._socket: socket.socket | None = self._dial(address)
+        self._socket: socket.socket | None = None
+        self._open()
 
     def close(self) -> None:
         if self._socket is not None:
@@ -186,7 +196,10 @@ class Connection:
 
     def _open(self) -> socket.socket:
         if self._socket is None:
-            self._socket = self._dial(self.address)
+            sock = self._dial(self.address)
+            if self._answer_limit_s is not None:
+                bound_waits(sock, self._answer_limit_s)
+            self._socket = sock
         return self._socket
 
     def _patiently(self, attempt: Callable[[], Outcome]) -> Outcome:
@@ -199,6 +212,9 @@ class Connection:
             except ShutOutError:
                 self.close()
                 raise
+            except BlockingIOError as error:  # `bound_waits`: the gateway is there, so patience is not what it takes
+                self.close()
+                raise OSError(errno.EIO, f"no answer from {describe(self.address)}") from error
             except OSError as error:
                 self.close()
                 now = time.monotonic()
@@ -219,7 +235,7 @@ def connect(address: Address) -> socket.socket:
         sock.settimeout(CONNECT_LIMIT_S)
         try:
             sock.connect(target)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # the latter: a unix socket where too many wait to be let in
             failure = OSError(errno.ETIMEDOUT, "Connection timed out")
         except OSError as error:
             failure = error
@@ -228,6 +244,16 @@ def connect(address: Address) -> socket.socket:
             return sock
         sock.close()
     raise failure
+
+
+def bound_waits(sock: socket.socket, seconds: float) -> None:
+    """From now on a blocking receive or send that gets nowhere for so long ends with BlockingIOError.
+
+    By the kernel's clock: `settimeout` would cost a system call more for each receive.
+    """
+    limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def receive(sock: socket.socket, space: memoryview) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.address import Address
-from sheepdog.cluster.client.connection import Connection, connect
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S, Connection, connect
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.client.requests import lock
 from sheepdog.cluster.core.errors import PeerError, Result
@@ -54,7 +54,7 @@ class VolumeLock:
     def take(self) -> None:
         """SheepError VDI_LOCKED (EBUSY) if somebody else has it, another OSError if the cluster cannot be asked."""
         with self._changing:
-            self._take(self._patience_s)
+            self._take(self._patience_s, ANSWER_LIMIT_S)
 
     def renew(self, address: Address) -> None:
         """`take` at another gateway, or at one that was away.
@@ -66,11 +66,11 @@ class VolumeLock:
             if self._lost is not None:
                 raise self._lost
             try:
-                with closing(Connection(address, 0.0)) as connection:
+                with closing(Connection(address, 0.0, answer_limit_s=STALL_LIMIT_S)) as connection:
                     if address == self._address and self._stands(connection):
                         return
                 self._address = address
-                self._take(0.0)
+                self._take(0.0, STALL_LIMIT_S)
             except SheepError as error:
                 if error.result != Result.VDI_LOCKED:
                     raise
@@ -93,15 +93,15 @@ class VolumeLock:
         with self._changing:
             held, self._held = self._held, None
             if held is not None:
-                with closing(Connection(self._address, self._patience_s)) as connection:
+                with closing(Connection(self._address, self._patience_s, answer_limit_s=ANSWER_LIMIT_S)) as connection:
                     _sensibly(lambda: release(connection, self._name, held))
 
     def _stands(self, connection: Connection) -> bool:
         held = self._held
         return held is not None and _sensibly(lambda: _standing(connection, self._name, held)) is not None
 
-    def _take(self, patience_s: float) -> None:
-        with closing(Connection(self._address, patience_s)) as connection:
+    def _take(self, patience_s: float, limit_s: float) -> None:
+        with closing(Connection(self._address, patience_s, answer_limit_s=limit_s)) as connection:
             self._held = _sensibly(lambda: take(connection, self._name, self._held))
 
 

@@ -18,7 +18,7 @@ from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS, BlockingVolume
 from sheepdog.cluster.client.btree import Leaf, NodeWrite, Tree
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import PATIENCE_S, Connection, Dial
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, PATIENCE_S, Connection, Dial
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.follow import os_error
 from sheepdog.cluster.client.machine import Extent
@@ -62,7 +62,7 @@ class HyperVolume:
         dial: Dial | None = None,
     ) -> HyperVolume:
         """SheepError with NO_VDI if there is none."""
-        connection = Connection(address, patience_s, dial=dial)
+        connection = Connection(address, patience_s, dial=dial, answer_limit_s=ANSWER_LIMIT_S)
         try:
             return cls(connection, admin.find(connection, name).vid, read_only, patience_s, dial)
         except BaseException:

@@ -21,6 +21,7 @@ from struct import Struct
 from typing import NamedTuple, Self, TypeAlias
 
 from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.messages import Buffer
@@ -31,9 +32,7 @@ PATIENCE_S = 30.0  # longer than a node's expulsion and a daemon's restart; shor
 CONNECT_LIMIT_S = 5.0  # one attempt
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
-STALL_LIMIT_S = 20.0  # a request unanswered for so long is tried elsewhere: longer than expelling a hung node takes
 STALL_CHECK_S = 2.0
-ANSWER_LIMIT_S = 120.0  # and for so long: EIO. Disks of a living cluster may take a minute to flush
 RECEIVES_PER_TURN = 16  # then other sockets of the loop get their turn
 
 _NOT_NOW = frozenset({Result.STARTUP, Result.SHUTDOWN, Result.WAIT_FOR_JOIN, Result.KILLED})  # of the cluster

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from typing import NamedTuple
 
 from sheepdog.cluster.client import inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
-from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.connection import STALL_LIMIT_S, Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.exclusive import VolumeLock
 from sheepdog.cluster.client.hyper import HyperVolume, open_volume
@@ -103,7 +104,7 @@ class Exports:
     def listing(self) -> list[tuple[str, str]]:
         """(export name, description) of everything that may be opened."""
         with_snapshots = []
-        connection = Connection(self._address, 0)
+        connection = Connection(self._address, 0, answer_limit_s=STALL_LIMIT_S)
         try:
             for inode in inodes.headers(connection, inodes.volume_ids(connection)):
                 if isinstance(inode, InodeHeader):
@@ -149,19 +150,31 @@ class Exports:
             finally:
                 self._drop(handle.export, shared)
 
-    def close_all(self) -> None:
-        """Flushes, closes and unlocks every volume, whoever uses it: the server ends. Raises the first failure."""
-        failure: Exception | None = None
+    def close_all(self, limit_s: float) -> list[str]:
+        """Flushes, closes and unlocks every volume, whoever uses it, all at once: the server ends.
+
+        A line for each of which that did not succeed within `limit_s`.
+        """
         with self._table:
-            everything = list(self._shared.values())
-        for shared in everything:
-            with shared.lock:
-                try:
+            everything = list(self._shared.items())
+        complaints = {export: complaint(export, f"no answer within {limit_s:g} s") for export, _ in everything}
+
+        def leave(export: Export, shared: _Shared) -> None:
+            try:
+                with shared.lock:
                     self._leave(shared)
-                except (OSError, PeerError) as error:
-                    failure = failure or error
-        if failure is not None:
-            raise failure
+            except (OSError, PeerError) as error:
+                complaints[export] = complaint(export, error)
+            else:
+                del complaints[export]
+
+        threads = [threading.Thread(target=leave, args=item, daemon=True) for item in everything]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + limit_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return list(complaints.values())
 
     def _join(self, export: Export, read_only: bool) -> Handle:
         with self._table:
@@ -235,6 +248,12 @@ def _name_of(inode: InodeHeader) -> str:
     # A tag of digits would be read as an id.
     by_tag = inode.tag and not inode.tag.isdigit()
     return str(Export(inode.name, inode.tag if by_tag else b"", 0 if by_tag else inode.snap_id))
+
+
+def complaint(export: Export, why: OSError | PeerError | str) -> str:
+    """What is told to a log of an end that was not clean."""
+    reason = getattr(why, "strerror", None) or str(why)
+    return f"{export}: could not be flushed and closed: {reason}"
 
 
 def _refusal(export: Export, error: SheepError) -> OSError:

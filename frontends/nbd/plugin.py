@@ -11,22 +11,25 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import nbdkit  # type: ignore[import-not-found]  # exists inside nbdkit only
 
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS
 from sheepdog.cluster.core.errors import PeerError, UsageError
-from sheepdog.frontends.nbd.exports import Exports, Handle, describe
+from sheepdog.frontends.nbd.exports import Exports, Handle, complaint, describe
 from sheepdog.frontends.nbd.parameters import Parameters
 from sheepdog.frontends.nbd.threads import ThreadStates
 
 API_VERSION = 2
 LEAVING_S = 0.3  # for requests under way and clients about to leave, when the server is stopped
+CLOSING_LIMIT_S = 5.0  # for the last flush: what is not flushed by then stays, not durable, with the nodes that have it
 MINIMUM_BLOCK = 512  # what every client can live with; a volume of an odd size has no smallest block
 PREFERRED_BLOCK = 4096  # the unit of the store's hashes: smaller writes read the rest first
 
@@ -96,13 +99,20 @@ def _end(signals: Iterable[int]) -> None:
     signal.sigwait(signals)
     nbdkit.shutdown()  # no new connection, no new request
     time.sleep(LEAVING_S)
-    status = 0
+    status = 1
     try:
-        _door().close_all()
-    except Exception as error:
-        nbdkit.debug(f"closing: {error}")
-        status = 1
-    os._exit(status)
+        complaints = _door().close_all(CLOSING_LIMIT_S)
+        for line in complaints:
+            _complain(line)
+        status = 1 if complaints else 0
+    finally:
+        os._exit(status)
+
+
+def _complain(line: str) -> None:
+    """To the server's log: nobody waits for an answer any more, and it must be seen without `-v`."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def thread_model() -> int:
@@ -135,7 +145,7 @@ def close(h: Handle) -> None:
     try:
         _door().close(h)
     except (OSError, PeerError) as error:
-        nbdkit.debug(f"{h.export}: closing: {error}")
+        _complain(complaint(h.export, error))
     finally:
         _states.end(h)
 

@@ -515,11 +515,31 @@ def test_clean_shutdown_flushes(cluster3: Cluster, serve: Callable[..., NbdServe
     cluster3.dog("vdi", "create", "v", "8M")
     server = serve(cluster3)
     hold = holding(server.uri("v"), "h.pwrite(b'x' * 512, 0)")
+    before = flushes(cluster3)
     try:
         assert server.stop() == 0, server.text()
     finally:
         release(hold)
+    assert flushes(cluster3) > before, "what the client had not flushed was left to luck"
     assert content(cluster3, "v")[:512] == b"x" * 512
+    assert server.text() == ""
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"), [(signal.SIGKILL, "no (gateway at|answer within) .*"), (signal.SIGSTOP, "no answer within 5 s")]
+)
+def test_shutdown_without_a_sheep_is_bounded_and_says_what_was_not_flushed(
+    cluster3: Cluster, serve: Callable[..., NbdServer], harm: signal.Signals, reason: str
+) -> None:
+    cluster3.dog("vdi", "create", "v", "8M")
+    server = serve(cluster3, node=1)
+    hold = holding(server.uri("v"), "h.pwrite(b'x' * 512, 0)")
+    try:
+        cluster3.kill(1, harm)
+        assert server.stop() == 1
+    finally:
+        release(hold)
+    assert re.fullmatch(f"v: could not be flushed and closed: {reason}\n", server.text())
 
 
 def test_tls_with_keys(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
+from tests.support.processes import wait_until
 from tests.unit.test_client_roaming import Unfriendly
 
 from sheepdog.cluster.client.channel import Channel
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.requests import read_header, write_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
@@ -207,3 +209,115 @@ def test_a_gateway_that_hangs_up_is_like_none() -> None:
     assert [error.errno for error in failed] == [errno.EIO] * 2
     assert 2 < unfriendly.taken < 20
     channel.close()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of a test's size."""
+    for name, seconds in (("STALL_LIMIT_S", 0.3), ("STALL_CHECK_S", 0.1), ("ANSWER_LIMIT_S", 1.0)):
+        monkeypatch.setattr(f"sheepdog.cluster.client.channel.{name}", seconds)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_gateway_that_says_nothing_fails_requests_in_the_end() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        sheep.delay_s = 60.0  # it holds the connection, as a stopped process does
+
+        def refused(_: int) -> None:
+            begin = time.monotonic()
+            with pytest.raises(OSError, match="no answer from 127") as caught:
+                ask_for_header(channel, vid)
+            assert caught.value.errno == errno.EIO
+            assert time.monotonic() - begin >= 1.0
+
+        together(THREADS, refused)
+        assert sheep.accepted >= 3, "it was not tried again"
+        sheep.delay_s = 0.0
+        assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+        channel.close()
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_gateway_that_wakes_up_answers_all() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        sheep.delay_s = 60.0
+
+        def work(index: int) -> None:
+            if index == 0:
+                wait_until(lambda: sheep.accepted > 1, 10, "the channel connects anew")
+                sheep.delay_s = 0.0
+            assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+        together(4, work)
+        channel.close()
+
+
+@pytest.mark.usefixtures("hurried")
+def test_one_request_without_an_answer_among_others_is_sent_again() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        handle = sheep._handle
+        swallowed = threading.Event()
+        answered = threading.Event()
+
+        def forgetful(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            if payload == b"forgotten" and not swallowed.is_set():
+                swallowed.set()
+                return b"", b""
+            return handle(header, payload)
+
+        sheep._handle = forgetful  # type: ignore[method-assign]
+
+        def work(index: int) -> None:
+            if index == 0:
+                try:
+                    assert channel.ask(write_header(data_oid(vid, 0), 0, 9, False), b"forgotten") == (0, 0)
+                finally:
+                    answered.set()
+                return
+            while not answered.wait(0.01):
+                assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+        together(3, work)
+        assert swallowed.is_set() and sheep.accepted == 2
+        channel.close()
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_gateway_that_takes_no_more_bytes_is_a_silent_one() -> None:
+    """The sender itself waits then: its kernel's buffers are full."""
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address, patience_s=1.0)
+        sheep.delay_s = 60.0
+
+        def refused(_: int) -> None:
+            with pytest.raises(OSError) as caught:
+                channel.ask(write_header(data_oid(vid, 0), 0, 4 * MIB, False), bytes(4 * MIB))
+            assert caught.value.errno == errno.EIO
+
+        together(4, refused)
+        channel.close()
+
+
+def test_a_connection_may_have_a_limit_for_answers() -> None:
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        connection = Connection(sheep.address, answer_limit_s=0.3)
+        sheep.delay_s = 60.0
+        header = read_header(inode_oid(vid), 0, HEADER_SIZE)
+
+        def refused(_: int) -> None:
+            with pytest.raises(OSError, match="no answer from 127") as caught:
+                connection.ask(header, limit=HEADER_SIZE)
+            assert caught.value.errno == errno.EIO
+
+        together(1, refused)
+        sheep.delay_s = 0.0
+        assert connection.ask(header, limit=HEADER_SIZE).result == Result.SUCCESS
+        connection.close()

@@ -237,10 +237,38 @@ def test_close_all(sheep: FakeSheep) -> None:
     handles = [exports.open(name, False) for name in ("a", "b", "a")]
     handles[0].volume.write(0, b"x")
     before = sheep.flushes
-    exports.close_all()
+    assert exports.close_all(20) == []
     assert held(sheep) == set() and sheep.flushes >= before + 1
     with pytest.raises(OSError):
         handles[0].volume.read(0, 1)
+
+
+def test_what_cannot_be_flushed_is_told_in_bounded_time(sheep: FakeSheep) -> None:
+    for name in ("a", "b"):
+        sheep.create(name, MIB, shift=SHIFT)
+    exports = door(sheep)
+    for name in ("a", "b"):
+        exports.open(name, False).volume.write(0, b"x")
+    sheep.delay_s = 60.0  # as a stopped process: connected, and silent
+    assert exports.close_all(0.3) == [
+        f"{name}: could not be flushed and closed: no answer within 0.3 s" for name in ("a", "b")
+    ]
+
+
+def test_a_failed_last_flush_is_told(plugin: Any, sheep: FakeSheep, capfd: pytest.CaptureFixture[str]) -> None:
+    sheep.create("web", MIB, shift=SHIFT)
+    sheep.create("b", MIB, shift=SHIFT)
+    module, exports = plugin.module, door(sheep)
+    handles = [module.open(False), module.open(False)]
+    exports.open("b", False)
+    sheep.flush_result = Result.EIO
+    module.close(handles[0])
+    assert capfd.readouterr().err == "", "another client has it open"
+    module.close(handles[1])
+    told = "could not be flushed and closed: Input/output error (sheep answered 0x03)"
+    assert capfd.readouterr().err == f"web: {told}\n"
+    assert exports.close_all(20) == [f"b: {told}"]
+    assert held(sheep) == set(), "the locks are given back all the same"
 
 
 # -- zeros
