@@ -33,7 +33,7 @@ class FileSystem:
 
     def __init__(self, cluster: Cluster, settings: Settings, may_remove: bool = False) -> None:
         self._numbers = Numbers()
-        self.volumes = Volumes(cluster, settings, self._numbers)
+        self.volumes = Volumes(cluster, settings, self._numbers, may_remove)
         self._snapshots = Snapshots(cluster, settings, self._numbers, may_remove)
         statistics = statistics_directory(cluster, self.volumes, self._numbers)
         self._numbers.plant(root_directory(cluster, settings, self.volumes, self._snapshots, statistics))

@@ -29,7 +29,8 @@ Options:
   -h, --help              show this help
       --transport=NAME    how to talk to the kernel: direct (root only; carries
                           discards), pyfuse3, or auto (default: direct for root)
-      --allow-remove      rm MOUNTPOINT/snapshot/NAME/TAG deletes the snapshot
+      --allow-remove      rm of MOUNTPOINT/volume/NAME or snapshot/NAME/TAG
+                          deletes the volume, the snapshot
 
 A volume is shown and taken away again by writing its name:
   echo web > MOUNTPOINT/vdi/mount

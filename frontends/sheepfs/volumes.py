@@ -117,17 +117,23 @@ class VolumeDirectory(Directory):
 
     def __init__(self, volumes: Volumes) -> None:
         super().__init__({}, live=volumes.by_name)
+        self._volumes = volumes
 
     async def unlink(self, name: str) -> None:
-        """Succeeds and does nothing: `vdi/unmount` takes a volume's file away."""
+        """Deletes the volume where that was allowed; else it succeeds and does nothing (cli.md 3.2)."""
         if self.child(name) is None:
             raise error(errno.ENOENT)
+        if self._volumes.may_remove:
+            await self._volumes.delete(name)
+        else:
+            log.warning("volume %s is not deleted: sheepfs was started without --allow-remove", name)
 
 
 class Volumes:
     """The mounted volumes by name."""
 
-    def __init__(self, cluster: Cluster, settings: Settings, numbers: Numbers) -> None:
+    def __init__(self, cluster: Cluster, settings: Settings, numbers: Numbers, may_remove: bool) -> None:
+        self.may_remove = may_remove  # volumes, by removing their files
         self._cluster = cluster
         self._settings = settings
         self._numbers = numbers
@@ -203,6 +209,17 @@ class Volumes:
             del self._mounted[name]
             self._numbers.remove(node)
             await node.close()
+
+    async def delete(self, name: str) -> None:
+        """Take the file away and delete the volume. EBUSY while it is open, EPERM for a snapshot that is shown here."""
+        node = self._mounted.get(name)
+        if node is not None and node.volume.read_only:
+            raise error(errno.EPERM)
+        await self.unmount(name)
+        outcome = await self._cluster.dog("vdi", "delete", "--", name)
+        if outcome.status:
+            log.error("dog vdi delete %s: %s", name, outcome.complaint.strip())
+            raise error(errno.EIO)
 
     async def move(self, address: Address) -> None:
         """Use another gateway, for all volumes. EINVAL if one cannot be opened there; the new setting stays."""

@@ -192,6 +192,8 @@ class MemoryCluster:
                 return self.snapshot(name, tag)
             case ("vdi", "delete", "-s", number, "--", name):
                 del self.snapshots[name, int(number)]
+            case ("vdi", "delete", "--", name):
+                del self.volumes[name]
             case ("vdi", "alter-copy", "-f", "-c", copies, "--", name):
                 if int(copies) > 31:
                     return Outcome(1, "", "Invalid number of copies\n")

@@ -311,6 +311,26 @@ def test_removing_a_volumes_file_does_nothing_and_anything_else_is_refused() -> 
         assert await mount.names("volume") == ["web"]
         await refused(errno.EPERM, mount.files.unlink(mount.find("vdi").inode, b"list"))
         await refused(errno.ENOENT, mount.files.unlink(mount.find("volume").inode, b"db"))
+        assert "web" in mount.cluster.volumes
+
+    play(scenario)
+
+
+def test_removing_a_volumes_file_deletes_the_volume_where_that_was_allowed() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.files = FileSystem(mount.cluster, mount.settings, may_remove=True)
+        mount.cluster.snapshot("web", "monday")
+        await mount.write("vdi/mount", "web")
+        await mount.write("vdi/mount", "web:monday")
+        parent = mount.find("volume").inode
+        await refused(errno.EPERM, mount.files.unlink(parent, b"web:monday"))
+        handle = await mount.open("volume/web")
+        await refused(errno.EBUSY, mount.files.unlink(parent, b"web"))
+        mount.files.release(handle)
+        await mount.files.unlink(parent, b"web")
+        assert await mount.names("volume") == ["web:monday"]
+        assert "web" not in mount.cluster.volumes
+        assert len(mount.cluster.snapshots) == 1
 
     play(scenario)
 
