@@ -51,6 +51,11 @@ class VolumeLock:
         self._lost: ShutOutError | None = None
         self._changing = threading.Lock()
 
+    @property
+    def is_lost(self) -> bool:
+        """Somebody else has it: `renew` fails from now on."""
+        return self._lost is not None
+
     def take(self) -> None:
         """SheepError VDI_LOCKED (EBUSY) if somebody else has it, another OSError if the cluster cannot be asked."""
         with self._changing:

@@ -96,7 +96,7 @@ class Files:
             return []
 
     def hide(self, volume: str) -> None:
-        """Takes the file away, flushed, once nobody holds it."""
+        """Takes the file away, flushed, once nobody holds it; UsageError, and it stays, if it cannot be flushed."""
         deadline = time.monotonic() + RELEASE_SECONDS
         while True:
             try:
@@ -105,8 +105,10 @@ class Files:
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     return  # it is gone
+                if error.errno == errno.EIO:
+                    raise UsageError("it cannot be flushed; what initiators wrote last may not be durable") from error
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                    raise UsageError(f"volume {volume} cannot be released: {error.strerror}") from error
+                    raise UsageError(f"it cannot be released: {error.strerror}") from error
             time.sleep(0.1)
 
     def stop(self) -> None:

@@ -112,7 +112,10 @@ class Host:
         return self._outcome
 
     def clear(self) -> Outcome:
-        """Nothing of ours is left in the kernel, and sheepfs has flushed and ended. Needs no cluster."""
+        """Nothing of ours is left in the kernel, and sheepfs has flushed and ended.
+
+        Without a cluster to flush to the volumes are problems, and stay in sheepfs, to be flushed by the next attempt.
+        """
         self._outcome = Outcome()
         present = self.tree()
         discovery = Credentials() if self._owns_discovery(present) else present.discovery
@@ -212,12 +215,16 @@ class Host:
             self._outcome.changes += self._performer()(actions)
 
     def _hide(self, kept: Collection[str | None]) -> None:
-        """Files of volumes that are not exported go; with the last one sheepfs does."""
-        shown = self._files.shown()
-        for volume in shown:
+        """Files of volumes that are not exported go, flushed; with the last one sheepfs does."""
+        clean = True
+        for volume in self._files.shown():
             if volume not in kept:
-                self._files.hide(volume)
-        if not kept:
+                try:
+                    self._files.hide(volume)
+                except UsageError as error:
+                    self._outcome.problems.append(f"{volume}: {error}")
+                    clean = False
+        if not kept and clean:
             self._files.stop()
 
 

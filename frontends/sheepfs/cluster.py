@@ -69,6 +69,10 @@ class Volume(Protocol):
     @property
     def read_only(self) -> bool: ...
 
+    @property
+    def is_lost(self) -> bool:
+        """Somebody else has taken its exclusive lock: every request fails from now on."""
+
     def submit_read(self, offset: int, length: int, done: ReadDone) -> None:
         """Exactly `length` bytes; `done` comes once, perhaps before this returns."""
 
@@ -106,8 +110,11 @@ class Volume(Protocol):
     async def move(self, address: Address) -> None:
         """Go on through another gateway, requests in flight included. OSError, and no change, if that cannot be."""
 
+    async def settle(self) -> None:
+        """Everything written is on the disks and in the volume, as after `close`; it stays open in any case."""
+
     async def close(self) -> None:
-        """Flush and end the connection."""
+        """`settle`, and end the connection whatever comes of that."""
 
 
 class Cluster(Protocol):

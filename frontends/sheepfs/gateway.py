@@ -62,6 +62,10 @@ class GatewayVolume:
     def read_only(self) -> bool:
         return self._volume.read_only
 
+    @property
+    def is_lost(self) -> bool:
+        return self._lock is not None and self._lock.is_lost
+
     def plain_read(self, offset: int, length: int) -> tuple[Address, bytearray] | None:
         gateway = self._session.gateway
         header = self._volume.plain_read(offset, length)
@@ -104,6 +108,9 @@ class GatewayVolume:
         self._session.move(address)
         self._following = asyncio.get_running_loop().create_task(self._follow_members())
 
+    async def settle(self) -> None:
+        await self._volume.close()  # which leaves the session as it is
+
     async def close(self) -> None:
         self._following.cancel()
         try:
@@ -125,8 +132,13 @@ class GatewayVolume:
 class SharedGatewayVolume(SharedVolume):
     """A volume for which other hosts are ways, too: the gateway knows what this client has seen, so it is no other."""
 
+    is_lost = False
+
     def plain_read(self, offset: int, length: int) -> None:
         """Reads are asked again when the map has changed meanwhile."""
+
+    async def settle(self) -> None:
+        await self.flush()
 
     async def move(self, address: Address) -> None:
         raise OSError(errno.EBUSY, "a shared volume stays with its gateway")

@@ -51,6 +51,10 @@ class ThreadedHyperVolume:
     def size(self) -> int:
         return self._volume.size
 
+    @property
+    def is_lost(self) -> bool:
+        return self._lock is not None and self._lock.is_lost
+
     def submit_read(self, offset: int, length: int, done: ReadDone) -> None:
         def ended(work: asyncio.Future[Buffer]) -> None:
             problem = _problem(work)
@@ -96,6 +100,9 @@ class ThreadedHyperVolume:
         )
         old, self._volume = self._volume, fresh
         await self._run(old.close)
+
+    async def settle(self) -> None:
+        await self.flush()
 
     async def close(self) -> None:
         try:

@@ -23,7 +23,7 @@ log = logging.getLogger("sheepfs")
 
 COPIES_ATTRIBUTE = "user.sheepdog.copies"
 READ_ONLY_MODE = stat.S_IFREG | 0o444
-CLOSE_LIMIT_S = 10.0  # flush of a volume that is being unmounted: an absent cluster must not hold up the unmount
+CLOSE_LIMIT_S = 10.0  # last flush of a volume: an absent cluster must not hold up whoever shuts a host down for longer
 
 
 class Use(enum.Enum):
@@ -48,6 +48,8 @@ class MountedVolume(VolumeNode):
     ) -> None:
         super().__init__()
         self.use = use
+        self.leaving = False
+        """It is being unmounted: nobody opens it any more."""
         self._cluster = cluster
         self.name = name
         self.size = volume.size
@@ -64,6 +66,8 @@ class MountedVolume(VolumeNode):
     async def open(self, flags: int) -> VolumeHandle:
         if self.volume.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise error(errno.EROFS)
+        if self.leaving:
+            raise error(errno.EBUSY)
         return VolumeHandle(self, durable=bool(flags & DURABLE_FLAGS), direct=not self._settings.page_cache)
 
     async def truncate(self, size: int) -> None:
@@ -103,13 +107,26 @@ class MountedVolume(VolumeNode):
             log.error("volume %s: %s", self.name, outcome.complaint.strip())
             raise error(errno.EINVAL)
 
+    async def settle(self) -> None:
+        """What was written is durable afterwards; EIO if that cannot be had in `CLOSE_LIMIT_S`."""
+        try:
+            async with asyncio.timeout(CLOSE_LIMIT_S):
+                await self.volume.settle()
+        except OSError as problem:  # a TimeoutError is one
+            log.error("volume %s cannot be flushed: %s", self.name, _words(problem))
+            raise error(errno.EIO) from None
+
     async def close(self) -> None:
         """Flush and end the connection, as far as that works in `CLOSE_LIMIT_S`."""
         try:
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await self.volume.close()
-        except (OSError, TimeoutError) as problem:
-            log.warning("volume %s: not flushed when it was unmounted: %s", self.name, problem)
+        except OSError as problem:
+            log.warning("volume %s: not flushed when it was closed: %s", self.name, _words(problem))
+
+
+def _words(problem: OSError) -> str:
+    return str(problem) or f"no answer within {CLOSE_LIMIT_S:g} s"
 
 
 class VolumeDirectory(Directory):
@@ -199,16 +216,31 @@ class Volumes:
         raise error(errno.ENOENT)
 
     async def unmount(self, name: str) -> None:
-        """Take the file away. EINVAL if it is not there, EBUSY while it is open."""
+        """Flush the volume and take its file away. EINVAL if it is not there, EBUSY while it is open.
+
+        EIO if it cannot be flushed: it stays, so that this can be tried again, unless somebody else has taken its lock.
+        """
         async with self._changing:
             node = self._mounted.get(name)
             if node is None:
                 raise error(errno.EINVAL)
             if node.opened:
                 raise error(errno.EBUSY)
-            del self._mounted[name]
-            self._numbers.remove(node)
-            await node.close()
+            try:
+                node.leaving = True
+                if not node.volume.read_only:
+                    await node.settle()
+            except OSError:
+                node.leaving = False
+                if node.volume.is_lost:
+                    await self._drop(node)
+                raise
+            await self._drop(node)
+
+    async def _drop(self, node: MountedVolume) -> None:
+        del self._mounted[node.name]
+        self._numbers.remove(node)
+        await node.close()
 
     async def delete(self, name: str) -> None:
         """Take the file away and delete the volume. EBUSY while it is open, EPERM for a snapshot that is shown here."""

@@ -18,8 +18,11 @@ from pathlib import Path
 import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster
+from tests.support.fake_sheep import FakeSheep
 from tests.support.mounts import LoopMount, SheepFs, mounted
 from tests.support.processes import BIN, environment, having_argument, run, wait_until
+
+from sheepdog.cluster.core.errors import Result
 
 MIB = 1 << 20
 OBJECT = 4 * MIB
@@ -281,6 +284,30 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
             run(["umount", place])
         wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
         assert not mounted(place)
+
+
+def test_unmounting_says_when_a_volume_could_not_be_flushed(transport: str, directory: Path) -> None:
+    place = directory / "dir"
+    place.mkdir()
+    with FakeSheep() as sheep:
+        sheep.create("web", 16 * MIB)
+        run([BIN / "sheepfs", "-p", str(sheep.address[1]), transport, place])
+        try:
+            (place / "vdi/mount").write_text("web\n")
+            with (place / "volume/web").open("r+b", buffering=0) as file:
+                file.write(b"unflushed")
+            sheep.flush_result = Result.EIO
+            with pytest.raises(OSError) as caught:
+                wait_until(lambda: _unmounted(place, "web"), 10, "unmount of a closed volume")
+            assert caught.value.errno == errno.EIO
+            assert (place / "volume/web").read_bytes()[:9] == b"unflushed"
+            sheep.flush_result = Result.SUCCESS
+            before = sheep.flushes
+            wait_until(lambda: _unmounted(place, "web"), 10, "unmount of a closed volume")
+            assert sheep.flushes > before and os.listdir(place / "volume") == []
+        finally:
+            run(["umount", place])
+        wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
 
 
 def test_several_mounts_at_once(cluster3: Cluster, directory: Path, transport: str) -> None:

@@ -30,6 +30,7 @@ class MemoryVolume:
         self.closed = 0
         self.fail = 0
         self.read_only = False
+        self.is_lost = False
         self.address: Address | None = None
 
     async def _arrive(self, what: str, offset: int, length: int) -> None:
@@ -138,6 +139,9 @@ class MemoryVolume:
         if self.fail:
             raise OSError(self.fail, os.strerror(self.fail))
         self.address = address
+
+    async def settle(self) -> None:
+        await self.flush()
 
     async def close(self) -> None:
         await self.flush()

@@ -43,6 +43,7 @@ class MemoryFiles(Files):
         self.configuration = configuration
         self.lost: set[str] = set()
         self.shared: set[str] = set()
+        self.unflushed: set[str] = set()
 
     def is_alive(self) -> bool:
         return self.running
@@ -67,6 +68,8 @@ class MemoryFiles(Files):
         return list(self.visible)
 
     def hide(self, volume: str) -> None:
+        if volume in self.unflushed:
+            raise UsageError("it cannot be flushed")
         assert not self.is_held(volume), "the kernel has the file open"
         self.visible.remove(volume)
 
@@ -325,6 +328,16 @@ def test_clear_leaves_nothing_and_apply_brings_it_back(world: World) -> None:
     assert world.host.clear().changes == 0
     world.good({"web": web(discovery=Login("carol", "/s/discovery")), "db": db()})
     assert world.kernel.snapshot() == whole
+
+
+def test_what_cannot_be_flushed_is_told_and_kept_for_another_attempt(world: World) -> None:
+    world.good({"web": web(), "db": db()})
+    world.files.unflushed.add("web")
+    assert world.host.clear().problems == ["web: it cannot be flushed"]
+    assert (world.files.running, world.files.visible) == (True, ["web"]), "the other one is flushed and gone"
+    world.files.unflushed.clear()
+    assert world.host.clear().problems == []
+    assert (world.files.running, world.files.visible) == (False, [])
 
 
 def test_discovery_is_closed_before_there_is_anything_to_discover(world: World) -> None:

@@ -216,6 +216,54 @@ def test_unmounting_is_refused_while_the_volume_is_open() -> None:
     play(scenario)
 
 
+def test_a_volume_that_cannot_be_flushed_stays_mounted() -> None:
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        await mount.write("volume/web", b"unflushed")
+        volume = mount.cluster.volumes["web"]
+        volume.fail = errno.ENOSPC
+        await refused(errno.EIO, mount.write("vdi/unmount", "web"))
+        assert (await mount.names("volume"), volume.closed) == (["web"], 0)
+        volume.fail = 0
+        assert await mount.read("volume/web", 0, 9) == b"unflushed"
+        await mount.write("vdi/unmount", "web")
+        assert (await mount.names("volume"), volume.closed) == ([], 1)
+
+    play(scenario)
+
+
+def test_a_flush_without_an_end_fails_the_unmount(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheepdog.frontends.sheepfs.volumes.CLOSE_LIMIT_S", 0.3)
+
+    async def scenario(mount: Mount) -> None:
+        await mount.write("vdi/mount", "web")
+        mount.cluster.volumes["web"].latency_s = 60
+        unmounting = asyncio.create_task(mount.write("vdi/unmount", "web"))
+        await asyncio.sleep(0.05)
+        await refused(errno.EBUSY, mount.open("volume/web"))  # what it wrote now would be missed
+        await refused(errno.EIO, unmounting)
+        mount.cluster.volumes["web"].latency_s = 0
+        mount.files.release(await mount.open("volume/web"))
+        await mount.write("vdi/unmount", "web")
+
+    play(scenario)
+
+
+def test_what_has_nothing_to_flush_or_never_can_goes_away() -> None:
+    async def scenario(mount: Mount) -> None:
+        mount.cluster.snapshot("web", "monday")
+        await mount.write("vdi/mount", "web:monday")
+        await mount.write("vdi/lock", "db")
+        mount.cluster.snapshots["web", 1][1].fail = errno.EIO
+        await mount.write("vdi/unmount", "web:monday")  # nobody wrote to it
+        mount.cluster.volumes["db"].fail = errno.EIO
+        mount.cluster.volumes["db"].is_lost = True
+        await refused(errno.EIO, mount.write("vdi/unmount", "db"))
+        assert await mount.names("volume") == []
+
+    play(scenario)
+
+
 def test_mounting_from_many_writers_at_once_opens_once() -> None:
     async def scenario(mount: Mount) -> None:
         mount.cluster.volumes["web"].latency_s = 0.01
