@@ -7,7 +7,8 @@ Guarantees of every driver:
 * G3 a sender that is not in the current View is never delivered;
 * G4 no View is delivered in a minority: it becomes Suspended, then Lost;
 * G5 a pair (id, incarnation) never returns after its leave;
-* G6 the leave of a dead member is delivered within `detection_ns`;
+* G6 the leave of a dead member is delivered once the engine has given it up: how soon, is how the engine is
+  configured (docs/operations.md, "How soon a node is given up");
 * G7 a process that left without proof of its end has no lease once `View.grace_ns` has passed since its leave.
 """
 
@@ -30,8 +31,6 @@ class Driver(Protocol):
     """One attachment to a membership engine. All calls and events belong to the event loop's thread."""
 
     name: ClassVar[str]
-    detection_ns: int
-    """Others know of this process's sudden death after at most this long."""
     max_message: int
     """Largest message or payload in bytes; larger ones are refused with UsageError."""
 

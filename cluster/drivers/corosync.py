@@ -28,8 +28,6 @@ from sheepdog.cluster.drivers.corosync_order import Order
 
 DEFAULT_GROUP = "sheepdog"
 MAX_GROUP_BYTES = 127  # cpg.h
-FORMING_NS = 2_000_000_000  # of a new ring, and of its verdict, once a node was silent for too long; 0.3 s when idle
-USUAL_SILENCE_NS = 8_000_000_000  # Debian's 3 s token among three: the token's round, and the others' agreement
 LEASE_NS = 1_000_000_000  # others wait so long after losing a node; coming back takes a message a millisecond
 RETRY_S = 0.01  # when the daemon's queue is full: it empties within a token's round
 TICK_S = 0.1  # between looks at messages that are not acknowledged
@@ -47,12 +45,11 @@ class _Verdict(NamedTuple):
 
 
 class _Connected(NamedTuple):
-    """The connections to the daemon, the number of its node, and how long another one may be silent."""
+    """The connections to the daemon, and the number of its node."""
 
     group: cpg.Group
     quorum: cpg.Quorum
     node: int
-    silence_ns: int
 
     def close(self) -> None:
         self.group.close()
@@ -71,7 +68,6 @@ class CorosyncDriver:
         absent = cpg.missing()
         if absent is not None:
             raise UsageError(f"corosync driver: {absent} is not installed")
-        self.detection_ns = USUAL_SILENCE_NS + FORMING_NS  # until the daemon has told; of a process it is 20 ms
         self.max_message = MAX_MESSAGE_BYTES
         self._group: cpg.Group | None = None
         self._quorum: cpg.Quorum | None = None
@@ -110,8 +106,7 @@ class CorosyncDriver:
             connected = await answer(lambda: patiently(_connect), discard=_Connected.close)
         except cpg.CorosyncError as error:
             raise UsageError(f"corosync driver: {error}") from error
-        group, quorum, self._node, silence_ns = connected
-        self.detection_ns = silence_ns + FORMING_NS
+        group, quorum, self._node = connected
         incarnation = time.time_ns() // 1000  # of one process: it cannot attach twice in a microsecond
         process = cpg.Process(self._node, os.getpid())
         order = Order(replace(me, incarnation=incarnation), process, LEASE_NS, self._send, self._emit, _boot_time_ns)
@@ -310,15 +305,8 @@ def _boot_time_ns() -> int:
 def _connect() -> _Connected:
     group = cpg.Group()
     try:
-        node, silence_ns = group.local_node(), _silence_ns()
-        return _Connected(group, cpg.Quorum(), node, silence_ns)
+        node = group.local_node()
+        return _Connected(group, cpg.Quorum(), node)
     except BaseException:
         group.close()
         raise
-
-
-def _silence_ns() -> int:
-    try:
-        return cpg.silence_ms() * 1_000_000
-    except cpg.CorosyncError:  # it does not say: no reason not to join
-        return USUAL_SILENCE_NS

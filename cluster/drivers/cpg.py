@@ -1,6 +1,6 @@
-"""The libraries of corosync by ctypes: closed process groups, quorum, a node's addresses, how long it may be silent.
+"""The libraries of corosync by ctypes: closed process groups, quorum, votes, a node's addresses.
 
-Layouts and numbers are those of corosync 3's headers (cpg.h, quorum.h, cfg.h, cmap.h ...). Callbacks come from
+Layouts and numbers are those of corosync 3's headers (cpg.h, quorum.h, cfg.h ...). Callbacks come from
 within `dispatch`, which is called on the loop's thread, as `send` and `fileno` are: they do not wait for the daemon.
 All others do, for as long as it is stopped: corosync_calls sets a limit.
 """
@@ -31,7 +31,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 LIBRARIES = {
-    "cmap": "libcmap.so.4",
     "cpg": "libcpg.so.4",
     "quorum": "libquorum.so.5",
     "cfg": "libcfg.so.7",
@@ -292,22 +291,6 @@ def votes(nodes: tuple[int, ...]) -> Votes:
         return Votes(int(info.quorum), int(info.total), of_nodes, bool(info.flags & _TWO_NODE))
     finally:
         library.votequorum_finalize(handle)
-
-
-def silence_ms() -> int:
-    """How long a node may be silent until the others form a ring without it, as corosync is configured now."""
-    library = _library("cmap")
-    handle = c_uint64()
-    _checked(library.cmap_initialize(byref(handle)))
-    try:
-        total = 0
-        for name in ("token", "consensus"):
-            value = c_uint32()
-            _checked(library.cmap_get_uint32(handle, f"runtime.config.totem.{name}".encode(), byref(value)))
-            total += value.value
-        return total
-    finally:
-        library.cmap_finalize(handle)
 
 
 def node_address(node: int) -> str | None:

@@ -31,7 +31,6 @@ from sheepdog.cluster.drivers.local_watch import DeathWatch
 
 DEFAULT_FILE = "/tmp/sheepdog_shm"
 DEFAULT_DIRECTORY = "/tmp/sheepdog_locks"
-DETECTION_NS = 1_000_000_000  # what users are promised; a pidfd takes milliseconds, the slowest fallback POLL_S
 POLL_S = 1.0  # safety net for lost wake-ups and removed files; costs two system calls
 TOUCH_S = 3600.0  # programs that tidy up /tmp count in days
 BATCH_BYTES = 1 << 20  # appended under one lock: short enough for the others to get it too
@@ -52,7 +51,6 @@ class LocalDriver:
     name: ClassVar[str] = "local"
 
     def __init__(self, argument: str = "") -> None:
-        self.detection_ns = DETECTION_NS
         self.max_message = MAX_MESSAGE_BYTES
         path = os.path.abspath(argument or DEFAULT_FILE)
         self._log = EventLog(path)

@@ -38,7 +38,7 @@ def absent() -> dict[str, str]:
 
     library = cpg.missing()
     if library is not None:
-        reasons["corosync"] = f"it needs {library} (Debian: libcpg4 libquorum5 libcfg7 libcmap4 libvotequorum8)"
+        reasons["corosync"] = f"it needs {library} (Debian: libcpg4 libquorum5 libcfg7 libvotequorum8)"
     return reasons
 
 

@@ -74,7 +74,7 @@ class ZooKeeperDriver:
     def __init__(self, argument: str = "") -> None:
         self._servers, self._base, self._timeout_ms = parse(argument)
         self.max_message = MAX_MESSAGE_BYTES
-        self._set_timeout(self._timeout_ms)  # until the servers have their say
+        self._lease_ns = lease_ns(self._timeout_ms)  # until the servers have their say
         self._me = Peer(b"", 0, b"")
         self._roster = Roster()
         self._position = 0  # of the next entry to read
@@ -99,10 +99,6 @@ class ZooKeeperDriver:
     def reach(self) -> None:
         reach(self._servers, CONNECT_PATIENCE_S)
 
-    def _set_timeout(self, timeout_ms: int) -> None:
-        self._lease_ns = lease_ns(timeout_ms)
-        self.detection_ns = 2 * timeout_ms * 1_000_000  # a session ends up to one tick after its timeout
-
     # --- attaching -------------------------------------------------------------------------------------------------
 
     async def open(self, me: Peer, on_event: OnEvent) -> None:
@@ -121,7 +117,7 @@ class ZooKeeperDriver:
         try:
             self._client.start()
             await asyncio.wait_for(self._up.wait(), CONNECT_PATIENCE_S)
-            self._set_timeout(self._client.timeout_ms)
+            self._lease_ns = lease_ns(self._client.timeout_ms)
             problem = "the ensemble does not answer, or a member with the same identity is still running"
             await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
         except Exception as error:

@@ -20,6 +20,7 @@ from tests.support.processes import environment, wait_until, which
 
 JAR = Path("/usr/share/java/zookeeper.jar")
 TICK_MS = 200  # sessions may be as short as two ticks
+SYNC_LIMIT_TICKS = 10  # how long a leader may be silent before the others elect another one
 START_SECONDS = 60.0  # 0.5 s for one server, 1.4 s for three on a quiet machine
 END_SECONDS = 10.0
 _LOG4J = """log4j.rootLogger=INFO, F
@@ -55,7 +56,7 @@ class Server:
         lines = [
             f"tickTime={TICK_MS}", f"dataDir={self.directory}/data", f"clientPort={self.port}",
             f"clientPortAddress={self.host}", "admin.enableServer=false", "4lw.commands.whitelist=*",
-            "initLimit=50", "syncLimit=10", "minSessionTimeout=400", "maxSessionTimeout=60000",
+            "initLimit=50", f"syncLimit={SYNC_LIMIT_TICKS}", "minSessionTimeout=400", "maxSessionTimeout=60000",
         ]  # fmt: skip
         if len(ensemble) > 1:
             (self.directory / "data" / "myid").write_text(f"{self.number}\n")

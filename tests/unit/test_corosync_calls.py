@@ -232,7 +232,7 @@ def test_a_connection_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPa
 
     def connect() -> corosync._Connected:
         release.wait()
-        return corosync._Connected(Handle("group"), Handle("quorum"), 1, 0)  # type: ignore[arg-type]
+        return corosync._Connected(Handle("group"), Handle("quorum"), 1)  # type: ignore[arg-type]
 
     async def soon(call: Callable[[], Any], discard: Callable[[Any], None]) -> Any:
         return await answer(call, SHORT_S, discard)
