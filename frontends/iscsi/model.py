@@ -24,6 +24,9 @@ DISK_ATTRIBUTES: Mapping[str, int] = {
     "emulate_pr": 0,
 }
 SECTOR = 512
+# One WRITE SAME. Below the size of an object none would ever give space back (the kernel's own limit is 2 MiB), and
+# the kernel refuses much longer ones that write data.
+SAME_LIMIT_BYTES = 4 << 20
 UNMAP_LIMIT_BYTES = 512 << 20  # one UNMAP: many objects at once, still answered soon; libiscsi takes more for a mistake
 
 # No demo mode: who has no entry gets nothing and sees nothing.
@@ -102,5 +105,6 @@ def disk_attributes(object_size: int) -> dict[str, int]:
     return {
         **DISK_ATTRIBUTES,
         "max_unmap_lba_count": UNMAP_LIMIT_BYTES // SECTOR,
+        "max_write_same_len": SAME_LIMIT_BYTES // SECTOR,
         "unmap_granularity": object_size // SECTOR,
     }

@@ -59,8 +59,9 @@ echo right $(ask $me "alice%$one@"), wrong $(ask $me "alice%wrongsecret123@"), n
 echo discovery without $(iscsi-ls -i $me iscsi://127.0.0.1 2>&1 | grep -o 'Auth.* failure\|Target:[^ ]*' | tail -1), \
     with $(iscsi-ls -i $me "iscsi://carol%$two@127.0.0.1" 2>&1 | grep -o 'Auth.* failure\|Target:[^ ]*' | tail -1), \
     stranger $(iscsi-ls -i $me:x "iscsi://carol%$two@127.0.0.1" 2>&1 | grep -c Target:)
-serial() { iscsi-inq -i $me -e 1 -c 0x80 "iscsi://alice%$one@127.0.0.1/$name/0" | grep -i serial; }
-serial >/run/serial
+serial() { iscsi-inq -i $me -e 1 -c 128 "iscsi://alice%$one@127.0.0.1/$name/0" | grep -i serial; }
+serial >/run/serial  # 128: page 0x80, it takes decimal numbers
+grep -q "$(dog iscsi list --json | sed 's/.*"serial": "\([^"]*\).*/\1/')" /run/serial && echo serial kept
 
 rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets; iscsid
 admin() { iscsiadm -m node -T $name -p 127.0.0.1 "$@"; }
@@ -86,7 +87,14 @@ sleep 1; kill -9 $(pgrep -of '[s]heep /srv/n/s2 '); wait $writer; echo written
 dog iscsi unexport v || echo busy
 (cd /run/m; find . -type f | sort | xargs md5sum) >/run/sums
 cp /run/m/heavy /run/m/more; sync; full=$(used); rm /run/m/more; sync; fstrim /run/m; echo freed $((full - $(used)))
-dog vdi resize v 256M; dog iscsi apply; admin -R >/dev/null; resize2fs $dev >/dev/null 2>&1
+dog vdi resize v 256M; dog iscsi apply; admin -R >/dev/null
+dd if=/dev/urandom of=$dev bs=1M seek=208 count=16 oflag=direct 2>/dev/null; full=$(used)  # behind the file system
+for n in 0 1 2 3; do
+    sg_write_same --16 --unmap --lba=$((208 * 2048 + n * 8192)) --num=8192 --timeout=600 $dev
+done
+echo same freed $((full - $(used)))
+dd if=$dev bs=1M skip=208 count=16 iflag=direct 2>/dev/null | cmp -n $((16 << 20)) - /dev/zero && echo zeros
+resize2fs $dev >/dev/null 2>&1
 echo size $(blockdev --getsize64 $dev)
 umount /run/m; e2fsck -fn $dev >/dev/null 2>&1 && echo clean
 mount $dev /run/m; (cd /run/m; md5sum -c --quiet /run/sums) && echo same; umount /run/m
@@ -240,7 +248,7 @@ def in_guest(script: str, seconds: int = GUEST_SECONDS, modules: str = "") -> st
 @pytest.fixture(scope="module")
 def told() -> tuple[list[str], list[str]]:
     """What the two stories print."""
-    needs.program("dmsetup")
+    needs.program("dmsetup", "sg_write_same")
     output = in_guest(STORY.replace("UNIT", str(UNIT)) + MULTIPATH, modules="dm_multipath dm_round_robin")
     one, _, two = output.partition("two paths\n")
     return one.splitlines(), two.splitlines()
@@ -261,8 +269,10 @@ def test_a_disk_of_the_kernels_initiator(told: tuple[list[str], list[str]]) -> N
     assert f"queue write back, discard {4 * MIB} {512 * MIB}" in lines
     # Each fsync is a journal commit: a flush before its last block, and that block with FUA.
     assert numbers("flushes")[0] >= 10
-    assert {"written", "busy", "clean", "serial same", "some changes", "status 1"} <= set(lines), lines
+    assert {"written", "busy", "clean", "serial kept", "serial same", "some changes", "status 1"} <= set(lines), lines
     assert numbers("freed")[0] >= 8 * MIB, "fstrim gave too few of the 16 MiB back, in whole objects"
+    assert f"same freed {16 * MIB}" in lines, "WRITE SAME with UNMAP"
+    assert "zeros" in lines
     assert numbers("size") == [256 * MIB]
     assert lines.count("same") == 2
     assert "cleared iqn.2026-01.org.example:theirs, alua, 0" in lines

@@ -20,7 +20,7 @@ AUTH = dict.fromkeys(("userid", "password", "userid_mutual", "password_mutual"),
 DISK_ATTRIBUTES = {
     "emulate_write_cache": "0", "emulate_fua_write": "1", "emulate_tpu": "0", "emulate_tpws": "0", "emulate_caw": "1",
     "emulate_3pc": "1", "is_nonrot": "0", "unmap_zeroes_data": "0", "max_unmap_lba_count": "8192",
-    "unmap_granularity": "1", "block_size": "512",
+    "max_write_same_len": "4096", "unmap_granularity": "1", "block_size": "512",
 }  # fmt: skip  # emulate_pr is newer
 GROUP_ATTRIBUTES = {
     "authentication": "-1", "generate_node_acls": "0", "cache_dynamic_acls": "0", "demo_mode_write_protect": "1",

@@ -149,6 +149,7 @@ def test_an_export_is_safe_and_complete(world: World) -> None:
     assert kept["emulate_write_cache"] == 1, "flushes would be lost"
     assert kept["emulate_caw"] == kept["emulate_3pc"] == 0, "they are not right across hosts"
     assert world.value(f"{DISK}/attrib/unmap_granularity") == str(4 * MIB // 512)
+    assert world.value(f"{DISK}/attrib/max_write_same_len") == str(4 * MIB // 512), "less gives no object back"
     assert world.value(f"{WEB}/attrib/authentication") == "1"
     assert world.value(f"{WEB}/attrib/generate_node_acls") == "0"
     assert world.value(f"{WEB}/attrib/demo_mode_discovery") == "0"
