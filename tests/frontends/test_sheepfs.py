@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -264,6 +265,102 @@ def test_copies_and_statistics(cluster3: Cluster, sheepfs: SheepFs) -> None:
         file.write(b"x" * 5000)
     assert 'sheepdog_volume_written_bytes_total{volume="web"} 5000\n' in (sheepfs.place / "stat/volume/web").read_text()
     assert "sheepdog_nodes 3\n" in (sheepfs.place / "stat/cluster").read_text()
+
+
+def test_what_the_options_and_orders_on_files_do(
+    new_cluster: Callable[..., Cluster], mount_sheepfs: MountSheepFs
+) -> None:
+    """-k, -o, --allow-remove, setfattr and blkdiscard, as far as the cluster and the kernel can tell."""
+    needs.fuse()
+    needs.root()
+    needs.loop_devices()
+    needs.program("losetup", "blkdiscard", "setfattr")
+    cluster = new_cluster(3)
+    cluster.start(extra={0: ("-w", "object:size=64M")})
+    cluster.wait_members(3)
+    cluster.format("-c", "2")
+    cluster.dog("vdi", "create", "web", "16M")
+    sheepfs = mount_sheepfs(cluster, 0, "-k", "-o", "--allow-remove", "--transport=direct")
+    volume = sheepfs.volume("web")
+
+    device = run(["losetup", "--find", "--show", "--direct-io=on", volume]).stdout.decode().strip()
+    try:
+        with open(device, "r+b", buffering=0) as disk:
+            disk.write(b"x" * 3 * OBJECT)
+            os.fsync(disk.fileno())
+        assert used(cluster) == 3 * OBJECT
+        run(["blkdiscard", "--offset", str(OBJECT), "--length", str(OBJECT), device])
+        assert used(cluster) == 2 * OBJECT
+    finally:
+        run(["losetup", "-d", device])
+        wait_until(lambda: not run(["losetup", "-j", volume]).stdout, 10, "the loop device lets go")
+
+    assert requests_of_two_reads(sheepfs, OBJECT // 2) == 1, "-k: the second is answered by the kernel"
+    (sheepfs.place / "config/page_cache").write_text("0")
+    assert requests_of_two_reads(sheepfs, OBJECT // 2) == 2
+
+    def looked_up(name: str) -> bool:
+        before = cache_lookups(cluster)
+        requests_of_two_reads(sheepfs, OBJECT // 2, name)
+        return cache_lookups(cluster) > before
+
+    for name in ("cached", "plain"):  # what this gateway has written itself, unflushed, is in its cache in any case
+        cluster.dog("vdi", "create", name, "16M")
+        cluster.dog("vdi", "write", name, "0", str(OBJECT), node=2, stdin=b"x" * OBJECT)
+    sheepfs.volume("cached")
+    wait_until(lambda: looked_up("cached"), 30, "-o: the sheep looks into its cache")
+    (sheepfs.place / "config/object_cache").write_text("0")
+    sheepfs.volume("plain")
+    assert not any(looked_up("plain") for _ in range(3))
+
+    run(["setfattr", "-n", "user.sheepdog.copies", "-v", "3", volume])
+    assert os.getxattr(volume, "user.sheepdog.copies") == b"3"
+    cluster.wait_recovered()
+    names = [name for name in cluster.objects(0) if name.startswith("00")]
+    assert len(names) >= 2 and all(set(names) <= set(cluster.objects(node)) for node in (1, 2))
+
+    (sheepfs.place / "snapshot/web/monday").mkdir()
+    assert "monday" in cluster.dog("vdi", "list")
+    (sheepfs.place / "snapshot/web/monday").unlink()
+    assert "monday" not in cluster.dog("vdi", "list")
+    wait_until(lambda: removed(volume), 10, "the volume is closed")
+    assert "web" not in cluster.dog("vdi", "list")
+
+
+def used(cluster: Cluster) -> int:
+    """Bytes of the objects that the volume owns."""
+    return int(cluster.dog("vdi", "list", "-r", "web").split()[4])
+
+
+def cache_lookups(cluster: Cluster) -> int:
+    found = json.loads(cluster.dog("vdi", "cache", "info", "--json", node=0))
+    return int(found["hits"]) + int(found["misses"])
+
+
+def requests_of_two_reads(sheepfs: SheepFs, offset: int, name: str = "web") -> int:
+    """How many reads reach sheepfs when a file is opened and one block of it is read twice."""
+
+    def reads() -> int:
+        text = (sheepfs.place / "stat/volume/web").read_text()
+        return int(
+            next(line.split()[1] for line in text.splitlines() if line.startswith("sheepdog_volume_reads_total"))
+        )
+
+    before = reads()
+    with (sheepfs.place / "volume" / name).open("rb", buffering=0) as file:
+        for _ in range(2):
+            assert os.pread(file.fileno(), 4096, offset) == b"x" * 4096
+    return reads() - before
+
+
+def removed(volume: Path) -> bool:
+    """The kernel reports a close after close(2) has returned; until then the volume is busy."""
+    try:
+        volume.unlink()
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return False
+    return True
 
 
 def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directory: Path) -> None:
