@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from sheepdog.cluster.client import admin, inodes
-from sheepdog.cluster.client.address import Address
+from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import ShutOutError
 from sheepdog.cluster.client.exclusive import VolumeLock
@@ -30,7 +30,7 @@ from sheepdog.frontends.sheepfs.transport import log
 
 MOVE_LIMIT_S = 10.0  # connecting and looking the volume up at the new gateway
 MEMBERS_INTERVAL_S = 60.0  # nodes that joined since then are no refuge yet
-REPORT_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long
+REPORT_LIMIT_S = 10.0  # a status file of a cluster that does not answer is empty after this long; another node is asked
 ORDER_LIMIT_S = 60.0  # an order, such as a snapshot, that has to wait for a node that is being expelled
 READING = ("info", "list")  # verbs of `dog` that only look
 
@@ -146,7 +146,7 @@ class SharedGatewayVolume(SharedVolume):
 
 def _connected(address: Address, work: Callable[[Connection], T]) -> T:
     """Blocking administration with a connection of its own; its failures are OSErrors."""
-    connection = Connection(address, patience_s=0)
+    connection = Connection(address, patience_s=0, answer_limit_s=REPORT_LIMIT_S)
     try:
         return work(connection)
     except PeerError as problem:
@@ -276,10 +276,16 @@ class GatewayCluster:
         for address in [self._address, *self._others]:
             try:
                 session = await Session.open(address)
-                self._others = await members(session)
+            except OSError as problem:
+                failure = failure or OSError(errno.EIO, str(problem))
+                continue
+            try:
+                async with asyncio.timeout(REPORT_LIMIT_S):  # a stopped process is connected to, and says nothing
+                    self._others = await members(session)
                 return session
             except (OSError, PeerError) as problem:
-                failure = failure or OSError(errno.EIO, str(problem))
+                await session.close()
+                failure = failure or OSError(errno.EIO, str(problem) or f"no answer from {describe(address)}")
         assert failure is not None
         raise failure
 
@@ -308,7 +314,7 @@ def _read_space(connection: Connection) -> list[NodeSpace]:
     for member in admin.node_list(connection):
         host = format_address(member.id.address)
         try:
-            node = Connection((host, member.id.port), patience_s=0)
+            node = Connection((host, member.id.port), patience_s=0, answer_limit_s=REPORT_LIMIT_S)
             try:
                 disk = admin.disk_usage(node)
             finally:
