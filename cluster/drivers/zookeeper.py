@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Event, Leased, Lost, Peer, Resumed, Suspended, View, Votes
 from sheepdog.cluster.drivers.base import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, OnEvent
-from sheepdog.cluster.drivers.zookeeper_argument import lease_ns, own_address, parse, reach
+from sheepdog.cluster.drivers.zookeeper_argument import DEFAULT_TIMEOUT_MS, complaint, lease_ns, own_address, parse
 from sheepdog.cluster.drivers.zookeeper_client import (
     Client,
     Connection,
@@ -37,6 +37,7 @@ from sheepdog.cluster.drivers.zookeeper_client import (
     ZnodeStat,
     current_task,
     reason_of,
+    session_begins,
 )
 from sheepdog.cluster.drivers.zookeeper_collect import Gaps, append, shorten
 from sheepdog.cluster.drivers.zookeeper_log import (
@@ -97,7 +98,9 @@ class ZooKeeperDriver:
         return own_address(self._servers)
 
     def reach(self) -> None:
-        reach(self._servers, CONNECT_PATIENCE_S)
+        session_s = min(self._timeout_ms, DEFAULT_TIMEOUT_MS) / 1000  # kazoo waits so long for a server that hangs
+        if not asyncio.run(session_begins(self._servers, session_s, CONNECT_PATIENCE_S)):
+            raise UsageError(f"zookeeper driver: {self._servers}: {complaint(self._servers)}")
 
     # --- attaching -------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ class ZooKeeperDriver:
         self._look = asyncio.Event()  # somebody may have gone
         self._client = Client(self._servers, self._timeout_ms / 1000, self._changed)
         self._gaps = Gaps(self._client, self._base)
-        problem = "no server of the ensemble can be reached"
+        problem = ""
         try:
             self._client.start()
             await asyncio.wait_for(self._up.wait(), CONNECT_PATIENCE_S)
@@ -122,7 +125,9 @@ class ZooKeeperDriver:
             await asyncio.wait_for(self._join(me), self._timeout_ms / 1000 + JOIN_PATIENCE_S)
         except Exception as error:
             await self.close()
-            reason = problem if isinstance(error, TimeoutError) else self._explained(error)
+            if not isinstance(error, TimeoutError):
+                problem = self._explained(error)
+            reason = problem or await asyncio.to_thread(complaint, self._servers)
             raise UsageError(f"zookeeper driver: {self._servers}: {reason}") from error
         except BaseException:
             await self.close()

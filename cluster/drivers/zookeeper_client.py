@@ -48,6 +48,7 @@ __all__ = [
     "ZnodeStat",
     "current_task",
     "reason_of",
+    "session_begins",
 ]
 
 
@@ -224,6 +225,20 @@ class Client:
         """What is not there is deleted already."""
         with contextlib.suppress(NoNodeError):
             await self._request(self._kazoo.delete_async, path)
+
+
+async def session_begins(servers: str, timeout_s: float, patience_s: float) -> bool:
+    """Whether a quorum of the servers begins a session within `patience_s`; it is ended at once."""
+    up = asyncio.Event()
+    client = Client(servers, timeout_s, lambda state: up.set() if state is Connection.UP else None)
+    try:
+        client.start()
+        await asyncio.wait_for(up.wait(), patience_s)
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        await client.stop()
 
 
 def current_task() -> asyncio.Task[Any] | None:

@@ -13,16 +13,15 @@ from pathlib import Path
 from shutil import rmtree
 
 import pytest
+from tests.support.attached import Attached, until
 from tests.support.members import Member, Members, agree, wait
 from tests.support.pauses import Pauses
 from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble
 
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Suspended, View
-from sheepdog.cluster.drivers.zookeeper import ZooKeeperDriver
+from sheepdog.cluster.core.ports import Delivery, Leased, View
 from sheepdog.cluster.drivers.zookeeper_argument import lease_ns
 from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable, ZnodeStat
-from sheepdog.cluster.drivers.zookeeper_log import position_path
 
 TIMEOUT_MS = 1500  # where somebody dies
 ELECTION_SECONDS = 3.0  # as docs/operations.md has it
@@ -247,33 +246,6 @@ def test_without_a_majority_of_servers_nobody_gets_a_lease(spread: Members, thre
     wait(lambda: a.others()[-1:] == b.others()[-1:] == ["Resumed"] and undisturbed(a, b), spread)
 
 
-class Attached:
-    """A driver in this process, with what it delivered."""
-
-    def __init__(self, place: str, name: str) -> None:
-        self.driver = ZooKeeperDriver(place)
-        self.peer = Peer(name.encode(), 0, b"")
-        self.events: list[Event] = []
-
-    async def open(self) -> Attached:
-        await self.driver.open(self.peer, self.events.append)
-        await until(lambda: bool(self.events))
-        return self
-
-    def members(self) -> list[bytes]:
-        views = [event for event in self.events if isinstance(event, View)]
-        return [peer.id for peer in views[-1].members]
-
-    def texts(self) -> list[bytes]:
-        return [event.data for event in self.events if isinstance(event, Delivery)]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def test_the_log_is_kept_short(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CHECKPOINT_ENTRIES", 20)
     monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.PUBLISH_ENTRIES", 5)
@@ -334,22 +306,6 @@ def test_a_create_whose_answer_was_lost(place: str, monkeypatch: pytest.MonkeyPa
         assert len(names) == 3 + 2, "both entries are there twice"
         assert len([event for event in a.events if isinstance(event, View)]) == 1
         await a.driver.leave()
-        await a.driver.close()
-
-    asyncio.run(body())
-
-
-def test_a_member_whose_place_is_deleted_is_lost(place: str) -> None:
-    async def body() -> None:
-        a = await Attached(place, "a").open()
-        b = await Attached(place, "b").open()
-        await b.driver._there.delete(b.driver._member_path(b.driver._me))
-        await until(lambda: isinstance(b.events[-1], Lost))
-        await until(lambda: a.members() == [b"a"])
-        b.driver.broadcast(b"never")
-        await b.driver.close()
-        a.driver.broadcast(b"x")
-        await until(lambda: a.texts() == [b"x"])
         await a.driver.close()
 
     asyncio.run(body())
@@ -431,105 +387,6 @@ def test_a_lease_does_not_wait_for_an_end_that_recedes(place: str, monkeypatch: 
         await a.driver.close()
 
     asyncio.run(body())
-
-
-def test_what_others_put_below_our_path_disturbs_nobody(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It uses up numbers of the log, it looks like entries or members: what is ours goes on, in one order."""
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CHECKPOINT_ENTRIES", 20)
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.PUBLISH_ENTRIES", 5)
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
-
-    async def body() -> None:
-        a = await Attached(place, "a").open()
-        b = await Attached(place, "b").open()
-        client, base = a.driver._there, a.driver._base
-        for name, data in (("foreign", b"x"), ("6e6f626f6479", b"[]"), ("6e6f626f647a", b'{"position": "x"}')):
-            await client.create(f"{base}/members/{name}", data)
-        for index in range(60):
-            if index % 10 == 5:
-                await client.create(f"{base}/queue/stray{index}", b"not an entry")
-                await client.create(f"{base}/queue/lock-", b"", sequence=True)
-            if index % 10 == 7:
-                await client.create(f"{base}/queue/e-", b"hello", sequence=True)
-            (a, b)[index % 2].driver.broadcast(b"%d" % index)
-            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
-        assert sorted(a.texts(), key=int) == [b"%d" % index for index in range(60)]
-        assert [e for e in a.events[-100:] if not isinstance(e, Leased)][-40:] == [
-            e for e in b.events if not isinstance(e, Leased)
-        ][-40:]
-
-        async def entries() -> int:
-            return len([name for name in await client.children(f"{base}/queue") if name.startswith("e-")])
-
-        async with asyncio.timeout(20):
-            while await entries() > 40:
-                await asyncio.sleep(0.1)
-        await client.create(f"{base}/queue/stray", b"")
-        c = await Attached(place, "c").open()
-        assert c.members() == [b"a", b"b", b"c"]
-        strays = [name for name in await client.children(f"{base}/queue") if not name.startswith("e-")]
-        assert len(strays) == 13, "they are left alone"
-        for one in (a, b, c):
-            assert not [event for event in one.events if isinstance(event, (Lost, Suspended))]
-            await one.driver.leave()
-            await one.driver.close()
-
-    asyncio.run(body())
-
-
-@pytest.mark.parametrize("ahead", [9999, 1, 0])
-def test_a_name_of_the_future_takes_nobody_there(place: str, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
-    """Somebody creates, by name, what ZooKeeper would give out later: the order goes on up to it, and beyond."""
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
-
-    async def body() -> None:
-        a = await Attached(place, "a").open()
-        b = await Attached(place, "b").open()
-        client, base = a.driver._there, a.driver._base
-        following = a.driver._position + 1 + ahead  # the foreign name itself counts as one
-        for number in (following, following + 1, following + 3):
-            await client.create(f"{base}/queue/{position_path(number)}", b"x")
-        await asyncio.sleep(0.1)
-        a.driver.renew()
-        for index in range(8):
-            (a, b)[index % 2].driver.broadcast(b"%d" % index)
-            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
-        assert a.texts() == b.texts() == [b"%d" % index for index in range(8)]
-        c = await Attached(place, "c").open()
-        assert c.members() == [b"a", b"b", b"c"]
-        b.driver.broadcast(b"8")
-        await until(lambda: a.texts()[8:] == b.texts()[8:] == c.texts() == [b"8"])
-        for one in (a, b, c):
-            assert not [event for event in one.events if isinstance(event, Lost)]
-            await one.driver.close()
-
-    asyncio.run(body())
-
-
-def test_a_znode_without_data_is_nobodys(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZooKeeper tells nothing from empty; whoever is there, and whoever comes, goes over it."""
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.GAP_ROUNDS", 1)
-
-    async def body() -> None:
-        a = await Attached(place, "a").open()
-        kazoo, base = a.driver._there._kazoo, a.driver._base
-        for path, options in (("queue/e-", {"sequence": True}), ("queue/stray", {}), ("members/6e6f", {})):
-            await asyncio.to_thread(kazoo.create, f"{base}/{path}", None, **options)
-        a.driver.broadcast(b"1")
-        await until(lambda: a.texts() == [b"1"])
-        b = await Attached(place, "b").open()
-        assert b.members() == [b"a", b"b"]
-        for one in (a, b):
-            assert not [event for event in one.events if isinstance(event, Lost)]
-            await one.driver.close()
-
-    asyncio.run(body())
-
-
-def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CONNECT_PATIENCE_S", 0.5)
-    with pytest.raises(UsageError, match=r"zookeeper driver: 127\.0\.0\.1:9: no server of the ensemble can be reached"):
-        asyncio.run(Attached("127.0.0.1:9", "a").open())
 
 
 def test_members_are_dropped_one_after_the_other(members: Members) -> None:
