@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import IntEnum
-from struct import Struct, error
+from struct import Struct
 from typing import Any, NamedTuple
 
+from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ports import Peer
 
-FORMAT = 1  # of messages; others are ignored
+FORMAT = 1  # of messages; a later one is refused
+LATER_FORMATS = range(FORMAT + 1, 16)  # of ours some day; text, which somebody else may send, begins with larger bytes
 _HEADER = Struct(">BBQQQ")  # format, kind, sender's incarnation, sender's counter, origin of its order (0: pending)
 REFERENCE = Struct(">QQ")  # to a message: its sender's incarnation and counter
 HEADER_BYTES = _HEADER.size
@@ -46,14 +48,16 @@ def header(kind: Kind, incarnation: int, counter: int, origin: int) -> bytes:
 
 
 def parse(data: bytes) -> Parsed | None:
-    """None for what is not ours, or of another format."""
-    try:
-        form, kind, incarnation, counter, origin = _HEADER.unpack_from(data)
-        if form != FORMAT:
-            return None
-        return Parsed(Kind(kind), incarnation, counter, origin, data[_HEADER.size :])
-    except (error, ValueError):
+    """None for what is not ours. PeerError for what is and is not understood: no member may go on without it."""
+    if data and data[0] in LATER_FORMATS:
+        raise PeerError(f"a message has format {data[0]}, this version knows {FORMAT}")
+    if len(data) < HEADER_BYTES or data[0] != FORMAT:
         return None
+    _, kind, incarnation, counter, origin = _HEADER.unpack_from(data)
+    try:
+        return Parsed(Kind(kind), incarnation, counter, origin, data[HEADER_BYTES:])
+    except ValueError:
+        raise PeerError(f"a message is of kind {kind}, which this version does not know") from None
 
 
 def encode(values: dict[str, Any], attempt: int) -> bytes:

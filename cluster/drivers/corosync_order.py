@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
+from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
 from sheepdog.cluster.drivers.corosync_messages import (
     REFERENCE,
@@ -317,7 +318,12 @@ class Order:
         self._send(header(kind, self.me.incarnation, self._counter, self.origin) + body)
 
     def _on_data(self, process: Process, data: bytes) -> None:
-        parsed = parse(data)
+        try:
+            parsed = parse(data)
+        except PeerError as error:
+            if not self.established or process in self._roster:  # what a newcomer wants is its own affair
+                self.lose(f"corosync driver: {error}")
+            return
         if parsed is None:
             return
         kind, incarnation, counter, origin, body = parsed
@@ -352,8 +358,7 @@ class Order:
         """True for a message that does not go into the queue: what comes after our last JOIN does."""
         if message.kind == Kind.JOIN:
             values, attempt = decode(message.body)
-            known = [Process(*process) for process in values["present"]]
-            if values["ring"] == self._ring.sequence and known == sorted(self._present):
+            if values["ring"] == self._ring.sequence and values["present"] == [[*one] for one in sorted(self._present)]:
                 # Sent by one that knew this ring to be quorate, and was pending when the group was as it is now.
                 self._announced[message.process] = seat_of(values)
             if message.process == self._process and attempt == self._attempt:

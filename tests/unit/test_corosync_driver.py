@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Resumed, Suspended, View
+from sheepdog.cluster.drivers.corosync_messages import parse
 from sheepdog.cluster.drivers.corosync_order import ROUNDS_NS, Order
 from sheepdog.cluster.drivers.cpg import Change, Process, Reason
 
@@ -495,3 +497,25 @@ def test_planted_bugs_are_found(plant: Callable[[pytest.MonkeyPatch], None], mon
             check(world)
             present = [attachment for attachment in world.at if attachment is not None]
             assert all(sorted(one.members()) == sorted(present[0].members()) for one in present)
+
+
+@pytest.mark.parametrize("data", [b"\x02", b"\x02" + bytes(25), b"\x01\x09" + bytes(24)])
+def test_messages_of_a_later_version(data: bytes) -> None:
+    """Nobody goes on without what a member has said; who asks for a seat in a later way stops no cluster."""
+    with pytest.raises(PeerError, match="this version"):
+        parse(data)
+    world = World(Random(1))
+    world.settle()
+    a, b = world.there(1), world.there(2)
+    assert len(a.members()) == NODES
+    for sender, lost in ((Process(9, 9), False), (b.process, True)):
+        a.order.on_message(sender, data)
+        a.order.advance()
+        assert a.lost is lost
+    reason = a.events[-1][1]
+    assert isinstance(reason, Lost) and "this version" in reason.reason
+
+
+@pytest.mark.parametrize("data", [b"", b"\x01", b"somebody else's text, which is long enough"])
+def test_messages_of_others(data: bytes) -> None:
+    assert parse(data) is None
