@@ -23,6 +23,7 @@ import pytest
 from tests.support import native, trees
 from tests.support.door import Door, plain
 from tests.support.machines import SESSION_MS, Machines
+from tests.support.pauses import Pauses
 from tests.support.processes import environment, wait_until
 from tests.support.registers import VOLUME, WORKER_BYTES, Worker, check_all
 from tests.support.watch import Watch
@@ -35,6 +36,7 @@ from sheepdog.cluster.wire.opcodes import Opcode
 
 MACHINES = 3
 WORKERS = 3
+STEP_SECONDS = 0.3  # between asking for a lease and taking it: two answers under way, and the engine's own beat
 MIB = 1 << 20
 BLOCK = 4096
 SMALL = 4 * MIB
@@ -44,7 +46,9 @@ DETECT_SECONDS = 30.0  # until the others go on without a machine: 4 s with coro
 BEYOND_SESSION_SECONDS = 2.5 * SESSION_MS / 1000
 START_SECONDS = 60.0  # ten of them for an engine that does not come
 DETECTED_SECONDS = 5.0  # by then each side knows that it is alone
-LATE_SECONDS = 1.5  # on a busy machine an answer is seen so much later than it was sent, at most
+# Open: with corosync, one of three that were all alone answered 1.0 s beyond its lease, once.
+ALONE_SECONDS = 1.5
+BUSY_PAUSES = 2  # the sheep that answers and the test that sees it may each be kept from running for so long
 PATIENCE_SECONDS = 120.0  # of clients: they sit on one machine, whatever happens to it
 ENGINES = ("zookeeper", "corosync")
 
@@ -204,18 +208,26 @@ def lease_seconds(machines: Machines) -> float:
     return (corosync.LEASE_NS if machines.engine == "corosync" else lease_ns(SESSION_MS)) / 1e9
 
 
+def check_last(machines: Machines, watch: Watch, gone: float, pauses: Pauses) -> None:
+    """The latest answer came within the advertised time after `gone`, and what a busy machine was measured to add."""
+    late = watch.last - gone - lease_seconds(machines)
+    print(f"answered until {late:.2f} s after the end of the lease; the longest pause was {pauses.longest:.2f} s")
+    assert late < STEP_SECONDS + BUSY_PAUSES * pauses.longest, "answered without a membership"
+
+
 def test_the_engine_goes_away_and_comes_back(machines: Machines, watch: Callable[..., Watch]) -> None:
     """Answers end with the lease and begin again when it is back, without anybody's help."""
     oid = object_of(machines)
     logged = len(machines.log(0).read_text())
     pids = [machines.pids(node) for node in range(MACHINES)]
     writer, reader = watch(0, oid, write=True), watch(1, oid)
-    for member in machines.members:
-        member.stop()
-    gone = time.monotonic()
-    time.sleep(lease_seconds(machines) + 4.0)
+    with Pauses() as pauses:
+        for member in machines.members:
+            gone = time.monotonic()  # the last one to end may have confirmed a lease right before
+            member.stop()
+        time.sleep(lease_seconds(machines) + 4.0)
     for one in (writer, reader):
-        assert one.last < gone + lease_seconds(machines) + LATE_SECONDS, "answered without a membership"
+        check_last(machines, one, gone, pauses)
     back = time.monotonic()
     machines.start_engine()
     assert writer.goes_on() > back and reader.goes_on() > back
@@ -230,13 +242,14 @@ def test_the_minority_stops_before_the_majority_goes_on(machines: Machines, watc
     oid = object_of(machines)
     alone = machines.leader()  # the engine has to agree first
     writer, reader = watch((alone + 1) % MACHINES, oid, write=True), watch(alone, oid)
-    machines.network.cut(alone)
-    cut = time.monotonic()
-    wait_until(lambda: bool(writer.since(cut)), DETECT_SECONDS, "the majority goes on")
-    first = writer.since(cut)[0].ended
-    time.sleep(1.0)
+    with Pauses() as pauses:
+        machines.network.cut(alone)
+        cut = time.monotonic()
+        wait_until(lambda: bool(writer.since(cut)), DETECT_SECONDS, "the majority goes on")
+        first = writer.since(cut)[0].ended
+        time.sleep(1.0)
     assert reader.last < first
-    assert reader.last < cut + lease_seconds(machines) + LATE_SECONDS, "the advertised time"
+    check_last(machines, reader, cut, pauses)
     machines.network.mend(alone)
     reader.goes_on()
     machines.healthy()
@@ -251,7 +264,7 @@ def test_the_network_breaks_into_three(machines: Machines, watch: Callable[..., 
     cut = time.monotonic()
     time.sleep(DETECTED_SECONDS)
     assert not writer.since(cut), "acknowledged without the other copies"
-    assert all(reader.last < cut + lease_seconds(machines) + LATE_SECONDS for reader in readers)
+    assert all(reader.last < cut + lease_seconds(machines) + ALONE_SECONDS for reader in readers)
     machines.network.mend(*range(MACHINES))
     for one in (*readers, writer):
         one.goes_on()
