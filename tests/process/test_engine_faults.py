@@ -288,16 +288,22 @@ def test_a_member_of_the_engine_dies(machines: Machines) -> None:
     assert [shown(machines, node) for node in range(MACHINES)] == [new] * MACHINES
 
 
-def test_everything_starts_cold_in_any_order(machines: Machines) -> None:
+@pytest.mark.parametrize("sheep_first", [False, True])
+def test_everything_starts_cold_in_any_order(machines: Machines, sheep_first: bool) -> None:
+    """In one order as it is drawn, and in one where a sheep certainly comes before its engine."""
     machines.dog("vdi", "create", "v", str(SMALL))
     data = written(machines, 1)
     for node in range(MACHINES):
         machines.kill(node)
     for member in machines.members:
         member.stop()
-    chance = random.Random(machines.engine)
+    chance = random.Random(f"{machines.engine} {sheep_first}")
     order = [*(("engine", node) for node in range(MACHINES)), *(("sheep", node) for node in range(MACHINES))]
     chance.shuffle(order)
+    if sheep_first:
+        early = chance.randrange(MACHINES)
+        order.remove(("sheep", early))
+        order.insert(0, ("sheep", early))
     starting = []
     for what, node in order:
         if what == "engine":
