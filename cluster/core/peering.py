@@ -185,7 +185,7 @@ class Inventories:
         self._ended = [False] * members
         self._parts: list[int] = [0] * members
         self._origins: list[list[Origin]] = [[] for _ in range(members)]
-        self._unsure: dict[tuple[ObjectId, int], None] = {}  # copies that may never have existed, by object and member
+        self._unsure: dict[tuple[ObjectId, int], int] = {}  # as_of of what may never have been, by object and member
         self._blind: dict[ObjectId, dict[int, int]] = {}  # by object and member: up to which epoch
 
     def add(self, member: int, index: int, body: Buffer, complete: int, flags: int) -> None:
@@ -222,9 +222,9 @@ class Inventories:
                     continue
                 if earlier == UNSURE:
                     earlier = 0
-                    self._unsure[oid, member] = None
                     if knows_all:  # then it exists only if somebody here has it
                         as_of = NEVER
+                    self._unsure[oid, member] = as_of
                 if not oid >> STRIP_SHIFT:
                     copies.setdefault(oid, []).append((member, version, as_of))
                 elif earlier:
@@ -322,7 +322,7 @@ class Inventories:
         if known == NEVER or self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
         if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid)):
-            sure = [as_of for member, _, as_of in held if (oid, member) not in self._unsure]
+            sure = [as_of for member, _, as_of in held if self._unsure.get((oid, member)) != as_of]
             return Decision(oid, NO_VERSION, (), replicas, (), known=max(sure, default=0))
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)

@@ -16,7 +16,7 @@ class Lack(NamedTuple):
 
     known: int  # the object existed in that epoch
     blind: int  # the copy here was current in that epoch, and went bad; 0: it was not current since it came
-    sure: bool = True  # False: `known` is only the newest epoch in which it may have existed
+    maybe: int = 0  # the newest epoch in which it may have existed, as far as the disk here tells; 0: it tells nothing
 
 
 _NOTHING_KNOWN = Lack(0, 0)
@@ -43,7 +43,8 @@ class Standing:
         self.default = settled  # as_of of every copy not named below
         self.complete = settled
         self._older: dict[ObjectId, int] = {}
-        self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, Lack(last, broken, bool(broken)))
+        lack = Lack(last, broken) if broken else Lack(0, 0, last)
+        self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, lack)
         self.lacking.update((strip, Lack(epoch, 0)) for strip, epoch in stale.items())
 
     def as_of(self, oid: ObjectId, version: Version) -> int:
@@ -60,8 +61,10 @@ class Standing:
         lacking = {} if settled else dict(before)
         for oid in replica.missing:
             known = before.get(oid, _NOTHING_KNOWN)
-            existed = max(known.known, replica.lost[oid]) if oid in replica.lost else epoch
-            lacking[oid] = Lack(existed, known.blind, known.sure or oid not in replica.lost)
+            if oid in replica.lost:
+                lacking[oid] = known._replace(known=max(known.known, replica.lost[oid]))
+            else:
+                lacking[oid] = Lack(epoch, known.blind)
         for oid in replica.broken:
             lacking[oid] = Lack(epoch, epoch)
         older = {}
@@ -84,7 +87,10 @@ class Standing:
 
     def lacks(self) -> Iterator[Holding]:
         """What an inventory says of objects without a current copy here."""
-        for oid, (known, blind, sure) in self.lacking.items():
-            yield Holding(oid, NO_VERSION, known, 0 if sure else UNSURE)
+        for oid, (known, blind, maybe) in self.lacking.items():
+            if known or not maybe:
+                yield Holding(oid, NO_VERSION, known)
+            if maybe > known:
+                yield Holding(oid, NO_VERSION, maybe, UNSURE)
             if blind:
                 yield Holding(oid, NO_VERSION, blind, BLIND)

@@ -327,3 +327,43 @@ def test_what_was_read_is_not_taken_back(planted: bool, monkeypatch: pytest.Monk
     later = read(replica, volume)
     assert later == (Result.SUCCESS, block_of(1))
     assert answers == ([block_of(2)] if planted else [])
+
+
+def test_a_node_that_began_to_copy_an_object_is_told_that_it_exists() -> None:
+    """Its own disk cannot tell after a restart. What the others said must count when it is alone with its word."""
+    cluster, volume = fresh(3, 3)
+    world = cluster.world
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    home, last, other = holders(cluster, volume)
+    home.kill()
+    other.kill()
+    settle(cluster, last)
+    assert write(last, volume, 2) == Result.SUCCESS
+    last.kill()
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        if kind == Kind.FETCH and (sender, receiver) == (home.id, last.id) and last.up:
+            world.after(0, last.kill)  # the node with the only current copy
+
+    cluster.fabric.trap = trap
+    for machine in (home, other):
+        machine.start()
+        world.run_for(100 * MILLISECOND)
+    last.start()
+    world.run_until(lambda: last.up, SECOND, "start")
+    world.run_until(lambda: not last.up, 5 * SECOND, "the copying began")
+    cluster.fabric.trap = None
+    settle(cluster, home, other)
+    home.kill()
+    settle(cluster, other)
+    home.start()
+    settle(cluster, home, other)
+    world.run_for(SECOND)  # both have heard
+    other.kill()
+    settle(cluster, home)
+    assert read(home, volume)[0] == Result.EIO
+    other.start()
+    settle(cluster, home, other)
+    last.start()
+    world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert read(other, volume) == (Result.SUCCESS, block_of(2))
