@@ -44,26 +44,36 @@ class Past:
         return self._forgotten.get(node, 0) < epoch
 
     def superseded(
-        self, oid: ObjectId, as_of: int, least: int = 1, blind: Mapping[int, int] = MappingProxyType({})
+        self,
+        oid: ObjectId,
+        as_of: int,
+        least: int = 1,
+        blind: Mapping[int, int] = MappingProxyType({}),
+        copies: int = 0,
     ) -> bool:
         """The object may have been written after `as_of` by nodes of which fewer than `least` can tell here.
 
         Of a coded object D nodes are needed to be sure: a write touches P + 1 of its strips. `blind`: members whose
-        copy went bad, with the epoch up to which they cannot tell.
+        copy went bad, with the epoch up to which they cannot tell. `copies`: of the object; 0: as the VDI table says.
         """
-        return any(self._unseen(oid, epoch, least, blind) for epoch in range(as_of + 1, self._placement.epoch))
+        return any(self._unseen(oid, epoch, least, blind, copies) for epoch in range(as_of + 1, self._placement.epoch))
 
     def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
         """Nobody here has heard of the object, but it may exist on nodes that are away."""
         return any(self._unseen(oid, epoch) for epoch in range(max(complete), self._placement.epoch))
 
     def _unseen(
-        self, oid: ObjectId, epoch: int, least: int = 1, blind: Mapping[int, int] = MappingProxyType({})
+        self,
+        oid: ObjectId,
+        epoch: int,
+        least: int = 1,
+        blind: Mapping[int, int] = MappingProxyType({}),
+        copies: int = 0,
     ) -> bool:
         then = self._former(epoch)
         if then is None:
             return False
-        replicas = then.replicas(oid)
+        replicas = then.ring.replicas(oid, copies) if copies else then.replicas(oid)
         nodes = [node for node in (then.nodes[index] for index in replicas) if self.remembers(node, epoch)]
         here = [self._placement.index_of.get(node) for node in nodes]
         witnesses = sum(member is not None and blind.get(member, 0) < epoch for member in here)

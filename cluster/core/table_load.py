@@ -1,8 +1,8 @@
 """The table of all VDIs after a cold start, collected from the inode objects of all members.
 
 Nodes that are away may have inodes of which nobody else has a copy. Then the table is *partial*: nothing is made or
-deleted, since ids that seem free may be taken and objects that nothing seems to name may be named; what is not known is
-out of reach rather than missing. The table is collected again in every epoch until nothing can be missing any more.
+deleted, since ids that seem free may be taken and objects that nothing seems to name may be named; what is not known, or
+known only as it was before others may have changed it, is out of reach rather than missing. The table is collected again in every epoch until nothing can be missing any more.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sheepdog.cluster.core.ids import (
 from sheepdog.cluster.core.inode import HEADER_SIZE, InodeHeader
 from sheepdog.cluster.core.limits import RECLAIM_PARALLEL
 from sheepdog.cluster.core.messages import Buffer, Kind
+from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.script import Script, Step, gather
 from sheepdog.cluster.core.state import ClusterState, node_key
 from sheepdog.cluster.core.vdi import Claim, VdiTable
@@ -49,7 +50,7 @@ class _Found:
         self.claims: dict[Vid, Claim] = {}
         self.complete: dict[NodeId, int] = {}
         self.forgotten: dict[NodeId, int] = {}
-        ranks: dict[int, tuple[Any, ...]] = {}
+        self._ranks: dict[int, tuple[Any, ...]] = {}
         for node in sorted(answers):
             inodes, places, cache, cached, known = json.loads(bytes(answers[node]))
             self.complete[node], self.forgotten[node] = known
@@ -57,8 +58,8 @@ class _Found:
             self.attributes.update(((Vid(vid), place), None) for vid, place in places)
             for number, as_of, version, text in inodes:
                 rank = (as_of, tuple(version))
-                if number not in ranks or rank > ranks[number]:
-                    ranks[number] = rank
+                if number not in self._ranks or rank > self._ranks[number]:
+                    self._ranks[number] = rank
                     self.inodes[number] = InodeHeader.unpack(bytes.fromhex(text))
 
     def table(self, claim_number: int) -> tuple[VdiTable, list[Vid]]:
@@ -89,6 +90,16 @@ class _Found:
         for vid in doubtful:
             del self.inodes[vid]
 
+    def forget_outdated(self, past: Past) -> None:
+        """Nodes that are away may have frozen, renamed or deleted what an old inode shows as a volume to be used."""
+        outdated = [
+            vid
+            for vid, inode in self.inodes.items()
+            if past.superseded(inode_oid(Vid(vid)), self._ranks[vid][0], copies=inode.nr_copies)
+        ]
+        for vid in outdated:
+            del self.inodes[vid]
+
 
 class TableLoad:
     """Of one node."""
@@ -111,6 +122,7 @@ class TableLoad:
         partial = self._partial(found)
         if partial:
             found.forget_doubtful()
+            found.forget_outdated(self._copies.at_home().past)
         table, unfinished = found.table(state.vdis.claim_number)
         changes: Values = {"table": table.to_json(), "partial": partial}
         if state.loaded and self._note_former_copies(table, state):

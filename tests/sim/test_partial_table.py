@@ -123,3 +123,32 @@ def test_nothing_is_missed_while_too_few_are_away() -> None:
     delete(cluster, b"one")
     delete(cluster, b"two")
     assert len(stored(cluster)) == 2, "tombstones only"
+
+
+def test_an_inode_that_others_may_have_changed_is_not_gone_by() -> None:
+    """They froze the volume: who took the old inode for the working one would roll back by the next snapshot."""
+    cluster = SimCluster(World(5), 2)
+    cluster.start_all()
+    cluster.format(2)
+    _, vid = made(cluster, b"volume")
+    late, other = cluster.machines
+    late.kill()
+    cluster.world.run_until(lambda: len(other.node.cluster.members) == 1, HEALTH_LIMIT_NS, "it is gone")
+    assert (
+        ask(cluster, lambda one, done: one.operations.create_vdi(b"volume", SIZE, vid, 0, 0, 0, 20, 1, done), 1)[0] == 0
+    )
+    goes_on = found(cluster, b"volume", 1)[1]
+    other.kill()
+    late.start()
+    cluster.world.run_for(SECOND)
+    other.start()
+    cluster.world.run_until(lambda: late.serves() and len(late.node.cluster.members) == 2, HEALTH_LIMIT_NS, "both")
+    other.kill()
+    cluster.world.run_until(lambda: late.serves() and late.node.cluster.loaded, HEALTH_LIMIT_NS, "one runs")
+    assert len(late.node.cluster.members) == 1
+    assert found(cluster, b"volume", 0) == (Result.WAIT_FOR_JOIN, None)
+    other.start()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert found(cluster, b"volume", 0) == (Result.SUCCESS, goes_on)
+    assert goes_on is not None
+    assert goes_on.parent == vid
