@@ -101,7 +101,7 @@ class Executor:
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
-        self.sweep = Sweep(context, gateway, everyone, inodes)
+        self.sweep = Sweep(context, gateway, everyone, inodes, self._erase)
         self.table = TableLoad(context, gateway, everyone, left_dirty, copies)
         self._freeze_here = freeze_here
 
@@ -271,7 +271,7 @@ class Executor:
             return {"result": refusal}
         if (yield from self._erase(record)):
             return {"result": int(Result.VDI_WRITE)}
-        changes: Values = {"put": [_tombstone(record)]}
+        changes: Values = {"put": [record.tombstone()]}
         if len(self._context.state.vdis.named(record.name)) == 1:
             vid = vid_of_name(record.name)
             changes["attributes"] = [vid, (yield from self._free_attributes(vid, record.name))]
@@ -284,7 +284,7 @@ class Executor:
             return {"result": int(Result.SUCCESS)}
         if (yield from self._erase(record)):
             return {"result": int(Result.VDI_WRITE)}
-        return {"result": int(Result.SUCCESS), "changes": {"put": [_tombstone(record)]}}
+        return {"result": int(Result.SUCCESS), "changes": {"put": [record.tombstone()]}}
 
     def _erase(self, record: VdiRecord) -> Script[int]:
         """The inode loses its name, then what it named is freed, then its map is emptied and its size 0."""
@@ -470,11 +470,6 @@ class Executor:
             if not there.name and free < 0:
                 free = place
         return free, False
-
-
-def _tombstone(record: VdiRecord) -> Values:
-    """What remains of a deleted VDI: its vid stays in use (protocol.md 6.3)."""
-    return {**record.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
 
 
 def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | None) -> Result:

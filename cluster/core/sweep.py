@@ -5,6 +5,7 @@
  attributes     of a name that nothing has any more, or that were made and never committed
  vids           with `format -R`, of families that are deleted altogether
  snapshots      that failed in the middle: on the disks too the volume becomes what the table says
+ maps           of deleted VDIs whose inode could not be written when a cold start found them
 
 It is an ordered operation, so no VDI comes or goes meanwhile. What belongs to a living VDI is never touched, even if
 no map names it: a client may have created it and be about to name it. It goes when that VDI is deleted.
@@ -39,18 +40,23 @@ from sheepdog.cluster.core.limits import RECLAIM_PARALLEL, SWEEP_DELAY_NS
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather
 from sheepdog.cluster.core.state import ClusterFlag, Status
+from sheepdog.cluster.core.vdi import VdiRecord
 
 Values = dict[str, Any]
+Erase = Callable[[VdiRecord], Script[int]]
 
 
 class Sweep:
-    """Of one node."""
+    """Of one node. `erase` frees what a deleted VDI names and empties its map."""
 
-    def __init__(self, context: Context, gateway: Gateway, everyone: Everyone, inodes: InodeWrites) -> None:
+    def __init__(
+        self, context: Context, gateway: Gateway, everyone: Everyone, inodes: InodeWrites, erase: Erase
+    ) -> None:
         self._context = context
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
+        self._erase = erase
         self._planned = False
 
     def consider(self) -> None:
@@ -84,6 +90,7 @@ class Sweep:
 
     def run(self, operation: Values) -> Script[Values]:
         """The operation `sweep`: its number says which wishes for one it fulfils."""
+        buried = yield from self._bury()
         answers: dict[Any, Buffer] = yield self._ask()
         candidates = sorted({ObjectId(oid) for node in sorted(answers) for oid in json.loads(bytes(answers[node]))})
         attributes = [oid for oid in candidates if is_attribute(oid)]
@@ -102,12 +109,22 @@ class Sweep:
             if (yield from self.undo_snapshot(Vid(frozen), Vid(made))):
                 mended.append([frozen, made])
         changes: Values = {
+            "put": buried,
             "swept": operation["number"],
             "attributes_gone": gone,
             "mended": mended,
             "forgotten": forgotten,
         }
         return {"result": int(Result.SUCCESS), "changes": changes}
+
+    def _bury(self) -> Script[list[Values]]:
+        """The tombstones of those whose map is empty now; what is out of reach yet waits for another sweep."""
+        tombstones = []
+        for record in [record for record in self._context.state.vdis.records() if record.is_unburied]:
+            if not (yield from self._erase(record)):
+                self._context.probe("sweep.buried")
+                tombstones.append(record.tombstone())
+        return tombstones
 
     def undo_snapshot(self, frozen: Vid, made: Vid) -> Script[bool]:
         """A snapshot was not committed: its volume is not frozen, and the VDI `made` to go on does not exist.

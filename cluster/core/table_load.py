@@ -1,8 +1,9 @@
 """The table of all VDIs after a cold start, collected from the inode objects of all members.
 
 Nodes that are away may have inodes of which nobody else has a copy. Then the table is *partial*: nothing is made or
-deleted, since ids that seem free may be taken and objects that nothing seems to name may be named; what is not known, or
-known only as it was before others may have changed it, is out of reach rather than missing. The table is collected again in every epoch until nothing can be missing any more.
+deleted, since ids that seem free may be taken and objects that nothing seems to name may be named; what is not known,
+or known only as it was before others may have changed it, is out of reach rather than missing. The table is collected
+again in every epoch until nothing can be missing any more.
 """
 
 from __future__ import annotations

@@ -122,6 +122,15 @@ class VdiRecord:
         values["tag"] = self.tag.decode("latin-1")
         return values
 
+    def tombstone(self) -> dict[str, Any]:
+        """What remains of a deleted VDI, as JSON: its vid stays in use (protocol.md 6.3)."""
+        return {**self.to_json(), "name": "", "size": 0, "vm_state_size": 0, "deleted": True}
+
+    @property
+    def is_unburied(self) -> bool:
+        """Deleted, but its inode may still have the map: the size goes last."""
+        return self.deleted and self.size != 0
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> VdiRecord:
         fields = dict(values)
@@ -384,7 +393,7 @@ class VdiTable:
             rest = not record.is_snapshot and not record.deleted and oldest[record.name] is not record
             if rest:
                 record.deleted, record.name = True, b""
-            if rest or (record.deleted and record.size):
+            if rest or record.is_unburied:
                 unfinished.append(record.vid)
             table.put(record)
         return table, unfinished

@@ -150,6 +150,7 @@ class VolumeOwner(Asking):
         self.images: list[Image] = []  # snapshots of this owner's own
         self.operations = 0
         self.recycling = False  # the cluster gives vids again
+        self._keeps_name = False  # a snapshot may exist that is not among the images: its answer was lost
         self.policy = 0  # of the volume: 0 as many copies as the cluster's default, else the byte of a D:P
         self._objects = objects
         self._blocks = blocks
@@ -284,7 +285,7 @@ class VolumeOwner(Asking):
 
     def _start_over(self) -> Script[None]:
         """Deletes the working VDI and creates a fresh one of the same name; snapshots stay."""
-        if self.recycling and self.images:
+        if self.recycling and (self.images or self._keeps_name):
             return  # their family keeps the name
         yield from self._delete_working()
         self.progress = Progress()
@@ -317,6 +318,7 @@ class VolumeOwner(Asking):
         if len(self.images) >= 4:
             return
         image = yield from take_snapshot(self, self.name, self._objects)
+        self._keeps_name |= image is None
         if image is not None:
             image.candidates = [self.content]
             self.images.append(image)

@@ -7,9 +7,11 @@ from tests.sim.test_late_map_writes import create, new_vdi, running, write_map
 from tests.sim.test_volumes import ask, delete, set_attribute, stored
 
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.executor import Executor, Values
 from sheepdog.cluster.core.ids import Vid, attribute_oid, data_oid, inode_oid, is_attribute, is_inode
 from sheepdog.cluster.core.inode import HEADER_SIZE
 from sheepdog.cluster.core.messages import Flag
+from sheepdog.cluster.core.script import Script
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
 from sheepdog.cluster.sim.nemesis import Faults
@@ -107,3 +109,31 @@ def test_attributes_of_nothing_go() -> None:
     assert [oid for oid in stored(cluster) if is_attribute(oid)] == [kept]
     delete(cluster, b"guest")
     assert stored(cluster) == [inode_oid(vid)]
+
+
+def test_a_deletion_that_a_cold_start_could_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that had the inode were away. The next sweep ends it."""
+    cluster = running(7)
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0, 1)
+    write_map(cluster, vid, 0, vid, vid)
+    nameless = bytes(256)
+    result, _ = ask(
+        cluster, lambda node, done: node.gateway.change(inode_oid(vid), Flag.DURABLE, 0, 0, nameless, 0, done)
+    )
+    assert result == Result.SUCCESS
+    for machine in cluster.machines:
+        machine.kill()
+    monkeypatch.setattr(Executor, "_bury", lambda self, operation: out_of_reach())
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health, and a sweep")
+    assert stored(cluster) == [inode_oid(vid)]
+    audit(cluster)
+    record = cluster.machines[0].node.cluster.vdis.get(vid)
+    assert record is not None
+    assert not record.is_unburied
+
+
+def out_of_reach() -> Script[Values]:
+    yield from ()
+    return {"result": int(Result.VDI_WRITE)}

@@ -22,6 +22,7 @@ FAULTS = {
     "kills": Faults(kill=2, link=0.5, mean_ns=80 * MILLISECOND),
     "full stops": Faults(kill=1, everybody=0.4, mean_ns=200 * MILLISECOND),
 }
+SEEDS = {"kills": (*range(9), 16, 17, 22, 26, 28), "full stops": range(6)}  # the later ones found something once
 
 
 def recycling(copies: int = 3) -> SimCluster:
@@ -90,7 +91,7 @@ def test_what_a_node_brings_back_is_not_taken_for_the_new_volume() -> None:
 
 @pytest.mark.parametrize("faults", list(FAULTS))
 def test_nothing_at_all_is_left_of_what_is_deleted(faults: str) -> None:
-    for seed in range(1, 6):  # others: docs/promises.md, what is known to be open
+    for seed in SEEDS[faults]:
         scenario = Scenario(
             f"recycling {faults}", clients=0, owners=3, objects=3, faults=FAULTS[faults], durable_chance=1.0
         )
