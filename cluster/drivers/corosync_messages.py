@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ports import Peer
+from sheepdog.cluster.drivers.cpg import Process
 
 FORMAT = 1  # of messages; a later one is refused
 LATER_FORMATS = range(FORMAT + 1, 16)  # of ours some day; text, which somebody else may send, begins with larger bytes
@@ -31,6 +32,16 @@ class Parsed(NamedTuple):
     incarnation: int
     counter: int
     origin: int
+    body: bytes
+
+
+class Ordered(NamedTuple):
+    """A message that has a place in the order."""
+
+    kind: Kind
+    process: Process
+    incarnation: int
+    counter: int
     body: bytes
 
 

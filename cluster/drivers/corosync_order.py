@@ -31,6 +31,7 @@ from sheepdog.cluster.core.ports import Delivery, Event, Leased, Lost, Peer, Res
 from sheepdog.cluster.drivers.corosync_messages import (
     REFERENCE,
     Kind,
+    Ordered,
     Seat,
     decode,
     encode,
@@ -46,16 +47,6 @@ ANSWER_NS = 2_000_000_000  # a member answers in milliseconds; twice ROUNDS_NS i
 MAX_PATIENCE = 5  # times ANSWER_NS: an answer to an earlier turn does not count, so a slow group is asked less often
 ROUNDS_NS = 200_000_000  # the token goes round a hundred times meanwhile; each time a daemon may ask for what it lacks
 GRACE_PERCENT = 110  # two hosts' clocks run at speeds that differ by far less than a tenth
-
-
-class Ordered(NamedTuple):
-    """A message that has a place in the order."""
-
-    kind: Kind
-    process: Process
-    incarnation: int
-    counter: int
-    body: bytes
 
 
 class Gone(NamedTuple):
@@ -385,8 +376,7 @@ class Order:
     def _found(self) -> None:
         """All that are there are pending: they are the first members."""
         self._clear_queue()
-        self.established = self._clear = True
-        self.quorum.gone_on(self._ring)
+        self._establish()
         self._sequence = 0
         self.origin = next(iter(self._announced.values())).peer.incarnation
         for process, seat in self._announced.items():
@@ -395,10 +385,15 @@ class Order:
         self._announced.clear()
         self.resume()
 
-    def _adopt(self, values: dict[str, Any]) -> None:
-        """The roster as of our JOIN; what came after it follows from the queue."""
+    def _establish(self) -> None:
+        """The first lease, of the JOIN that came back, is there before the first view: without one nothing is held."""
         self.established = self._clear = True
         self.quorum.gone_on(self._ring)
+        self._emit_event(Leased((self._asked_ns or 0) + self._lease_ns))
+
+    def _adopt(self, values: dict[str, Any]) -> None:
+        """The roster as of our JOIN; what came after it follows from the queue."""
+        self._establish()
         self._sequence, self.origin = values["sequence"], values["origin"]
         self._roster = {Process(*row["process"]): seat_of(row) for row in values["members"]}
         self._roster[self._process].established = True

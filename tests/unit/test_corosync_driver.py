@@ -312,6 +312,7 @@ PARTITIONS = [((1, 2, 3),), ((1,), (2, 3)), ((1, 2), (3,)), ((1, 3), (2,)), ((1,
 def check(world: World) -> None:
     one_order(world)
     leases_end_in_time(world)
+    leases_come_first(world)
     for attachment in world.all:
         told = [event for _, event in attachment.events if isinstance(event, Delivery)]
         data = [event.data for event in told]
@@ -352,6 +353,13 @@ def leases_end_in_time(world: World) -> None:
             if isinstance(event, View) and event.grace_ns:
                 end_ns = when + event.grace_ns
                 assert all(until.get((origin, peer.incarnation), 0) <= end_ns for peer in event.left)
+
+
+def leases_come_first(world: World) -> None:
+    """Who has had none may answer without one: the first is there before the first view."""
+    for attachment in world.all:
+        kinds = [type(event) for _, event in attachment.events if isinstance(event, Leased | View)]
+        assert not kinds or kinds[0] is Leased
 
 
 def play(random: Random, steps: int) -> World:
