@@ -31,9 +31,7 @@ class ThreadStates:
 
     def keep(self, connection: object) -> None:
         """Keeps the calling thread's state until its connection ends. To be called in each request."""
-        try:
-            self._here.kept  # noqa: B018  # the cheapest question
-        except AttributeError:
+        if not getattr(self._here, "kept", False):
             self._here.kept = True
             _api.PyGILState_Ensure()  # one more than nbdkit's, which it will not give back
             self._kept.setdefault(id(connection), []).append(_api.PyThreadState_Get())

@@ -12,10 +12,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import NamedTuple
 
-from tests.bench.scale import accepted, member
+from tests.bench.counting import calls
+from tests.bench.scale import Listening, accepted, member
 
 from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     coordinator_us: float
 
 
-class Node:
+class Node(Listening):
     """One machine, and its ports: the engine is the simulator's, operations end as soon as they are due."""
 
     def __init__(self, cluster: Cluster, me: Member) -> None:
@@ -91,26 +91,6 @@ class Node:
     def operation_due(self, operation: Command) -> None:
         name = {key: operation[key] for key in ("owner", "number", "op")}
         self.machine.propose({"t": "commit", "operation": name, "changes": {}, "result": 0})
-
-    def operation_ended(self, operation: Command) -> None: ...
-
-    def epoch_changed(self) -> None: ...
-
-    def formatted(self) -> None: ...
-
-    def state_changed(self, command: Command) -> None: ...
-
-    def refused(self, reason: str) -> None:
-        raise AssertionError(reason)
-
-    def expelled(self, member: Member) -> None: ...
-
-    def coordinator_due(self) -> None: ...
-
-    def suspended(self, suspended: bool, reason: str) -> None: ...
-
-    def lost(self, reason: str) -> None:
-        raise AssertionError(reason)
 
 
 class Cluster:
@@ -193,23 +173,6 @@ class Cluster:
         self.check()
         coordinator_us = self.nodes[0].cpu_ns / 1000
         return Cost(messages / repeated, size / repeated, 0.0, cpu_us / repeated, coordinator_us / repeated)
-
-
-def calls(work: Callable[[], None]) -> int:
-    """Calls of functions of cluster/core while `work` is done."""
-    counted = 0
-
-    def count(frame: FrameType, event: str, _: object) -> None:
-        nonlocal counted
-        if event == "call" and "/cluster/core/" in frame.f_code.co_filename:
-            counted += 1
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return counted
 
 
 def events(cluster: Cluster) -> dict[str, Cost]:

@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 ATTACH_LIMIT_S = 20.0
@@ -24,6 +26,23 @@ class Counted(Protocol):
 
     @property
     def operations(self) -> int: ...
+
+
+def calls(work: Callable[[], None]) -> int:
+    """Calls of functions of cluster/core while `work` is done."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal counted
+        if event == "call" and "/cluster/core/" in frame.f_code.co_filename:
+            counted += 1
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:

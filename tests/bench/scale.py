@@ -49,26 +49,8 @@ def timed(call: Callable[[], object]) -> float:
     return 1000 * best
 
 
-class Machine:
-    """The machine of one node among others that only send; it is its own engine, whose messages come at once."""
-
-    def __init__(self, me: int, members: Sequence[Member]) -> None:
-        self._sequence = count(1)
-        self._peers = [peer(one) for one in members]
-        self._sent: list[bytes] = []
-        self._fragments = Fragments()
-        self._me = self._peers[me]
-        self.machine = ClusterMachine(members[me], False, ClusterState(), self, self, self, lambda level, text: None)
-        state = ClusterState(ctime=1, flags=ClusterFlag.AUTO_VNODES, status=Status.RUNNING)
-        state.members = state.weighted(members)
-        state.epochs = [EpochRecord(Epoch(number + 1), 1, state.members) for number in range(EPOCHS)]
-        self.machine.on_event(View(next(self._sequence), tuple(self._peers), (self._me,), ()))
-        joining = json.loads(self.proposed()[-1])
-        self.say(joining, self._me)
-        self.say(accepted(self._me, joining, state), self._peers[0])
-        assert self.machine.joined and len(self.machine.state.members) == len(members)
-
-    # what the machine asks for, and tells: its ports and its listener
+class Listening:
+    """A `core.listener.Listener` without a node behind it."""
 
     def epoch_changed(self) -> None: ...
 
@@ -91,6 +73,28 @@ class Machine:
 
     def lost(self, reason: str) -> None:
         raise AssertionError(reason)
+
+
+class Machine(Listening):
+    """The machine of one node among others that only send; it is its own engine, whose messages come at once."""
+
+    def __init__(self, me: int, members: Sequence[Member]) -> None:
+        self._sequence = count(1)
+        self._peers = [peer(one) for one in members]
+        self._sent: list[bytes] = []
+        self._fragments = Fragments()
+        self._me = self._peers[me]
+        self.machine = ClusterMachine(members[me], False, ClusterState(), self, self, self, lambda level, text: None)
+        state = ClusterState(ctime=1, flags=ClusterFlag.AUTO_VNODES, status=Status.RUNNING)
+        state.members = state.weighted(members)
+        state.epochs = [EpochRecord(Epoch(number + 1), 1, state.members) for number in range(EPOCHS)]
+        self.machine.on_event(View(next(self._sequence), tuple(self._peers), (self._me,), ()))
+        joining = json.loads(self.proposed()[-1])
+        self.say(joining, self._me)
+        self.say(accepted(self._me, joining, state), self._peers[0])
+        assert self.machine.joined and len(self.machine.state.members) == len(members)
+
+    # what the machine asks for: its ports
 
     def broadcast(self, data: bytes) -> None:
         self._sent.append(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import needs
-from tests.support.cluster import Cluster, started
+from tests.support.cluster import Cluster, with_locks
 from tests.support.processes import having_argument, send_signal, wait_until
 
 from sheepdog.cluster.core.errors import UsageError
@@ -20,10 +20,7 @@ SECONDS = 20.0
 
 @pytest.fixture
 def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
-    made = started(new_cluster(2))
-    made.format("-l", "-c", "2")
-    made.dog("vdi", "create", "v", "16M")
-    return made
+    return with_locks(new_cluster(2))
 
 
 @pytest.fixture

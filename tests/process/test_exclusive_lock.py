@@ -7,7 +7,7 @@ import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
-from tests.support.cluster import Cluster, started
+from tests.support.cluster import Cluster, started, with_locks
 
 from sheepdog.cluster.client import exclusive
 from sheepdog.cluster.client.connection import Connection
@@ -26,11 +26,7 @@ SECONDS = 40.0
 
 @pytest.fixture
 def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
-    """It enforces locks, and has a volume."""
-    made = started(new_cluster(3))
-    made.format("-l", "-c", "2")
-    made.dog("vdi", "create", "v", "16M")
-    return made
+    return with_locks(new_cluster(3))
 
 
 def behind(cluster: Cluster, node: int) -> GatewayCluster:

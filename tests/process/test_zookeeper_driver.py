@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
-from shutil import rmtree
 
 import pytest
 from tests.support.attached import Attached, until
 from tests.support.members import Member, Members, agree, wait
 from tests.support.pauses import Pauses
-from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble
+from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble, running_server
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Delivery, Leased, View
@@ -33,14 +32,8 @@ _numbers = count()
 @pytest.fixture(scope="module")
 def server() -> Iterator[Ensemble]:
     """One server for all tests of this file; each uses a place of its own."""
-    directory = Path(tempfile.mkdtemp(prefix="sheepdog-"))
-    ensemble = Ensemble(directory)
-    try:
-        ensemble.start()
+    with running_server() as ensemble:
         yield ensemble
-    finally:
-        ensemble.close()
-        rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -376,11 +369,14 @@ def test_a_lease_does_not_wait_for_an_end_that_recedes(place: str, monkeypatch: 
                 a.driver.broadcast(b"%d" % (appended := appended + 1))
             return await exists(self, path, watch)
 
+        def leased_after(position: int) -> bool:
+            return any(isinstance(event, Leased) for event in a.events[position:])
+
         monkeypatch.setattr(Client, "exists", there_is_more)
         for _ in range(3):
-            leases = len([event for event in a.events if isinstance(event, Leased)])
+            before = len(a.events)
             a.driver.renew()
-            await until(lambda leases=leases: len([one for one in a.events if isinstance(one, Leased)]) > leases)  # type: ignore[misc]
+            await until(partial(leased_after, before))
         assert appended < 50
         monkeypatch.undo()
         await a.driver.leave()

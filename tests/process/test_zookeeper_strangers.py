@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
-from shutil import rmtree
 
 import pytest
 from tests.support.attached import Attached, until
 from tests.support.processes import BIN, run, wait_until
-from tests.support.zookeeper import Ensemble
+from tests.support.zookeeper import Ensemble, running_server
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Leased, Lost, Suspended
@@ -27,14 +25,8 @@ _numbers = count()
 @pytest.fixture(scope="module")
 def server() -> Iterator[Ensemble]:
     """One server for all tests of this file; each uses a place of its own."""
-    directory = Path(tempfile.mkdtemp(prefix="sheepdog-"))
-    ensemble = Ensemble(directory)
-    try:
-        ensemble.start()
+    with running_server() as ensemble:
         yield ensemble
-    finally:
-        ensemble.close()
-        rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

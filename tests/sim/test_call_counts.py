@@ -6,10 +6,9 @@ shows here and has to say why.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 
+from tests.bench.counting import calls
 from tests.sim.test_directed import fresh
 from tests.sim.test_late_map_writes import new_vdi
 
@@ -40,23 +39,6 @@ def calls_per_request(
         run(lambda: done == REQUESTS)
 
     return calls(all_of_them) / REQUESTS
-
-
-def calls(work: Callable[[], None]) -> int:
-    """Calls of functions of cluster/core while `work` is done."""
-    counted = 0
-
-    def count(frame: FrameType, event: str, _: object) -> None:
-        nonlocal counted
-        if event == "call" and "/cluster/core/" in frame.f_code.co_filename:
-            counted += 1
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return counted
 
 
 def costs() -> Iterator[tuple[float, float]]:

@@ -200,3 +200,10 @@ def formatted(cluster: Cluster) -> Cluster:
     """Started, with three copies of everything."""
     started(cluster).format("-c", "3")
     return cluster
+
+
+def with_locks(cluster: Cluster) -> Cluster:
+    """Runs, enforces locks, keeps two copies, and has the volume "v" of 16 MiB."""
+    started(cluster).format("-l", "-c", "2")
+    cluster.dog("vdi", "create", "v", "16M")
+    return cluster

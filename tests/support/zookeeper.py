@@ -10,9 +10,12 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from tests.support.ports import PortBlock
@@ -176,3 +179,16 @@ class Ensemble:
                 server.stop()
         finally:
             self._ports.close()
+
+
+@contextmanager
+def running_server() -> Iterator[Ensemble]:
+    """One server in a directory of its own, gone afterwards with all that it kept."""
+    directory = Path(tempfile.mkdtemp(prefix="sheepdog-"))
+    ensemble = Ensemble(directory)
+    try:
+        ensemble.start()
+        yield ensemble
+    finally:
+        ensemble.close()
+        rmtree(directory, ignore_errors=True)
