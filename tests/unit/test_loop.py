@@ -177,6 +177,24 @@ def test_what_a_reader_schedules_is_not_slept_over(world: World, how: str) -> No
     theirs.close()
 
 
+def test_another_threads_call_wakes_the_loop(world: World) -> None:
+    """It comes through a descriptor of asyncio's own."""
+    future: asyncio.Future[None] = world.loop.create_future()
+
+    def elsewhere() -> None:
+        time.sleep(0.05)
+        world.loop.call_soon_threadsafe(future.set_result, None)
+
+    guard = world.loop.call_later(5.0, world.loop.stop)
+    thread = threading.Thread(target=elsewhere)
+    before = time.monotonic()
+    thread.start()
+    world.loop.run_until_complete(future)
+    assert time.monotonic() - before < 4.0
+    thread.join()
+    guard.cancel()
+
+
 def test_readers_may_remove_each_other_and_break(world: World) -> None:
     pairs = [socket.socketpair() for _ in range(3)]
 
