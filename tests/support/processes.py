@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,15 @@ def having_argument(argument: str) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    return bool(command_line(pid))
+    """Whether any of the process is left: a dying one loses its command line before its files are closed."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        return not select.select([handle], [], [], 0)[0]
+    finally:
+        os.close(handle)
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:
