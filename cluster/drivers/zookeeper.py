@@ -429,9 +429,10 @@ class ZooKeeperDriver:
         return False
 
     async def _declare_dead(self) -> None:
+        asked = list(self._roster.members.items())  # who joins meanwhile is not in the answer, and lives
         names = dict.fromkeys(await self._there.children(f"{self._base}/members", self._look.set))
-        members = self._roster.members.items()
-        dead = [n for n, peer in members if peer.id.hex() not in names and n not in self._struck]
+        gone = [n for n, peer in asked if peer.id.hex() not in names]
+        dead = [n for n in gone if n in self._roster.members and n not in self._struck]
         if dead:
             await self._append(dead_entry(self._me.incarnation, 0, dead))
             self._struck.update(dict.fromkeys(dead))

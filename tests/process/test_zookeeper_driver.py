@@ -304,6 +304,39 @@ def test_a_create_whose_answer_was_lost(place: str, monkeypatch: pytest.MonkeyPa
     asyncio.run(body())
 
 
+def test_who_joins_while_the_dead_are_looked_for_is_not_one_of_them(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late the oldest member comes to read the list of those that are there."""
+    children = Client.children
+
+    async def body() -> None:
+        held, released = asyncio.Event(), asyncio.Event()
+
+        async def late(self: Client, path: str, watch: Callable[[], None] | None = None) -> list[str]:
+            names = await children(self, path, watch)
+            if path.endswith("/members") and watch is not None:
+                held.set()
+                await released.wait()
+            return names
+
+        monkeypatch.setattr(Client, "children", late)
+        a = await Attached(place, "a").open()
+        await held.wait()
+        b = await Attached(place, "b").open()
+        await until(lambda: a.members() == b.members() == [b"a", b"b"])
+        released.set()
+        for one in (a, b):
+            one.driver.broadcast(one.driver._me.id)
+        await until(lambda: set(a.texts()) == set(b.texts()) == {b"a", b"b"})
+        assert a.members() == b.members() == [b"a", b"b"]
+        for one in (b, a):
+            await one.driver.leave()
+            await one.driver.close()
+
+    asyncio.run(body())
+
+
 def test_an_id_that_is_attached_cannot_attach_twice(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.JOIN_PATIENCE_S", 0.5)
 
