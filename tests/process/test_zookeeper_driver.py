@@ -15,7 +15,7 @@ import pytest
 from tests.support.attached import Attached, until
 from tests.support.members import Member, Members, agree, wait
 from tests.support.pauses import Pauses
-from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble, running_server
+from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble, running_servers
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Delivery, Leased, View
@@ -25,27 +25,33 @@ from sheepdog.cluster.drivers.zookeeper_client import Client, Unreachable, Znode
 TIMEOUT_MS = 1500  # where somebody dies
 ELECTION_SECONDS = 3.0  # as docs/operations.md has it
 BUSY_PAUSES = 8  # processes that follow one another in it, each of which may be kept from running as this one was
+LONGER_TIMEOUT_MS = 5000  # more than a busy machine needs to connect again
 CALM_TIMEOUT_MS = 20_000  # where nobody shall: no pause of a busy machine is taken for a death
 _numbers = count()
+
+
+def new_place(servers: Ensemble, timeout_ms: int) -> str:
+    """The driver's argument for a cluster that nobody else uses."""
+    return f"{servers.address}/test{next(_numbers)},timeout={timeout_ms}"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Ensemble]:
     """One server for all tests of this file; each uses a place of its own."""
-    with running_server() as ensemble:
-        yield ensemble
+    with running_servers() as started:
+        yield started
 
 
 @pytest.fixture
 def place(server: Ensemble) -> str:
     """The driver's argument for a cluster of the test's own."""
-    return f"{server.address}/test{next(_numbers)},timeout={CALM_TIMEOUT_MS}"
+    return new_place(server, CALM_TIMEOUT_MS)
 
 
 @pytest.fixture
 def members(directory: Path, server: Ensemble, teardown: ExitStack) -> Members:
     """Members that may die."""
-    started = Members(directory, f"zookeeper:{server.address}/test{next(_numbers)},timeout={TIMEOUT_MS}")
+    started = Members(directory, f"zookeeper:{new_place(server, TIMEOUT_MS)}")
     teardown.callback(started.close)
     return started
 
@@ -57,18 +63,26 @@ def calm_members(directory: Path, place: str, teardown: ExitStack) -> Members:
     return started
 
 
+@pytest.fixture(scope="module")
+def ensemble() -> Iterator[Ensemble]:
+    with running_servers(3) as started:
+        yield started
+
+
 @pytest.fixture
-def three_servers(directory: Path, teardown: ExitStack) -> Ensemble:
-    ensemble = Ensemble(directory, 3)
-    teardown.callback(ensemble.close)
+def three_servers(ensemble: Ensemble) -> Iterator[Ensemble]:
+    """All of them serve, whatever an earlier test has done to them."""
     ensemble.start()
-    return ensemble
+    yield ensemble
+    for server in ensemble.servers:
+        if server.process is not None:
+            server.send(signal.SIGCONT)
 
 
 @pytest.fixture
 def spread(directory: Path, three_servers: Ensemble, teardown: ExitStack) -> Members:
     """Members of an ensemble of three; nobody of them dies."""
-    started = Members(directory, f"zookeeper:{three_servers.address}/spread,timeout={CALM_TIMEOUT_MS}")
+    started = Members(directory, f"zookeeper:{new_place(three_servers, CALM_TIMEOUT_MS)}")
     teardown.callback(started.close)
     return started
 
@@ -105,7 +119,7 @@ def test_deaths_and_leaves(members: Members) -> None:
 
 def test_a_death_while_the_leader_is_silent(directory: Path, three_servers: Ensemble, teardown: ExitStack) -> None:
     """The bound that docs/operations.md states: the servers have to notice, to elect, and count the session anew."""
-    members = Members(directory, f"zookeeper:{three_servers.address}/silent,timeout={TIMEOUT_MS}")
+    members = Members(directory, f"zookeeper:{new_place(three_servers, TIMEOUT_MS)}")
     teardown.callback(members.close)
     a, b, c = members.together("a", "b", "c")
     pauses = teardown.enter_context(Pauses())
@@ -189,8 +203,7 @@ def test_the_leader_dies(spread: Members, three_servers: Ensemble) -> None:
 
 def test_all_servers_go_and_come_back(directory: Path, three_servers: Ensemble, teardown: ExitStack) -> None:
     """For longer than a session lasts: nobody can end it, and the servers count anew when they are back."""
-    session_seconds = 5.0  # longer than a busy machine needs to connect again
-    members = Members(directory, f"zookeeper:{three_servers.address},timeout={session_seconds * 1000:.0f}")
+    members = Members(directory, f"zookeeper:{new_place(three_servers, LONGER_TIMEOUT_MS)}")
     teardown.callback(members.close)
     a, b, c = members.together("a", "b", "c")
     for server in three_servers.servers:
@@ -198,7 +211,7 @@ def test_all_servers_go_and_come_back(directory: Path, three_servers: Ensemble, 
     wait(lambda: all(member.others()[-1:] == ["Suspended"] for member in (a, b, c)), members)
     a.tell("send while 5")
     b.tell("send while 5")
-    time.sleep(1.5 * session_seconds)
+    time.sleep(1.5 * LONGER_TIMEOUT_MS / 1000)
     assert [member.others()[-1] for member in (a, b, c)] == ["Suspended"] * 3
     assert a.messages() == []
     for server in three_servers.servers:
@@ -373,7 +386,7 @@ def test_a_lease_follows_from_what_the_servers_grant(server: Ensemble, asked_ms:
     """They have limits: here 400 ms to 60 s. The others wait for the lease after a death, and a tenth more."""
 
     async def body() -> int:
-        place = f"{server.address}/test{next(_numbers)},timeout={asked_ms}"
+        place = new_place(server, asked_ms)
         a = await Attached(place, "a").open()
         b = await Attached(place, "b").open()
         await until(lambda: a.members() == [b"a", b"b"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.support.attached import Attached, until
 from tests.support.processes import BIN, run, wait_until
-from tests.support.zookeeper import Ensemble, running_server
+from tests.support.zookeeper import Ensemble, running_servers
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Leased, Lost, Suspended
@@ -25,7 +25,7 @@ _numbers = count()
 @pytest.fixture(scope="module")
 def server() -> Iterator[Ensemble]:
     """One server for all tests of this file; each uses a place of its own."""
-    with running_server() as ensemble:
+    with running_servers() as ensemble:
         yield ensemble
 
 

@@ -153,9 +153,11 @@ class Ensemble:
         return ",".join(server.address for server in self.servers)
 
     def start(self) -> float:
+        """Starts those that do not run; how long it took until all serve, in seconds."""
         began = time.monotonic()
         for server in self.servers:
-            server.start()
+            if server.process is None:
+                server.start()
         for server in self.servers:
             server.wait_ready()
         return time.monotonic() - began
@@ -182,10 +184,10 @@ class Ensemble:
 
 
 @contextmanager
-def running_server() -> Iterator[Ensemble]:
-    """One server in a directory of its own, gone afterwards with all that it kept."""
+def running_servers(count: int = 1) -> Iterator[Ensemble]:
+    """In a directory of their own, gone afterwards with all that they kept."""
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-"))
-    ensemble = Ensemble(directory)
+    ensemble = Ensemble(directory, count)
     try:
         ensemble.start()
         yield ensemble
