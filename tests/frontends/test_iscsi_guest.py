@@ -311,6 +311,7 @@ def test_the_suites_of_libiscsi_find_nothing_that_a_plain_file_has_not() -> None
     parts = output.split("=== ")[1:]
     expected = merged([part for part in parts if part.partition("\n")[0].endswith(".plain")])
     found = merged([part for part in parts if not part.partition("\n")[0].endswith(".plain")])
+    print(f"a plain file: {conformance.summary(expected)}\na volume: {conformance.summary(found)}")
     assert len(conformance.passed(found)) >= 40, f"too little was tested\n{output}"
     assert {"Unmap.Simple", "WriteSame16.Unmap"} <= conformance.passed(found), f"space given back\n{output}"
     assert conformance.failed(found) & set(expected) <= conformance.failed(expected), output

@@ -58,6 +58,7 @@ def test_a_volume_behaves_as_a_plain_file(request: pytest.FixtureRequest, direct
     target.admin("--op", "bind", "--mode", "target", "--tid", "4", "-I", "ALL")
 
     expected, found = suites(target, f"{name}.plain"), suites(target, name)
+    print(f"a plain file: {conformance.summary(expected)}\na volume: {conformance.summary(found)}")
     assert set(found) == set(expected)
     # The rest is skipped: with this backing store tgtd knows no UNMAP, WRITE SAME, VERIFY and WRITE AND VERIFY.
     assert len(conformance.passed(found)) >= 50, "too little was tested"

@@ -33,3 +33,10 @@ def failed(found: dict[str, str]) -> set[str]:
 
 def passed(found: dict[str, str]) -> set[str]:
     return {name for name, outcome in found.items() if outcome == "passed"}
+
+
+def summary(found: dict[str, str]) -> str:
+    """How many suites and tests, with which outcome, and the names of the failures."""
+    suites = {name.partition(".")[0] for name in found}
+    counts = ", ".join(f"{list(found.values()).count(word)} {word}" for word in ("passed", "skipped", "failed"))
+    return f"{len(found)} tests of {len(suites)} suites: {counts} {sorted(failed(found))}"

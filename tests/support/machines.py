@@ -7,9 +7,12 @@ not depend on the network, or run `dog` on its machine.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from tests.support import corosync, zookeeper
 from tests.support.cluster import Cluster
 from tests.support.netns import Network
@@ -18,6 +21,10 @@ from tests.support.processes import BIN, run, wait_until
 PORT = 7000
 ZOOKEEPER_PORTS = (2181, 2888, 3888)
 SESSION_MS = 2000
+LEASE_SECONDS = {
+    "corosync": 1.0,
+    "zookeeper": SESSION_MS / 3000,
+}  # docs/operations.md; whatever the code does
 ENGINE_SECONDS = 60.0
 
 
@@ -52,6 +59,11 @@ class Machines(Cluster):
         except BaseException:
             self.network.close()
             raise
+
+    @property
+    def lease_seconds(self) -> float:
+        """What is advertised: a node answers for so long without the engine."""
+        return LEASE_SECONDS[self.engine]
 
     # the engine's members, one on each machine
 
@@ -128,3 +140,44 @@ class Machines(Cluster):
             for member in self.members:
                 member.stop()
             self.network.close()
+
+
+class Site:
+    """Machines for all tests of one engine; other ones after a test that failed. Call `close` in every case."""
+
+    def __init__(self, engine: str, count: int) -> None:
+        self.engine = engine
+        self.count = count
+        self.machines: Machines | None = None
+        self._closing = ExitStack()
+
+    def begin(self, copies: int) -> Machines:
+        """A cluster that was just formatted."""
+        if self.machines is None:
+            directory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="sheepdog-")))
+            self.machines = made = Machines(self.engine, directory, self.count)
+            self._closing.callback(made.close)
+            made.start_engine()
+            made.start()
+            made.wait_members(self.count, range(self.count))
+        self.machines.wait_engine()  # a member that was cut off comes back long after the cluster is healthy without it
+        self.machines.format("-f", "-c", str(copies))
+        return self.machines
+
+    @contextmanager
+    def used(self, request: pytest.FixtureRequest, copies: int) -> Iterator[Machines]:
+        """For one test: the next one gets others if it fails."""
+        failed = request.session.testsfailed
+        try:
+            made = self.begin(copies)
+        except BaseException:
+            self.close()
+            raise
+        yield made
+        if request.session.testsfailed > failed:
+            print(made.logs())
+            self.close()
+
+    def close(self) -> None:
+        self.machines = None
+        self._closing.close()

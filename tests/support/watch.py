@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.door import Door
+from tests.support.pauses import Pauses
 from tests.support.processes import wait_until
 
 RETRY_SECONDS = 0.05
 ANSWER_SECONDS = 120.0  # requests wait for as long as the membership is in doubt
+BUSY_PAUSES = 2  # the sheep that answers and the test that sees it may each be kept from running for so long
 
 
 class Success(NamedTuple):
@@ -61,6 +63,13 @@ class Watch:
     def last(self) -> float:
         """When the latest success was there."""
         return self.successes[-1].ended
+
+    def check_ended(self, deadline: float, step_seconds: float, pauses: Pauses) -> None:
+        """The latest success came before `deadline`, but for `step_seconds` and what a busy machine was measured to
+        add."""
+        late = self.last - deadline
+        print(f"answered until {late:.2f} s after the end of the lease; the longest pause was {pauses.longest:.2f} s")
+        assert late < step_seconds + BUSY_PAUSES * pauses.longest, "answered without a membership"
 
     def close(self) -> None:
         self._over = True
