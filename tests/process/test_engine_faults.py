@@ -330,10 +330,11 @@ def partition(machines: Machines, chance: random.Random) -> None:
 
 
 def one_way(machines: Machines, chance: random.Random) -> None:
-    node = chance.randrange(MACHINES)
-    machines.network.mute(node)
+    node = [chance.randrange(MACHINES)]
+    ways = chance.choice(((node, range(MACHINES)), (range(MACHINES), node)))
+    machines.network.lose(*ways)
     time.sleep(chance.uniform(0.5, 8.0))
-    machines.network.unmute(node)
+    machines.network.lose_no_more(*ways)
 
 
 def kill_everything(machines: Machines, chance: random.Random) -> None:

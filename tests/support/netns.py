@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 
 from tests.support.processes import environment, run
@@ -85,17 +86,32 @@ class Network:
         for node in nodes:
             self._ip(self._switch, "link", "set", f"p{node}", "up")
 
-    def mute(self, node: int) -> None:
-        """What this node sends is lost, what the others send arrives: it thinks that they have another hardware."""
-        for other, address in enumerate(self.addresses):
-            if other != node:
-                words = ("neigh", "replace", address, "lladdr", "02:00:00:00:00:fe", "dev", "eth0", "nud", "permanent")
-                self._ip(self.nodes[node], *words)
+    def split(self, *nodes: int) -> None:
+        """These nodes reach each other and nobody else."""
+        self._ip(self._switch, "link", "add", "br1", "type", "bridge")
+        self._ip(self._switch, "link", "set", "br1", "up")
+        for node in nodes:
+            self._ip(self._switch, "link", "set", f"p{node}", "master", "br1")
 
-    def unmute(self, node: int) -> None:
-        for other, address in enumerate(self.addresses):
-            if other != node:
-                self._ip(self.nodes[node], "neigh", "del", address, "dev", "eth0")
+    def unite(self) -> None:
+        """All nodes reach all again."""
+        for node in range(len(self.nodes)):
+            self._ip(self._switch, "link", "set", f"p{node}", "master", "br0")
+        self._ip(self._switch, "link", "del", "br1")
+
+    def lose(self, senders: Iterable[int], receivers: Iterable[int]) -> None:
+        """What these send to those is lost, what comes back arrives: they think that those have another hardware."""
+        for sender, address in self._ways(senders, receivers):
+            words = ("neigh", "replace", address, "lladdr", "02:00:00:00:00:fe", "dev", "eth0", "nud", "permanent")
+            self._ip(self.nodes[sender], *words)
+
+    def lose_no_more(self, senders: Iterable[int], receivers: Iterable[int]) -> None:
+        for sender, address in self._ways(senders, receivers):
+            self._ip(self.nodes[sender], "neigh", "del", address, "dev", "eth0")
+
+    def _ways(self, senders: Iterable[int], receivers: Iterable[int]) -> Iterator[tuple[int, str]]:
+        to = list(receivers)
+        return ((one, self.addresses[other]) for one in senders for other in to if other != one)
 
     def close(self) -> None:
         for namespace in (*self.nodes, self._switch):
