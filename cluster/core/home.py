@@ -124,7 +124,7 @@ class Home:
         for decision in decisions:
             for member, oid in decision.lacking():
                 if decision.is_lost:
-                    verdicts[member].lost.append((oid, decision.known if isinstance(decision, Decision) else 0))
+                    verdicts[member].lost.append((oid, decision.known_of(member, oid)))
                 else:
                     verdicts[member].missing.append(oid)
             for member, oid in decision.unequal():

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid, strip_index
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid, strip_index, strip_of
 from sheepdog.cluster.core.limits import INVENTORY_PART_ENTRIES
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins
@@ -68,6 +68,10 @@ class Decision(NamedTuple):
     surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
     stale: tuple[int, ...] = ()  # those of `missing` that hold another version
     known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
+
+    def known_of(self, member: int, oid: ObjectId) -> int:
+        """What a member is told of a lost copy: in which epoch the object existed."""
+        return self.known
 
     def lacking(self) -> list[tuple[int, ObjectId]]:
         """(member, id) of the copies that must not be read until recovery says so."""
@@ -259,6 +263,10 @@ class Inventories:
         """By member: up to which epoch it cannot tell what happened to the object (once `decide` has begun)."""
         return self._blind.get(oid, _NOBODY_BLIND)
 
+    def known(self, said: Iterable[tuple[ObjectId, int, int]]) -> int:
+        """The newest epoch of what was said for sure: (copy or strip, member, as of which epoch)."""
+        return max((as_of for oid, member, as_of in said if self._unsure.get((oid, member)) != as_of), default=0)
+
     def origins_of(self, oid: ObjectId, cut: Version | None) -> list[Origin]:
         """The writes before `cut` that strips of the object contain."""
         return list(
@@ -322,8 +330,8 @@ class Inventories:
         if known == NEVER or self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
         if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid)):
-            sure = [as_of for member, _, as_of in held if self._unsure.get((oid, member)) != as_of]
-            return Decision(oid, NO_VERSION, (), replicas, (), known=max(sure, default=0))
+            known = self.known((oid, member, as_of) for member, _, as_of in held)
+            return Decision(oid, NO_VERSION, (), replicas, (), known=known)
         sources = tuple(member for member, version, _ in held if version == best)
         missing = tuple(member for member in replicas if member not in sources)
         surplus = tuple(sorted(member for member in holders if member not in replicas))
@@ -355,6 +363,9 @@ class _Facts:
 
     def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool:
         return self._inventories.deleted(oid, as_of, holders, self._placement, self._former)
+
+    def known(self, oid: ObjectId, held: Sequence[Held]) -> int:
+        return self._inventories.known((strip_of(oid, one.strip), one.member, one.as_of) for one in held)
 
     def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
         return self._past.superseded(oid, as_of, least, self._inventories.blind(oid))

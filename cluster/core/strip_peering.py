@@ -75,11 +75,20 @@ class StripDecision(NamedTuple):
     stale: tuple[int, ...] = ()  # members that hold an older state as if it were good
     cut: Version | None = None  # the first write that is undone
     lost: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id): not enough is here to decode
+    held: tuple[tuple[int, ObjectId], ...] = ()  # those of `lost` that have bytes, which still count
+    known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
 
     def lacking(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that must not be read until recovery says so."""
         strips = [(member, strip_of(self.oid, self.layout.index(member))) for member in self.missing]
         return [*strips, *self.surplus, *self.lost]
+
+    def known_of(self, member: int, strip: ObjectId) -> int:
+        """What a member is told of a lost strip: in which epoch the object existed; 0 where it has the strip.
+
+        Bytes that are as of an older epoch could else seem to be superseded by that word.
+        """
+        return 0 if (member, strip) in self.held else self.known
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that are current, but must be asked for through the home for now."""
@@ -104,6 +113,9 @@ class Facts(Protocol):
     """What the home knows of the past of an object."""
 
     def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool: ...
+
+    def known(self, oid: ObjectId, held: Sequence[Held]) -> int:
+        """The newest epoch in which some member knows for sure that the object existed; 0: nobody does."""
 
     def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
         """It may have been written later, in an epoch of whose replicas fewer than `least` are here."""
@@ -140,8 +152,10 @@ def decide(
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders
     )
+    bytes_here = tuple((entry.member, strip_of(oid, entry.strip)) for entry in held if entry.version != NO_VERSION)
+    is_lost = StripDecision(oid, policy, NO_VERSION, lost=lost, held=bytes_here, known=facts.known(oid, held))
     if not real or not enough or facts.superseded(oid, best_as_of, least):
-        return StripDecision(oid, policy, NO_VERSION, lost=lost)
+        return is_lost
     lacking = {
         (entry.member, entry.strip) for entry in held if entry.version == NO_VERSION and entry.as_of >= best_as_of
     }
@@ -170,7 +184,7 @@ def decide(
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
         return decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
-    return StripDecision(oid, policy, NO_VERSION, lost=lost)
+    return is_lost
 
 
 def _is_agreement(real: Sequence[Held], version: Version) -> bool:
@@ -183,7 +197,9 @@ def _before_agreement(held: Sequence[Held], version: Version, unfit: Container[t
 
     It is undone like a write that did not get everywhere, which it has in common with one.
     """
-    others = (one.as_of for one in held if one.version != version and (one.member, one.strip) not in unfit)
+    others = (
+        one.as_of for one in held if one.version not in (version, NO_VERSION) and (one.member, one.strip) not in unfit
+    )
     known = max(others, default=0)
     return [entry._replace(as_of=min(known, entry.as_of)) if entry.version == version else entry for entry in held]
 

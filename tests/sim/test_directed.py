@@ -367,3 +367,42 @@ def test_a_node_that_began_to_copy_an_object_is_told_that_it_exists() -> None:
     last.start()
     world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert read(other, volume) == (Result.SUCCESS, block_of(2))
+
+
+def test_a_node_that_began_to_make_a_strip_is_told_that_the_object_exists() -> None:
+    """As with whole copies; here the object is lost to two nodes of 2:1, since one of them was making its strip."""
+    cluster = SimCluster(World(1), 3)
+    cluster.start_all()
+    cluster.format(3)
+    volume = make_volume(cluster, "v", 2, (0,), policy=0x11)
+    world = cluster.world
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    unsure, source, other = holders(cluster, volume)
+    unsure.kill()
+    settle(cluster, source, other)
+    assert write(source, volume, 2) == Result.SUCCESS
+    source.kill()
+    other.kill()
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        if kind == Kind.FETCH and sender == unsure.id and unsure.up:
+            world.after(0, unsure.kill)
+            world.after(0, source.kill)
+
+    cluster.fabric.trap = trap
+    cluster.start_all()
+    world.run_until(lambda: unsure.up, SECOND, "start")
+    world.run_until(lambda: not unsure.up, 5 * SECOND, "the strip is being made")
+    cluster.fabric.trap = None
+    settle(cluster, other)
+    unsure.start()
+    settle(cluster, other, unsure)
+    world.run_for(SECOND)  # both have heard
+    other.kill()
+    settle(cluster, unsure)
+    assert read(unsure, volume)[0] == Result.EIO
+    source.start()
+    settle(cluster, unsure, source)
+    other.start()
+    world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert read(unsure, volume) == (Result.SUCCESS, block_of(2))

@@ -24,6 +24,9 @@ class Nothing:
     def deleted(self, oid: int, as_of: int, holders: set[int]) -> bool:
         return False
 
+    def known(self, oid: int, held: Sequence[Held]) -> int:
+        return max(entry.as_of for entry in held)
+
     def superseded(self, oid: int, as_of: int, least: int) -> bool:
         return False
 
