@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+from contextlib import suppress
 from typing import TypeAlias
+
+from sheepdog.cluster.wire.same_host import BUFFER_BYTES, CREDENTIALS, LOOPBACK, SO_SNDBUFFORCE, local_name
 
 Address: TypeAlias = tuple[str, int] | str
 """(host, port), or the path of a Unix socket (`sock` in a sheep's directory)."""
@@ -20,24 +25,36 @@ def describe(address: Address) -> str:
 
 
 def candidates(address: Address) -> list[tuple[int, tuple[str, int] | str]]:
-    """(address family, socket address) to try in turn; OSError if the name cannot be resolved."""
+    """(address family, socket address) to try in turn; OSError if the name cannot be resolved.
+
+    What connects has to ask `check` whether it may be used.
+    """
     if isinstance(address, str):
         return [(socket.AF_UNIX, address)]
     host, port = address
     # Literals skip the resolver, whose libraries cost milliseconds to load.
     try:
         socket.inet_pton(socket.AF_INET, host)
-        return [(socket.AF_INET, (host, port))]
+        found = [(int(socket.AF_INET), (host, port))]
     except OSError:
-        pass
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(int(family), (str(target[0]), int(target[1]))) for family, _, _, _, target in found]
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = [(int(family), (str(target[0]), int(target[1]))) for family, _, _, _, target in answers]
+    ways: list[tuple[int, tuple[str, int] | str]] = []
+    for family, target in found:
+        if target[0] == LOOPBACK:
+            ways.append((socket.AF_UNIX, local_name(port)))
+        ways.append((family, target))
+    return ways
 
 
 def prepare(family: int) -> socket.socket:
     """A socket for one candidate, with the options every connection to a gateway wants."""
     sock = socket.socket(family, socket.SOCK_STREAM)
-    if family != socket.AF_UNIX:
+    if family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        with suppress(PermissionError):
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER_BYTES)
+    else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -45,3 +62,11 @@ def prepare(family: int) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_LIMIT_MS)
     return sock
+
+
+def check(sock: socket.socket, target: tuple[str, int] | str) -> None:
+    """ConnectionRefusedError if it has been connected to a name that another user has taken."""
+    if isinstance(target, str) and target.startswith("\0"):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        if CREDENTIALS.unpack(credentials)[1] != os.geteuid():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

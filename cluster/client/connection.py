@@ -14,7 +14,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.address import Address, candidates, check, describe, prepare
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.client.requests import Request
 from sheepdog.cluster.core.errors import Result
@@ -235,6 +235,7 @@ def connect(address: Address) -> socket.socket:
         sock.settimeout(CONNECT_LIMIT_S)
         try:
             sock.connect(target)
+            check(sock, target)
         except (TimeoutError, BlockingIOError):  # the latter: a unix socket where too many wait to be let in
             failure = OSError(errno.ETIMEDOUT, "Connection timed out")
         except OSError as error:

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from struct import Struct
 from typing import NamedTuple, Self, TypeAlias
 
-from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.address import Address, candidates, check, describe, prepare
 from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.core.errors import Result
@@ -111,7 +111,7 @@ class Session:
     async def open(cls, address: Address, patience_s: float = PATIENCE_S, lasting: bool = True) -> Self:
         """Connects once; OSError if nobody listens there."""
         session = cls(address, patience_s, lasting)
-        session._attach(await session._dial(address), address)
+        session._attach(await dial(session._loop, address), address)
         return session
 
     @property
@@ -264,32 +264,9 @@ class Session:
 
     # -- connection
 
-    async def _dial(self, address: Address) -> socket.socket:
-        """A connected, non-blocking socket; OSError."""
-        if isinstance(address, str):
-            found = candidates(address)
-        else:
-            found = await self._loop.run_in_executor(None, candidates, address)
-        failure: OSError = OSError(errno.EIO, f"{describe(address)} has no address")
-        for family, target in found:
-            sock = prepare(family)
-            sock.setblocking(False)
-            try:
-                await asyncio.wait_for(self._loop.sock_connect(sock, target), CONNECT_LIMIT_S)
-            except (OSError, TimeoutError) as error:
-                text = error.strerror or "no answer"
-                failure = OSError(error.errno or errno.ETIMEDOUT, f"{describe(address)}: {text}")
-                sock.close()
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                return sock
-        raise failure
-
     async def _enter(self, address: Address) -> socket.socket:
-        """`_dial`, with the admission passed."""
-        sock = await self._dial(address)
+        """`dial`, with the admission passed."""
+        sock = await dial(self._loop, address)
         try:
             if self.admission is not None:
                 await self.admission(address)
@@ -414,3 +391,28 @@ class Session:
     def _fail(self, number: int) -> None:
         if number in self._flight:
             self._finish(number, Result.EIO, _EMPTY, _EMPTY)
+
+
+async def dial(loop: asyncio.AbstractEventLoop, address: Address) -> socket.socket:
+    """A connected, non-blocking socket; OSError."""
+    if isinstance(address, str):
+        found = candidates(address)
+    else:
+        found = await loop.run_in_executor(None, candidates, address)
+    failure: OSError = OSError(errno.EIO, f"{describe(address)} has no address")
+    for family, target in found:
+        sock = prepare(family)
+        sock.setblocking(False)
+        try:
+            await asyncio.wait_for(loop.sock_connect(sock, target), CONNECT_LIMIT_S)
+            check(sock, target)
+        except (OSError, TimeoutError) as error:
+            text = error.strerror or "no answer"
+            failure = OSError(error.errno or errno.ETIMEDOUT, f"{describe(address)}: {text}")
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure

@@ -13,8 +13,11 @@ from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
+from sheepdog.cluster.wire.streams import BufferPool
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
+POOLED_BYTES: Final = 64 << 10  # from here on, clearing new memory and missing the cache cost more than the pool
+RETAINED_BYTES: Final = 16 << 20  # of the pool: what a client with 16 reads of 1 MiB has under way
 READ_RETRIES: Final = 8  # of a slow read that met a write of the same blocks; then it reads on the loop's thread
 
 
@@ -34,6 +37,7 @@ class Reads:
         self._by_oid = copies.by_oid
         self._disk = copies.disk
         self._workers = copies.workers
+        self._buffers = BufferPool(RETAINED_BYTES)
 
     def read(self, oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
         copy = self._by_oid.get(oid)
@@ -74,7 +78,7 @@ class Reads:
         ):
             done(bytes(length))
             return
-        data = bytearray(span)
+        data = memoryview(bytearray(span)) if span < POOLED_BYTES else self._buffers.take(span)[:span]
         if copy.pending and all(block in copy.pending for block in range(first, last + 1)):
             self._deliver(copy, data, offset, length, done)
             return
@@ -94,7 +98,7 @@ class Reads:
             return
         self._read_slowly(copy, data, offset, length, done, tries)
 
-    def _read_slowly(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone, tries: int) -> None:
+    def _read_slowly(self, copy: Copy, data: memoryview, offset: int, length: int, done: ReadDone, tries: int) -> None:
         changes = copy.changes
         copy.pins += 1
         fd = copy.fd
@@ -114,7 +118,7 @@ class Reads:
 
         self._workers.run(lambda: self._disk.preadv(fd, (data,), offset & ~_BLOCK_MASK), finished)
 
-    def _deliver(self, copy: Copy, data: bytearray, offset: int, length: int, done: ReadDone) -> None:
+    def _deliver(self, copy: Copy, data: memoryview, offset: int, length: int, done: ReadDone) -> None:
         """Verifies the blocks of the file, lays pending ones over them and hands out the wanted part."""
         first = offset >> 12
         bad = trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + first)
@@ -133,7 +137,7 @@ class Reads:
             done(data)
         else:
             start = offset & _BLOCK_MASK
-            done(memoryview(data)[start : start + length])
+            done(data[start : start + length])
 
     def block(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
         """Present bytes of the block at `offset`, verified.

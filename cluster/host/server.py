@@ -16,6 +16,7 @@ from collections.abc import Callable
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.wire.peer import PEER_MAGIC
+from sheepdog.cluster.wire.same_host import BUFFER_BYTES, CREDENTIALS, LOOPBACK, SO_SNDBUFFORCE, local_name
 
 BACKLOG = 1024  # connections the kernel queues: a thousand clients may reconnect in one second
 ACCEPTS_PER_TURN = 64  # then others get their turn
@@ -39,6 +40,7 @@ class Server:
         self._early: list[socket.socket] | None = []  # clients before `admit_clients`
         self._turning_away = False
         self._unix_path: str | None = None
+        self._same_host: list[socket.socket] = []  # of the listeners, those for this daemon's own user only
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
 
     def listen_tcp(self, address: str | None, port: int) -> None:
@@ -47,6 +49,20 @@ class Server:
             listener = _tcp_listener(address, port)
         except OSError as error:
             raise UsageError(f"cannot listen on {address or 'any address'} port {port}: {error.strerror}") from error
+        self._listen(listener)
+        if address in (None, LOOPBACK):
+            self._listen_same_host(port)
+
+    def _listen_same_host(self, port: int) -> None:
+        """For clients here, beside TCP; without it they do with that."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(local_name(port))
+        except OSError as error:
+            self._log(_WARNING, f"clients on this host use TCP: the name of port {port}: {error.strerror}")
+            listener.close()
+            return
+        self._same_host.append(listener)
         self._listen(listener)
 
     def listen_unix(self, path: str) -> None:
@@ -91,6 +107,7 @@ class Server:
             self._loop.remove_reader(listener)
             listener.close()
         self._listeners.clear()
+        self._same_host.clear()
         for sock in (*self._silent, *(self._early or ())):
             self._loop.remove_reader(sock)
             sock.close()
@@ -118,9 +135,15 @@ class Server:
                     self._pause(listener, error)
                     return
                 continue  # that connection died in the backlog
+            if listener in self._same_host and not _is_of_our_user(sock):
+                sock.close()
+                continue
             sock.setblocking(False)
-            if sock.family != socket.AF_UNIX:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if sock.family == socket.AF_UNIX:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+                    sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER_BYTES)
+                else:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Most clients have sent their first request before they are accepted.
             self._silent[sock] = None
@@ -172,3 +195,9 @@ def _tcp_listener(address: str | None, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _is_of_our_user(sock: socket.socket) -> bool:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    user: int = CREDENTIALS.unpack(credentials)[1]
+    return user == os.geteuid()

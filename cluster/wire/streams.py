@@ -21,7 +21,7 @@ MIN_RECEIVE_BYTES = 64 * 1024  # less room than this is not worth a system call:
 DIRECT_BODY_BYTES = 16 * 1024  # larger unfinished bodies get a buffer of their own and are never copied again
 BODY_STEP_BYTES = 4 << 20  # memory a header alone can claim; what is longer grows as its bytes arrive
 RETAINED_BYTES = 64 << 20  # buffers remembered for another use: the bodies that a busy node has under way
-RECYCLE_TRIES = 4  # remembered buffers looked at before a new one is made; the oldest come first
+RECYCLE_TRIES = 4  # remembered buffers looked at before a new one is made: the last one, then the oldest
 IOV_MAX = 1024  # buffers one sendmsg takes (Linux)
 _EMPTY = memoryview(b"")
 
@@ -54,6 +54,8 @@ class BufferPool:
         lent = self._lent.get(size)
         if lent is None:
             lent = self._lent[size] = deque()
+        if lent and unpinned(lent[-1]):  # the last one: the processor's cache may still have it
+            return memoryview(lent[-1])
         for _ in range(min(RECYCLE_TRIES, len(lent))):
             buffer = lent[0]
             lent.rotate(-1)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Protocol, TypeAlias
 
-from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.address import Address, describe
+from sheepdog.cluster.client.session import dial
 from sheepdog.cluster.wire.header import HEADER_SIZE
 from sheepdog.frontends.sheepfs.fuse_wire import OUT_HEADER, OUT_SIZE
 from sheepdog.frontends.sheepfs.transport import MAX_REQUEST_BYTES, log
@@ -29,7 +30,6 @@ PIPE_BYTES = MAX_REQUEST_BYTES  # the most that everybody may have: slots for 25
 WATCH_S = 2.0
 STALL_S = 5.0  # a read that takes so long goes the usual way
 IDLE_S = 60.0  # connections that are not needed for so long are closed
-CONNECT_S = 5.0
 
 _ANSWER = Struct("<12xII28x")  # data_length, result
 _SPLICE_NONBLOCK = 2  # SPLICE_F_NONBLOCK: the pipe must not wait either
@@ -114,8 +114,8 @@ class BulkReads:
 
     async def _connected(self, address: Address) -> None:
         try:
-            sock = await self._dialled(address)
-        except (OSError, TimeoutError) as problem:
+            sock = await dial(self._loop, address)
+        except OSError as problem:
             log.debug("no connection for large reads to %s: %s", describe(address), problem)
             return
         if not _is_local(sock):
@@ -133,17 +133,6 @@ class BulkReads:
         self.rest(carrier)
         if self._watching is None:
             self._watching = self._loop.call_later(WATCH_S, self._watch)
-
-    async def _dialled(self, address: Address) -> socket.socket:
-        family, target = (await self._loop.run_in_executor(None, candidates, address))[0]
-        sock = prepare(family)
-        sock.setblocking(False)
-        try:
-            await asyncio.wait_for(self._loop.sock_connect(sock, target), CONNECT_S)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
 
     def _watch(self) -> None:
         now = self._loop.time()

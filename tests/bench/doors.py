@@ -88,15 +88,17 @@ COMPARISONS = (
     Comparison(WRITE, "nbd", "native", 0.4),
     Comparison(WRITE, "empty", "native"),
     Comparison(READ_BIG, "nbd", "native", 0.8),
+    Comparison(READ_BIG, "nbd", "native, unix"),
     Comparison(WRITE_BIG, "nbd", "native", 0.8),
     Comparison(SLOW_READ, "nbd", "native"),
     Comparison(SLOW_WRITE, "nbd", "native"),
     Comparison(READ, "sheepfs", "qemu fuse", 1.5),
     Comparison(WRITE, "sheepfs", "qemu fuse", 1.5),
-    Comparison(READ_BIG, "sheepfs", "native", 0.8),
-    Comparison(WRITE_BIG, "sheepfs", "native", 0.8),
-    Comparison(SLOW_READ, "sheepfs", "native"),
-    Comparison(SLOW_WRITE, "sheepfs", "native"),
+    Comparison(READ_BIG, "sheepfs's file", "native", 0.8),
+    Comparison(READ_BIG, "sheepfs's file", "native, unix"),
+    Comparison(WRITE_BIG, "sheepfs's file", "native", 0.8),
+    Comparison(SLOW_READ, "sheepfs's file", "native"),
+    Comparison(SLOW_WRITE, "sheepfs's file", "native"),
     Comparison(READ, "pyfuse3", "sheepfs"),
     Comparison(WRITE, "pyfuse3", "sheepfs"),
     Comparison(READ, "loop", "sheepfs"),
@@ -112,14 +114,15 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_SECONDS
 
 
-def qemu(uri: str) -> Callable[[Workload, float], tuple[float, int]]:
-    """QEMU's client, the same for the native protocol and for NBD."""
+def qemu(image: str, *options: str) -> Callable[[Workload, float], tuple[float, int]]:
+    """QEMU's client, the same for native protocol, NBD and file: what it costs itself is on both sides."""
+    how = options or ("-t", "writeback")
 
     def bench(work: Workload, count: int) -> float:
         output = run(
             [
-                QEMU_IMG, "bench", "-f", "raw", "-t", "writeback", "-c", str(count), "-d", str(work.depth),
-                "-s", str(work.size), "-S", str(work.step), *(["-w", "--pattern", "90"] if work.write else []), uri,
+                QEMU_IMG, "bench", "-f", "raw", *how, "-c", str(count), "-d", str(work.depth),
+                "-s", str(work.size), "-S", str(work.step), *(["-w", "--pattern", "90"] if work.write else []), image,
             ],
             seconds=300,
         ).stdout.decode()  # fmt: skip
@@ -164,6 +167,7 @@ class Doors:
         stack.callback(self.server.close)
         self.by_name = {
             "native": Door("native", qemu(f"sheepdog://127.0.0.1:{cluster.port(0)}/bench")),
+            "native, unix": Door("native, unix", qemu(f"sheepdog+unix:///bench?socket={cluster.socket(0)}")),
             "nbd": Door("nbd", qemu(self.server.uri("bench")), self.server.process.pid),
             "empty": self._empty(),
         }
@@ -190,6 +194,8 @@ class Doors:
         volume = mount.volume("bench")
         self.by_name[name] = Door(name, fio(volume), pid)
         if name == "sheepfs":
+            direct = qemu(str(volume), "-t", "none", "-i", "native")
+            self.by_name["sheepfs's file"] = Door("sheepfs's file", direct, pid)
             device = Path(run(["losetup", "--find", "--show", "--direct-io=on", volume]).stdout.decode().strip())
             self._stack.callback(_detach, device, volume)
             self.by_name["loop"] = Door("loop", fio(device), pid)

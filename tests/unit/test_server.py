@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.support.ports import PortBlock
 
+from sheepdog.cluster.client.address import prepare
+from sheepdog.cluster.client.connection import connect
+from sheepdog.cluster.client.session import dial
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.host.loop import new_loop
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.wire.peer import Hello, encode_hello
+from sheepdog.cluster.wire.same_host import LOOPBACK, local_name
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 
 
 class World:
@@ -46,12 +55,35 @@ class World:
         self.mine.append(sock)
         return sock
 
+    def family_of_new_client(self, host: str = LOOPBACK) -> socket.AddressFamily:
+        """How our clients reach the server by its port; both of them the same way, and the server has them."""
+        before = len(self.clients)
+        address = (host, self.ports[0])
+        blocking = connect(address)
+        self.mine.append(blocking)
+        other = self.loop.run_until_complete(dial(self.loop, address))
+        self.mine.append(other)
+        assert blocking.family == other.family
+        for sock in (blocking, other):
+            sock.send(b"\x01")
+        self.until(lambda: len(self.clients) == before + 2)
+        return blocking.family
+
     def close(self) -> None:
         self.server.stop_listening()
         self.loop.close()
         self.ports.close()
         for sock in (*self.peers, *self.clients, *self.mine):
             sock.close()
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @pytest.fixture
@@ -110,6 +142,67 @@ def test_unix_socket_replaces_a_dead_one(world: World, tmp_path: Path) -> None:
     world.until(lambda: world.clients)
     world.server.stop_listening()
     assert not (tmp_path / "sock").exists()
+
+
+@pytest.mark.parametrize("address", [None, LOOPBACK])
+def test_clients_on_the_same_host_need_no_tcp(world: World, address: str | None) -> None:
+    world.server.listen_tcp(address, world.ports[0])
+    assert world.family_of_new_client() == socket.AF_UNIX
+    assert world.family_of_new_client("localhost") == socket.AF_UNIX
+    if address is None:
+        assert world.family_of_new_client("127.0.0.2") == socket.AF_INET
+    sizes = {sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for sock in (*world.clients[:2], *world.mine[:2])}
+    with prepare(socket.AF_UNIX) as widest, socket.socket(socket.AF_UNIX) as plain:
+        assert sizes == {widest.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)}
+        assert min(sizes) > plain.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    world.server.stop_listening()
+    with pytest.raises(ConnectionRefusedError):
+        connect((LOOPBACK, world.ports[0]))
+
+
+def test_who_listens_elsewhere_has_no_name_here(world: World) -> None:
+    world.server.listen_tcp("127.0.0.2", world.ports[0])
+    with pytest.raises(ConnectionRefusedError):
+        connect((LOOPBACK, world.ports[0]))
+    assert world.family_of_new_client("127.0.0.2") == socket.AF_INET
+
+
+@needs_root
+def test_the_way_without_tcp_is_for_one_user(world: World) -> None:
+    world.server.listen_tcp(None, world.ports[0])
+    with another_user():
+        stranger = connect((LOOPBACK, world.ports[0]))
+        world.mine.append(stranger)
+        assert stranger.family == socket.AF_INET  # as a client
+        intruder = socket.socket(socket.AF_UNIX)
+        world.mine.append(intruder)
+        intruder.connect(local_name(world.ports[0]))
+        intruder.send(b"\x01")
+    intruder.setblocking(False)
+    world.until(lambda: _is_at_end(intruder))
+    assert not world.clients
+    stranger.send(b"\x01")
+    world.until(lambda: world.clients)
+
+
+@needs_root
+def test_a_name_that_another_user_has_taken_is_passed_over(world: World) -> None:
+    with another_user(), socket.socket(socket.AF_UNIX) as squatter:
+        squatter.bind(local_name(world.ports[0]))
+        squatter.listen()
+        os.seteuid(0)
+        world.server.listen_tcp(None, world.ports[0])
+        assert [text for text in world.logged if "use TCP" in text]
+        assert world.family_of_new_client() == socket.AF_INET
+
+
+def _is_at_end(sock: socket.socket) -> bool:
+    try:
+        return not sock.recv(1)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 def test_where_it_cannot_listen_it_says_so(world: World, tmp_path: Path) -> None:

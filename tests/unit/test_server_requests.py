@@ -313,6 +313,27 @@ def test_zero_and_map(world: World) -> None:
         assert client.ask(opcode, data_oid(VID, 1), length=length).header.result == Result.NO_OBJ
 
 
+def test_large_answers_do_not_wait_for_the_end_of_the_turn(world: World) -> None:
+    """The client has work while the next one is read, and the bytes are sent while they are in the cache."""
+    client = Client(world)
+    world.gateway.objects[DATA] = bytearray(random.Random(2).randbytes(SIZE))
+    held: list[Callable[[], None]] = []
+    world.gateway.held = held
+    lengths = (4096, 1, connection_module.SEND_AT_ONCE_BYTES, 4096)
+    for number, length in enumerate(lengths):
+        client.send(request(Opcode.READ_OBJ, DATA, number, length=length, id=number))
+    world.until(lambda: len(held) == len(lengths))
+    sent = []
+    for answer in held:
+        answer()
+        client.receive()
+        sent.append(bool(client.received))
+    assert sent == [False, False, True, True]
+    for number, answered in enumerate(client.answers(len(lengths))):
+        assert answered.header.id == number
+        assert answered.data == world.gateway.objects[DATA][number : number + lengths[number]]
+
+
 def test_the_part_beyond_a_data_object_is_dropped(world: World) -> None:
     client = Client(world)
     world.gateway.objects[DATA] = bytearray(SIZE)

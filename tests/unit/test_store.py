@@ -49,6 +49,27 @@ def test_create_write_read(store: StoreDriver) -> None:
     assert store.read(OID, 0, SIZE)[:105] == bytes(100) + b"hello"
 
 
+def test_large_reads_use_memory_again_that_nobody_looks_at(store: StoreDriver) -> None:
+    store.create(OID, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    store.settle()
+
+    def read() -> memoryview:
+        found: list[object] = []
+        store.store.read(OID, 0, SIZE, found.append)
+        while not found:
+            store.step()
+        assert isinstance(found[0], memoryview)
+        return found[0]
+
+    kept = read()
+    store.write(OID, 0, b"b" * SIZE, v(2), durable=True)
+    store.settle()
+    memory = read().obj
+    assert read().obj is memory is not kept.obj
+    assert memory == b"b" * SIZE
+    assert bytes(kept) == b"a" * SIZE
+
+
 def test_answers_leave_before_the_file_gets_the_bytes(store: StoreDriver, tmp_path: Path) -> None:
     """What an answer asks for at the end of its turn, its sending, comes before the work that nobody waits for."""
     store.create(OID, SIZE, 0, b"a" * 4096, v(1), durable=True)

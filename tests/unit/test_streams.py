@@ -147,6 +147,16 @@ def test_buffers_are_used_again_only_when_nobody_looks() -> None:
     assert not unpinned(second.obj)  # type: ignore[arg-type]
 
 
+def test_the_buffer_used_last_is_the_next() -> None:
+    """What the processor's cache may still have; not the next of all that were ever needed at once."""
+    pool = BufferPool()
+    views = [pool.take(1000) for _ in range(8)]
+    memory = views[-1].obj
+    views.clear()
+    for _ in range(20):
+        assert pool.take(1000).obj is memory
+
+
 def test_an_arena_is_its_own_successor_when_all_was_handled() -> None:
     arena = Arena(BufferPool())
     intake = new_intake(arena)
