@@ -17,6 +17,7 @@ from zlib import crc32
 import pytest
 from tests.support.fake_sheep import FakeSheep
 from tests.unit.conftest import Dog
+from xxhash import xxh3_64_intdigest
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.channel import Channel
@@ -176,7 +177,7 @@ def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.Monk
         stream = output(patched, "vdi", "backup", "a", "-F", "t1", "-s", "t2")
     assert len(stream) == 8 + 16 + 512 + 16
     assert stream[:20] == bytes.fromhex("01000000 92119211 00000000 00120000 00020000")
-    assert stream[20:24] == crc32(stream[24:536], crc32(stream[:20])).to_bytes(4, "little")
+    assert stream[20:24] == (xxh3_64_intdigest(stream[:20] + stream[24:536]) & 0xFFFFFFFF).to_bytes(4, "little")
     assert dog("vdi", "restore", "a")[::2] == (
         64,
         "We can restore a backup file only to snapshots\nPlease specify the '-s' option\n",
