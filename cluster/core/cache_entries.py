@@ -12,13 +12,13 @@ from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.extents import CachedObject, groups_of, touched
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.messages import Buffer
-from sheepdog.cluster.core.ports import Done, Store
+from sheepdog.cluster.core.ports import CacheStore, Done
 
 
 class CacheEntries:
     """Of one cache. `on_dirty` is called when there is something to push."""
 
-    def __init__(self, context: Context, gateway: Gateway, store: Store, size_bytes: int) -> None:
+    def __init__(self, context: Context, gateway: Gateway, store: CacheStore, size_bytes: int) -> None:
         self.on_dirty: Callable[[], None] = lambda: None
         self.store = store
         self.space = CacheSpace(store, size_bytes, context.probe)
@@ -88,6 +88,12 @@ class CacheEntries:
             entry.marked |= groups
             self.space.mark(entry, stored)
         self.store.write(entry.oid, offset, data, CACHED, False, stored)
+
+    def keep(self, entry: CachedObject, offset: int, data: Buffer) -> None:
+        """Whole blocks that came from the cluster into the cache's store, if it takes them."""
+        self.space.make(entry)
+        if self.store.keep(entry.oid, offset, data):
+            self.space.gained(entry, touched(offset, len(data)))
 
     def _dirtied(self, entry: CachedObject, bits: int) -> None:
         volume = entry.volume

@@ -30,6 +30,26 @@ class _Wait:
         self.done = done
 
 
+class _Push:
+    """Neighbouring blocks on their way to the cluster."""
+
+    __slots__ = ("began_ns", "bits", "entry", "number", "offset", "pusher")
+
+    def __init__(self, pusher: Pusher, entry: CachedObject, bits: int, offset: int, number: int, began_ns: int) -> None:
+        self.pusher = pusher
+        self.entry = entry
+        self.bits = bits
+        self.offset = offset
+        self.number = number
+        self.began_ns = began_ns
+
+    def found(self, data: Buffer | StoreError) -> None:
+        self.pusher.send(self, data)
+
+    def answered(self, result: int, _: Buffer) -> None:
+        self.pusher.ended(self, result)
+
+
 class Pusher:
     """Of one cache. `clean` and `gone` are told of objects whose blocks have reached the cluster, or cannot."""
 
@@ -103,25 +123,24 @@ class Pusher:
         entry.volume.dirty_blocks -= count
         self._under_way += 1
         self._number += 1
-        number, began_ns = self._number, self._context.clock.now_ns()
+        push = _Push(self, entry, bits, first * BLOCK_SIZE, self._number, self._context.clock.now_ns())
+        self._store.read(entry.oid, push.offset, count * BLOCK_SIZE, push.found)
 
-        def found(data: Buffer | StoreError) -> None:
-            if entry.volume.over:
-                ended(Result.EIO)
-            elif not isinstance(data, StoreError):
-                flags = Flag.DURABLE
-                self._gateway.change(entry.oid, flags, first * BLOCK_SIZE, 0, data, 0, lambda result, _: ended(result))
-            else:
-                self._context.log(3, f"object cache, {entry.oid:016x}: unpushed data cannot be read: {data}")
-                ended(Result.EIO if isinstance(data, Corrupt) else data.result)
+    def send(self, push: _Push, data: Buffer | StoreError) -> None:
+        """These are its bytes."""
+        entry = push.entry
+        if entry.volume.over:
+            self.ended(push, Result.EIO)
+        elif not isinstance(data, StoreError):
+            self._gateway.change(entry.oid, Flag.DURABLE, push.offset, 0, data, 0, push.answered)
+        else:
+            self._context.log(3, f"object cache, {entry.oid:016x}: unpushed data cannot be read: {data}")
+            self.ended(push, Result.EIO if isinstance(data, Corrupt) else data.result)
 
-        def ended(result: int) -> None:
-            self.push_ns += self._context.clock.now_ns() - began_ns
-            self._ended(entry, bits, number, result)
-
-        self._store.read(entry.oid, first * BLOCK_SIZE, count * BLOCK_SIZE, found)
-
-    def _ended(self, entry: CachedObject, bits: int, number: int, result: int) -> None:
+    def ended(self, push: _Push, result: int) -> None:
+        """The cluster has its bytes, or does not take them."""
+        entry, bits = push.entry, push.bits
+        self.push_ns += self._context.clock.now_ns() - push.began_ns
         self._under_way -= 1
         self.pushes += 1
         entry.pushing &= ~bits
@@ -140,7 +159,7 @@ class Pusher:
             self.pushed_blocks += bits.bit_count()
         if result or entry.dirty & bits:
             self._context.probe("cache.dirty_again" if not result else "cache.push_failed")
-        self._tell(entry, bits, number, result)
+        self._tell(entry, bits, push.number, result)
         self._moved(entry)
         self.ready(entry)
         self._go_on()

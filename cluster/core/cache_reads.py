@@ -12,9 +12,6 @@ from sheepdog.cluster.core.extents import CachedObject, Fill, IoDone, covered, r
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.limits import (
     BLOCK_SIZE,
-    CACHE_FILL_BATCH,
-    CACHE_FILL_DELAY_BYTES,
-    CACHE_FILL_DELAY_NS,
     CACHE_READ_AHEAD_MAX_BYTES,
     CACHE_READ_AHEAD_MIN_BYTES,
 )
@@ -22,17 +19,11 @@ from sheepdog.cluster.core.messages import Buffer
 
 
 class CacheReads:
-    """Of one cache.
-
-    What random reads have brought waits in `_late`, since answers leave at the end of a turn: a few are kept together
-    when a further miss has been sent on, so that this gateway works while the other node does, or else a little later.
-    """
+    """Of one cache. What came from the cluster is answered first, and kept when the answer has left."""
 
     def __init__(self, context: Context, gateway: Gateway, entries: CacheEntries) -> None:
         self.hits = self.misses = 0
-        self._late: list[tuple[CachedObject, Fill, int, bytes]] = []
-        self._soon = False  # the next turn keeps them
-        self._timer_set = False
+        self._answered: list[tuple[CachedObject, Fill, int, bytes]] = []  # to be kept
         self._context = context
         self._gateway = gateway
         self._entries = entries
@@ -45,7 +36,8 @@ class CacheReads:
         elif not want & ~entry.present:
             self._hit(entry, offset, length, again, done)
         elif want & (entry.dirty | entry.pushing):
-            self.fetch(entry, want & ~entry.present, again, done)
+            no_room = partial(self._read_pushed, entry, offset, length, done)
+            self.fetch(entry, want & ~entry.present, again, done, no_room)
         else:
             self._miss(entry, offset, length, done)
 
@@ -76,9 +68,6 @@ class CacheReads:
 
     def _miss(self, entry: CachedObject, offset: int, length: int, done: IoDone) -> None:
         self.misses += 1
-        if len(self._late) >= CACHE_FILL_BATCH and not self._soon:
-            self._soon = True
-            self._context.clock.after(0, self._keep_late)
         sequential = offset == entry.read_end
         entry.read_end = offset + length
         fill = self._begin_fill(entry, covered(offset, length))
@@ -91,27 +80,11 @@ class CacheReads:
             kept = bytes(data) if fill.bits else b""  # the buffer is the client's when it is answered
             done(result, data)
             entry.known = True
-            if kept and not sequential and len(kept) <= CACHE_FILL_DELAY_BYTES:
-                self._late.append((entry, fill, offset, kept))
-                if not self._timer_set:
-                    self._timer_set = True
-                    self._context.clock.after(CACHE_FILL_DELAY_NS, self._delay_ended)
-                return
             self._end_fill(entry, fill, offset, kept)
             if sequential:
                 self._read_ahead(entry, offset + length)
 
         self._gateway.read(entry.oid, offset, length, found)
-
-    def _delay_ended(self) -> None:
-        self._timer_set = False
-        self._keep_late()
-
-    def _keep_late(self) -> None:
-        self._soon = False
-        late, self._late = self._late, []
-        for entry, fill, offset, data in late:
-            self._end_fill(entry, fill, offset, data)
 
     def _read_ahead(self, entry: CachedObject, offset: int) -> None:
         """A reader goes on where it ended: the next window is on its way before it asks."""
@@ -119,7 +92,11 @@ class CacheReads:
         start = -(-offset // BLOCK_SIZE) * BLOCK_SIZE
         length = min(entry.read_ahead, entry.size - start)
         bits = covered(start, length) & ~entry.present if length > 0 else 0
-        if not bits or entry.fills or entry.volume.over or entry.barred:
+        for fill in entry.fills:
+            if not fill.arrived:
+                return
+            bits &= ~fill.bits
+        if not bits or entry.volume.over or entry.barred:
             return
         first, count = next(runs(bits))
         entry.read_end = (first + count) * BLOCK_SIZE
@@ -144,17 +121,48 @@ class CacheReads:
         return fill
 
     def _end_fill(self, entry: CachedObject, fill: Fill, offset: int, data: Buffer) -> None:
-        entry.fills.remove(fill)
-        bits = fill.bits & ~entry.present & ~entry.writing if data and not entry.volume.over else 0
-        view = memoryview(data)
-        for first, count in runs(bits):
-            start = first * BLOCK_SIZE - offset
-            part = bytes(view[start : start + count * BLOCK_SIZE])
-            self._entries.put(entry, first * BLOCK_SIZE, part, False, lambda _: None)
-        self._entries.leave(entry)
+        """The fill is over; with `data`, which begins at `offset`, once that has been kept."""
+        if fill.bits and data:
+            if not self._answered:
+                self._entries.store.when_answered(self._keep)
+            fill.arrived = True
+            self._answered.append((entry, fill, offset, bytes(data)))
+        else:
+            entry.fills.remove(fill)
+            self._entries.leave(entry)
 
-    def fetch(self, entry: CachedObject, bits: int, again: Callable[[], None], done: IoDone) -> None:
-        """These blocks have to be here before the request can be served."""
+    def _keep(self) -> None:
+        answered, self._answered = self._answered, []
+        for entry, fill, offset, data in answered:
+            entry.fills.remove(fill)
+            view = memoryview(data)
+            bits = 0 if entry.volume.over else fill.bits & ~entry.present & ~entry.writing
+            for first, count in runs(bits):
+                start = first * BLOCK_SIZE - offset
+                self._entries.keep(entry, first * BLOCK_SIZE, view[start : start + count * BLOCK_SIZE])
+            self._entries.leave(entry)
+
+    def _read_pushed(self, entry: CachedObject, offset: int, length: int, done: IoDone, _: StoreError) -> None:
+        """There is no room to bring together what is dirty here and what is not: the cluster gets it all first."""
+        self._context.probe("cache.read_pushed")
+        pushed = partial(self._pushed, entry, offset, length, done)
+        self._entries.pusher.push([entry], pushed, touched(offset, length))
+
+    def _pushed(self, entry: CachedObject, offset: int, length: int, done: IoDone, result: int) -> None:
+        if result:
+            self._gateway.answer(done, result, b"")
+        else:
+            self._gateway.read(entry.oid, offset, length, done)
+
+    def fetch(
+        self,
+        entry: CachedObject,
+        bits: int,
+        again: Callable[[], None],
+        done: IoDone,
+        no_room: Callable[[StoreError], None],
+    ) -> None:
+        """These blocks have to be here before the request can be served; `no_room` if the store does not take them."""
         if entry.through:
             entry.blocked.append((again, done))
             return
@@ -172,14 +180,20 @@ class CacheReads:
                 self._entries.leave(entry)
                 again()
             else:
-                stored = partial(self._fetched, entry, again, done)
+                stored = partial(self._fetched, entry, again, no_room)
                 self._entries.put(entry, first * BLOCK_SIZE, bytes(data), False, stored)
 
         self._gateway.router.read(entry.oid, first * BLOCK_SIZE, count * BLOCK_SIZE, found)
 
-    def _fetched(self, entry: CachedObject, again: Callable[[], None], done: IoDone, error: StoreError | None) -> None:
+    def _fetched(
+        self,
+        entry: CachedObject,
+        again: Callable[[], None],
+        no_room: Callable[[StoreError], None],
+        error: StoreError | None,
+    ) -> None:
         self._entries.leave(entry)
         if error is None or entry.volume.over:
             again()
         else:
-            done(error.result, b"")
+            no_room(error)

@@ -69,10 +69,11 @@ def blocks_of(groups: int) -> int:
 class Fill:
     """Blocks that are on their way from the cluster; a change takes out those that it concerns."""
 
-    __slots__ = ("bits",)
+    __slots__ = ("arrived", "bits")
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
+        self.arrived = False  # they are about to be kept
 
 
 class CachedObject:

@@ -32,7 +32,19 @@ from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.ports import Clock, Engine, Event, Leased, Log, Network, NodeState, Store, View, Votes
+from sheepdog.cluster.core.ports import (
+    CacheStore,
+    Clock,
+    Engine,
+    Event,
+    Leased,
+    Log,
+    Network,
+    NodeState,
+    Store,
+    View,
+    Votes,
+)
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.scrub import Scrub
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
@@ -43,7 +55,7 @@ from sheepdog.cluster.core.vigil import Vigil
 class CacheDisk(NamedTuple):
     """Where the object cache keeps its bytes."""
 
-    store: Store
+    store: CacheStore
     identity: str  # of what is in it: another one when that was lost
     size_bytes: int
     direct_io: bool = False  # told to administrators

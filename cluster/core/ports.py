@@ -118,6 +118,17 @@ class Store(Protocol):
         """(bytes in use by objects, bytes still free), over all disks."""
 
 
+class CacheStore(Store, Protocol):
+    """Where the object cache keeps its bytes: besides what only it has, copies of what the cluster has."""
+
+    def keep(self, oid: ObjectId, offset: int, data: Buffer) -> bool:
+        """Whole blocks that may be gone again at the next start; reads see them now. False: nothing has changed, since
+        the copy is not there, is in use, or takes no more."""
+
+    def when_answered(self, call: Callable[[], None]) -> None:
+        """Calls once, soon, when what was answered before has left this node."""
+
+
 class Proven(NamedTuple):
     """What is proven of a node's copies, by epochs."""
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.node import CacheDisk
 from sheepdog.cluster.core.ports import Clock, Log
+from sheepdog.cluster.host.cache_store import CacheObjects
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.pipeline import AtEnd
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import Workers
@@ -48,7 +48,7 @@ class CacheFiles:
         journal = max(_MIN_JOURNAL_BYTES, min(_MAX_JOURNAL_BYTES, size_bytes // _JOURNAL_PART))
         try:
             self._identity = self._identify()
-            self._store = ObjectStore(
+            self._store = CacheObjects(
                 directory,
                 (f"{directory}/obj",),
                 disk,

@@ -93,10 +93,11 @@ class Copy:
 class _Entry:
     """One change that is not known to be on the platter."""
 
-    __slots__ = ("acknowledged", "change", "undo")
+    __slots__ = ("acknowledged", "change", "loose", "undo")
 
-    def __init__(self, change: Change, undo: int) -> None:
+    def __init__(self, change: Change, undo: int, loose: bool = False) -> None:
         self.change = change
+        self.loose = loose  # a crash may leave it out although it leaves later ones
         self.undo = undo  # so much undo was written before it, and is durable if this is
         self.acknowledged = False
 
@@ -132,11 +133,12 @@ class SimDisk:
             if not power:
                 keep = max((index + 1 for index, change in enumerate(log) if change.acknowledged), default=0)
             keep = self.random.randint(keep, len(log)) if keep < len(log) else keep
-            log = entry.log = log[:keep]
+            log = entry.log = [change for change in log[:keep] if not change.loose or self.random.random() < 0.5]
             copy = None if entry.base is None else entry.base.clone()
             for change in log:
                 copy = change.change(copy)
                 change.acknowledged = True  # what the next process sees, another kill does not take away
+                change.loose = False
             entry.copy = copy
             if power:
                 self.undo_durable = max([self.undo_durable, *(change.undo for change in log)])
@@ -329,6 +331,25 @@ class SimStore:
             return copy
 
         self._change(oid, change, durable, done)
+
+    def keep(self, oid: ObjectId, offset: int, data: Buffer) -> bool:
+        """`ports.CacheStore`."""
+        if self._writable(oid, offset, len(data)) is not None or self._random.random() < 0.1:
+            return False
+        kept, entry = bytes(data), self._disk.objects[oid]
+
+        def change(copy: Copy | None) -> Copy | None:
+            if copy is not None:
+                copy.overwrite(offset, kept)
+            return copy
+
+        entry.copy = change(entry.copy)
+        entry.log.append(_Entry(change, self._disk.undo_written, loose=True))
+        return True
+
+    def when_answered(self, call: Callable[[], None]) -> None:
+        """`ports.CacheStore`: until then anything may happen."""
+        self._later(call, MICROSECOND if self._random.random() < 0.5 else MILLISECOND)
 
     def _fail(self, error: StoreError, done: Done) -> None:
         if self._random.random() < 0.5:

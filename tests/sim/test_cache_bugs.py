@@ -72,29 +72,30 @@ def nobody_is_told_of_dirty_data(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_is_fetched_replaces_what_was_written(patch: pytest.MonkeyPatch) -> None:
-    def careless(self: CacheReads, entry: CachedObject, fill: Any, offset: int, data: Any) -> None:
-        entry.fills.remove(fill)
-        if data and fill.bits and not entry.volume.over:
-            first, count = next(runs(fill.bits))
-            start = first * BLOCK_SIZE - offset
-            part = bytes(data[start : start + count * BLOCK_SIZE])
-            self._entries.put(entry, first * BLOCK_SIZE, part, False, lambda _: None)
-        self._entries.leave(entry)
+    def careless(self: CacheReads) -> None:
+        answered, self._answered = self._answered, []
+        for entry, fill, offset, data in answered:
+            entry.fills.remove(fill)
+            if fill.bits and not entry.volume.over:
+                first, count = next(runs(fill.bits))
+                start = first * BLOCK_SIZE - offset
+                self._entries.keep(entry, first * BLOCK_SIZE, data[start : start + count * BLOCK_SIZE])
+            self._entries.leave(entry)
 
-    patch.setattr(CacheReads, "_end_fill", careless)
+    patch.setattr(CacheReads, "_keep", careless)
     patch.setattr(CachedObject, "change", lambda *_: None)
 
 
 def written_again_while_pushed_counts_as_clean(patch: pytest.MonkeyPatch) -> None:
-    ended = Pusher._ended
+    ended = Pusher.ended
 
-    def forgetful(self: Pusher, entry: CachedObject, bits: int, number: int, result: int) -> None:
+    def forgetful(self: Pusher, push: Any, result: int) -> None:
         if not result:
-            entry.volume.dirty_blocks -= (entry.dirty & bits).bit_count()
-            entry.dirty &= ~bits
-        ended(self, entry, bits, number, result)
+            push.entry.volume.dirty_blocks -= (push.entry.dirty & push.bits).bit_count()
+            push.entry.dirty &= ~push.bits
+        ended(self, push, result)
 
-    patch.setattr(Pusher, "_ended", forgetful)
+    patch.setattr(Pusher, "ended", forgetful)
 
 
 BUGS = [

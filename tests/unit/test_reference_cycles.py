@@ -15,6 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src/sheepdog"
 SLOW = {  # once for an epoch, a checkpoint, an operation on a VDI, a plug, a repair by order: nothing piles up
+    ("cluster/core/cache_volumes.py", "let_go"),
     ("cluster/core/node.py", "_record"),
     ("cluster/core/operations.py", "_once_loaded"),
     ("cluster/core/repair_order.py", "_bounded"),
