@@ -10,7 +10,7 @@ from sheepdog.cluster.core.ids import Epoch, NodeId, ObjectId, is_attribute, vid
 from sheepdog.cluster.core.inode import nominal_size
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
 from sheepdog.cluster.core.membership import ClusterMachine
-from sheepdog.cluster.core.messages import Message
+from sheepdog.cluster.core.messages import Buffer, Message
 from sheepdog.cluster.core.origins import Origins
 from sheepdog.cluster.core.peers import Peers
 from sheepdog.cluster.core.placement import Placement
@@ -64,6 +64,7 @@ class Context:
         self.counters = Counters()
         self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
+        self.submitted: Callable[[int], Buffer] = lambda number: b""  # bytes of a change under way; set by the gateway
         self.spoilt: dict[ObjectId, StoreError] = {}
         """Strips here that could not take a write, and why: they take no more until they are restored."""
         self.doubts: dict[ObjectId, int] = {}

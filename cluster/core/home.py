@@ -326,6 +326,7 @@ class Home:
         if submission.flags & Flag.REMOVE:
             self.hooks.restored_locally(oid)  # if it went with its disk: there is nothing to be restored any more
         for replica in replicas[1:]:
+            own = replica == submission.gateway and bool(submission.data)  # it has the bytes until it is answered
             message = Message(
                 Kind.APPLY,
                 self.fence,
@@ -333,13 +334,13 @@ class Home:
                 oid,
                 submission.offset,
                 submission.length,
-                submission.flags,
+                submission.flags | Flag.OWN if own else submission.flags,
                 version,
                 sequence,
                 watermark,
                 0,
                 0,
-                submission.data,
+                b"" if own else submission.data,
                 submission.number,
                 submission.floor,
                 submission.gateway,

@@ -57,6 +57,7 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
+    OWN: Final = 64  # APPLY without a body: the bytes are those that the receiver submitted as `origin`
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there
     URGENT: Final = 16  # PULL: a client waits for it
     SURPLUS: Final = 16  # DROP: the object lives, elsewhere

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.errors import NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
@@ -182,6 +182,10 @@ class Replica:
         oid, flags = message.oid, message.flags
         body = message.body
         assert isinstance(body, (bytes, bytearray, memoryview))
+        own = bool(flags & Flag.OWN)
+        if own:
+            flags &= ~Flag.OWN
+            body = context.submitted(message.origin)
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
         self._unstable.setdefault(oid, []).append((sequence, start, end))
         self._order[home].append((sequence, oid))
@@ -191,8 +195,12 @@ class Replica:
             self.restored(oid)  # a copy that went with its disk: there is nothing to be restored any more
         else:
             counters.peer_writes += 1
-            counters.peer_rx += len(body)
+            counters.peer_rx += 0 if own else len(body)
         answer = self._answering(sender, message, key, context.fence)
+        if own and not body:
+            context.probe("replica.own_bytes_gone")
+            answer(NoObject("the bytes of a write are not here any more"))
+            return
         if context.spoilt and spoilt(context, flags, oid, answer):  # a strip
             return
         if oid >> STRIP_SHIFT:

@@ -94,8 +94,14 @@ class Router:
         self.pending: dict[int, Request] = {}  # by number, in the order they came
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
         context.active_requests = lambda: len(self.pending)
+        context.submitted = self.submitted
         self._replica = replica
         self._next_number = 0
+
+    def submitted(self, number: int) -> Buffer:
+        """The bytes of a change under way; none if it has been answered."""
+        request = self.pending.get(number)
+        return b"" if request is None else request.data
 
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
         """`length` bytes from `offset`; with MAP in `flags`: which of the blocks hold data."""
