@@ -15,11 +15,15 @@ from tests.support.processes import BIN, run
 GUEST_RUN = Path(__file__).resolve().parents[1] / "support" / "guest-run"
 UNIT = Path(__file__).resolve().parents[2] / "packaging" / "systemd" / "sheepdog-iscsi.service"
 GUEST_SECONDS = 1500  # emulated, on a loaded machine
-SUITES_SECONDS = 1800  # emulated, on a loaded machine
-# These tests repeat a command for 256 lengths: minutes each, where every request is emulated. One that reads, one that
-# writes and two that give space back stand for all.
-LOOPS = r"^ALL\.(Read|Write|Verify)[A-Za-z]*[0-9]+\.(Simple|BeyondEol|Async|Mismatch.*|Unmap.*)$|^ALL\.Unmap\.Simple$"
-SAMPLES = "ALL.Read16.Simple ALL.Write10.BeyondEol ALL.Unmap.Simple ALL.WriteSame16.Unmap ALL.WriteSame16.UnmapVPD"
+SUITES_SECONDS = 3600  # emulated, on a loaded machine
+# These tests repeat a command for 256 lengths: minutes each, where every request is emulated. One of each kind that
+# reads, writes, compares or gives space back stands for those that differ in the command's length.
+LOOPS = r"^ALL\.(Read|Write|WriteSame|WriteVerify|Verify)[0-9]+\.(Simple|BeyondEol|Async|Mismatch.*|Unmap.*)$"
+LOOPS += r"|^ALL\.Unmap\.Simple$"
+SAMPLES = (
+    "ALL.Read6.Simple ALL.Read16.Simple ALL.Write10.BeyondEol ALL.Write16.Simple ALL.WriteVerify16.Simple"
+    " ALL.Verify16.Simple ALL.WriteSame10.Simple ALL.Unmap.Simple ALL.WriteSame16.Unmap ALL.WriteSame16.UnmapVPD"
+)
 TEST_SECONDS = 60  # one test; what takes longer on the plain file is not compared
 PATIENCE = 10  # times that for the volume: each request goes through sheepfs to three sheep, all emulated
 MIB = 1 << 20
