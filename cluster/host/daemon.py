@@ -34,6 +34,7 @@ from sheepdog.cluster.host.loop import Collector, describe, new_loop, prepare_pr
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
+from sheepdog.cluster.host.reach import unreached
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.turn import HostClock, Turn
@@ -301,8 +302,20 @@ class Daemon:
             await self._lost.wait()
             self._lost.clear()
             await self._attachment.driver.close()
+            await self._wait_for_links()
             self._begin_incarnation(registry.create(self.options.driver))
             await self._attach_again()
+
+    async def _wait_for_links(self) -> None:
+        """Until the members and this node reach each other: with a broken link between two of them all would wait."""
+        others = [member.id for member in self.node.cluster.members if member.id != self._id]
+        complaint = ""
+        while silent := await unreached(others):
+            names = ", ".join(map(str, silent))
+            if names != complaint:
+                complaint = names
+                self._log(4, f"not joining again yet: {names} and this node do not reach each other, other members do")
+            await asyncio.sleep(REJOIN_MAX_S)
 
     async def _attach_again(self) -> None:
         delay_s, complaint = REJOIN_FIRST_S, ""

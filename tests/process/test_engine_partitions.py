@@ -6,6 +6,7 @@ acknowledged, even where it holds all copies.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -27,6 +28,7 @@ BLOCK = 4096
 SIZE = 4 << 20
 STEP_SECONDS = 0.3  # between asking for a lease and taking it: two answers under way, and the engine's own beat
 DETECT_SECONDS = 30.0  # until the others go on: 8 s with ZooKeeper's leader among the silent
+STEADY_SECONDS = 12.0  # twice as long as a member may be silent
 OVER_SECONDS = 2.0  # what should not happen has happened by then
 
 
@@ -74,6 +76,12 @@ def holders(machines: Machines, oid: ObjectId) -> list[int]:
     return [node for node in EVERYBODY if f"{oid:016x}" in machines.objects(node)]
 
 
+def order(machines: Machines, name: str) -> list[int]:
+    """The machines with a volume's first object: the one that orders its writes comes first."""
+    said = json.loads(machines.dog("vdi", "object", "location", name, "-i", "0", "--json"))["expected"]
+    return [machines.network.addresses.index(node.rpartition(":")[0]) for node in said]
+
+
 def test_two_of_five_are_a_minority(machines: Machines, watch: Callable[..., Watch]) -> None:
     """They have all copies of an object, and each other: nothing but the engine keeps them from serving it."""
     theirs, of_all = new_object(machines, "theirs", 2), new_object(machines, "v", MACHINES)
@@ -116,4 +124,22 @@ def test_the_packets_of_one_direction_are_lost(machines: Machines, watch: Callab
     assert reader.last < first
     machines.network.lose_no_more(*ways)
     reader.goes_on()
+    machines.healthy()
+
+
+@pytest.mark.soak
+def test_two_members_do_not_reach_each_other(machines: Machines, watch: Callable[..., Watch]) -> None:
+    """What one sends to the other is lost, all else arrives: one of them is given up, until the network is whole."""
+    oid = new_object(machines, "v", MACHINES)
+    machines.dog("vdi", "write", "v", "0", str(BLOCK), stdin=b"x" * BLOCK)  # now the inode names it, too
+    first, second, other = order(machines, "v")[:3]
+    writer = watch(write, other, oid)
+    machines.network.lose([first], [second])
+    lost = time.monotonic()
+    writer.goes_on(DETECT_SECONDS)
+    assert writer.since(lost)[0].ended - lost > OVER_SECONDS, "all writes wait for the two"
+    time.sleep(STEADY_SECONDS)  # by now it would have come back and been silent again
+    writer.goes_on(OVER_SECONDS)
+    machines.network.lose_no_more([first], [second])
+    machines.wait_members(MACHINES, EVERYBODY, DETECT_SECONDS)
     machines.healthy()

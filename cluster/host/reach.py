@@ -1,0 +1,61 @@
+"""Whether the members of a cluster and this node reach each other: asked before it joins again.
+
+A member that one of the others cannot talk to is no use to anybody: all wait for what it and that one cannot tell each
+other. Once it was expelled for that it stays away for as long as it is so, and the others serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from sheepdog.cluster.core.errors import PeerError
+from sheepdog.cluster.core.ids import NodeId, format_address
+from sheepdog.cluster.host.link import DIAL_TIMEOUT_S
+from sheepdog.cluster.wire.header import HEADER_SIZE, REQUEST, RESPONSE, Request
+from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
+from sheepdog.cluster.wire.structures import NODE_LIST_SIZE, unpack_nodes
+
+ANSWER_S = 2.0  # a member tells the others' names at once; one that has lost the cluster itself does not
+
+
+async def unreached(others: Sequence[NodeId]) -> list[NodeId]:
+    """Those of `others` that do not answer and still are members, as the rest of them says.
+
+    Nobody, if none answers: then it is for the membership engine to say who goes on.
+    """
+    answers = await asyncio.gather(*map(_answers, others))
+    there = [node for node, answer in zip(others, answers, strict=True) if answer]
+    silent = [node for node in others if node not in there]
+    if not silent or not there:
+        return []
+    lists = await asyncio.gather(*map(_members, there))
+    members = dict.fromkeys(node for found in lists for node in found)
+    return [node for node in silent if node in members]
+
+
+async def _answers(node: NodeId) -> bool:
+    """A TCP connection takes packets in both directions, whichever of them are lost."""
+    try:
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(format_address(node.address), node.port)
+    except OSError:  # TimeoutError is one
+        return False
+    writer.close()
+    return True
+
+
+async def _members(node: NodeId) -> list[NodeId]:
+    """The members, as this one says; none if it does not."""
+    opcode = Opcode.GET_NODE_LIST
+    request = Request(protocol_version(opcode), opcode, data_length=NODE_LIST_SIZE)
+    with contextlib.suppress(OSError, EOFError, PeerError):
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection(format_address(node.address), node.port)
+            with contextlib.closing(writer):
+                writer.write(REQUEST.pack(request))
+                answer = RESPONSE.unpack(await reader.readexactly(HEADER_SIZE))
+                size = min(answer.data_length, NODE_LIST_SIZE)
+                return [member.id for member in unpack_nodes(await reader.readexactly(size))]
+    return []
