@@ -20,6 +20,7 @@ import tests.support.plain
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import LoopMount, SheepFs
 from tests.support.netns import NetworkNamespace
+from tests.support.standing import StandingCluster
 
 _clusters = pytest.StashKey[list[Cluster]]()
 COMPILED = tests.support.plain.COMPILED  # imported before anything of ours
@@ -94,6 +95,21 @@ def cluster3(new_cluster: Callable[..., Cluster]) -> Cluster:
     """Three nodes, joined and formatted with three copies."""
     cluster = started(new_cluster(3))
     cluster.format()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def standing_clusters() -> Iterator[StandingCluster]:
+    standing = StandingCluster()
+    yield standing
+    standing.close()
+
+
+@pytest.fixture
+def standing3(request: pytest.FixtureRequest, standing_clusters: StandingCluster) -> Cluster:
+    """As `cluster3`, but it may have served other tests of the file, and its directory is its own."""
+    cluster = standing_clusters.take()
+    request.node.stash.setdefault(_clusters, []).append(cluster)
     return cluster
 
 

@@ -42,6 +42,7 @@ _SPOKEN_AS = {errno.EROFS: errno.EPERM, errno.EFBIG: errno.ENOSPC, errno.EDQUOT:
 _parameters = Parameters()
 _exports: Exports | None = None
 _states = ThreadStates()
+_finishing = threading.Lock()
 
 _Result = TypeVar("_Result")
 
@@ -95,10 +96,21 @@ def after_fork() -> None:
 
 
 def _end(signals: Iterable[int]) -> None:
-    """Waits for a signal, then stops: volumes are flushed and unlocked, connections that are left are cut."""
+    """Waits for a signal, then stops."""
     signal.sigwait(signals)
     nbdkit.shutdown()  # no new connection, no new request
     time.sleep(LEAVING_S)
+    _finish()
+
+
+def cleanup() -> None:
+    """nbdkit would end now: its last client has left while it stops. Of such clients it does not call `close`."""
+    _finish()
+
+
+def _finish() -> None:
+    """Volumes are flushed and unlocked, connections that are left are cut. Does not return."""
+    _finishing.acquire()  # a second caller waits for the end that the first one makes
     status = 1
     try:
         complaints = _door().close_all(CLOSING_LIMIT_S)

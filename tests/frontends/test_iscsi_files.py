@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster, with_locks
-from tests.support.processes import having_argument, run, send_signal, wait_until
+from tests.support.processes import having_argument, run, send_signal, wait_ended
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.frontends.iscsi.files import Files
@@ -45,7 +45,8 @@ def die(files: Files) -> None:
     assert pids
     for pid in pids:
         send_signal(pid, signal.SIGKILL)
-    wait_until(lambda: not files.is_alive(), SECONDS, "end of sheepfs")
+    wait_ended(pids, SECONDS, "sheepfs")
+    assert not files.is_alive()
 
 
 def test_one_host_at_a_time_and_again_after_its_sheepfs_has_died(cluster: Cluster, hosts: list[Files]) -> None:

@@ -48,6 +48,11 @@ def tools() -> None:
 
 
 @pytest.fixture
+def cluster3(standing3: Cluster) -> Cluster:
+    return standing3
+
+
+@pytest.fixture
 def serve(teardown: ExitStack, directory: Path) -> Callable[..., NbdServer]:
     def start(cluster: Cluster, *words: str, node: int = 0, listen: str = "") -> NbdServer:
         server = NbdServer(cluster, directory, *words, node=node, listen=listen)
@@ -523,6 +528,23 @@ def test_clean_shutdown_flushes(cluster3: Cluster, serve: Callable[..., NbdServe
     assert flushes(cluster3) > before, "what the client had not flushed was left to luck"
     assert content(cluster3, "v")[:512] == b"x" * 512
     assert server.text() == ""
+
+
+def test_clients_that_leave_while_the_server_ends_leave_nothing_behind(
+    new_cluster: Callable[..., Cluster], serve: Callable[..., NbdServer]
+) -> None:
+    """nbdkit closes nothing for them, and ends once the last one has left."""
+    cluster = started(new_cluster(1))
+    cluster.format("-c", "1", "-l")
+    cluster.dog("vdi", "create", "v", "8M")
+    server = serve(cluster)
+    hold = holding(server.uri("v"), "h.pwrite(b'x' * 512, 0)")
+    before = flushes(cluster)
+    server.process.terminate()
+    release(hold)
+    assert server.process.wait(20) == 0, server.text()
+    assert flushes(cluster) > before
+    assert "v" not in cluster.dog("vdi", "lock", "list").split()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
 from tests.support.nbd import SYSTEM_PYTHON, NbdServer, holding, release
 from tests.support.power import FragileDisk
-from tests.support.processes import alive, having_argument, run, send_signal, wait_until
+from tests.support.processes import having_argument, run, send_signal, wait_ended
 
 BLOCK = 4096
 BLOCKS = (24 << 20) // BLOCK  # six objects, some of them not yet there when they are first written
@@ -131,7 +131,7 @@ class NbdDoor:
 def kill(pids: Sequence[int]) -> None:
     for pid in pids:
         send_signal(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, pids)), 20, "the end of everybody")
+    wait_ended(pids, 20, "everybody")
 
 
 @pytest.mark.parametrize("door", (SheepFsDoor, NbdDoor))

@@ -21,7 +21,7 @@ from tests.support import needs
 from tests.support.cluster import Cluster
 from tests.support.fake_sheep import FakeSheep
 from tests.support.mounts import LoopMount, SheepFs, mounted
-from tests.support.processes import BIN, environment, having_argument, run, wait_until
+from tests.support.processes import BIN, environment, having_argument, run, wait_ended, wait_until
 
 from sheepdog.cluster.core.errors import Result
 
@@ -42,6 +42,11 @@ def transport(request: pytest.FixtureRequest) -> str:
     if request.param == "pyfuse3":
         pytest.importorskip("pyfuse3")
     return f"--transport={request.param}"
+
+
+@pytest.fixture
+def cluster3(standing3: Cluster) -> Cluster:
+    return standing3
 
 
 @pytest.fixture
@@ -304,6 +309,7 @@ def test_what_the_options_and_orders_on_files_do(
         requests_of_two_reads(sheepfs, OBJECT // 2, name)
         return cache_lookups(cluster) > before
 
+    data = {name for node in range(3) for name in cluster.objects(node) if name.startswith("00")}
     for name in ("cached", "plain"):  # what this gateway has written itself, unflushed, is in its cache in any case
         cluster.dog("vdi", "create", name, "16M")
         cluster.dog("vdi", "write", name, "0", str(OBJECT), node=2, stdin=b"x" * OBJECT)
@@ -316,8 +322,7 @@ def test_what_the_options_and_orders_on_files_do(
     run(["setfattr", "-n", "user.sheepdog.copies", "-v", "3", volume])
     assert os.getxattr(volume, "user.sheepdog.copies") == b"3"
     cluster.wait_recovered()
-    names = [name for name in cluster.objects(0) if name.startswith("00")]
-    assert len(names) >= 2 and all(set(names) <= set(cluster.objects(node)) for node in (1, 2))
+    assert len(data) == 2 and all(data <= set(cluster.objects(node)) for node in range(3))
 
     (sheepfs.place / "snapshot/web/monday").mkdir()
     assert "monday" in cluster.dog("vdi", "list")
@@ -375,11 +380,11 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
             (daemon,) = having_argument(str(place))
             if end == "kill":
                 os.kill(daemon, signal.SIGKILL)
-                wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
+                wait_ended([daemon], 10, "sheepfs")
                 assert failure(lambda: os.listdir(place)) in ("ENOTCONN", "ECONNABORTED")
         finally:
             run(["umount", place])
-        wait_until(lambda: not having_argument(str(place)), 10, "end of sheepfs")
+        wait_ended([daemon], 10, "sheepfs")
         assert not mounted(place)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support import native
 from tests.support.ports import PortBlock
-from tests.support.processes import BIN, alive, end, having_argument, run, send_signal, wait_until
+from tests.support.processes import BIN, end, having_argument, run, send_signal, wait_ended, wait_until
 
 JOIN_SECONDS = 30.0  # a start takes below 0.5 s on a quiet machine
 RECOVER_SECONDS = 120.0
@@ -110,7 +110,7 @@ class Cluster:
         for pid in pids:
             send_signal(pid, number)
         if number in (signal.SIGKILL, signal.SIGTERM):
-            wait_until(lambda: not any(map(alive, pids)), JOIN_SECONDS, f"end of node {node}")
+            wait_ended(pids, JOIN_SECONDS, f"node {node}")
 
     def running_nodes(self) -> list[int]:
         return [node for node in range(self.count) if self.pids(node)]
@@ -150,7 +150,7 @@ class Cluster:
         return self.running_nodes()[0]
 
     def wait_stopped(self, seconds: float = JOIN_SECONDS) -> None:
-        wait_until(lambda: not self.running_nodes(), seconds, "end of all nodes")
+        wait_ended([pid for node in range(self.count) for pid in self.pids(node)], seconds, "all nodes")
 
     def close(self) -> None:
         """Ends every process of this cluster and gives its ports back."""

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from tests.support.cluster import Cluster
-from tests.support.processes import BIN, end, having_argument, run, wait_until
+from tests.support.processes import BIN, end, having_argument, run, wait_ended, wait_until
 
 MOUNT_SECONDS = 20.0
 
@@ -41,8 +41,9 @@ class SheepFs:
 
     def unmount(self) -> None:
         """As a user does it; CommandFailed when it is busy. The server ends by itself."""
+        pids = having_argument(str(self.place))
         run(["umount", self.place] if os.geteuid() == 0 else ["fusermount3", "-u", self.place])
-        wait_until(lambda: not having_argument(str(self.place)), MOUNT_SECONDS, "end of sheepfs")
+        wait_ended(pids, MOUNT_SECONDS, "sheepfs")
 
     def close(self) -> None:
         if mounted(self.place):

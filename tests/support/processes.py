@@ -98,6 +98,11 @@ def alive(pid: int) -> bool:
         os.close(handle)
 
 
+def wait_ended(pids: Sequence[int], seconds: float = END_SECONDS, what: str = "") -> None:
+    """Until nothing is left of these processes."""
+    wait_until(lambda: not any(map(alive, pids)), seconds, f"end of {what or f'processes {list(pids)}'}")
+
+
 def send_signal(pid: int, number: signal.Signals) -> None:
     """Signals a process that may be gone already."""
     try:
@@ -117,4 +122,4 @@ def end(pids: Sequence[int]) -> None:
     for pid in pids:
         if alive(pid):
             send_signal(pid, signal.SIGKILL)
-    wait_until(lambda: not any(alive(pid) for pid in pids), END_SECONDS, f"end of processes {list(pids)}")
+    wait_ended(pids)
