@@ -17,11 +17,12 @@ from sheepdog.cluster.wire.header import HEADER_SIZE, REQUEST, RESPONSE, Request
 from sheepdog.cluster.wire.opcodes import Opcode, protocol_version
 from sheepdog.cluster.wire.structures import NODE_LIST_SIZE, unpack_nodes
 
+ASKED = 5  # members for the others' names: one would do, and some may have lost the cluster too
 ANSWER_S = 2.0  # a member tells the others' names at once; one that has lost the cluster itself does not
 
 
 async def unreached(others: Sequence[NodeId]) -> list[NodeId]:
-    """Those of `others` that do not answer and still are members, as the rest of them says.
+    """Those of `others` that do not answer and still are members, as some of the rest say.
 
     Nobody, if none answers: then it is for the membership engine to say who goes on.
     """
@@ -30,7 +31,7 @@ async def unreached(others: Sequence[NodeId]) -> list[NodeId]:
     silent = [node for node in others if node not in there]
     if not silent or not there:
         return []
-    lists = await asyncio.gather(*map(_members, there))
+    lists = await asyncio.gather(*map(_members, there[:ASKED]))
     members = dict.fromkeys(node for found in lists for node in found)
     return [node for node in silent if node in members]
 
