@@ -301,14 +301,14 @@ class Daemon:
         while True:
             await self._lost.wait()
             self._lost.clear()
+            others = [member.id for member in self.node.cluster.members if member.id != self._id]
             await self._attachment.driver.close()
-            await self._wait_for_links()
             self._begin_incarnation(registry.create(self.options.driver))
+            await self._wait_for_links(others)
             await self._attach_again()
 
-    async def _wait_for_links(self) -> None:
+    async def _wait_for_links(self, others: list[NodeId]) -> None:
         """Until the members and this node reach each other: with a broken link between two of them all would wait."""
-        others = [member.id for member in self.node.cluster.members if member.id != self._id]
         complaint = ""
         while silent := await unreached(others):
             names = ", ".join(map(str, silent))
