@@ -129,11 +129,19 @@ def test_the_packets_of_one_direction_are_lost(machines: Machines, watch: Callab
 
 @pytest.mark.soak
 def test_two_members_do_not_reach_each_other(machines: Machines, watch: Callable[..., Watch]) -> None:
-    """What one sends to the other is lost, all else arrives: one of them is given up, until the network is whole."""
-    oid = new_object(machines, "v", MACHINES)
-    machines.dog("vdi", "write", "v", "0", str(BLOCK), stdin=b"x" * BLOCK)  # now the inode names it, too
-    first, second, other = order(machines, "v")[:3]
-    writer = watch(write, other, oid)
+    """What one sends to the other is lost, all else arrives: one of them is given up, until the network is whole.
+
+    Neither has ZooKeeper's leader: a server that does not reach it loses sessions of others.
+    """
+    leader = machines.leader()
+    for name in ("v", "w", "x"):
+        oid = new_object(machines, name, MACHINES)
+        machines.dog("vdi", "write", name, "0", str(BLOCK), stdin=b"x" * BLOCK)  # now the inode names it, too
+        first, *others = order(machines, name)
+        if first != leader:
+            break
+    second, third = [node for node in others if node != leader][:2]
+    writer = watch(write, third, oid)
     machines.network.lose([first], [second])
     lost = time.monotonic()
     writer.goes_on(DETECT_SECONDS)
