@@ -135,11 +135,14 @@ class CacheReads:
         answered, self._answered = self._answered, []
         for entry, fill, offset, data in answered:
             entry.fills.remove(fill)
-            view = memoryview(data)
             bits = 0 if entry.volume.over else fill.bits & ~entry.present & ~entry.writing
-            for first, count in runs(bits):
-                start = first * BLOCK_SIZE - offset
-                self._entries.keep(entry, first * BLOCK_SIZE, view[start : start + count * BLOCK_SIZE])
+            if bits == touched(offset, len(data)):  # nearly always
+                self._entries.keep(entry, offset, data)
+            else:
+                view = memoryview(data)
+                for first, count in runs(bits):
+                    start = first * BLOCK_SIZE - offset
+                    self._entries.keep(entry, first * BLOCK_SIZE, view[start : start + count * BLOCK_SIZE])
             self._entries.leave(entry)
 
     def _read_pushed(self, entry: CachedObject, offset: int, length: int, done: IoDone, _: StoreError) -> None:

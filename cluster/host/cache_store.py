@@ -33,18 +33,21 @@ class CacheObjects(ObjectStore):
         hashes = [block_hash(data) or 1] if length == BLOCK_SIZE else block_hashes(data)
         copy.changes += 1
         try:
-            write_all(self._disk, copy.fd, data, offset)
+            if length > BLOCK_SIZE or self._disk.pwrite(copy.fd, data, offset) != length:
+                write_all(self._disk, copy.fd, data, offset)
         except OSError as error:
             self.copies.write_failed(copy.home, error)
             return False
-        grown = 0
+        entries, grown = copy.entries, 0
         for block in range(first, last):
-            if not copy.entries[FIRST_ENTRY + block]:
+            if not entries[FIRST_ENTRY + block]:
                 grown += BLOCK_SIZE
-            copy.entries[FIRST_ENTRY + block] = hashes[block - first]
+            entries[FIRST_ENTRY + block] = hashes[block - first]
         self.copies.grow(copy, grown)
-        self._applier.touch(copy)
-        self.copies.rot.written(oid, first, last - first)
+        if not copy.touched:
+            self._applier.touch(copy)
+        if self.copies.rot.bad:
+            self.copies.rot.written(oid, first, last - first)
         self.copies.files.used(oid)
         return True
 

@@ -106,6 +106,21 @@ def test_a_snapshot_has_what_was_dirty(cluster: Cluster) -> None:
     assert cluster.try_dog("vdi", "read", "twin", "0", "16M", node=OTHER).stdout == data
 
 
+def test_a_rollback_is_not_undone_by_what_was_dirty(cluster: Cluster) -> None:
+    data = write_back(cluster)
+    cluster.dog("vdi", "snapshot", "-s", "one", "guest", node=OTHER)
+    for node in (OTHER, OWNER):
+        write_back(cluster)
+        cluster.dog("vdi", "rollback", "-f", "-s", "one", "guest", node=node)
+        assert contents(cluster, OTHER) == contents(cluster, OWNER) == data
+
+
+def test_a_resized_volume_has_what_was_dirty(cluster: Cluster) -> None:
+    data = write_back(cluster)
+    cluster.dog("vdi", "resize", "guest", "20M", node=OTHER)
+    assert cluster.try_dog("vdi", "read", "guest", node=OTHER).stdout == data + bytes(4 * MIB)
+
+
 def test_dirty_data_survives_a_kill_of_the_gateway(cluster: Cluster) -> None:
     data = write_back(cluster)
     cluster.kill(OWNER)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from tests.support.cluster import Cluster
@@ -111,6 +112,29 @@ def test_a_full_cache_disk_sends_writes_to_the_cluster(cluster: Machines) -> Non
     somebody_elses.unlink()
     cluster.restart_owner()  # by kill -9: what was not pushed is still here
     assert cluster.contents(OTHER) == changed
+
+
+def test_a_replica_dies_during_a_push(cluster: Machines) -> None:
+    """The flush ends once what is dirty is on what is left; the replica gets it when it is back."""
+    data = bytearray(SIZE)
+    volume = cluster.opened()
+    for offset in range(0, SIZE, 32 << 10):  # every eighth block: each is a push of its own
+        data[offset : offset + 4096] = os.urandom(4096)
+        volume.write(offset, data[offset : offset + 4096])
+    dirty = cluster.volumes()[0]["dirty"]
+    flushing = Thread(target=volume.flush)
+    flushing.start()
+    wait_until(lambda: cluster.volumes()[0]["dirty"] < dirty, SECONDS, "the push")
+    cluster.kill(OTHER)
+    flushing.join(SECONDS)
+    assert not flushing.is_alive() and not cluster.volumes()[0]["dirty"]
+    cluster.begin(OTHER)
+    cluster.wait_recovered()
+    cluster.kill(OWNER)
+    cluster.wait_members(1, [OTHER])
+    assert cluster.contents(OTHER) == data
+    cluster.begin(OWNER)
+    volume.close()
 
 
 def cached_file(cluster: Machines) -> Path:

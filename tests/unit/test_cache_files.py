@@ -12,6 +12,7 @@ from sheepdog.cluster.core.cache_space import CACHED
 from sheepdog.cluster.core.errors import StoreError, UsageError
 from sheepdog.cluster.core.extents import MARKS_BYTES
 from sheepdog.cluster.core.ids import Vid, data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host import cache_files
 from sheepdog.cluster.host.cache_files import CacheFiles
@@ -50,10 +51,11 @@ class Opened(Driver):
         assert self.wait(lambda done: self.store.write(OID, 8192, DATA, CACHED, False, done)) is None
 
     def content(self) -> bytes | None:
-        if self.store.version(OID) is None:
-            return None
+        return None if self.store.version(OID) is None else self.read(8192, len(DATA))
+
+    def read(self, offset: int, length: int = BLOCK_SIZE) -> bytes:
         found: list[Buffer | StoreError] = []
-        self.store.read(OID, 8192, len(DATA), found.append)
+        self.store.read(OID, offset, length, found.append)
         while not found:
             self.step()
         assert not isinstance(found[0], StoreError)
@@ -100,6 +102,42 @@ def test_contents_survive_an_orderly_end_and_a_reboot(tmp_path: Path, boot: Path
     third = Opened(tmp_path / "cache")
     assert third.content() is None, "closed in the first boot, but used again in the second"
     third.end()
+
+
+BLOCK = b"kept".ljust(BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_was_kept_survives_an_orderly_end_alone(tmp_path: Path, boot: Path, killed: bool) -> None:
+    """Without its hash it is nothing: what the table does not name is not here."""
+    first = Opened(tmp_path / "cache")
+    first.fill()
+    first.settle()
+    assert first.store.keep(OID, 64 * BLOCK_SIZE, BLOCK) and first.store.keep(OID, BLOCK_SIZE, BLOCK)
+    assert first.read(64 * BLOCK_SIZE) == BLOCK
+    if killed:
+        first.die()
+    else:
+        first.end()
+    again = Opened(tmp_path / "cache")
+    hashes = memoryview(again.store.table(OID)).cast("Q")
+    assert (bool(hashes[64]), again.read(64 * BLOCK_SIZE)) == ((False, bytes(BLOCK_SIZE)) if killed else (True, BLOCK))
+    assert again.content() == DATA
+    again.end()
+
+
+def test_nothing_is_kept_where_a_write_is_on_its_way(tmp_path: Path, boot: Path) -> None:
+    opened = Opened(tmp_path / "cache")
+    opened.fill()
+    opened.settle()
+    newer = b"newer".ljust(BLOCK_SIZE)
+    opened.store.write(OID, 64 * BLOCK_SIZE, newer, CACHED, False, lambda _: None)
+    assert not opened.store.keep(OID, 64 * BLOCK_SIZE, BLOCK)
+    assert opened.store.keep(OID, 65 * BLOCK_SIZE, BLOCK), "beside it there is nothing in the way"
+    assert not opened.store.keep(data_oid(Vid(0x123456), 6), 0, BLOCK), "no such object"
+    opened.settle()
+    assert (opened.read(64 * BLOCK_SIZE), opened.read(65 * BLOCK_SIZE)) == (newer, BLOCK)
+    opened.end()
 
 
 def test_the_end_counts_as_orderly_only_once_all_is_on_the_disk(
