@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
@@ -150,34 +152,40 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(Attached("127.0.0.1:9", "a").open())
 
 
-@pytest.fixture(params=["without a quorum", "hung"])
-def mute(request: pytest.FixtureRequest, directory: Path, teardown: ExitStack) -> str:
-    """The address of servers that take connections, and that is all."""
+@pytest.fixture
+def mute(directory: Path, teardown: ExitStack) -> list[str]:
+    """The addresses of a server without a quorum and of one that hangs: they take connections, and that is all."""
     ensemble = Ensemble(directory, 3)
     teardown.callback(ensemble.close)
-    first = ensemble.servers[0]
-    if request.param == "hung":
-        hung = teardown.enter_context(socket.create_server((first.host, first.port)))
-        assert hung.fileno() >= 0
-    else:
-        first.start()
+    lonely, silent, _ = ensemble.servers
+    hung = teardown.enter_context(socket.create_server((silent.host, silent.port)))
+    assert hung.fileno() >= 0
+    lonely.start()
 
-        def listens() -> bool:
-            with suppress(OSError), socket.create_connection((first.host, first.port), 1.0):
-                return True
-            return False
+    def listens() -> bool:
+        with suppress(OSError), socket.create_connection((lonely.host, lonely.port), 1.0):
+            return True
+        return False
 
-        wait_until(listens, 60.0, "the server listens")
-    return first.address
+    wait_until(listens, 60.0, "the server listens")
+    return [lonely.address, silent.address]
 
 
-def test_servers_that_begin_no_session(mute: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_begin_no_session(mute: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They can be reached, which is not enough: who starts a daemon is told, by one line and its status."""
-    said = f"zookeeper driver: {mute}: the servers take connections but begin no session"
-    done = run([BIN / "sheep", "-c", f"zookeeper:{mute}", "-y", "127.0.0.1", "-n", directory / "store"], check=False)
-    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1), done.stderr
-    assert done.stderr.decode().startswith(said)
-    assert "can be reached" not in (directory / "store" / "sheep.log").read_text()
+    said = [f"zookeeper driver: {address}: the servers take connections but begin no session" for address in mute]
+    stores = [directory / f"store{number}" for number in range(len(mute))]
+    with ThreadPoolExecutor() as pool:  # each waits for as long as an election may take
+        done = pool.map(start, mute, stores)
+    for one, line, store in zip(done, said, stores, strict=True):
+        assert (one.returncode, one.stderr.count(b"\n")) == (1, 1), one.stderr
+        assert one.stderr.decode().startswith(line)
+        assert "can be reached" not in (store / "sheep.log").read_text()
     monkeypatch.setattr("sheepdog.cluster.drivers.zookeeper.CONNECT_PATIENCE_S", 0.5)
-    with pytest.raises(UsageError, match=f"^{said}"):
-        asyncio.run(Attached(mute, "a").open())
+    for address, line in zip(mute, said, strict=True):
+        with pytest.raises(UsageError, match=f"^{line}"):
+            asyncio.run(Attached(address, "a").open())
+
+
+def start(address: str, store: Path) -> subprocess.CompletedProcess[bytes]:
+    return run([BIN / "sheep", "-c", f"zookeeper:{address}", "-y", "127.0.0.1", "-n", store], check=False)
