@@ -27,6 +27,7 @@ class Counters:
         "flushes",
         "peer_reads",
         "peer_removes",
+        "peer_requests",
         "peer_rx",
         "peer_tx",
         "peer_writes",
@@ -42,6 +43,12 @@ class Counters:
         self.peer_reads = self.peer_writes = self.peer_removes = self.peer_rx = self.peer_tx = (
             0  # of this node's copies
         )
+        self.peer_requests = 0  # of other gateways' clients, to this node as home
+
+    def work(self) -> int:
+        """Grows with whatever is done here for clients, not with recovery."""
+        own = self.reads + self.writes + self.removes + self.flushes
+        return own + self.peer_writes + self.peer_removes + self.peer_requests
 
 
 class Context:

@@ -236,6 +236,7 @@ class Copies:
         if message.flags & Flag.HURRY:
             self.puller.hurry(oid)
             return
+            self.rebuilder.hurry(oid)
         repair = bool(message.flags & Flag.REPAIR)
         urgent = bool(message.flags & Flag.URGENT)
         if not (urgent or self._may_take(oid)):
@@ -252,7 +253,7 @@ class Copies:
             pulled(Result.INVALID_PARMS)
         else:
             self.replica.strips.replaced(oid)
-            self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled)
+            self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled, urgent)
 
     def _may_take(self, oid: ObjectId) -> bool:
         """False where the cluster was formatted with -F and a new copy here would leave clients too little space."""

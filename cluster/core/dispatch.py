@@ -69,9 +69,11 @@ class Dispatch:
     # -- for the home of this node ---------------------------------------------------------------------------------
 
     def _on_submit(self, sender: NodeId, message: Message) -> None:
+        self._context.counters.peer_requests += 1
         self._copies.at_home().requests.on_submit(sender, message)
 
     def _on_read(self, sender: NodeId, message: Message) -> None:
+        self._context.counters.peer_requests += 1
         if message.oid >> STRIP_SHIFT:
             self._gateway.router.strip_reads.on_read(sender, message)
         else:

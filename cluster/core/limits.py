@@ -23,9 +23,12 @@ MAX_PEER_BODY_BYTES = (1 << 31) + 4096
 
 PLACEMENT_CACHE_ENTRIES = 65_536  # a lookup costs 3 us, a hit 0.1; 64 Ki entries are 10 MB
 RECOVERY_PULLS = 4  # objects one home restores at a time: fills a disk without starving clients
-PULL_CHUNK_BYTES = (
-    512 << 10
-)  # one fetch of a restore: large enough for streaming, and what clients send waits behind few
+PULL_CHUNK_BYTES = 512 << 10  # one fetch of a restore: large enough for streaming
+PULL_WINDOW_BYTES = 4 << 20  # fetches of a node under way: 10 Gbit/s over 3 ms
+PULL_SLICE_BYTES = 128 << 10  # one fetch while clients are at work: half a millisecond of two processors
+PULL_YIELD = 3  # then a pause so many times as long as the fetch took: a quarter of what there is
+PULL_FLOOR_BYTES_PER_S = 16 << 20  # but so much at least: 1 TB in 17 hours, of one node alone
+PULL_QUIET_NS = 100_000_000  # without requests for so long nobody is at work
 INVENTORY_PART_ENTRIES = 32_768  # 1 MiB messages
 LOST_PART_ENTRIES = 8_192  # 72 KiB messages, each a moment's work for the home
 STABLE_DELAY_NS = 2_000_000  # an idle home pushes its watermark after this long: reads elsewhere wait no longer

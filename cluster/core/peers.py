@@ -45,11 +45,19 @@ class Peers:
         body: Buffer = b"",
         version: Version = NO_VERSION,
         length: int = 0,
+        flags: int = 0,
     ) -> None:
-        self.network.send(
-            node,
-            Message(Kind.ANSWER, request.fence, request.rid, version=version, length=length, result=result, body=body),
+        answer = Message(
+            Kind.ANSWER,
+            request.fence,
+            request.rid,
+            flags=flags,
+            version=version,
+            length=length,
+            result=result,
+            body=body,
         )
+        self.network.send(node, answer)
 
     def oldest(self, node: NodeId) -> int:
         """Id of the oldest request that `node` has not answered: it may forget all before."""

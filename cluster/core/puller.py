@@ -1,6 +1,6 @@
 """The puller: makes a copy here equal to one elsewhere, moving only the blocks whose hashes differ.
 
-What a client waits for goes first: the other restores ask for nothing more meanwhile.
+What a client waits for goes first: the other restores ask for nothing more meanwhile. They keep to the node's pace.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
-from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
+from sheepdog.cluster.core.pace import Pace, Taken
 from sheepdog.cluster.core.repair import Repair
 
 Pulled = Callable[[int], None]
@@ -23,6 +24,7 @@ class Puller:
     """All restores that this node has going. `bytes_pulled` counts what was moved since the start."""
 
     def __init__(self, context: Context) -> None:
+        self.pace = Pace(context)
         self._context = context
         self._active: dict[ObjectId, _Pull] = {}
         self._urgent: dict[ObjectId, None] = {}  # those of them that clients wait for
@@ -34,6 +36,7 @@ class Puller:
             pull.given_up = True
         self._active = {}
         self._urgent = {}
+        self.pace.begin()
 
     def pull(
         self,
@@ -77,6 +80,10 @@ class Puller:
             for other in list(self._active.values()):
                 other.go_on()
 
+    def is_urgent(self, oid: ObjectId) -> bool:
+        """A client waits for it."""
+        return oid in self._urgent
+
     def may_fetch(self, oid: ObjectId) -> bool:
         """Nothing else is more urgent."""
         return not self._urgent or oid in self._urgent
@@ -117,7 +124,8 @@ class Puller:
             else:
                 context.counters.peer_reads += 1
                 context.counters.peer_tx += len(data)
-                context.peers.answer(sender, message, Result.SUCCESS, data)
+                flags = Flag.CLIENTS if self.pace.has_clients() else 0
+                context.peers.answer(sender, message, Result.SUCCESS, data, flags=flags)
 
         context.store.read(message.oid, message.offset, message.length, done)
 
@@ -198,6 +206,7 @@ class _Pull:
         """Opens the copy here, whose good blocks are those of the table `mine`, and fetches the others."""
         store = self._context.store
         holes, self._ranges = difference(mine, self._table, size)
+        self._ranges.reverse()  # they are taken from the end
         self._repair = False  # a second source goes on where the first one ended
         self._context.origins.forget(plain_oid(self.oid))
         store.restore_begin(self.oid, size)
@@ -219,31 +228,41 @@ class _Pull:
             if not self._puller.may_fetch(self.oid):
                 self._context.probe("puller.gives_way")
                 return
-            offset, length = self._ranges.pop()
+            paced = not self._puller.is_urgent(self.oid)
+            offset, wanted = self._ranges[-1]
+            length = self._puller.pace.take(wanted, self.go_on) if paced else wanted
+            if not length:
+                return
+            self._ranges[-1:] = [(offset + length, wanted - length)] if length < wanted else []
             self._in_flight += 1
             message = Message(
                 Kind.FETCH, self._context.fence, oid=self.oid, offset=offset, length=length, version=self._version
             )
-            self._ask(message, partial(self._on_data, offset))
+            begun_ns = self._context.clock.now_ns()
+            taken: Taken = (length, begun_ns) if paced else None
+            self._ask(message, partial(self._on_data, offset, taken))
         if self._in_flight == 0 and not self._ranges and self._failed is None:
             self._fetching = False
             self._finish()
 
-    def _on_data(self, offset: int, answer: Message) -> None:
+    def _on_data(self, offset: int, taken: Taken, answer: Message) -> None:
         if self.given_up:
             return
+        if answer.flags & Flag.CLIENTS:
+            self._puller.pace.told()
         if answer.result != Result.SUCCESS:
             self._in_flight -= 1
             self._next_source(answer.result)
+            self._puller.pace.give_back(taken)
             return
         assert isinstance(answer.body, (bytes, bytearray, memoryview))
         self._puller.bytes_pulled += len(answer.body)
-        self._context.store.restore_write(self.oid, offset, answer.body, self._written)
+        self._context.store.restore_write(self.oid, offset, answer.body, partial(self._written, taken))
 
-    def _written(self, error: StoreError | None) -> None:
-        self._in_flight -= 1
+    def _written(self, taken: Taken, error: StoreError | None) -> None:
         if self.given_up:
             return
+        self._in_flight -= 1
         if error is not None:
             self._context.log(3, f"object {self.oid:016x}: cannot be restored here: {error}")
             self._sources = self._sources[:1]
@@ -252,6 +271,7 @@ class _Pull:
             self._next_source(self._failed)
         else:
             self._fetch_more()
+        self._puller.pace.give_back(taken)
 
     def _finish(self) -> None:
         store = self._context.store

@@ -1,6 +1,7 @@
 """The rebuilder: makes a strip here from others: a copy of the same strip where there is one, else decoded from any D.
 
-Ranges where all sources have holes stay holes. A source that fails is replaced by another strip.
+Ranges where all sources have holes stay holes. A source that fails is replaced by another strip. The node's pace is
+kept unless a client waits.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, oid_name, plain_oid, strip_index, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_WINDOW, REBUILD_CHUNK_BYTES
-from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins
+from sheepdog.cluster.core.pace import Pace, Taken
 from sheepdog.cluster.core.peering import NO_MEMBER
 from sheepdog.cluster.core.puller import Pulled, Puller
 
@@ -34,9 +36,19 @@ class Rebuilder:
         self._active = {}
 
     def rebuild(
-        self, strip: ObjectId, policy: Policy, version: Version, holders: Sequence[int], repair: bool, pulled: Pulled
+        self,
+        strip: ObjectId,
+        policy: Policy,
+        version: Version,
+        holders: Sequence[int],
+        repair: bool,
+        pulled: Pulled,
+        urgent: bool = False,
     ) -> None:
-        """Makes `strip` of `version`; `holders`: member by strip. `pulled` gets the result."""
+        """Makes `strip` of `version`; `holders`: member by strip. `pulled` gets the result.
+
+        `urgent`: a client waits.
+        """
         context = self._context
         active = self._active.get(strip)
         if active is not None:
@@ -51,21 +63,36 @@ class Rebuilder:
 
             def copied(result: int) -> None:
                 if result and context.fence == fence:
-                    self._decode(strip, policy, version, holders, pulled)
+                    self._decode(strip, policy, version, holders, pulled, urgent)
                 else:
                     pulled(result)
 
-            self._puller.pull(strip, version, [context.placement.nodes[same]], repair, copied)
+            self._puller.pull(strip, version, [context.placement.nodes[same]], repair, copied, urgent)
         else:
-            self._decode(strip, policy, version, holders, pulled)
+            self._decode(strip, policy, version, holders, pulled, urgent)
+
+    def hurry(self, strip: ObjectId) -> None:
+        """A client waits for it, if it is being made."""
+        active = self._active.get(strip)
+        if active is not None:
+            active.urgent = True
+            active.go_on()
 
     def _decode(
-        self, strip: ObjectId, policy: Policy, version: Version, holders: Sequence[int], pulled: Pulled
+        self,
+        strip: ObjectId,
+        policy: Policy,
+        version: Version,
+        holders: Sequence[int],
+        pulled: Pulled,
+        urgent: bool,
     ) -> None:
         sources = {
             other: member for other, member in enumerate(holders) if member != NO_MEMBER and other != strip_index(strip)
         }
-        self._active[strip] = rebuild = _Rebuild(self, self._context, strip, policy, version, sources)
+        pace = self._puller.pace
+        self._active[strip] = rebuild = _Rebuild(self, self._context, pace, strip, policy, version, sources)
+        rebuild.urgent = urgent
         rebuild.waiting.append(pulled)
         rebuild.start()
 
@@ -82,6 +109,7 @@ class _Rebuild:
         self,
         rebuilder: Rebuilder,
         context: Context,
+        pace: Pace,
         strip: ObjectId,
         policy: Policy,
         version: Version,
@@ -90,6 +118,8 @@ class _Rebuild:
         self.strip = strip
         self.waiting: list[Pulled] = []
         self.given_up = False
+        self.urgent = False
+        self._pace = pace
         self._rebuilder = rebuilder
         self._context = context
         self._policy = policy
@@ -99,6 +129,8 @@ class _Rebuild:
         self._origins: dict[Origin, None] = {}  # what any source knows: none was touched by all writes
         self._size = 0
         self._chunks: Iterator[tuple[int, int]] = iter(())
+        self._chunk: tuple[int, int] | None = None  # the next to be fetched
+        self._fetching = False
         self._in_flight = 0
         self._failed: int | None = None
 
@@ -110,6 +142,7 @@ class _Rebuild:
             self._end(self._failed if self._failed is not None else Result.EIO)
             return
         self._failed = None
+        self._fetching = False
         self._tables.clear()
         self._in_flight = len(chosen)
         for strip in chosen:
@@ -166,6 +199,8 @@ class _Rebuild:
             return
         self._context.store.restore_begin(self.strip, self._size)
         self._chunks = self._cut()
+        self._chunk = next(self._chunks, None)
+        self._fetching = True
         self._fetch_more()
 
     def _cut(self) -> Iterator[tuple[int, int]]:
@@ -180,17 +215,30 @@ class _Rebuild:
             else:
                 self._context.store.restore_punch(self.strip, offset, length)
 
+    def go_on(self) -> None:
+        """It may be its turn now."""
+        if self._fetching and not self.given_up:
+            self._fetch_more()
+
     def _fetch_more(self) -> None:
-        while self._in_flight < PULL_WINDOW and self._failed is None:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                break
+        while self._chunk is not None and self._in_flight < PULL_WINDOW and self._failed is None:
+            offset, length = self._chunk
+            taken: Taken = None
+            if not self.urgent:
+                sources = len(self._tables)
+                taken = self._pace.take(length * sources, self.go_on), self._context.clock.now_ns()
+                if not taken[0]:
+                    return
+                length = min(length, max(BLOCK_SIZE, taken[0] // sources // BLOCK_SIZE * BLOCK_SIZE))
+            left = self._chunk[1] - length
+            self._chunk = (offset + length, left) if left else next(self._chunks, None)
             self._in_flight += 1
-            self._fetch(*chunk)
-        if not self._in_flight and self._failed is None:
+            self._fetch(offset, length, taken)
+        if self._fetching and not self._in_flight and self._chunk is None and self._failed is None:
+            self._fetching = False
             self._finish()
 
-    def _fetch(self, offset: int, length: int) -> None:
+    def _fetch(self, offset: int, length: int, taken: Taken) -> None:
         """One range of all D sources."""
         have: dict[int, Buffer] = {}
         left = len(self._tables)
@@ -208,10 +256,11 @@ class _Rebuild:
                 if left:
                     return
                 if self._failed is None:
-                    self._put(offset, have)
+                    self._put(offset, have, taken)
                 else:
                     self._in_flight -= 1
                     self._landed(self._fetch_more)
+                    self._pace.give_back(taken)
 
             return got
 
@@ -233,11 +282,15 @@ class _Rebuild:
             )
         else:
             message = Message(Kind.FETCH, context.fence, oid=oid, offset=offset, length=length, version=self._version)
-            context.peers.request(
-                context.placement.nodes[member], message, lambda answer: got(answer.result, _bytes(answer))
-            )
 
-    def _put(self, offset: int, have: dict[int, Buffer]) -> None:
+            def answered(answer: Message) -> None:
+                if answer.flags & Flag.CLIENTS:
+                    self._pace.told()
+                got(answer.result, _bytes(answer))
+
+            context.peers.request(context.placement.nodes[member], message, answered)
+
+    def _put(self, offset: int, have: dict[int, Buffer], taken: Taken) -> None:
         data = self._context.coder.decode(self._policy, have, [strip_index(self.strip)])[0]
         self._rebuilder.bytes_rebuilt += len(data)
 
@@ -250,6 +303,7 @@ class _Rebuild:
                 self._sources.clear()
                 self._failed = error.result
             self._landed(self._fetch_more)
+            self._pace.give_back(taken)
 
         self._context.store.restore_write(self.strip, offset, data, written)
 
