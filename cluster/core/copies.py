@@ -51,7 +51,7 @@ class Copies:
         self._standing = Standing(0)
         self._stale = StaleStrips(state)
         self._proven = self._saved = Proven()  # the second is on the disk
-        self._surplus: list[ObjectId] = []  # copies that go as soon as that misleads nobody
+        self._surplus: dict[ObjectId, Version | None] = {}  # copies that go as soon as that misleads nobody
         self._complete: dict[NodeId, None] = {}  # homes that are done in this epoch
 
     # -- epochs ----------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Copies:
     def begin(self) -> None:
         """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
         self._complete = {}
-        self._surplus = []
+        self._surplus = {}
         if self._proven.forgotten < 0:
             self._prove(self._proven._replace(forgotten=self._first_epoch() - 1))
         self.replica.begin()
@@ -288,7 +288,7 @@ class Copies:
         what this node knew of earlier epochs, nor by what it will know after a restart.
         """
         if flags & Flag.SURPLUS:
-            self._surplus.append(oid)
+            self._surplus[oid] = self._context.store.version(oid)
             self._drop_surplus()
         else:
             self._remove(oid)
@@ -297,9 +297,12 @@ class Copies:
         if not self._surplus or not self.replica.all_settled():
             return
         if self._saved.settled == self._context.epoch or self._saved.dropped:
-            surplus, self._surplus = self._surplus, []
-            for oid in surplus:
-                self._remove(oid)
+            surplus, self._surplus = self._surplus, {}
+            for oid, version in surplus.items():
+                if self._context.store.version(oid) == version:
+                    self._remove(oid)
+                else:  # made anew meanwhile, with more copies than before
+                    self._context.probe("copies.surplus_made_anew")
             self._consider_settled()
         elif not self._proven.dropped:
             self._context.probe("copies.claim_given_up")

@@ -7,8 +7,9 @@ from tests.sim.test_directed import fresh, settle
 
 from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Epoch, Member, ObjectId, data_oid
+from sheepdog.cluster.core.ids import NO_OID, Epoch, Member, ObjectId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.sim.clients import block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
@@ -81,3 +82,25 @@ def test_nothing_is_lost() -> None:
 def test_with_copies_that_go_at_once_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Copies, "drop", lambda self, oid, flags: self._remove(oid))
     assert story()[0] == Result.NO_OBJ
+
+
+def test_an_object_that_is_made_anew_where_a_copy_was_to_go_stays() -> None:
+    """The copy goes when that is safe, some milliseconds later; an inode may have got more copies by then."""
+    cluster, volume = fresh(2, 2)
+    oid, gateway = data_oid(volume.vid, 0), cluster.machines[0].node.gateway
+    results: list[int] = []
+    gateway.write(oid, 0, block_of(1), True, lambda result, _: results.append(result))
+    cluster.world.run_until(lambda: results == [0], SECOND, "write")
+    epoch = cluster.machines[0].node.context.epoch
+    machine = cluster.machines[0]
+    cluster.machines[1].kill()  # so that what is proven is of an older epoch
+    cluster.world.run_until(lambda: machine.node.context.epoch > epoch, SECOND, "epoch")
+    cluster.world.run_until(machine.node.copies.replica.all_settled, SECOND, "peering")
+    machine.node.copies.drop(oid, Flag.SURPLUS)
+    assert machine.node.context.store.version(oid), "not yet"
+    gateway.create(oid, NO_OID, 0, block_of(2), True, lambda result, _: results.append(result))
+    cluster.world.run_until(lambda: results == [0, 0], SECOND, "creation")
+    cluster.world.run_for(SECOND)
+    assert machine.node.context.probes.get("copies.surplus_made_anew") == 1
+    gateway.read(oid, 0, BLOCK_SIZE, lambda result, data: results.append(int(bytes(data) != block_of(2)) or result))
+    cluster.world.run_until(lambda: results == [0, 0, 0], SECOND, "read")
