@@ -63,7 +63,7 @@ class Copies:
 
     @property
     def forgotten(self) -> int:
-        """Up to this epoch nothing is remembered here: the disks are newer."""
+        """Up to this epoch not all is remembered here: some disk was lost since."""
         return max(0, self._proven.forgotten)
 
     def as_of(self, oid: ObjectId, version: Version) -> int:
@@ -120,7 +120,7 @@ class Copies:
         self.rebuilder.begin()
 
     def _first_epoch(self) -> int:
-        """From which epoch on empty disks are a witness: from this one, unless it began before this process did."""
+        """From which epoch on the disks here are a witness: from this one, unless it began before this process did."""
         context = self._context
         placement = context.placement
         began_with_it = placement.members[placement.me].incarnation == context.machine.me.incarnation
@@ -179,7 +179,8 @@ class Copies:
         context = self._context
         if not self.all_done() or self.replica.missing or not self.replica.all_settled():
             return
-        proven = self._proven._replace(settled=context.epoch, broken=0, dropped=0)
+        forgotten = min(self._proven.forgotten, context.epoch - 1)
+        proven = Proven(settled=context.epoch, forgotten=forgotten)
         if self._proven == proven:
             return
         self._standing.settle(context.epoch)
@@ -235,8 +236,8 @@ class Copies:
         members = decode_members(message.payload(), len(placement.nodes))
         if message.flags & Flag.HURRY:
             self.puller.hurry(oid)
-            return
             self.rebuilder.hurry(oid)
+            return
         repair = bool(message.flags & Flag.REPAIR)
         urgent = bool(message.flags & Flag.URGENT)
         if not (urgent or self._may_take(oid)):
@@ -326,9 +327,11 @@ class Copies:
         context, placement = self._context, self._context.placement
         if not oids:
             return
-        self._prove(self._proven._replace(settled=0, broken=context.epoch))
         if not context.epoch:
+            self._prove(Proven())
             return
+        forgotten = max(self._proven.forgotten, context.epoch)
+        self._prove(self._proven._replace(settled=0, broken=context.epoch, forgotten=forgotten))
         context.probe("node.copies_lost")
         by_home: dict[int, list[ObjectId]] = {}
         for oid in oids:

@@ -5,12 +5,13 @@ change is answered only when all of them have it. So one replica of an epoch tha
 happened to the object in that epoch is in its copy, unless that copy went bad since. Where no replica of some epoch can
 tell, anything may have happened: the object may have been written, or made, without anybody here knowing.
 
-A node that lost its disks and came back with empty ones is no witness of the epochs before.
+A node that came back without all its disks is no witness of the epochs before; but what it still holds of an object
+tells of that object what it always told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from types import MappingProxyType
 
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
@@ -35,12 +36,12 @@ class Past:
         self._forgotten: dict[NodeId, int] = {}
 
     def forgot(self, node: NodeId, epoch: int) -> None:
-        """Up to this epoch the node remembers nothing, its disks are newer; 0: they are as old as the cluster."""
+        """Of what happened up to this epoch the node has lost something with its disks; 0: it never lost any."""
         if epoch:
             self._forgotten[node] = epoch
 
     def remembers(self, node: NodeId, epoch: int) -> bool:
-        """What happened in the epoch to objects that the node held is in its copies."""
+        """What happened in the epoch to objects that the node held is in its copies, all of which are still there."""
         return self._forgotten.get(node, 0) < epoch
 
     def superseded(
@@ -50,13 +51,17 @@ class Past:
         least: int = 1,
         blind: Mapping[int, int] = MappingProxyType({}),
         copies: int = 0,
+        holders: Collection[int] = (),
     ) -> bool:
         """The object may have been written after `as_of` by nodes of which fewer than `least` can tell here.
 
         Of a coded object D nodes are needed to be sure: a write touches P + 1 of its strips. `blind`: members whose
         copy went bad, with the epoch up to which they cannot tell. `copies`: of the object; 0: as the VDI table says.
+        `holders`: members that hold it, whatever else they have lost.
         """
-        return any(self._unseen(oid, epoch, least, blind, copies) for epoch in range(as_of + 1, self._placement.epoch))
+        return any(
+            self._unseen(oid, epoch, least, blind, copies, holders) for epoch in range(as_of + 1, self._placement.epoch)
+        )
 
     def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
         """Nobody here has heard of the object, but it may exist on nodes that are away."""
@@ -69,14 +74,18 @@ class Past:
         least: int = 1,
         blind: Mapping[int, int] = MappingProxyType({}),
         copies: int = 0,
+        holders: Collection[int] = (),
     ) -> bool:
         then = self._former(epoch)
         if then is None:
             return False
         replicas = then.ring.replicas(oid, copies) if copies else then.replicas(oid)
-        nodes = [node for node in (then.nodes[index] for index in replicas) if self.remembers(node, epoch)]
-        here = [self._placement.index_of.get(node) for node in nodes]
-        witnesses = sum(member is not None and blind.get(member, 0) < epoch for member in here)
+        nodes = [then.nodes[index] for index in replicas]
+        here = [(node, self._placement.index_of.get(node)) for node in nodes]
+        witnesses = sum(
+            member is not None and blind.get(member, 0) < epoch and (self.remembers(node, epoch) or member in holders)
+            for node, member in here
+        )
         return len(replicas) >= least > witnesses
 
     def knows_all(self, complete: Sequence[int], copies: int = 0) -> bool:

@@ -237,7 +237,7 @@ class Inventories:
                 else:
                     strips.setdefault(plain_oid(oid), []).append(Held(member, strip_index(oid), version, as_of, []))
         decisions: list[Decision | StripDecision] = []
-        facts = _Facts(self, placement, former, past)
+        facts = _Facts(self, placement, former, past, strips)
         for oid in sorted(strips):
             policy = policy_of(oid)
             if policy is not None:
@@ -253,7 +253,9 @@ class Inventories:
                 and version != NO_VERSION
                 and all(entry[1] == version for entry in held)
                 and all(entry[0] in replicas for entry in held)
-                and not past.superseded(oid, max(entry[2] for entry in held), blind=self.blind(oid))
+                and not past.superseded(
+                    oid, max(entry[2] for entry in held), blind=self.blind(oid), holders=[entry[0] for entry in held]
+                )
             ):
                 continue
             decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
@@ -329,7 +331,8 @@ class Inventories:
         known = max(as_of for _, _, as_of in held)
         if known == NEVER or self.deleted(oid, known, holders, placement, former):
             return Decision(oid, NO_VERSION, (), (), tuple(sorted(holders)))
-        if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid)):
+        have = [member for member, version, _ in held if version != NO_VERSION]
+        if best == NO_VERSION or past.superseded(oid, best_as_of, blind=self.blind(oid), holders=have):
             known = self.known((oid, member, as_of) for member, _, as_of in held)
             return Decision(oid, NO_VERSION, (), replicas, (), known=known)
         sources = tuple(member for member, version, _ in held if version == best)
@@ -355,11 +358,19 @@ class Inventories:
 class _Facts:
     """`strip_peering.Facts` of one home."""
 
-    def __init__(self, inventories: Inventories, placement: Placement, former: Former, past: Past) -> None:
+    def __init__(
+        self,
+        inventories: Inventories,
+        placement: Placement,
+        former: Former,
+        past: Past,
+        strips: Mapping[ObjectId, Sequence[Held]],
+    ) -> None:
         self._inventories = inventories
         self._placement = placement
         self._former = former
         self._past = past
+        self._strips = strips
 
     def deleted(self, oid: ObjectId, as_of: int, holders: set[int]) -> bool:
         return self._inventories.deleted(oid, as_of, holders, self._placement, self._former)
@@ -368,7 +379,8 @@ class _Facts:
         return self._inventories.known((strip_of(oid, one.strip), one.member, one.as_of) for one in held)
 
     def superseded(self, oid: ObjectId, as_of: int, least: int) -> bool:
-        return self._past.superseded(oid, as_of, least, self._inventories.blind(oid))
+        holders = [entry.member for entry in self._strips[oid] if entry.version != NO_VERSION]
+        return self._past.superseded(oid, as_of, least, self._inventories.blind(oid), holders=holders)
 
     def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
         then = self._former(epoch)

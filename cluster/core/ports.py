@@ -134,7 +134,7 @@ class Proven(NamedTuple):
 
     settled: int = 0  # the newest in which every copy was current
     broken: int = 0  # the newest in which a current copy went bad and was not made anew since; 0: none did
-    forgotten: int = -1  # up to this one the disks tell nothing: they are newer. -1: to be found out
+    forgotten: int = -1  # up to this one the disks do not tell all: some were lost since. -1: to be found out
     dropped: int = 0  # 1: copies that belong elsewhere now were removed since `settled`: what is not here may exist
 
 

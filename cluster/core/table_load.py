@@ -52,12 +52,14 @@ class _Found:
         self.complete: dict[NodeId, int] = {}
         self.forgotten: dict[NodeId, int] = {}
         self._ranks: dict[int, tuple[Any, ...]] = {}
+        self._holders: dict[int, list[NodeId]] = {}
         for node in sorted(answers):
             inodes, places, cache, cached, known = json.loads(bytes(answers[node]))
             self.complete[node], self.forgotten[node] = known
             self.claims.update((Vid(vid), Claim(node_key(node), cache, True)) for vid in cached)
             self.attributes.update(((Vid(vid), place), None) for vid, place in places)
             for number, as_of, version, text in inodes:
+                self._holders.setdefault(number, []).append(node)
                 rank = (as_of, tuple(version))
                 if number not in self._ranks or rank > self._ranks[number]:
                     self._ranks[number] = rank
@@ -91,13 +93,13 @@ class _Found:
         for vid in doubtful:
             del self.inodes[vid]
 
-    def forget_outdated(self, past: Past) -> None:
+    def forget_outdated(self, past: Past, member_of: Mapping[NodeId, int]) -> None:
         """Nodes that are away may have frozen, renamed or deleted what an old inode shows as a volume to be used."""
-        outdated = [
-            vid
-            for vid, inode in self.inodes.items()
-            if past.superseded(inode_oid(Vid(vid)), self._ranks[vid][0], copies=inode.nr_copies)
-        ]
+        outdated = []
+        for vid, inode in self.inodes.items():
+            holders = [member_of[node] for node in self._holders[vid]]
+            if past.superseded(inode_oid(Vid(vid)), self._ranks[vid][0], copies=inode.nr_copies, holders=holders):
+                outdated.append(vid)
         for vid in outdated:
             del self.inodes[vid]
 
@@ -123,7 +125,7 @@ class TableLoad:
         partial = self._partial(found)
         if partial:
             found.forget_doubtful()
-            found.forget_outdated(self._copies.at_home().past)
+            found.forget_outdated(self._copies.at_home().past, self._context.placement.index_of)
         table, unfinished = found.table(state.vdis.claim_number)
         changes: Values = {"table": table.to_json(), "partial": partial}
         if state.loaded and self._note_former_copies(table, state):

@@ -143,7 +143,7 @@ class Daemon:
         )
         self.store.open()
         if self.store.disks.incomplete:
-            self._state.forget_settled(self.store.disks.all_new)
+            self._state.forget_settled()
         self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies.lost(oids))
         self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
         self._cache = self._open_cache(disk) if options.cache is not None else None

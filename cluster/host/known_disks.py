@@ -47,9 +47,6 @@ class KnownDisks:
     def is_out(self, identity: bytes) -> bool:
         return self._out.get(identity, False)
 
-    def was_in_service(self, identity: bytes) -> bool:
-        return self._out.get(identity) is False
-
     def missing(self, present: Iterable[bytes]) -> list[bytes]:
         """Disks that were in service last time and are not among the present ones."""
         here = set(present)

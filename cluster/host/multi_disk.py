@@ -28,7 +28,6 @@ class Disks:
         self._known = KnownDisks(copies.disk, metadata, copies.log)
         self.on_lost: Callable[[list[ObjectId]], None] = lambda oids: None
         self.incomplete = False  # a disk that this node had is not here
-        self.all_new = False  # nor is any other
 
     # At start
 
@@ -40,6 +39,10 @@ class Disks:
         """The disk was out of service: what is on it may be old."""
         return self._known.is_out(home.identity)
 
+    def some_missing(self) -> bool:
+        """A disk that this node had is not here (any more, until `settle`)."""
+        return bool(self._known.missing(home.identity for home in self._copies.homes))
+
     def settle(self) -> None:
         """After the replay: copies on doubtful disks have no version any more, durably, and all disks are known.
 
@@ -49,7 +52,6 @@ class Disks:
         gone = self._known.missing(home.identity for home in homes)
         if gone:
             self.incomplete = True
-            self.all_new = not any(self._known.was_in_service(home.identity) for home in homes)
             self._copies.log(4, f"{len(gone)} disks that this node had are not here: what they held is restored")
             self._known.set(gone, True)
         for home in homes:

@@ -198,10 +198,9 @@ class NodeStateFiles:
         data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *proven)
         self._change(lambda: write_file(self._disk, self._directory, "settled", data), done)
 
-    def forget_settled(self, all_new: bool) -> None:
-        """Nothing is proven any more; before the node starts. `all_new`: no disk is left of those it had. OSError."""
-        proven = Proven() if all_new else self.load_proven()._replace(settled=0, broken=0)
-        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *proven)
+    def forget_settled(self) -> None:
+        """A disk is not here any more: nothing is proven, not all is remembered. Before the node starts; OSError."""
+        data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *Proven())
         self._with_room(lambda: write_file(self._disk, self._directory, "settled", data))
 
     def load_proven(self) -> Proven:

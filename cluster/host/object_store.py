@@ -105,7 +105,7 @@ class ObjectStore:
             self._open_disk(directory)
         found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
         if not self._options.journal_skip:
-            replay.replay(self.copies, found, self._log)
+            replay.replay(self.copies, found, self._log, disk_missing=self.disks.some_missing())
         elif found.records:
             self._log(4, f"{len(found.records)} records of the journal are skipped, as -j skip asks")
         self.disks.settle()

@@ -249,8 +249,16 @@ class Report:
     torn: list[ObjectId] = field(default_factory=list)
 
 
-def replay(copies: Copies, found: Found, log: Log, random_bytes: Callable[[int], bytes] = os.urandom) -> Report:
+def replay(
+    copies: Copies,
+    found: Found,
+    log: Log,
+    random_bytes: Callable[[int], bytes] = os.urandom,
+    disk_missing: bool = False,
+) -> Report:
     """Makes the records true and durable; blocks. OSError of the journal's or META's disk only.
+
+    `disk_missing`: a disk is not here any more; what it held gets no version unless the journal has all its bytes.
 
     UsageError when a disk is full; replaying again after that is as good as the first time.
     """
@@ -264,7 +272,7 @@ def replay(copies: Copies, found: Found, log: Log, random_bytes: Callable[[int],
         if home is None or home.failed:
             continue
         try:
-            if _Redo(copies, oid, plan, report, random_bytes, log).run():
+            if _Redo(copies, oid, plan, report, random_bytes, log, disk_missing).run():
                 report.objects += 1
         except OSError as error:
             _failed(copies, home, error)
@@ -301,6 +309,7 @@ class _Redo:
         report: Report,
         random_bytes: Callable[[int], bytes],
         log: Log,
+        disk_missing: bool,
     ) -> None:
         self._copies = copies
         self._disk = copies.disk
@@ -309,12 +318,15 @@ class _Redo:
         self._report = report
         self._random = random_bytes
         self._log = log
+        self._disk_missing = disk_missing
         self._torn: list[int] = []
+        self._absent = False  # bytes that were on the disk are not in the file
         self._unknown: list[int] = []
 
     def run(self) -> bool:
         plan, copies = self._plan, self._copies
         copy = copies.by_oid.get(self._oid)
+        was_elsewhere = copy is None and self._disk_missing
         if plan.base == "none":
             if copy is not None:
                 self._disk.unlink(copy.path)
@@ -336,7 +348,10 @@ class _Redo:
         if plan.version is None:
             return False  # nothing but notes about large writes
         self._bring_blocks(copy)
-        self._finish(copy)
+        if was_elsewhere and (self._torn or self._absent):
+            self._leave_restoring(copy)
+        else:
+            self._finish(copy)
         return True
 
     def _adopt(self, old: Copy | None) -> Copy | None:
@@ -412,6 +427,7 @@ class _Redo:
                 continue
             elif found != candidate.hash and doubted:
                 break  # cut by the newer write
+            self._absent |= candidate.data is None and found != candidate.hash
             copy.entries[entry] = candidate.hash
             return
         if found != copy.entries[entry] and (copy.entries[entry] or present != ZERO_BLOCK):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sheepdog.cluster.core.ids import Member, NodeId
 from sheepdog.cluster.core.messages import Message
 from sheepdog.cluster.core.node import CacheDisk, Node
+from sheepdog.cluster.core.ports import Proven
 from sheepdog.cluster.core.state import Status, node_key
 from sheepdog.cluster.sim.engine import SimAttachment, SimEngine
 from sheepdog.cluster.sim.network import Fabric, SimNetwork
@@ -208,6 +209,11 @@ class Machine:
             lost = self.disk.lose()
             self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
             self.node.copies.lost(lost)
+
+    def lose_disk_while_down(self) -> None:
+        """It starts again with fewer disks than it had (host.node_state.forget_settled); the machine is down."""
+        self.cluster.world.say(f"{self.name} starts without a disk of {self.disk.lose_while_down()} objects")
+        self.state.proven = Proven()
 
     def replace_disk(self) -> None:
         """All its disks are lost, what the node knew of its cluster too; the machine is down."""

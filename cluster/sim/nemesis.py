@@ -52,7 +52,7 @@ class Faults:
     aim: float = 0.0  # a message of a certain kind is lost with its link, or its sender or receiver dies over it
     full: float = 0.0  # a disk is full for a while
     rot: float = 0.0  # a block changes by itself
-    new_disk: float = 0.0  # a node loses all that it stored
+    new_disk: float = 0.0  # a node loses all that it stored, or one of its disks, while it is down
     join: float = 0.0  # a new node
     disk: float = 0.0  # a node loses one of its disks, while all nodes are whole
     max_down: int = 2  # nodes that are down or stopped at a time, except in a full stop
@@ -342,6 +342,9 @@ class Nemesis:
             return False
         machine = self._random.choice(storing)
         machine.kill(power=True)
-        machine.replace_disk()
+        if machine.disk.random.random() < 0.5:
+            machine.replace_disk()
+        else:
+            machine.lose_disk_while_down()
         self._restart_later(machine)
         return True

@@ -157,6 +157,13 @@ class SimDisk:
             entry.base, entry.copy = Copy(-1, NO_VERSION), Copy(-1, NO_VERSION)
         return lost
 
+    def lose_while_down(self) -> int:
+        """One of the node's disks is not there when it starts again, and half of the objects with it; how many."""
+        lost = [oid for oid in sorted(self.objects) if self.random.random() < 0.5]
+        for oid in lost:
+            del self.objects[oid]
+        return len(lost)
+
     def wipe(self) -> None:
         """Another, empty disk."""
         self.objects.clear()

@@ -178,3 +178,42 @@ def test_a_volume_with_one_copy_keeps_its_disk(cluster: Cluster, tmp_path: Path)
     refused = [cluster.try_dog("node", "md", "unplug", "-f", str(tmp_path / name)).returncode for name in ("d1", "d2")]
     assert 1 in refused
     assert "no other node has the object" in cluster.log(0).read_text()
+
+
+def test_a_node_that_starts_with_fewer_disks(cluster: Cluster, tmp_path: Path) -> None:
+    """What it lacks is healed. Where nobody has the last write, that is an error: neither zeros nor what was before."""
+    d1, d2, d3 = (tmp_path / name for name in ("d1", "d2", "d3"))
+    load = Load(cluster, node=1)
+    cluster.kill(0)
+    shutil.rmtree(d1)
+    with load:
+        cluster.wait_members(2, [1, 2])
+        cluster.disks[0] = [d2, d3]
+        cluster.start(0)
+        cluster.wait_members(3)
+        load.wait_turns(2)
+    cluster.wait_recovered()
+    assert copies(cluster) == OBJECTS + 1
+    cluster.kill(1)
+    cluster.kill(2)
+    cluster.wait_members(1, [0])
+    load.check()
+
+    written = b"n" * SIZE
+    cluster.dog("vdi", "write", "data", "0", str(SIZE), stdin=written)
+    names = [path.name for path in d2.iterdir()]
+    inode_here = any(name.startswith("80") for name in names)
+    here = {int(name[-8:], 16) for name in names if name.startswith("00") and inode_here}
+    cluster.kill(0)
+    shutil.rmtree(d3)
+    cluster.disks[0] = [d2]
+    cluster.start()
+    cluster.wait_members(3)
+    for index in range(OBJECTS):
+        done = cluster.try_dog("vdi", "read", "data", str(index * OBJECT), str(OBJECT), node=2)
+        if index in here:
+            assert (done.returncode, done.stdout) == (0, written[:OBJECT]), index
+        else:
+            assert done.returncode and done.stdout != written[:OBJECT], index
+    health = cluster.try_dog("cluster", "health", node=2).stdout
+    assert b"without a current copy" in health

@@ -8,7 +8,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Kind
-from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.core.ports import Buffer, Proven
 from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
@@ -406,3 +406,53 @@ def test_a_node_that_began_to_make_a_strip_is_told_that_the_object_exists() -> N
     other.start()
     world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert read(unsure, volume) == (Result.SUCCESS, block_of(2))
+
+
+@pytest.mark.parametrize("loses", [True, False], ids=["disk lost", "disk kept"])
+def test_a_node_that_lost_a_disk_while_it_was_down_vouches_for_no_older_copy(loses: bool) -> None:
+    """Nobody else has the last write: an I/O error, until a disk with it is there; what is still here is served."""
+    cluster, volume = fresh(2, 2)
+    first, second = cluster.machines
+    oid, other = data_oid(volume.vid, 0), data_oid(volume.vid, 1)
+    for value, machine in ((1, first), (2, second)):
+        assert write(machine, volume, value) == Result.SUCCESS
+        if machine is first:
+            first.kill()
+            settle(cluster, second)
+    results: list[int] = []
+    second.node.gateway.write(other, 0, block_of(3), False, lambda result, _: results.append(result))
+    cluster.world.run_until(lambda: bool(results), SECOND, "write")
+    second.kill()
+    if loses:
+        del second.disk.objects[oid]
+        second.state.proven = Proven()
+    for machine in (second, first):
+        machine.start()
+        cluster.world.run_until(lambda: machine.up, SECOND, "start")  # noqa: B023
+    settle(cluster, first, second)
+    assert read(first, volume) == ((Result.EIO, b"") if loses else (Result.SUCCESS, block_of(2)))
+    first.kill()
+    settle(cluster, second)
+    copy = second.node.context.store.version(other)
+    assert copy is not None
+    answers: list[int] = []
+    second.node.gateway.read(other, 0, BLOCK_SIZE, lambda result, data: answers.append(result))
+    cluster.world.run_until(lambda: bool(answers), SECOND, "read")
+    assert answers == [Result.SUCCESS]
+
+
+def test_a_node_that_lost_a_disk_while_it_was_down_takes_nothing_for_deleted() -> None:
+    """With one copy of each object: those that were on the disk are known by nobody, and are no zeros."""
+    cluster, volume = fresh(2, 1)
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    (holder,) = holders(cluster, volume)
+    (other,) = [machine for machine in cluster.machines if machine is not holder]
+    holder.kill()
+    settle(cluster, other)
+    del holder.disk.objects[data_oid(volume.vid, 0)]
+    holder.state.proven = Proven()
+    holder.start()
+    cluster.world.run_until(lambda: holder.up, SECOND, "start")
+    settle(cluster, holder, other)
+    assert read(other, volume)[0] == Result.EIO
+    assert write(other, volume, 2) == Result.EIO

@@ -121,9 +121,7 @@ def test_what_was_proven_before_disks_could_be_forgotten_is_read(tmp_path: Path)
     driver = StateDriver(tmp_path)
     write_file(RealDisk(), str(tmp_path), "settled", struct.pack("<8sIQQ", b"SHEEPSET", 2, 9, 4))
     assert driver.state.load_proven() == (9, 4, 0, 0)
-    driver.state.forget_settled(all_new=False)
-    assert driver.state.load_proven() == (0, 0, 0, 0)
-    driver.state.forget_settled(all_new=True)
+    driver.state.forget_settled()
     assert driver.state.load_proven() == (0, 0, -1, 0)
 
 

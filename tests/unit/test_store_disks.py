@@ -9,7 +9,7 @@ import pytest
 from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import DiskError, UsageError
-from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid
+from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name
 
 SIZE = 64 * 4096
 OIDS = [data_oid(Vid(1), index) for index in range(60)]
@@ -148,4 +148,28 @@ def test_what_ends_after_the_disk_is_out_is_answered(tmp_path: Path) -> None:
     driver.close()
     driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d2"))
     assert lost[1] not in dict(driver.store.inventory())
+    driver.crash()
+
+
+def test_what_a_missing_disk_held_is_not_made_up_from_the_journal(tmp_path: Path) -> None:
+    """Where the journal has all bytes of an object it comes back; where it has only their hashes, without a version."""
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1", "d2"))
+    large, small = OIDS[::2], OIDS[1::2]
+    for oid in large:
+        driver.create(oid, SIZE, 0, b"l" * SIZE, v(1))
+    for oid in small:
+        driver.create(oid, SIZE, 0, b"s" * 4096, v(1))
+    driver.flush()
+    gone = {entry.name for entry in (tmp_path / "d1").iterdir()}
+    driver.crash()
+    shutil.rmtree(tmp_path / "d1")
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d2"))
+    lost = [oid for oid in large if oid_name(oid) in gone]
+    assert 5 < len(lost) < len(large)
+    assert [driver.store.version(oid) for oid in lost] == [NO_VERSION] * len(lost)
+    for oid in large:
+        if oid not in lost:
+            assert driver.read(oid, 0, SIZE) == b"l" * SIZE
+    for oid in small:
+        assert driver.read(oid, 0, 4096) == b"s" * 4096
     driver.crash()
