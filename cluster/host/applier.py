@@ -94,6 +94,7 @@ class Applier:
         """Everything before `lsn` was given to `apply`."""
         self._reached = lsn
         self._copies.files.shrink()
+        self._copies.files.let_in()
         if self.barriers:
             self._check_barriers()
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import resource
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from sheepdog.cluster.core.errors import Corrupt, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, oid_name
 from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host import trailer
-from sheepdog.cluster.host.directory import ObjectDirectory, read_header, write_all
+from sheepdog.cluster.host.directory import ObjectDirectory, write_all
 from sheepdog.cluster.host.disk import Disk
 
 if TYPE_CHECKING:
     from sheepdog.cluster.host.records import Record
 
-OPEN_FILES: Final = 2048  # descriptors kept open: an 8 GiB working set of 4 MiB objects without reopening
+OPEN_FILES: Final = 16_384  # descriptors kept open: a 64 GiB working set of 4 MiB objects without reopening
 SHRINK_LOOK: Final = 8  # how many of the oldest are looked at when one too many is open: some may be in use
-OPEN_TABLE_BYTES: Final = 32 << 20  # memory of their hash tables together: bounds objects of 2 GiB (4 MiB each)
+CROWD: Final = 2  # times the limit: what wants to open still more waits until files have been synced and closed
+OPEN_TABLE_BYTES: Final = 128 << 20  # memory of their hash tables together: 8 KiB for 4 MiB, 4 MiB for 2 GiB
 
 Action: TypeAlias = Callable[[StoreError | None], None]
 """Something to do with an open copy, or the reason why it could not be opened."""
+
+Read: TypeAlias = Callable[[int, Sequence[bytearray | memoryview], int], int]
+"""read(fd, buffers, offset): bytes read, as Disk.preadv and Disk.preadv_cached."""
 
 _NO_TRAILER = bytearray(trailer.HEADER_SIZE)
 _NO_ENTRIES = memoryview(_NO_TRAILER).cast("Q")
@@ -123,24 +127,65 @@ class Copy:
         return fd
 
 
+def open_files_limit() -> int:
+    """How many object files stay open; at least half of this process's descriptors are for clients and peers."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else min(OPEN_FILES, soft // (2 * CROWD))
+
+
 class OpenFiles:
     """The copies with an open file, least recently used first; closes what exceeds the limits.
 
     Copies that are pinned or dirty stay open: the descriptor that wrote is the one that learns of a failed write-back.
-    `settle` is asked to make a dirty one clean.
+    `settle` is asked to bring one of these towards closing. When that is slower than new ones come, these wait
+    (`when_room`).
     """
 
-    def __init__(self, disk: Disk, settle: Callable[[Copy], None], limit: int = OPEN_FILES) -> None:
+    def __init__(self, disk: Disk, settle: Callable[[Copy], None], limit: int | None = None) -> None:
         self._disk = disk
         self._settle = settle
-        self._limit = limit
+        self._limit = open_files_limit() if limit is None else limit
         self._copies: OrderedDict[ObjectId, Copy] = OrderedDict()
         self._table_bytes = 0
         self.used: Callable[[ObjectId], None] = self._copies.move_to_end  # used(oid): it is the most recent now
         self._uses: dict[ObjectId, None] | None = None  # since they were taken; None: nobody asks
+        self._held: deque[tuple[Done, StoreError | None]] = deque()
+        self._letting_in = False
 
     def __len__(self) -> int:
         return len(self._copies)
+
+    def crowded(self) -> bool:
+        return len(self._copies) > CROWD * self._limit
+
+    def when_room(self, done: Done, error: StoreError | None) -> None:
+        """`done(error)` as soon as there is room for another file; in turn."""
+        if self.crowded():
+            self._held.append((done, error))
+            self.shrink()
+            self.let_in()
+        else:
+            done(error)
+
+    def synced(self, copy: Copy) -> None:
+        """A sync of the copy has ended: where files are too many, it need not be found among them."""
+        self.close_if_unused(copy)
+        if self._exceeds() and self._copies.get(copy.oid) is copy and not _is_needed(copy):
+            self._close(copy)
+        self.shrink()
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Goes on with what waited for room; for those who may lose an open file here that nothing holds yet."""
+        if self._letting_in:  # further up
+            return
+        self._letting_in = True
+        try:
+            while self._held and not self.crowded():
+                done, error = self._held.popleft()
+                done(error)
+        finally:
+            self._letting_in = False
 
     def add(self, copy: Copy) -> None:
         self._copies[copy.oid] = copy
@@ -200,39 +245,68 @@ class OpenFiles:
         self._table_bytes = 0
 
     def shrink(self) -> None:
-        """Looks at the oldest ones only; a burst of dirty files may exceed the limits until they are synced."""
-        over = len(self._copies) - self._limit
-        if over <= 0 and self._table_bytes <= OPEN_TABLE_BYTES:
-            return
-        for oid in list(itertools.islice(self._copies, max(SHRINK_LOOK, over)))[: len(self._copies) - 1]:
-            if len(self._copies) <= self._limit and self._table_bytes <= OPEN_TABLE_BYTES:
-                return
-            copy = self._copies[oid]
-            if copy.pins or copy.busy:
+        """Looks at some of the oldest ones; a burst of dirty files may exceed the limits until they are synced.
+
+        One that has to stay becomes the most recent, so that the next look meets others. The newest is not looked at:
+        somebody has just opened it.
+        """
+        for _ in range(min(SHRINK_LOOK, len(self._copies) - 1)):
+            if not self._exceeds():
+                break
+            copy = next(iter(self._copies.values()))
+            if not _is_needed(copy):
+                self._close(copy)
                 continue
-            if copy.touched or copy.dirty or copy.running is not None:
-                self._settle(copy)
-                continue
-            del self._copies[oid]
-            self._table_bytes -= len(copy.trailer)
-            self._disk.close(copy.detach())
+            self._copies.move_to_end(copy.oid)
+            self._settle(copy)
+
+    def _exceeds(self) -> bool:
+        return len(self._copies) > self._limit or self._table_bytes > OPEN_TABLE_BYTES
+
+    def _close(self, copy: Copy) -> None:
+        del self._copies[copy.oid]
+        self._table_bytes -= len(copy.trailer)
+        self._disk.close(copy.detach())
+
+
+def _is_needed(copy: Copy) -> bool:
+    return bool(copy.pins or copy.busy or copy.touched or copy.dirty or copy.running is not None)
 
 
 def open_copy(disk: Disk, copy: Copy) -> tuple[int, bytearray]:
     """Opens the file of a copy and reads its trailer; may block. Corrupt when the header does not fit, OSError."""
     fd = disk.open(copy.path, os.O_RDWR)
     try:
-        info = disk.info(fd)
-        header = read_header(disk, fd, info.length, copy.oid)
-        if header.size != copy.size:
-            raise Corrupt(f"{copy.path}: object of {header.size} bytes, expected {copy.size}")
-        data = bytearray(trailer.trailer_size(copy.size))
-        if disk.preadv(fd, [data], copy.table) != len(data):
-            raise Corrupt(f"{copy.path}: the table is cut off")
+        return fd, _read_trailer(disk, copy, fd, disk.preadv)
     except BaseException:
         disk.close(fd)
         raise
-    return fd, data
+
+
+def open_copy_cached(disk: Disk, copy: Copy) -> tuple[int, bytearray] | None:
+    """The same without waiting for the disk; None when that is not possible, or when anything is wrong."""
+    try:
+        fd = disk.open_cached(copy.path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return fd, _read_trailer(disk, copy, fd, disk.preadv_cached)
+    except (OSError, Corrupt):
+        disk.close(fd)
+        return None
+
+
+def _read_trailer(disk: Disk, copy: Copy, fd: int, read: Read) -> bytearray:
+    """Header and table of a copy's open file; Corrupt when they are cut off or another object's."""
+    if trailer.offset_in_file(disk.info(fd).length) != copy.table:
+        raise Corrupt(f"{copy.path} has not the length of an object of {copy.size} bytes")
+    data = bytearray(trailer.trailer_size(max(copy.size, 0)))
+    if read(fd, [data], copy.table) != len(data):
+        raise Corrupt(f"{copy.path}: the table is cut off")
+    header = trailer.parse_header(memoryview(data)[: trailer.HEADER_SIZE])
+    if (header.oid, header.size) != (copy.oid, copy.size):
+        raise Corrupt(f"{copy.path}: object {oid_name(header.oid)} of {header.size} bytes, expected {copy.size}")
+    return data
 
 
 def write_trailer(disk: Disk, copy: Copy, flags: int = 0) -> None:

@@ -353,8 +353,9 @@ class ObjectStore:
         large = len(data) > self._journaled_bytes
         kind = RecordKind.CREATE_LARGE if large else RecordKind.CREATE
         self.install(copy)
+        answer = partial(self.copies.files.when_room, done) if self.copies.files.crowded() else done
         record = Record(
-            kind, copy, offset >> 12, 0, len(data), hashes, b"" if large else bytes(data), version, durable, done
+            kind, copy, offset >> 12, 0, len(data), hashes, b"" if large else bytes(data), version, durable, answer
         )
         record.path = path
         record.durable = True  # its existence is; `wants_data` tells about its bytes
@@ -466,12 +467,14 @@ class ObjectStore:
         gather(steps, synced)
 
     def _settle(self, copy: Copy) -> None:
-        """The copy's file should be closed: make it clean first."""
-        self._checkpoints.settle(copy, ignore)
+        """The copy's file should be closed: brings what the journal has into it, then makes it clean."""
+        if copy.pending:
+            self._pipeline.want_sync()
+        elif not copy.pins and not copy.busy:
+            self._checkpoints.settle(copy, ignore)
 
     def _synced(self, copy: Copy) -> None:
-        self.copies.files.close_if_unused(copy)
-        self.copies.files.shrink()
+        self.copies.files.synced(copy)
 
     def _large_writes_done(self, copy: Copy, intents: list[int]) -> None:
         """Notes in the journal that these need not be doubted after a crash; only as long as there is room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.errors import DiskError, OutOfRange, StoreError
@@ -10,7 +11,7 @@ from sheepdog.cluster.core.ids import ObjectId
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
 from sheepdog.cluster.host import trailer
-from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.copies import Copies, Superseded
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
 from sheepdog.cluster.wire.streams import BufferPool
@@ -61,7 +62,17 @@ class Reads:
                     self._copies.files.used(oid)
                     done(block)
                     return
-        self._copies.with_open(oid, lambda copy: self._read(copy, offset, length, done, 0), done)
+        self._copies.with_open(
+            oid,
+            lambda copy: self._read(copy, offset, length, done, 0),
+            partial(self._failed, oid, offset, length, done),
+        )
+
+    def _failed(self, oid: ObjectId, offset: int, length: int, done: ReadDone, error: StoreError) -> None:
+        if isinstance(error, Superseded):  # while the read waited for the file: what is there now answers
+            self.read(oid, offset, length, done)
+        else:
+            done(error)
 
     def _read(self, copy: Copy, offset: int, length: int, done: ReadDone, tries: int) -> None:
         if not in_range(copy, offset, length, done):

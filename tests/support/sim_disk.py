@@ -97,6 +97,11 @@ class SimDisk:
         self._open[fd] = inode
         return fd
 
+    def open_cached(self, path: str, flags: int) -> int:
+        if self._random.random() < self._miss_rate:
+            raise BlockingIOError
+        return self.open(path, flags)
+
     def close(self, fd: int, /) -> None:
         del self._open[fd]
 

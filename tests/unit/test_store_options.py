@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def sweep(driver: StoreDriver, path: Path) -> None:
 def sweep_all(driver: StoreDriver, path: Path) -> None:
     """As often as a file is dropped after its last use: the kernel keeps a page that it is busy with."""
     for _ in range(DROPS):
+        time.sleep(0.2)  # a sheep lets a second pass: what the kernel reads ahead is there by then
         sweep(driver, path)
 
 
