@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.cluster import RUNNING, Cluster
+from tests.support.processes import wait_until
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 
@@ -68,11 +69,15 @@ def write_back(cluster: Cluster) -> bytes:
     for offset in range(0, SIZE, MIB):
         volume.write(offset, data[offset : offset + MIB])
     volume.flush()
-    for offset in (4096, 5 * MIB, 5 * MIB + 8192, 9 * MIB - 512, SIZE - 100):
-        piece = os.urandom(100 if offset == SIZE - 100 else 4096)
-        data[offset : offset + len(piece)] = piece
-        volume.write(offset, piece)
-    assert dirty_bytes(cluster)
+
+    def overwritten() -> bool:
+        for offset in (4096, 5 * MIB, 5 * MIB + 8192, 9 * MIB - 512, SIZE - 100):
+            piece = os.urandom(100 if offset == SIZE - 100 else 4096)
+            data[offset : offset + len(piece)] = piece
+            volume.write(offset, piece)
+        return bool(dirty_bytes(cluster))
+
+    wait_until(overwritten, 30, "writes that stay in the cache")
     return bytes(data)
 
 
@@ -108,10 +113,10 @@ def test_a_snapshot_has_what_was_dirty(cluster: Cluster) -> None:
 
 def test_a_rollback_is_not_undone_by_what_was_dirty(cluster: Cluster) -> None:
     data = write_back(cluster)
-    cluster.dog("vdi", "snapshot", "-s", "one", "guest", node=OTHER)
+    cluster.dog("vdi", "snapshot", "-s", "back", "guest", node=OTHER)
     for node in (OTHER, OWNER):
         write_back(cluster)
-        cluster.dog("vdi", "rollback", "-f", "-s", "one", "guest", node=node)
+        cluster.dog("vdi", "rollback", "-f", "-s", "back", "guest", node=node)
         assert contents(cluster, OTHER) == contents(cluster, OWNER) == data
 
 
