@@ -18,6 +18,11 @@ OBJECT = 4 * MIB
 CACHE_MODES = ("writeback", "none", "writethrough")
 
 
+@pytest.fixture
+def cluster3(standing3: Cluster) -> Cluster:
+    return standing3
+
+
 @pytest.fixture(params=["tcp", "unix"])
 def uri(request: pytest.FixtureRequest, cluster3: Cluster) -> Callable[[str], str]:
     """The address of a volume, `NAME` or `NAME#TAG`, by each transport."""
