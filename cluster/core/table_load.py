@@ -97,7 +97,7 @@ class _Found:
         """Nodes that are away may have frozen, renamed or deleted what an old inode shows as a volume to be used."""
         outdated = []
         for vid, inode in self.inodes.items():
-            holders = [member_of[node] for node in self._holders[vid]]
+            holders = [member_of[node] for node in self._holders[vid] if node in member_of]
             if past.superseded(inode_oid(Vid(vid)), self._ranks[vid][0], copies=inode.nr_copies, holders=holders):
                 outdated.append(vid)
         for vid in outdated:
