@@ -1,19 +1,21 @@
 """Recovery, measured: one of four nodes that holds 1.5 GB dies, and comes back untouched; or misses some writes.
 
-recovery    from the kill until all copies are where they belong; MB/s of what had to be moved
+recovery    without clients, from the kill until all copies are where they belong; MB/s of what had to be moved
 rejoin      of the node, untouched: from its joining until all is settled; bytes fetched
+writes      another recovery: p99 of 4 KiB client writes (depth 1) while it goes on, against quiet times
 resync      of a node that missed one write in a hundred; bytes fetched against bytes missed
-writes      p99 of 4 KiB client writes (depth 1) while the node is being recovered, against quiet times
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
-import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 from tests.bench import administration
 from tests.support import native
@@ -32,33 +34,42 @@ WRITES = Cell("write", BLOCK, 1, VOLATILE)
 SLICE_S = 0.25  # of the writer's load: so soon it looks whether it should end
 QUIET_S = 5.0
 LIMIT_S = 600.0
-POLL_S = 0.02  # each look costs the nodes a millisecond
+POLL_S = 0.05  # each look costs each node a millisecond, and this process some
 C_RATES = "342-472"  # MB/s of C Sheepdog for the same, on a quiet machine of two cores
 
 
-class Writer(threading.Thread):
-    """A client that writes 4 KiB at random places, one after the other, and notes how long each took."""
+class Writer:
+    """A client that writes 4 KiB at random places, one after the other; a process of its own, as clients are."""
 
     def __init__(self, cluster: Cluster) -> None:
-        super().__init__(daemon=True)
-        self._load = Workload(("127.0.0.1", cluster.port(0)), 16)
-        self._ended = False
-        self.latencies: list[float] = []
-
-    def run(self) -> None:
-        while not self._ended:
-            latencies = self._load.run(WRITES, SLICE_S).latencies
-            self.latencies += latencies  # in one step: `take` may have come meanwhile
-
-    def take(self) -> list[float]:
-        """What was noted since the last call."""
-        taken, self.latencies = self.latencies, []
-        return taken
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_write, args=(cluster.port(0), there), daemon=True)
+        self._process.start()
+        self._here.recv()  # it has begun
+        self._slices: list[tuple[float, float, list[float]]] = []
 
     def end(self) -> None:
-        self._ended = True
-        self.join(LIMIT_S)
-        self._load.close()
+        self._here.send(None)
+        self._slices = self._here.recv()
+        self._process.join(LIMIT_S)
+
+    def latencies(self, begin: float, end: float) -> list[float]:
+        """Of the writes between two times of time.monotonic, ascending; after `end`."""
+        found = [values for first, last, values in self._slices if last > begin and first < end]
+        return sorted(itertools.chain.from_iterable(found))
+
+
+def _write(port: int, parent: Connection) -> None:
+    load = Workload(("127.0.0.1", port), 16)
+    slices: list[tuple[float, float, list[float]]] = []
+    parent.send(None)
+    while not parent.poll():
+        begin = time.monotonic()
+        latencies = load.run(WRITES, SLICE_S).latencies
+        slices.append((begin, time.monotonic(), list(latencies)))
+    parent.send(slices)
+    load.close()
 
 
 def details(cluster: Cluster, node: int) -> dict[str, object]:
@@ -112,8 +123,37 @@ def come_back(cluster: Cluster) -> tuple[float, float]:
     return total, total - since_start
 
 
-def p99_ms(latencies: list[float]) -> float:
-    return 1000 * sorted(latencies)[int(0.99 * len(latencies))]
+def p99_ms(ascending: list[float]) -> float:
+    return 1000 * ascending[int(0.99 * len(ascending))]
+
+
+def recover(cluster: Cluster) -> str:
+    """Kills the victim, and waits until the others have all copies: how fast that was."""
+    begin = time.monotonic()
+    cluster.kill(VICTIM)
+    cpu, before = administration.cpu_seconds(cluster), restored_bytes(cluster)
+    seconds = wait(lambda: settled(cluster, NODES - 1), begin)
+    cpu, moved = administration.cpu_seconds(cluster) - cpu, restored_bytes(cluster) - before
+    rate, cost = moved / seconds / 1e6, 1000 * cpu / (moved / 1e6)
+    return f"{moved / 1e6:.0f} MB in {seconds:.2f} s, {rate:.0f} MB/s; {cost:.2f} ms CPU of all daemons per MB"
+
+
+def beside_a_client(cluster: Cluster) -> None:
+    """What recovery costs a client, and a client recovery."""
+    writer = Writer(cluster)
+    start = time.monotonic()
+    time.sleep(QUIET_S)
+    begin = time.monotonic()
+    recovered = recover(cluster)
+    end = time.monotonic()
+    writer.end()
+    quiet, during = writer.latencies(start, begin - SLICE_S), writer.latencies(begin, end)
+    ratio = p99_ms(during) / p99_ms(quiet)
+    print(f"recovery beside a client that writes: {recovered}")
+    print(f"p99 of writes: quiet {p99_ms(quiet):.2f} ms, during recovery {p99_ms(during):.2f} ms: {ratio:.1f} times")
+    medians = [1000 * one[len(one) // 2] for one in (quiet, during)]
+    print(f"  medians {medians[0]:.2f}, {medians[1]:.2f} ms; {len(quiet)}, {len(during)} writes;", end=" ")
+    print(f"the longest {1000 * during[-1]:.0f} ms")
 
 
 def measure(cluster: Cluster) -> None:
@@ -122,27 +162,8 @@ def measure(cluster: Cluster) -> None:
     for start in range(0, VOLUME_BYTES, 256 * MIB):
         data = os.urandom(256 * MIB)
         cluster.dog("vdi", "write", "bench", str(start), str(len(data)), stdin=data, seconds=LIMIT_S)
-    writer = Writer(cluster)
-    writer.start()
-    time.sleep(QUIET_S)
-    quiet = writer.take()
-
     held = held_bytes(cluster, VICTIM)
-    cpu, begin = administration.cpu_seconds(cluster), time.monotonic()
-    cluster.kill(VICTIM)
-    writer.take()
-    seconds = wait(lambda: settled(cluster, NODES - 1), begin)
-    during = writer.take()
-    cpu = administration.cpu_seconds(cluster) - cpu
-    moved = restored_bytes(cluster)
-    print(
-        f"recovery of {held / 1e6:.0f} MB: {seconds:.2f} s, {moved / seconds / 1e6:.0f} MB/s (C: {C_RATES}),", end=" "
-    )
-    print(f"{cpu / (moved / 1e6) * 1000:.2f} ms CPU of all daemons per MB")
-    ratio = p99_ms(during) / p99_ms(quiet)
-    print(f"p99 of writes: quiet {p99_ms(quiet):.2f} ms, during recovery {p99_ms(during):.2f} ms: {ratio:.1f} times")
-    print(f"  ({len(quiet)} and {len(during)} writes; the longest {1000 * max(during):.0f} ms)")
-    writer.end()
+    print(f"recovery of {held / 1e6:.0f} MB: {recover(cluster)} (C: {C_RATES} MB/s)")
 
     before = restored_bytes(cluster)
     total, own = come_back(cluster)
@@ -150,8 +171,8 @@ def measure(cluster: Cluster) -> None:
     print(f"rejoin, {held / 1e6:.0f} MB, written to since by nobody: {own:.2f} s after its epoch began", end=" ")
     print(f"({total:.2f} s after its start); {fetched / 1e6:.1f} MB fetched")
 
-    cluster.kill(VICTIM)
-    wait(lambda: settled(cluster, NODES - 1), time.monotonic())
+    beside_a_client(cluster)
+
     missed = miss_writes(cluster)
     before = restored_bytes(cluster)
     total, own = come_back(cluster)
