@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import needs
-from tests.support.netns import Network, NetworkNamespace
+from tests.support.netns import LET_GO_OF_OTHERS, Network, NetworkNamespace
 from tests.support.processes import environment, run, wait_until
 
 from sheepdog.cluster.drivers import cpg
@@ -70,7 +70,7 @@ class Daemon:
         assert self.process is None
         # In a chroot `/` is no mount point: there the mounts stay as they are, which are private unless systemd ran.
         script = (
-            "mount --make-rprivate / 2>/dev/null; mount -t tmpfs tmpfs /run"
+            f"mount --make-rprivate / 2>/dev/null; {LET_GO_OF_OTHERS} mount -t tmpfs tmpfs /run"
             f" && exec corosync -f -c {self.directory}/corosync.conf"
         )
         with open(self.directory / "output", "ab") as output:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.netns import NetworkNamespace
+from tests.support.netns import LET_GO_OF_OTHERS, NetworkNamespace
 from tests.support.processes import END_SECONDS, environment, run, send_signal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 JAVA = "-Xmx128m -XX:+UseSerialGC -XX:TieredStopAtLevel=1"
 
 _SETUP = """set -e
+{let_go}
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 mount --bind {own}/etc /etc
@@ -58,7 +59,7 @@ class Host:
         self._holder = subprocess.Popen(
             [
                 *namespace.enter, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c",
-                _SETUP.format(own=directory, environment=Path(sys.prefix), life=LIFE_SECONDS),
+                _SETUP.format(own=directory, environment=Path(sys.prefix), life=LIFE_SECONDS, let_go=LET_GO_OF_OTHERS),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
