@@ -35,7 +35,10 @@ class StandingCluster:
         return self._cluster
 
     def _is_unharmed(self, cluster: Cluster) -> bool:
-        return [cluster.pids(node) for node in range(NODES)] == self._pids and all(
+        pids = [cluster.pids(node) for node in range(NODES)]
+        if pids != self._pids or any(_is_stopped(pid) for of_node in pids for pid in of_node):
+            return False
+        return all(
             native.member_count(cluster.socket(node)) == NODES and native.status(cluster.socket(node)) == RUNNING
             for node in range(NODES)
         )
@@ -45,3 +48,8 @@ class StandingCluster:
         if cluster is not None:
             cluster.close()
             rmtree(cluster.directory, ignore_errors=True)
+
+
+def _is_stopped(pid: int) -> bool:
+    """By a signal; asking it would take as long as waiting for an answer may."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
