@@ -67,6 +67,8 @@ class HomeReads:
                 version = home.context.store.version(oid) or NO_VERSION
                 if version == NO_VERSION:
                     self.read(oid, offset, length, done, flags)
+                elif not home.recovery.knows(oid):  # there is nothing to restore it from
+                    done(Result.EIO, b"")
                 else:
                     others = [member for member in home.context.placement.replicas(oid) if member != home.me]
                     self._read_elsewhere(oid, offset, length, done, version, others)

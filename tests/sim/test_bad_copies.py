@@ -131,3 +131,15 @@ def test_an_epoch_that_ends_with_a_repair_under_way_ends_no_scrub() -> None:
     cluster.start_all()
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     audit(cluster)
+
+
+def test_the_only_copy_is_bad() -> None:
+    """An error, each time, and at once."""
+    cluster, volume = fresh(1, 1)
+    (machine,) = cluster.machines
+    assert write(machine, volume, 7) == Result.SUCCESS
+    rot(machine, data_oid(volume.vid, 0), 0)
+    for _ in range(2):
+        assert read(machine, volume)[0] == Result.EIO
+    assert write(machine, volume, 8) == Result.SUCCESS
+    assert read(machine, volume) == (Result.SUCCESS, block_of(8))
