@@ -55,6 +55,7 @@ from sheepdog.cluster.core.state import (
 )
 
 Answer = Callable[[Any], None]
+EXPELLED = "the others expelled this node, because it did not answer them"
 
 
 class ClusterMachine:
@@ -406,7 +407,7 @@ class ClusterMachine:
             return
         if _member_key(member) == self._my_key:
             self.joined = False
-            self._listener.lost("the others expelled this node, because it did not answer them")
+            self._listener.lost(EXPELLED)
             return
         self._accepted.pop(_member_key(member), None)
         state.expelled = [*state.expelled, command["who"]][-MAX_EXPELLED:]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.limits import DEFAULT_VNODES
+from sheepdog.cluster.core.membership import EXPELLED
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Event, Peer, Resumed, Suspended, Votes
 from sheepdog.cluster.core.state import node_key
@@ -116,6 +117,7 @@ class Daemon:
         self._ending: asyncio.Future[None] = self._loop.create_future()
         self._pid_file: lifecycle.PidFile | None = None
         self._lost = asyncio.Event()
+        self._expelled = False  # ... because it did not answer the others
         self._patience: asyncio.TimerHandle | None = None
         prepare_process(self._log)
         self._turn = Turn(self._loop)
@@ -304,7 +306,8 @@ class Daemon:
             others = [member.id for member in self.node.cluster.members if member.id != self._id]
             await self._attachment.driver.close()
             self._begin_incarnation(registry.create(self.options.driver))
-            await self._wait_for_links(others)
+            if self._expelled:
+                await self._wait_for_links(others)
             await self._attach_again()
 
     async def _wait_for_links(self, others: list[NodeId]) -> None:
@@ -361,6 +364,7 @@ class Daemon:
         self._server.hold_clients()
         self._clients.hang_up()
         self._lose_patience_later()
+        self._expelled = reason == EXPELLED
         self._lost.set()
 
     def _lose_patience_later(self) -> None:

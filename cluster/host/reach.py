@@ -1,4 +1,4 @@
-"""Whether the members of a cluster and this node reach each other: asked before it joins again.
+"""Whether the members of a cluster and this node reach each other: asked before one that was expelled joins again.
 
 A member that one of the others cannot talk to is no use to anybody: all wait for what it and that one cannot tell each
 other. Once it was expelled for that it stays away for as long as it is so, and the others serve.
