@@ -140,6 +140,7 @@ class Pusher:
     def ended(self, push: _Push, result: int) -> None:
         """The cluster has its bytes, or does not take them."""
         entry, bits = push.entry, push.bits
+        told, number = bits, push.number
         self.push_ns += self._context.clock.now_ns() - push.began_ns
         self._under_way -= 1
         self.pushes += 1
@@ -151,6 +152,7 @@ class Pusher:
             self._context.probe("cache.pushed_to_nothing")
             self._gone(entry)
             result = Result.SUCCESS
+            told, number = -1, self._number + 1  # what of it waits in the queue is never pushed
         elif result:
             self.failures += 1
             entry.volume.dirty_blocks += (bits & ~entry.dirty).bit_count()
@@ -159,7 +161,7 @@ class Pusher:
             self.pushed_blocks += bits.bit_count()
         if result or entry.dirty & bits:
             self._context.probe("cache.dirty_again" if not result else "cache.push_failed")
-        self._tell(entry, bits, push.number, result)
+        self._tell(entry, told, number, result)
         self._moved(entry)
         self.ready(entry)
         self._go_on()
