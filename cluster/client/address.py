@@ -24,10 +24,10 @@ def describe(address: Address) -> str:
     return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
 
-def candidates(address: Address) -> list[tuple[int, tuple[str, int] | str]]:
+def candidates(address: Address, without_tcp: bool = False) -> list[tuple[int, tuple[str, int] | str]]:
     """(address family, socket address) to try in turn; OSError if the name cannot be resolved.
 
-    What connects has to ask `check` whether it may be used.
+    `without_tcp`: by its name first, for a sheep on this host. What connects has to ask `check` whether it may be used.
     """
     if isinstance(address, str):
         return [(socket.AF_UNIX, address)]
@@ -41,7 +41,7 @@ def candidates(address: Address) -> list[tuple[int, tuple[str, int] | str]]:
         found = [(int(family), (str(target[0]), int(target[1]))) for family, _, _, _, target in answers]
     ways: list[tuple[int, tuple[str, int] | str]] = []
     for family, target in found:
-        if target[0] == LOOPBACK:
+        if without_tcp and target[0] == LOOPBACK:
             ways.append((socket.AF_UNIX, local_name(port)))
         ways.append((family, target))
     return ways

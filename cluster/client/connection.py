@@ -227,10 +227,13 @@ class Connection:
                 delay = min(2 * delay, RETRY_LAST_S)
 
 
-def connect(address: Address) -> socket.socket:
-    """A connected blocking socket; OSError with the system's words if nobody listens."""
+def connect(address: Address, without_tcp: bool = False) -> socket.socket:
+    """A connected blocking socket; OSError with the system's words if nobody listens.
+
+    By TCP unless told: beside a small memory that the kernel's NBD client fills, it is what has been tried for long.
+    """
     failure = OSError(errno.EIO, f"{describe(address)} has no address")
-    for family, target in candidates(address):
+    for family, target in candidates(address, without_tcp):
         sock = prepare(family)
         sock.settimeout(CONNECT_LIMIT_S)
         try:

@@ -398,7 +398,7 @@ async def dial(loop: asyncio.AbstractEventLoop, address: Address) -> socket.sock
     if isinstance(address, str):
         found = candidates(address)
     else:
-        found = await loop.run_in_executor(None, candidates, address)
+        found = await loop.run_in_executor(None, candidates, address, True)
     failure: OSError = OSError(errno.EIO, f"{describe(address)} has no address")
     for family, target in found:
         sock = prepare(family)

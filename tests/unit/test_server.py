@@ -59,7 +59,7 @@ class World:
         """How our clients reach the server by its port; both of them the same way, and the server has them."""
         before = len(self.clients)
         address = (host, self.ports[0])
-        blocking = connect(address)
+        blocking = connect(address, without_tcp=True)
         self.mine.append(blocking)
         other = self.loop.run_until_complete(dial(self.loop, address))
         self.mine.append(other)
@@ -155,15 +155,17 @@ def test_clients_on_the_same_host_need_no_tcp(world: World, address: str | None)
     with prepare(socket.AF_UNIX) as widest, socket.socket(socket.AF_UNIX) as plain:
         assert sizes == {widest.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)}
         assert min(sizes) > plain.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    world.mine.append(connect((LOOPBACK, world.ports[0])))
+    assert world.mine[-1].family == socket.AF_INET, "blocking clients use it unless they are told"
     world.server.stop_listening()
     with pytest.raises(ConnectionRefusedError):
-        connect((LOOPBACK, world.ports[0]))
+        connect((LOOPBACK, world.ports[0]), without_tcp=True)
 
 
 def test_who_listens_elsewhere_has_no_name_here(world: World) -> None:
     world.server.listen_tcp("127.0.0.2", world.ports[0])
     with pytest.raises(ConnectionRefusedError):
-        connect((LOOPBACK, world.ports[0]))
+        connect((LOOPBACK, world.ports[0]), without_tcp=True)
     assert world.family_of_new_client("127.0.0.2") == socket.AF_INET
 
 
@@ -171,7 +173,7 @@ def test_who_listens_elsewhere_has_no_name_here(world: World) -> None:
 def test_the_way_without_tcp_is_for_one_user(world: World) -> None:
     world.server.listen_tcp(None, world.ports[0])
     with another_user():
-        stranger = connect((LOOPBACK, world.ports[0]))
+        stranger = connect((LOOPBACK, world.ports[0]), without_tcp=True)
         world.mine.append(stranger)
         assert stranger.family == socket.AF_INET  # as a client
         intruder = socket.socket(socket.AF_UNIX)
