@@ -149,7 +149,7 @@ class OpenFiles:
         self._table_bytes = 0
         self.used: Callable[[ObjectId], None] = self._copies.move_to_end  # used(oid): it is the most recent now
         self._uses: dict[ObjectId, None] | None = None  # since they were taken; None: nobody asks
-        self._held: deque[tuple[Done, StoreError | None]] = deque()
+        self._held: deque[Done] = deque()
         self._letting_in = False
 
     def __len__(self) -> int:
@@ -159,9 +159,9 @@ class OpenFiles:
         return len(self._copies) > CROWD * self._limit
 
     def when_room(self, done: Done, error: StoreError | None) -> None:
-        """`done(error)` as soon as there is room for another file; in turn."""
-        if self.crowded():
-            self._held.append((done, error))
+        """`done(error)`; without an error as soon as there is room for another file, in turn."""
+        if error is None and self.crowded():
+            self._held.append(done)
             self.shrink()
             self.let_in()
         else:
@@ -182,8 +182,7 @@ class OpenFiles:
         self._letting_in = True
         try:
             while self._held and not self.crowded():
-                done, error = self._held.popleft()
-                done(error)
+                self._held.popleft()(None)
         finally:
             self._letting_in = False
 

@@ -55,19 +55,18 @@ class World:
         self.mine.append(sock)
         return sock
 
+    def dial(self, host: str = LOOPBACK) -> socket.socket:
+        sock = self.loop.run_until_complete(dial(self.loop, (host, self.ports[0])))
+        self.mine.append(sock)
+        return sock
+
     def family_of_new_client(self, host: str = LOOPBACK) -> socket.AddressFamily:
-        """How our clients reach the server by its port; both of them the same way, and the server has them."""
+        """How a client with a loop of its own reaches the server by its port, which has it then."""
         before = len(self.clients)
-        address = (host, self.ports[0])
-        blocking = connect(address, without_tcp=True)
-        self.mine.append(blocking)
-        other = self.loop.run_until_complete(dial(self.loop, address))
-        self.mine.append(other)
-        assert blocking.family == other.family
-        for sock in (blocking, other):
-            sock.send(b"\x01")
-        self.until(lambda: len(self.clients) == before + 2)
-        return blocking.family
+        sock = self.dial(host)
+        sock.send(b"\x01")
+        self.until(lambda: len(self.clients) == before + 1)
+        return sock.family
 
     def close(self) -> None:
         self.server.stop_listening()
@@ -156,16 +155,16 @@ def test_clients_on_the_same_host_need_no_tcp(world: World, address: str | None)
         assert sizes == {widest.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)}
         assert min(sizes) > plain.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     world.mine.append(connect((LOOPBACK, world.ports[0])))
-    assert world.mine[-1].family == socket.AF_INET, "blocking clients use it unless they are told"
+    assert world.mine[-1].family == socket.AF_INET, "blocking clients always use it"
     world.server.stop_listening()
     with pytest.raises(ConnectionRefusedError):
-        connect((LOOPBACK, world.ports[0]), without_tcp=True)
+        world.dial()
 
 
 def test_who_listens_elsewhere_has_no_name_here(world: World) -> None:
     world.server.listen_tcp("127.0.0.2", world.ports[0])
     with pytest.raises(ConnectionRefusedError):
-        connect((LOOPBACK, world.ports[0]), without_tcp=True)
+        world.dial()
     assert world.family_of_new_client("127.0.0.2") == socket.AF_INET
 
 
@@ -173,8 +172,7 @@ def test_who_listens_elsewhere_has_no_name_here(world: World) -> None:
 def test_the_way_without_tcp_is_for_one_user(world: World) -> None:
     world.server.listen_tcp(None, world.ports[0])
     with another_user():
-        stranger = connect((LOOPBACK, world.ports[0]), without_tcp=True)
-        world.mine.append(stranger)
+        stranger = world.dial()
         assert stranger.family == socket.AF_INET  # as a client
         intruder = socket.socket(socket.AF_UNIX)
         world.mine.append(intruder)
