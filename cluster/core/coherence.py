@@ -6,7 +6,11 @@ has read the inode again. Only in clusters that enforce locks; nobody else ever 
 
  modified     its client may hold the newest map; at most one
  shared       its client's map is up to date
- invalidated  another gateway changed the map
+ invalidated  another gateway changed the map, or the client has not read it yet
+
+Two rules close the gaps between what is ordered and what a node has heard of. Who writes the map while invalidated
+stays so: of two that write at a time neither client has the other's entry. And a client reads the map only after
+all members know that it does: what a writer who had not heard of it then has written by now, it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.ids import Vid, inode_oid
 from sheepdog.cluster.core.messages import Buffer, Kind
 from sheepdog.cluster.core.operations import Operations
-from sheepdog.cluster.core.script import Script, Step
+from sheepdog.cluster.core.script import Script, run
 from sheepdog.cluster.core.state import node_key
 from sheepdog.cluster.core.vdi import LockState, Sharing, VdiRecord
 
@@ -33,6 +37,7 @@ class Coherence:
         self._operations = operations
         self._everyone = everyone
         self._me = node_key(context.me)
+        self._known: dict[Vid, int] = {}  # shared volume -> round of this node's that all members have heard of
         self._watching: list[tuple[Vid, int, Callable[[int, Buffer], None]]] = []
 
     def _shared(self, vid: Vid, follows: bool = False) -> VdiRecord | None:
@@ -57,34 +62,32 @@ class Coherence:
         """The client is about to read the inode: a map write from now on invalidates it again. Tells whose it gets."""
         record = self._shared(vid)
         current = vid if record is None else record.vid
-        command = {"t": "coherence", "vid": current, "write": False}
-        self._context.machine.propose(command, lambda answer: done(answer[0], current))
+        run(self._tell(current, writes=False), lambda result: done(Result(result), current))
 
     def claim(self, vid: Vid) -> Script[int]:
         """Before and after a map write: nobody else holds the newest map; all of them know that theirs is old."""
         record = self._shared(vid)
-        while record is not None and not record.is_modified_by(self._me):
-            result, round_number = yield self._invalidate_others(record.vid)
-            if result:
-                return int(result)
-            yield self._until_applied(record.vid, round_number)
-            record = self._shared(vid)
-        return int(Result.SUCCESS)
+        if record is None or (record.others_invalidated(self._me) and self._known.get(record.vid) == record.rounds):
+            return int(Result.SUCCESS)
+        return (yield from self._tell(record.vid, writes=True))
 
-    def _invalidate_others(self, vid: Vid) -> Step:
-        command = {"t": "coherence", "vid": vid, "write": True}
-        return lambda done: self._context.machine.propose(command, done)
-
-    def _until_applied(self, vid: Vid, round_number: int) -> Step:
-        """An ordered event may reach the others after it has reached this node."""
+    def _tell(self, vid: Vid, writes: bool) -> Script[int]:
+        """Orders the event, and waits until all members have heard of it: it may reach them later than this node."""
+        command = {"t": "coherence", "vid": vid, "write": writes}
+        result, round_number = yield lambda done: self._context.machine.propose(command, done)
+        if result:
+            return int(result)
         question = json.dumps(["coherent", vid, round_number]).encode()
-        return lambda done: self._everyone.ask(
+        result = yield lambda done: self._everyone.ask(
             Kind.QUERY,
             inode_oid(vid),
             question,
             lambda answered: answered(Result.SUCCESS, b""),
             lambda result, _: done(result),
         )
+        if not result and writes:
+            self._known[vid] = round_number
+        return int(result)
 
     def asked(self, question: object, answered: Callable[[int, Buffer], None]) -> None:
         """A peer's question of `claim`; answered once this node has applied that event."""
@@ -97,6 +100,7 @@ class Coherence:
 
     def changed(self) -> None:
         """The table of VDIs is another: some questions may have their answer."""
+        self._known = {vid: rounds for vid, rounds in self._known.items() if self._shared(vid)}
         watching, self._watching = self._watching, []
         for vid, round_number, answered in watching:
             record = self._context.state.vdis.get(vid)

@@ -196,11 +196,14 @@ def _coherence(state: ClusterState, sender: str, command: Command) -> tuple[Resu
     if record is None or record.lock != LockState.SHARED:
         return Result.SUCCESS, 0
     for position, (owner, sharing) in enumerate(zip(record.owners, record.sharing, strict=True)):
-        if command["write"]:
-            record.sharing[position] = Sharing.MODIFIED if owner == sender else Sharing.INVALIDATED
-        elif owner == sender or sharing == Sharing.MODIFIED:
-            record.sharing[position] = Sharing.SHARED
-    record.rounds += bool(command["write"])
+        if not command["write"]:
+            if owner == sender or sharing == Sharing.MODIFIED:
+                record.sharing[position] = Sharing.SHARED
+        elif owner != sender:
+            record.sharing[position] = Sharing.INVALIDATED
+        elif sharing != Sharing.INVALIDATED:  # else its client's map lacks what somebody else writes just now
+            record.sharing[position] = Sharing.MODIFIED
+    record.rounds += 1
     return Result.SUCCESS, record.rounds
 
 

@@ -269,7 +269,7 @@ def _recovery_findings(running: Sequence[NodeReport]) -> list[Finding]:
         text = f"{_count(lost, 'object')} without a current copy: requests fail until a node that has one returns"
         found.append(Finding(Level.HALTED, text))
     elif not all(one.knows_all for one in running):
-        text = "nodes or disks that are away may hold all copies of some objects: requests for these fail meanwhile"
+        text = "nodes or disks away may hold all copies of some objects: requests for these fail until they return"
         found.append(Finding(Level.HALTED, text))
     full = sum(one.full for one in running)
     if full:

@@ -62,7 +62,7 @@ class VdiRecord:
     lock: int = LockState.UNLOCKED
     owners: list[str] = field(default_factory=list)  # nodes that hold the lock, as hex of address and port
     sharing: list[int] = field(default_factory=list)  # of each owner of a shared lock
-    rounds: int = 0  # changes of `sharing` by map writes
+    rounds: int = 0  # changes of `sharing` by those who write or read the map
     former_copies: list[list[int]] = field(default_factory=list)  # [epoch, copies before it], ascending
 
     @property
@@ -92,19 +92,16 @@ class VdiRecord:
         """What an owner of the shared lock knows of the map; 0 for a node that does not take part."""
         return self.sharing[self.owners.index(owner)] if owner in self.owners else 0
 
-    def is_modified_by(self, owner: str) -> bool:
+    def others_invalidated(self, owner: str) -> bool:
         """No node but `owner` has a client whose map is thought to be up to date."""
         others = (sharing for node, sharing in zip(self.owners, self.sharing, strict=True) if node != owner)
-        return all(sharing == Sharing.INVALIDATED for sharing in others) and (
-            self.sharing_of(owner) in (0, Sharing.MODIFIED)
-        )
+        return all(sharing == Sharing.INVALIDATED for sharing in others)
 
     def share(self, owner: str) -> None:
         """One more participant of the shared lock."""
         self.lock = LockState.SHARED
         if owner not in self.owners:
-            newest = Sharing.INVALIDATED if Sharing.MODIFIED in self.sharing else Sharing.SHARED
-            self.sharing.append(newest if self.owners else Sharing.MODIFIED)
+            self.sharing.append(Sharing.INVALIDATED if self.owners else Sharing.MODIFIED)
             self.owners.append(owner)
 
     def unshare(self, owner: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, wait_for, write_map
@@ -250,3 +251,32 @@ def test_what_one_path_has_written_the_others_read() -> None:
             assert found[0] == block_of(value), f"seed {seed}, value {value}"
         invalidated += cluster.machines[0].node.coherence.is_invalidated(vid)
     assert invalidated, "nobody was ever invalidated in the end"
+
+
+def _write_together(seed: int) -> None:
+    cluster = enforcing(seed)
+    vid = new_vdi(cluster)
+    paths = [Path(cluster, vid, node) for node in range(3)]
+    for path in paths:
+        lock(cluster, path.node, shared=True)
+        path.entries = read_map(cluster, vid)
+    chance = cluster.world.stream("initiator")
+    content: dict[int, int] = {}
+    ended: list[None] = []
+    for indices in ((0, 1), (2, 3, 4)):
+        for index, path in zip(indices, chance.sample(paths, len(indices)), strict=True):
+            content[index] = index + 1
+            begin = partial(run, path.write(index, content[index]), ended.append)
+            cluster.world.after(chance.randrange(MILLISECOND), begin)
+        cluster.world.run_until(lambda: len(ended) == len(content), HEALTH_LIMIT_NS, "the writes")
+        for path, index in product(paths, content):
+            found: list[bytes] = []
+            run(path.read(index), found.append)
+            cluster.world.run_until(partial(bool, found), HEALTH_LIMIT_NS, "a read")
+            assert found[0] == block_of(content[index]), f"seed {seed}: object {index} through node {path.node}"
+
+
+def test_what_several_paths_have_written_at_a_time_all_read() -> None:
+    """Two that change the map together both have an old one afterwards: neither may be taken for the newest."""
+    for seed in range(SEEDS):
+        _write_together(seed)

@@ -64,7 +64,7 @@ def test_degraded(changed: NodeReport | None, words: str) -> None:
         (replace(FINE, state="waiting", absent=["x:1", "y:1"]), "waits for members of its last epoch: x:1, y:1"),
         (replace(FINE, state="shutdown"), "not running (shutdown)"),
         (replace(FINE, lost=1), "4 objects without a current copy"),
-        (replace(FINE, knows_all=False), "nodes or disks that are away may hold all copies of some objects"),
+        (replace(FINE, knows_all=False), "nodes or disks away may hold all copies of some objects"),
         (replace(FINE, full=2), "8 objects refused for writing"),
         (replace(FINE, suspended=True), "the membership engine is out of reach"),
         (replace(FINE, strict=True, redundancy=[[5, 0, 2]]), "2 volumes of 5 copies: only 4 zones, writes are refused"),
