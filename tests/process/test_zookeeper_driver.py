@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tests.support.attached import Attached, until
+from tests.support.attached import Attached, said_to_both, until
 from tests.support.members import Member, Members, agree, wait
 from tests.support.pauses import Pauses
 from tests.support.zookeeper import SYNC_LIMIT_TICKS, TICK_MS, Ensemble, running_servers
@@ -262,8 +262,7 @@ def test_the_log_is_kept_short(place: str, monkeypatch: pytest.MonkeyPatch) -> N
         client = a.driver._there
         base = a.driver._base
         for index in range(100):
-            (a, b)[index % 2].driver.broadcast(b"%d" % index)
-            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+            await said_to_both(a, b, index)
         assert sorted(a.texts(), key=int) == [b"%d" % index for index in range(100)] == sorted(b.texts(), key=int)
 
         async def length() -> int:

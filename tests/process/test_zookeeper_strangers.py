@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tests.support.attached import Attached, until
+from tests.support.attached import Attached, said_to_both, until
 from tests.support.processes import BIN, run, wait_until
 from tests.support.zookeeper import Ensemble, running_servers
 
@@ -71,8 +71,7 @@ def test_what_others_put_below_our_path_disturbs_nobody(place: str, monkeypatch:
                 await client.create(f"{base}/queue/lock-", b"", sequence=True)
             if index % 10 == 7:
                 await client.create(f"{base}/queue/e-", b"hello", sequence=True)
-            (a, b)[index % 2].driver.broadcast(b"%d" % index)
-            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+            await said_to_both(a, b, index)
         assert sorted(a.texts(), key=int) == [b"%d" % index for index in range(60)]
         assert [e for e in a.events[-100:] if not isinstance(e, Leased)][-40:] == [
             e for e in b.events if not isinstance(e, Leased)
@@ -112,8 +111,7 @@ def test_a_name_of_the_future_takes_nobody_there(place: str, monkeypatch: pytest
         await asyncio.sleep(0.1)
         a.driver.renew()
         for index in range(8):
-            (a, b)[index % 2].driver.broadcast(b"%d" % index)
-            await until(lambda index=index: len(a.texts()) == len(b.texts()) == index + 1)  # type: ignore[misc]
+            await said_to_both(a, b, index)
         assert a.texts() == b.texts() == [b"%d" % index for index in range(8)]
         c = await Attached(place, "c").open()
         assert c.members() == [b"a", b"b", b"c"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from sheepdog.cluster.core.errors import Result
@@ -65,6 +68,22 @@ def settle(cluster: SimCluster, *machines: Machine) -> None:
         )
 
     cluster.world.run_until(settled, HEALTH_LIMIT_NS, "recovery")
+
+
+@contextmanager
+def killed_at_fetch(cluster: SimCluster, copier: Machine, *doomed: Machine) -> Iterator[None]:
+    """The body starts the machines; when `copier` begins to fetch what it lacks, `doomed` die."""
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        if kind == Kind.FETCH and sender == copier.id and doomed[0].up:
+            for machine in doomed:
+                cluster.world.after(0, machine.kill)
+
+    cluster.fabric.trap = trap
+    yield
+    cluster.world.run_until(lambda: doomed[0].up, SECOND, "start")
+    cluster.world.run_until(lambda: not doomed[0].up, 5 * SECOND, "a fetch")
+    cluster.fabric.trap = None
 
 
 def test_a_node_that_leaves_answers_nothing_any_more() -> None:
@@ -341,18 +360,11 @@ def test_a_node_that_began_to_copy_an_object_is_told_that_it_exists() -> None:
     assert write(last, volume, 2) == Result.SUCCESS
     last.kill()
 
-    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
-        if kind == Kind.FETCH and (sender, receiver) == (home.id, last.id) and last.up:
-            world.after(0, last.kill)  # the node with the only current copy
-
-    cluster.fabric.trap = trap
-    for machine in (home, other):
-        machine.start()
-        world.run_for(100 * MILLISECOND)
-    last.start()
-    world.run_until(lambda: last.up, SECOND, "start")
-    world.run_until(lambda: not last.up, 5 * SECOND, "the copying began")
-    cluster.fabric.trap = None
+    with killed_at_fetch(cluster, home, last):  # the node with the only current copy
+        for machine in (home, other):
+            machine.start()
+            world.run_for(100 * MILLISECOND)
+        last.start()
     settle(cluster, home, other)
     home.kill()
     settle(cluster, other)
@@ -384,16 +396,8 @@ def test_a_node_that_began_to_make_a_strip_is_told_that_the_object_exists() -> N
     source.kill()
     other.kill()
 
-    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
-        if kind == Kind.FETCH and sender == unsure.id and unsure.up:
-            world.after(0, unsure.kill)
-            world.after(0, source.kill)
-
-    cluster.fabric.trap = trap
-    cluster.start_all()
-    world.run_until(lambda: unsure.up, SECOND, "start")
-    world.run_until(lambda: not unsure.up, 5 * SECOND, "the strip is being made")
-    cluster.fabric.trap = None
+    with killed_at_fetch(cluster, unsure, unsure, source):
+        cluster.start_all()
     settle(cluster, other)
     unsure.start()
     settle(cluster, other, unsure)

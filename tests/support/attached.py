@@ -34,3 +34,9 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def said_to_both(a: Attached, b: Attached, number: int) -> None:
+    """One of them broadcasts its number, as the message after as many others; both hear it."""
+    (a, b)[number % 2].driver.broadcast(b"%d" % number)
+    await until(lambda: len(a.texts()) == len(b.texts()) == number + 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from sheepdog.cluster.core.cache_push import Pusher
 from sheepdog.cluster.core.cached_volume import CachedVolume
+from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.extents import CachedObject
+from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, CACHE_PUSH_BYTES, CACHE_PUSHES
 
@@ -28,8 +30,8 @@ def test_nobody_waits_for_the_rest_of_an_object_that_is_gone() -> None:
         entry.dirty = entry.present = 0
 
     pusher = Pusher(
-        SimpleNamespace(clock=SimpleNamespace(now_ns=lambda: 0), probe=lambda name: None),  # type: ignore[arg-type]
-        SimpleNamespace(change=lambda *words: under_way.append(words[-1])),  # type: ignore[arg-type]
+        cast(Context, SimpleNamespace(clock=SimpleNamespace(now_ns=lambda: 0), probe=lambda name: None)),
+        cast(Gateway, SimpleNamespace(change=lambda *words: under_way.append(words[-1]))),
         SimpleNamespace(read=lambda oid, offset, length, done: done(bytes(length))),
         lambda entry: None,
         gone,
