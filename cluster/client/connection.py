@@ -166,7 +166,11 @@ class Connection:
     def _expect_life(self, sock: socket.socket) -> None:
         """Once: something else may listen there, or a stopped process."""
         tell, self._on_silence = self._on_silence, None
-        if tell is not None and not select.select([sock], [], [], SILENCE_S)[0]:
+        if tell is None:
+            return
+        poll = select.poll()  # select(2) knows only the first 1,024 descriptors
+        poll.register(sock, select.POLLIN)
+        if not poll.poll(1000 * SILENCE_S):
             tell()
 
     def _number(self, request: Request) -> int:

@@ -6,7 +6,6 @@ The others expel it and go on (cluster/core/vigil.py); when it wakes it must not
 
 from __future__ import annotations
 
-import select
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests.support.cluster import Cluster, started
 from tests.support.door import Door, plain
-from tests.support.processes import send_signal, wait_until
+from tests.support.processes import readable, send_signal, wait_until
 
 from sheepdog.cluster.core.hashing import vid_of_name
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid
@@ -151,7 +150,7 @@ def test_a_slow_node_is_no_dead_one(cluster: Cluster) -> None:
                 while time.monotonic() - begin < SLOW_SECONDS:
                     value = bytes([ord("b") + written % 20])
                     door.send(plain(Opcode.WRITE_OBJ, payload=value * BLOCK, oid=slow[written % len(slow)]))
-                    while not select.select([door.socket], [], [], 0)[0]:  # the others go on meanwhile
+                    while not readable(door.socket):  # the others go on meanwhile
                         write(other, fast[overtaken % len(fast)], value)
                         overtaken += 1
                     assert door.answer().result == 0

@@ -7,7 +7,6 @@ no map names) and can misbehave on request: answer in reverse order, drop connec
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import threading
@@ -16,6 +15,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
+
+from tests.support.processes import readable
 
 from sheepdog.cluster.core.blocks import map_size
 from sheepdog.cluster.core.errors import Result
@@ -256,17 +257,13 @@ class FakeSheep:
                             return
                     answer, data = self._handle(header, payload)
                 held.append(answer + data)
-                if len(held) >= self.batch or not self._more(connection):
+                if len(held) >= self.batch or not readable(connection):
                     connection.sendall(b"".join(reversed(held)))
                     held.clear()
         except OSError:
             pass
         finally:
             connection.close()
-
-    @staticmethod
-    def _more(connection: socket.socket) -> bool:
-        return bool(select.select([connection], [], [], 0)[0])
 
     # -- requests
 

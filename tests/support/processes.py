@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,6 +87,13 @@ def having_argument(argument: str) -> list[int]:
     return [pid for pid in pids if pid != os.getpid() and argument in command_line(pid)]
 
 
+def readable(handle: int | socket.socket) -> bool:
+    """Whether there is something to read now; by poll, since select knows only the first 1,024 descriptors."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def alive(pid: int) -> bool:
     """Whether any of the process is left: a dying one loses its command line before its files are closed."""
     try:
@@ -93,7 +101,7 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     try:
-        return not select.select([handle], [], [], 0)[0]
+        return not readable(handle)
     finally:
         os.close(handle)
 
