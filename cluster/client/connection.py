@@ -14,7 +14,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from sheepdog.cluster.client.address import Address, candidates, describe, prepare
+from sheepdog.cluster.client.address import Address, candidates, check, describe, prepare
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.client.requests import Request
 from sheepdog.cluster.core.errors import Result
@@ -231,17 +231,18 @@ class Connection:
                 delay = min(2 * delay, RETRY_LAST_S)
 
 
-def connect(address: Address) -> socket.socket:
+def connect(address: Address, without_tcp: bool = False) -> socket.socket:
     """A connected blocking socket; OSError with the system's words if nobody listens.
 
     By TCP also on one host: what has been tried beside a small memory that the kernel's NBD client fills.
     """
     failure = OSError(errno.EIO, f"{describe(address)} has no address")
-    for family, target in candidates(address):
+    for family, target in candidates(address, without_tcp):
         sock = prepare(family)
         sock.settimeout(CONNECT_LIMIT_S)
         try:
             sock.connect(target)
+            check(sock, target)
         except (TimeoutError, BlockingIOError):  # the latter: a unix socket where too many wait to be let in
             failure = OSError(errno.ETIMEDOUT, "Connection timed out")
         except OSError as error:
@@ -251,6 +252,11 @@ def connect(address: Address) -> socket.socket:
             return sock
         sock.close()
     raise failure
+
+
+def connect_near(address: Address) -> socket.socket:
+    """`connect`, but without TCP to a sheep of the same user on this host: for commands that move many bytes."""
+    return connect(address, without_tcp=True)
 
 
 def bound_waits(sock: socket.socket, seconds: float) -> None:

@@ -283,7 +283,8 @@ class Administration:
 
     def _details(self, call: Call) -> None:
         found = report(self._node, self._failed_disks, call.clients)
-        self._fixed(call, json.dumps({"coder": self._node.context.coder.name, **found.to_json()}).encode())
+        about = {"node": str(self._me), "coder": self._node.context.coder.name}
+        self._fixed(call, json.dumps(about | found.to_json()).encode())
 
     def _log_level(self, call: Call) -> None:
         self._fixed(call, self._logs.level.to_bytes(4, "little", signed=True))

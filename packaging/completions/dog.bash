@@ -49,7 +49,7 @@ _dog() {
     "vdi import" | "vdi import "*) words="-c --copies -z --block_size_shift -O --format -a --address -p --port -h --help -T --time"; volumes=1 ;;
     node) words="list info stat kill may-stop recovery md scrub log vnodes format" ;;
     "node list" | "node list "*) words="-a --address -p --port -r --raw -v --verbose -h --help -T --time --json" ;;
-    "node info" | "node info "*) words="-a --address -p --port -r --raw -h --help -T --time --json" ;;
+    "node info" | "node info "*) words="-a --address -p --port -r --raw -v --verbose -h --help -T --time --json" ;;
     "node stat" | "node stat "*) words="-a --address -p --port -r --raw -w --watch -h --help -T --time --json" ;;
     "node kill" | "node kill "*) words="-a --address -p --port -r --raw -l --local -h --help -T --time" ;;
     "node may-stop" | "node may-stop "*) words="-a --address -p --port -h --help -T --time --json" ;;

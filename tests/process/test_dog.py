@@ -89,6 +89,37 @@ def test_snapshots_clones_and_rollback(cluster: Cluster) -> None:
     assert rows(cluster, "tree") == rows(cluster, "leaf") == []
 
 
+def test_a_chain_of_backups_is_the_volume_again(cluster: Cluster) -> None:
+    """Each state, byte by byte, in a volume that has only the first one and the streams; it grows on the way."""
+    chance = random.Random(3)
+
+    def write(offset: int, length: int) -> None:
+        cluster.dog("vdi", "write", "chain", str(offset), str(length), stdin=chance.randbytes(length))
+
+    def content(*words: str) -> bytes:
+        return cluster.try_dog("vdi", "read", *words, node=1, check=True).stdout
+
+    cluster.dog("vdi", "create", "chain", "9M")
+    write(MIB, 6 * MIB)
+    cluster.dog("vdi", "snapshot", "-s", "s0", "chain")
+    cluster.dog("vdi", "clone", "-n", "-s", "s0", "chain", "again")
+    cluster.dog("vdi", "snapshot", "-s", "s0", "again")
+    base = "s0"
+    for number, size in enumerate((9 * MIB, 14 * MIB + 3, 14 * MIB + 3), 1):
+        cluster.dog("vdi", "resize", "chain", str(size))
+        write(chance.randrange(size - 5000), 5000)
+        write(size - 700, 700)
+        cluster.dog("vdi", "snapshot", "-s", f"s{number}", "chain")
+        stream = cluster.try_dog(
+            "vdi", "backup", "chain", "-F", f"s{number - 1}", "-s", f"s{number}", check=True
+        ).stdout
+        cluster.dog("vdi", "restore", "-s", base, "again", stdin=stream)
+        base = max((row[2] for row in rows(cluster, "again") if row[0] == "s"), key=int)
+        restored = content("-s", base, "again")
+        assert len(restored) == size
+        assert restored == content("-s", f"s{number}", "chain")
+
+
 def test_objects_are_where_the_ring_says(cluster: Cluster) -> None:
     cluster.dog("vdi", "create", "where", "8M")
     cluster.dog("vdi", "write", "where", "0", "1", stdin=b"x")

@@ -239,6 +239,8 @@ def test_smaller_commands(cluster: Cluster) -> None:
         assert re.fullmatch(re.escape(row) + r"    [0-9a-f]{16}" + (r" \*" if number == 1 else ""), wider)
     nodes = json.loads(cluster.dog("node", "list", "--json"))
     assert [node["asked"] for node in nodes] == [True, False, False, False]
+    coders = cluster.dog("node", "info", "-v").partition("\nErasure coding by\n")[2].splitlines()
+    assert [line.split("\t")[0] for line in coders] == [f"127.0.0.1:{cluster.port(node)}" for node in range(NODES)]
     assert failed(cluster, "benchmark", "io", "nosuch")[0] == 2
     cluster.dog("vdi", "create", "bench", "8M")
     assert failed(cluster, "benchmark", "io", "-f", "bench") == (2, "", "VDI bench has unallocated data\n")

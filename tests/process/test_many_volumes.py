@@ -35,6 +35,7 @@ def costs(cluster: Cluster, connection: Connection, mark: str) -> dict[str, tupl
     every = {
         "create": ("vdi", "create", f"new{mark}", str(SIZE)),
         "list": ("vdi", "list", "other"),
+        "locks": ("vdi", "lock", "list"),
         "open": ("vdi", "read", "one", "0", "512"),
         "snapshot": ("vdi", "snapshot", "-s", f"tag{mark}", "one"),
         "open a snapshot": ("vdi", "read", "-s", "first", "one", "0", "512"),

@@ -6,9 +6,12 @@ import importlib
 import json
 import os
 import pty
+import random
+import re
 import subprocess
 import sys
 import time
+from array import array
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
@@ -18,6 +21,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.tools.dog import vdi_list
 from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import human_size, parse_size
@@ -190,6 +194,21 @@ def test_node_list(dog: Dog, sheep: FakeSheep) -> None:
     )
     assert dog("node", "list", "-r")[1] == "0 127.0.0.1:7000 128 0\n1 127.0.0.1:7003 0 3\n2 ::1:7008 64 8\n"
     assert port
+
+
+def test_the_node_asked_is_marked_whatever_address_leads_to_it(dog: Dog, sheep: FakeSheep) -> None:
+    """People ask 127.0.0.1; the members know each other by other addresses."""
+    sheep.members = [Member(NodeId(bytes(12) + bytes((192, 0, 2, host)), 7000), 0, 128, 1) for host in (1, 2)]
+
+    def details(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        request = wire.REQUEST.unpack(header)
+        data = b'{"node": "192.0.2.2:7000"}'
+        return wire.response(request.opcode, request.id, 1, 0, len(data)), data
+
+    sheep.handlers[Opcode.NODE_DETAILS] = details
+    rows = dog("node", "list", "-v")[1].splitlines()
+    assert [row.endswith(" *") for row in rows] == [False, False, True]
+    assert [node["asked"] for node in json.loads(dog("node", "list", "--json")[1])] == [False, True]
 
 
 def test_node_info(dog: Dog, sheep: FakeSheep) -> None:
@@ -592,6 +611,24 @@ def test_repair_follows_the_majority(dog: Dog, sheep: FakeSheep) -> None:
             assert repaired == bad
 
 
+def test_json_is_the_only_thing_on_stdout(dog: Dog, sheep: FakeSheep) -> None:
+    status, out, errors = dog("node", "list", "--json", "-T")
+    assert (status, len(json.loads(out))) == (0, 1)
+    assert re.fullmatch(r"\nElapsed time: \d\.\d{3} seconds\n", errors)
+    assert dog("node", "recovery", "-P", "--json")[::2] == (
+        64, "--json shows what is now: it does not go with -P\n",
+    )  # fmt: skip
+
+
+def test_entries_of_a_map_are_counted() -> None:
+    chooser = random.Random(1)
+    for _ in range(30):
+        entries = array("I")
+        for _ in range(chooser.randrange(9)):
+            entries.extend([chooser.choice([0, 7, 9])] * chooser.choice([1, 255, 256, 300, 1000]))
+        assert vdi_list._count(entries, 7) == (entries.count(7), entries.count(0))
+
+
 def test_start_is_quick_and_light(sheep: FakeSheep) -> None:
     code = (
         "import sys; from sheepdog.tools.dog.main import main\n"
@@ -612,9 +649,9 @@ def test_a_bar_is_for_people_only(rich: bool, capfd: pytest.CaptureFixture[str])
         f"sys.modules.update({{}} if {rich} else {{'rich.console': None}})\n"
         "from sheepdog.tools.dog import progress\n"
         "progress._QUIET_S = progress._STEP_S = 0\n"
-        "bar = progress.Progress('export', 1000)\n"
-        "for _ in range(4): bar.advance(250)\n"
-        "bar.end()\n"
+        "with progress.Progress('export', 1000) as bar:\n"
+        "    for _ in range(4): bar.advance(250)\n"
+        "    sys.exit()\n"
     )
     if rich:
         pytest.importorskip("rich")
@@ -627,5 +664,7 @@ def test_a_bar_is_for_people_only(rich: bool, capfd: pytest.CaptureFixture[str])
         os.close(theirs)
     assert "export" in shown
     assert ("100.0%" in shown) != rich
+    assert shown.endswith("\x1b[2K" if rich else "\r"), "the bar is gone also when the command fails"
+    assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l"), "and the cursor is back"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert capfd.readouterr().err == ""

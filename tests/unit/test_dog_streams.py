@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import socket
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import ClassVar
 from zlib import crc32
 
 import pytest
@@ -19,10 +21,16 @@ from tests.support.fake_sheep import FakeSheep
 from tests.unit.conftest import Dog
 from xxhash import xxh3_64_intdigest
 
+from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.channel import Channel
+from sheepdog.cluster.client.connection import connect, connect_near
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.wire.opcodes import Opcode
-from sheepdog.tools.dog.difference import Piece, Shape, Writer, pieces, proved
+from sheepdog.cluster.wire.same_host import LOOPBACK, local_name
+from sheepdog.tools.dog import backup, check, filling, transfer
+from sheepdog.tools.dog import data as data_commands
+from sheepdog.tools.dog.difference import SIZE, Piece, Shape, Writer, pieces, proved
 from sheepdog.tools.dog.main import main
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.window import WIDTH, buffers, in_order, is_zero, run_all, unequal_range
@@ -203,6 +211,56 @@ def test_backup_and_restore(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.Monk
     assert dog("vdi", "read", "a", "-s", restored[0], "4999", "3")[1] == "aba"
 
 
+def test_a_volume_that_has_grown(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind the old end is there, and the size is the new one to the byte."""
+    first, last = b"first" * 2000, b"last" * 100
+    sheep.create("a", 6 * MIB + 1)
+    dog("vdi", "write", "a", "5000", str(len(first)), stdin=first)
+    dog("vdi", "snapshot", "-s", "t1", "a")
+    assert dog("vdi", "resize", "a", str(13 * MIB + 7)) == (0, "", "")
+    dog("vdi", "write", "a", str(13 * MIB + 7 - len(last)), stdin=last)
+    dog("vdi", "snapshot", "-s", "t2", "a")
+    wanted = sheep.content(sheep.vid("a"))
+    assert wanted.endswith(last)
+    with monkeypatch.context() as patched:
+        stream = output(patched, "vdi", "backup", "a", "-F", "t1", "-s", "t2")
+    assert stream[8:20] == bytes.fromhex("feffffff 00000000 08000000")
+    assert stream[24:32] == (13 * MIB + 7).to_bytes(8, "little")
+    dog("vdi", "rollback", "-f", "-s", "t1", "a")
+    dog("vdi", "delete", "-s", "t2", "a")
+    assert dog("vdi", "restore", "-s", "t1", "a", stdin=stream) == (0, "", "")
+    rows = [row.split(" ") for row in dog("vdi", "list", "-r", "a")[1].splitlines()]
+    assert [row[3] for row in rows] == [str(size) for size in (6 * MIB + 1, 13 * MIB + 7, 6 * MIB + 1)]
+    with monkeypatch.context() as patched:
+        assert output(patched, "vdi", "read", "a", "-s", rows[1][2]) == wanted
+
+
+def test_a_size_is_told_once_and_first_and_can_be() -> None:
+    def stream(*records: tuple[int, bytes]) -> io.BytesIO:
+        out = io.BytesIO()
+        writer = Writer(out)
+        for index, data in records:
+            writer.add(index, 0, data)
+        writer.end()
+        return io.BytesIO(out.getvalue())
+
+    shape = Shape(1, 4 * MIB)
+    small, large, huge = (size.to_bytes(8, "little") for size in (MIB, 5 * MIB, (1 << 42) + 1))
+    for records in ([(SIZE, large), (1, bytes(512))], [(SIZE, small), (0, bytes(512))]):
+        with proved(stream(*records), shape) as (_, total):
+            assert total == 8 + 512
+    for bad in (
+        [(SIZE, small), (1, bytes(512))],
+        [(SIZE, large), (2, bytes(512))],
+        [(SIZE, huge)],
+        [(SIZE, large[:4])],
+        [(SIZE, large), (SIZE, large)],
+        [(0, bytes(512)), (SIZE, large)],
+    ):
+        with pytest.raises(Failure, match="corrupted"), proved(stream(*bad), shape):
+            pytest.fail("an unsound stream was offered")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), OSError("gone")])
 def test_a_restore_that_breaks_off_gives_the_former_state_back(
     dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -253,7 +311,8 @@ def test_a_pipe_is_proved_without_holding_it_in_memory(tmp_path: Path, monkeypat
     source = Pipe(stream)
     tracemalloc.start()
     try:
-        with proved(source, shape) as sound:
+        with proved(source, shape) as (sound, total):
+            assert total == 16 * 4 * MIB
             found = [crc32(piece.data) for piece in pieces(sound, shape, repeat(memoryview(bytearray(MIB))))]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -284,8 +343,108 @@ def test_what_follows_a_stream_is_left_alone() -> None:
     source = io.BytesIO(b"before" + big_stream(1) + b"after")
     source.seek(6)
     shape = Shape(1, 4 * MIB)
-    with proved(source, shape) as sound:
+    with proved(source, shape) as (sound, _):
         assert [Piece(*piece[:2], memoryview(b"")) for piece in pieces(sound, shape, buffers())] == [
             Piece(0, 0, memoryview(b""))
         ]
     assert source.read() == b"after"
+
+
+# -- progress
+
+
+class Recorder:
+    """In place of Progress: what commands count."""
+
+    made: ClassVar[list[Recorder]] = []
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.done = 0
+        Recorder.made.append(self)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+
+def test_whatever_moves_many_bytes_counts_them(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (backup, check, data_commands, filling):
+        monkeypatch.setattr(module, "Progress", Recorder)
+    monkeypatch.setattr(check, "_repair_object", lambda *_: None)
+    Recorder.made.clear()
+    dog("vdi", "create", "-P", "a", "10M")
+    dog("vdi", "snapshot", "-s", "t1", "a")
+    dog("vdi", "write", "a", "3M", stdin=b"x" * 5 * MIB)
+    dog("vdi", "snapshot", "-s", "t2", "a")
+    with monkeypatch.context() as patched:
+        assert output(patched, "vdi", "read", "a", "1M", "5M") == bytes(2 * MIB) + b"x" * 3 * MIB
+        stream = output(patched, "vdi", "backup", "a", "-F", "t1", "-s", "t2")
+    dog("vdi", "restore", "-s", "t1", "a", stdin=stream)
+    dog("vdi", "clone", "-n", "-s", "t2", "a", "b")
+    dog("vdi", "check", "a")
+    assert [(one.title, one.total) for one in Recorder.made] == [
+        ("copy", 12 * MIB), ("write", 5 * MIB), ("read", 5 * MIB), ("backup", 8 * MIB), ("restore", 5 * MIB),
+        ("copy", 12 * MIB), ("check", 16 * MIB),
+    ]  # fmt: skip
+    assert [one.done for one in Recorder.made] == [
+        12 * MIB, 5 * MIB, 5 * MIB, 8 * MIB, 5 * MIB, 12 * MIB, 16 * MIB,
+    ]  # fmt: skip
+
+
+# -- copies
+
+
+@pytest.mark.parametrize("words", [("clone", "-n", "-s", "t", "a", "b"), ("create", "-P", "b", "10M")])
+def test_a_volume_that_cannot_be_filled_is_not_left_behind(dog: Dog, sheep: FakeSheep, words: tuple[str, ...]) -> None:
+    """Its name would stand for a copy that lacks what came after the failure."""
+    sheep.create("a", 10 * MIB)
+    dog("vdi", "write", "a", stdin=b"a" * 10 * MIB)
+    dog("vdi", "snapshot", "-s", "t", "a")
+    before = dog("vdi", "list", "-r")
+    sheep.results[Opcode.CREATE_AND_WRITE_OBJ] = Result.NO_SPACE
+    assert dog("vdi", *words) == (1, "", "Server has no space for new objects\n")
+    del sheep.results[Opcode.CREATE_AND_WRITE_OBJ]
+    assert dog("vdi", "list", "-r") == before
+    assert dog("vdi", *words) == (0, "", "")
+
+
+# -- the way on one host
+
+
+def test_a_sheep_on_this_host_is_reached_without_tcp() -> None:
+    with socket.create_server((LOOPBACK, 0)) as listener, socket.socket(socket.AF_UNIX) as near:
+        address = listener.getsockname()
+        with connect_near(address) as found:
+            assert found.family == socket.AF_INET
+        near.bind(local_name(address[1]))
+        near.listen()
+        with connect_near(address) as found:
+            assert found.family == socket.AF_UNIX
+        with connect(address) as found:
+            assert found.family == socket.AF_INET
+
+
+def test_what_moves_many_bytes_goes_the_near_way(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+    near: list[str] = []
+
+    def connect_here(module: str, address: Address) -> socket.socket:
+        near.append(module)
+        return connect(address)
+
+    for module in (backup, data_commands, filling, transfer):
+        monkeypatch.setattr(module, "connect_near", partial(connect_here, module.__name__.rpartition(".")[2]))
+    dog("vdi", "create", "-P", "a", "4M")
+    dog("vdi", "write", "a", stdin=b"x")
+    dog("vdi", "snapshot", "-s", "t1", "a")
+    dog("vdi", "export", "a", "/dev/null")
+    with monkeypatch.context() as patched:
+        stream = output(patched, "vdi", "backup", "a", "-F", "t1", "-s", "t1")
+    dog("vdi", "restore", "-s", "t1", "a", stdin=stream)
+    assert list(dict.fromkeys(near)) == ["filling", "data", "transfer", "backup"]

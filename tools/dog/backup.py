@@ -11,19 +11,20 @@ from itertools import zip_longest
 from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.connection import Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.requests import read_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.tools.dog.context import Context
-from sheepdog.tools.dog.difference import SECTOR, Piece, Shape, Writer, pieces, proved
+from sheepdog.tools.dog.difference import SECTOR, SIZE, Piece, Shape, Writer, pieces, proved
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import text
+from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import positive, snapshot_option, snapshot_value
 from sheepdog.tools.dog.volumes import RECLAIM_BATCH, Opened, delete, name_of, open_volume
-from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, run_all, standard_input, unequal_range
+from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, standard_input, unequal_range
 
 _ZEROS = memoryview(bytes(CHUNK_BYTES))
 
@@ -41,22 +42,27 @@ def backup(context: Context) -> None:
     context.nodes()
     old = open_volume(connection, name, old_tag, old_id)
     new = open_volume(connection, name, tag, snap_id)
-    channel = Channel((context.host, context.port), patience_s=0)
+    channel = Channel((context.host, context.port), patience_s=0, dial=connect_near)
     writer = Writer(sys.stdout.buffer)
-    for index, offset, data in in_order(_comparisons(channel, old, new)):
-        if data:
-            writer.add(index, offset, data)
+    if new.inode.vdi_size > old.inode.vdi_size:
+        writer.grown(new.inode.vdi_size)
+    owners = enumerate(zip_longest(old.entries, new.entries, fillvalue=0))
+    changed = [(index, *pair) for index, pair in owners if pair[0] != pair[1]]
+    length = min(new.inode.object_size, CHUNK_BYTES)
+    with Progress("backup", len(changed) * new.inode.object_size) as progress:
+        for index, offset, data in in_order(_comparisons(channel, changed, new.inode.object_size, length)):
+            if data:
+                writer.add(index, offset, data)
+            progress.advance(length)
     writer.end()
 
 
-def _comparisons(channel: Channel, old: Opened, new: Opened) -> Iterator[Callable[[], Piece]]:
-    """Looks at everything that may have changed, in parts of objects."""
-    size = new.inode.object_size
-    length = min(size, CHUNK_BYTES)
+def _comparisons(
+    channel: Channel, changed: list[tuple[int, int, int]], size: int, length: int
+) -> Iterator[Callable[[], Piece]]:
+    """Looks at objects whose owners, the old one and the new one, differ: in parts of `length` bytes."""
     before, after = buffers(), buffers()
-    for index, (old_owner, new_owner) in enumerate(zip_longest(old.entries, new.entries, fillvalue=0)):
-        if old_owner == new_owner:
-            continue
+    for index, old_owner, new_owner in changed:
         for offset in range(0, size, length):
             first = partial(_part, channel, old_owner, index, offset, next(before)[:length])
             second = partial(_part, channel, new_owner, index, offset, next(after)[:length])
@@ -107,13 +113,13 @@ def restore(context: Context) -> None:
             raise Failure(f"Snapshot ID {snap_id} or tag {os.fsdecode(tag)} doesn't exist") from error
         raise
     shape = Shape(base.object_count, base.object_size)
-    with proved(standard_input(), shape) as source:
+    with proved(standard_input(), shape) as (source, total):
         former = _working(connection, name)
         # With a working volume this freezes it and goes on from `base`; without one it is a plain branch.
         _next(connection, name, base, Vid(base.vdi_id), snapshot=former is not None)
         failure: BaseException | None = None
         try:
-            _apply(context, name, pieces(source, shape, buffers(), summed=False))
+            _apply(context, name, pieces(source, shape, buffers(), summed=False), total)
         except BaseException as error:  # also an interruption: the former state must go on
             failure = error
     if former is not None:
@@ -167,15 +173,25 @@ def _resume(connection: Connection, name: bytes, former: InodeHeader, keep: bool
     delete(connection, frozen, name, b"", former.snap_id, batch, pause_s)
 
 
-def _apply(context: Context, name: bytes, changes: Iterator[Piece]) -> None:
-    volume = BlockingVolume.open((context.host, context.port), name, patience_s=0)
-    run_all(_writes(volume, changes))
+def _apply(context: Context, name: bytes, changes: Iterator[Piece], total: int) -> None:
+    volume = BlockingVolume.open((context.host, context.port), name, patience_s=0, dial=connect_near)
+    with Progress("restore", total) as progress:
+        for count in in_order(_writes(volume, changes)):
+            progress.advance(count)
     volume.close()
 
 
-def _writes(volume: BlockingVolume, changes: Iterator[Piece]) -> Iterator[Callable[[], None]]:
+def _writes(volume: BlockingVolume, changes: Iterator[Piece]) -> Iterator[Callable[[], int]]:
     """Writes of all changes; durable once the volume is closed."""
-    for number, offset, data in changes:
-        start = number * volume.object_size + offset
+    for piece in changes:
+        if piece.number == SIZE:
+            volume.resize(max(volume.size, piece.size))
+            continue
+        start = piece.number * volume.object_size + piece.offset
         if start < volume.size:
-            yield partial(volume.write, start, data[: volume.size - start])
+            yield partial(_write, volume, start, piece.data[: volume.size - start])
+
+
+def _write(volume: BlockingVolume, start: int, data: memoryview) -> int:
+    volume.write(start, data)
+    return len(data)

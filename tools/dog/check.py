@@ -15,6 +15,7 @@ from sheepdog.cluster.core.ring import Ring
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import Failure, UsageFailure
 from sheepdog.tools.dog.output import text, warn
+from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.strip_check import check_strips
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.vdi_list import headers
@@ -67,12 +68,16 @@ def _repair(context: Context, nodes: Sequence[Member], opened: Opened) -> None:
     policy = policy_of(opened.inode.copy_policy)
     if policy is not None and ring.zones < policy.strips:
         raise Failure("ABORT: Not enough active zones for consistency-checking erasure coded VDI")
-    for oid in _objects(opened):
-        homes = [nodes[index].id for index in ring.replicas(oid, opened.inode.nr_copies)]
-        if policy is not None and is_data(oid):
-            check_strips(context, oid, homes, policy, 1 << opened.inode.block_size_shift)
-        else:
-            _repair_object(context, oid, homes)
+    objects = list(_objects(opened))
+    size = opened.inode.object_size
+    with Progress("check", len(objects) * size) as progress:
+        for oid in objects:
+            homes = [nodes[index].id for index in ring.replicas(oid, opened.inode.nr_copies)]
+            if policy is not None and is_data(oid):
+                check_strips(context, oid, homes, policy, size)
+            else:
+                _repair_object(context, oid, homes)
+            progress.advance(size)
 
 
 def _repair_object(context: Context, oid: ObjectId, homes: list[NodeId]) -> None:

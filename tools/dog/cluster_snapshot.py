@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.connection import Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.requests import create_header, read_header, write_header
 from sheepdog.cluster.core.errors import Result
@@ -133,14 +133,13 @@ def _store(
     context: Context, archive: Archive, oids: Sequence[ObjectId], sizes: dict[ObjectId, int]
 ) -> dict[str, list[str]]:
     """Reads objects and puts their chunks, several at a time with -m."""
-    channel = Channel((context.host, context.port), patience_s=0)
-    progress = Progress("save", sum(sizes[oid] for oid in oids))
+    channel = Channel((context.host, context.port), patience_s=0, dial=connect_near)
     stored: dict[str, list[str]] = {}
     calls = (partial(_store_object, channel, archive, oid, sizes[oid]) for oid in oids)
-    for oid, chunks in zip(oids, in_order(calls, WIDTH if context.flag("multithread") else 1), strict=True):
-        stored[f"{oid:016x}"] = chunks
-        progress.advance(sizes[oid])
-    progress.end()
+    with Progress("save", sum(sizes[oid] for oid in oids)) as progress:
+        for oid, chunks in zip(oids, in_order(calls, WIDTH if context.flag("multithread") else 1), strict=True):
+            stored[f"{oid:016x}"] = chunks
+            progress.advance(sizes[oid])
     channel.close()
     return stored
 
@@ -282,12 +281,12 @@ def _load(
     connection = context.gateway()
     for inode in headers:
         admin.register_volume(connection, inode)
-    progress = Progress("load", CHUNK_BYTES * sum(len(chunks) for chunks in objects.values()))
-    channel = Channel(connection.address, patience_s=0)
-    for size in in_order(partial(_load_object, channel, archive, oid, chunks) for oid, chunks in objects.items()):
-        progress.advance(size)
+    channel = Channel(connection.address, patience_s=0, dial=connect_near)
+    calls = (partial(_load_object, channel, archive, oid, chunks) for oid, chunks in objects.items())
+    with Progress("load", CHUNK_BYTES * sum(len(chunks) for chunks in objects.values())) as progress:
+        for size in in_order(calls):
+            progress.advance(size)
     channel.close()
-    progress.end()
     kept = {inode.vdi_id for inode in chosen}
     for inode in headers:
         header = inode if inode.vdi_id in kept else _tombstone(inode)

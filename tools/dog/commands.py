@@ -222,7 +222,7 @@ VDI = (
 
 NODE = (
     Command("list", (*NETWORK, RAW, VERBOSE, *LAST, JSON), "list nodes", "node:list_nodes"),
-    Command("info", (*NETWORK, RAW, *LAST, JSON), "show the space of each node", "node:info"),
+    Command("info", (*NETWORK, RAW, VERBOSE, *LAST, JSON), "show the space of each node", "node:info"),
     Command(
         "stat",
         (*NETWORK, RAW, Option("w", "watch", "show the counters every second"), *LAST, JSON),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.connection import connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.tools.dog.context import Context, Unreachable, dial
 from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import parse_size, text
+from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.volumes import name_of, not_opened
-from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, run_all, standard_input
+from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, standard_input
 
 
 def read(context: Context) -> None:
@@ -27,8 +30,10 @@ def read(context: Context) -> None:
     end = volume.size if length is None else min(volume.size, offset + length)
     out = sys.stdout.buffer
     try:
-        for data in in_order(_reads(volume, offset, end)):
-            out.write(data)
+        with Progress("read", end - offset) as progress:
+            for data in in_order(_reads(volume, offset, end)):
+                out.write(data)
+                progress.advance(len(data))
     except OSError as error:
         raise Failure(f"{_reason(error)}Failed to read VDI") from error
     out.flush()
@@ -60,12 +65,25 @@ def write(context: Context) -> None:
     end = volume.size if length is None else min(volume.size, offset + length)
     durable = not context.flag("writeback")
     try:
-        run_all(_writes(volume, offset, end, durable))
+        with Progress("write", _to_come(end - offset)) as progress:
+            for count in in_order(_writes(volume, offset, end, durable)):
+                progress.advance(count)
     except OSError as error:
         raise Failure(f"{_reason(error)}Failed to write VDI") from error
 
 
-def _writes(volume: BlockingVolume | HyperVolume, offset: int, end: int, durable: bool) -> Iterator[Callable[[], None]]:
+def _to_come(most: int) -> int:
+    """How many bytes a write will take, if stdin can tell."""
+    source = standard_input()
+    if not source.seekable():
+        return most
+    place = source.tell()
+    end = source.seek(0, os.SEEK_END)
+    source.seek(place)
+    return min(most, end - place) or most
+
+
+def _writes(volume: BlockingVolume | HyperVolume, offset: int, end: int, durable: bool) -> Iterator[Callable[[], int]]:
     """Writes of what stdin gives, each inside one object."""
     space = buffers()
     source = standard_input()
@@ -75,13 +93,23 @@ def _writes(volume: BlockingVolume | HyperVolume, offset: int, end: int, durable
         data = next(space)[: min(chunk_end - offset, CHUNK_BYTES)]
         count = source.readinto(data)
         if count:
-            yield partial(volume.write, offset, data[:count], durable)
+            yield partial(_write, volume, offset, data[:count], durable)
             offset += count
             padded = chunk_end
         if count < len(data):
             if offset < padded:
-                yield partial(volume.zero, offset, padded - offset, durable)
+                yield partial(_zero, volume, offset, padded - offset, durable)
             return
+
+
+def _write(volume: BlockingVolume | HyperVolume, offset: int, data: memoryview, durable: bool) -> int:
+    volume.write(offset, data, durable)
+    return len(data)
+
+
+def _zero(volume: BlockingVolume | HyperVolume, offset: int, length: int, durable: bool) -> int:
+    volume.zero(offset, length, durable)
+    return length
 
 
 def _boundary(offset: int, volume: BlockingVolume | HyperVolume) -> int:
@@ -102,7 +130,7 @@ def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume | HyperV
     address = (context.host, context.port)
     try:
         dial(address).close()  # says what is wrong, as often as the original does
-        return open_volume(address, name, tag, snap_id, patience_s=0)
+        return open_volume(address, name, tag, snap_id, patience_s=0, dial=connect_near)
     except Unreachable as error:
         raise Failure(code=1) from error
     except SheepError as error:

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.connection import Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.requests import create_header, read_header, write_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import map_offset, pack_map
 from sheepdog.cluster.wire.opcodes import Flags
+from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.volumes import Opened
 from sheepdog.tools.dog.window import buffers, in_order
 
 COPY_BATCH = 16  # objects copied before the map names them: little is lost when the command is interrupted
 
 
-def fill(connection: Connection, target: Vid, source: Opened, indexes: Iterable[int]) -> None:
+def fill_new(connection: Connection, name: bytes, target: Vid, source: Opened, indexes: Sequence[int]) -> None:
+    """For a volume just made: it is deleted again if that fails, for nobody could tell it from a whole one."""
+    try:
+        _fill(connection, target, source, indexes)
+    except BaseException:
+        with suppress(OSError):
+            admin.delete_volume(connection, name)
+        raise
+
+
+def _fill(connection: Connection, target: Vid, source: Opened, indexes: Sequence[int]) -> None:
     """Gives `target` (a plain volume) objects of its own at `indexes`, with the content that `source` has there."""
-    channel = Channel(connection.address, patience_s=0)
+    channel = Channel(connection.address, patience_s=0, dial=connect_near)
     made: list[int] = []
-    for index in in_order(_copies(channel, target, source, indexes)):
-        made.append(index)
-        if len(made) == COPY_BATCH or index - made[0] >= COPY_BATCH:
-            _name_objects(connection, target, made)
-            made.clear()
+    with Progress("copy", len(indexes) * source.inode.object_size) as progress:
+        for index in in_order(_copies(channel, target, source, indexes)):
+            made.append(index)
+            progress.advance(source.inode.object_size)
+            if len(made) == COPY_BATCH or index - made[0] >= COPY_BATCH:
+                _name_objects(connection, target, made)
+                made.clear()
     _name_objects(connection, target, made)
     channel.close()
 
 
-def _copies(channel: Channel, target: Vid, source: Opened, indexes: Iterable[int]) -> Iterator[Callable[[], int]]:
+def _copies(channel: Channel, target: Vid, source: Opened, indexes: Sequence[int]) -> Iterator[Callable[[], int]]:
     space = buffers()
     for index in indexes:
         yield partial(_copy_object, channel, target, source, index, next(space))

@@ -93,7 +93,8 @@ def _run(path: list[str], command: Command, words: list[str]) -> int:
     except (OSError, PeerError, UsageError) as error:
         code = _unexpected(error)
     if "time" in values:
-        print(f"\nElapsed time: {_clock() - started:.3f} seconds")
+        out = sys.stderr if JSON.long in values else sys.stdout  # JSON is one value
+        print(f"\nElapsed time: {_clock() - started:.3f} seconds", file=out)
     return code
 
 

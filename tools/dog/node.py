@@ -9,7 +9,7 @@ from pathlib import PurePath
 from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.hashing import node_hash
-from sheepdog.cluster.core.ids import Member, format_address
+from sheepdog.cluster.core.ids import Member
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
@@ -23,21 +23,22 @@ _WATCH_S = 1
 def list_nodes(context: Context) -> None:
     """All nodes in ascending order of address and port; Id is the position."""
     nodes = context.nodes()
+    wide = context.verbose
+    asked = _asked(context) if wide or context.json else ""
     if context.json:
         from sheepdog.tools.dog.records import node_record, print_json
 
         print_json(
             [
-                node_record(number, node) | {"node_id": f"{node_hash(node.id):016x}", "asked": _is_asked(context, node)}
+                node_record(number, node) | {"node_id": f"{node_hash(node.id):016x}", "asked": str(node.id) == asked}
                 for number, node in enumerate(nodes)
             ]
         )
         return
-    wide = context.verbose
     if not context.raw:
         print("  Id   Host:Port         V-Nodes       Zone" + ("             Node id" if wide else ""))
     for number, node in enumerate(nodes):
-        mark = " *" if wide and _is_asked(context, node) else ""
+        mark = " *" if str(node.id) == asked else ""
         if context.raw:
             row = f"{number} {node.id} {node.vnodes} {node.zone}"
             print(f"{row} {node_hash(node.id):016x}{mark}" if wide else row)
@@ -46,9 +47,9 @@ def list_nodes(context: Context) -> None:
             print(f"{row}    {node_hash(node.id):016x}{mark}" if wide else row)
 
 
-def _is_asked(context: Context, node: Member) -> bool:
-    """The node that -a and -p name."""
-    return context.port == node.id.port and context.host == format_address(node.id.address)
+def _asked(context: Context) -> str:
+    """Address and port of the node that -a and -p lead to, as the others know it: seldom 127.0.0.1."""
+    return str(admin.node_details(context.gateway()).get("node", f"{context.host}:{context.port}"))
 
 
 def info(context: Context) -> None:

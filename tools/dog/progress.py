@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from types import TracebackType
 from typing import Protocol
 
 _QUIET_S = 1.0  # shorter work shows nothing
@@ -15,7 +16,7 @@ _WIDTH = 40
 
 
 class Progress:
-    """Counts bytes up to `total`."""
+    """Counts bytes up to `total`. As a context, whose end takes the bar away also when the work fails."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title = title
@@ -25,6 +26,16 @@ class Progress:
         self._next = time.monotonic() + _QUIET_S
         self._terminal = sys.stderr.isatty()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.remove()
+            self._bar = None
+
     def advance(self, count: int) -> None:
         self._done += count
         if self._terminal and (now := time.monotonic()) >= self._next:
@@ -32,12 +43,6 @@ class Progress:
             if self._bar is None:
                 self._bar = _bar(self._title, self._total)
             self._bar.show(min(self._done, self._total))
-
-    def end(self) -> None:
-        """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.remove()
-            self._bar = None
 
 
 class _Bar(Protocol):
@@ -75,7 +80,9 @@ class _RichBar:
         from rich.progress import TransferSpeedColumn as Speed
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        # What is printed meanwhile appears above the bar; but stdout goes where it was sent.
+        both = sys.stdout.isatty()
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=both)
         self._task = self._progress.add_task(title, total=total)
         self._progress.start()
 

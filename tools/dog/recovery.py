@@ -19,7 +19,7 @@ from sheepdog.cluster.wire.structures import (
 )
 from sheepdog.tools.dog import health
 from sheepdog.tools.dog.context import Context, Unreachable
-from sheepdog.tools.dog.options import USAGE_ERROR, Failure
+from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import request_failed, text, warn
 
 POLL_S = 1
@@ -32,6 +32,8 @@ def _state(connection: Connection) -> RecoveryState:
 
 def info(context: Context) -> None:
     """The nodes in recovery; two lines only mean that there is none."""
+    if context.json and context.flag("progress"):
+        raise UsageFailure("--json shows what is now: it does not go with -P")
     nodes = context.nodes()
     if context.flag("progress"):
         _follow(context.gateway())

@@ -19,7 +19,7 @@ from sheepdog.tools.dog.output import caution, confirm, redundancy, text, warn
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import parse_redundancy
 from sheepdog.tools.dog.vdi_list import headers
-from sheepdog.tools.dog.volumes import name_of, open_header, open_volume
+from sheepdog.tools.dog.volumes import Opened, name_of, open_header, open_volume
 
 LATE_WRITES_S = 1.0  # clients name in the old map what they made before the snapshot: until then nothing is moved
 
@@ -140,19 +140,17 @@ def _convert(
 
 def _move_all(connection: Connection, name: bytes) -> None:
     """Until the volume owns all its objects."""
-    progress, before = None, 0
-    while True:
-        opened = open_volume(connection, name)
-        left = sum(owner not in (0, opened.vid) for owner in opened.entries)
-        if progress is None:
-            progress = Progress("alter-copy", left)
-        else:
-            progress.advance(before - left)
-        if not left:
-            break
-        before = left
-        admin.move_objects(connection, opened.vid)
-    progress.end()
+    opened = open_volume(connection, name)
+    with Progress("alter-copy", _shared_bytes(opened)) as progress:
+        while left := _shared_bytes(opened):
+            admin.move_objects(connection, opened.vid)
+            opened = open_volume(connection, name)
+            progress.advance(left - _shared_bytes(opened))
+
+
+def _shared_bytes(opened: Opened) -> int:
+    """Of the objects that are not its own yet."""
+    return opened.inode.object_size * sum(owner not in (0, opened.vid) for owner in opened.entries)
 
 
 def cluster(context: Context) -> None:

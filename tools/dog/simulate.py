@@ -157,11 +157,11 @@ def _rehearse(topology: Topology, failed: list[int], seeds: int) -> Rehearsal:
         raise Failure(
             f"only clusters of up to {MAX_REHEARSED} storing nodes are rehearsed; leave out --seeds", USAGE_ERROR
         )
-    found, bar = Rehearsal(), Progress("rehearsing", seeds)
-    for seed in range(seeds):
-        rehearse_one(topology, failed, seed, found)
-        bar.advance(1)
-    bar.end()
+    found = Rehearsal()
+    with Progress("rehearsing", seeds) as bar:
+        for seed in range(seeds):
+            rehearse_one(topology, failed, seed, found)
+            bar.advance(1)
     return found
 
 

@@ -99,10 +99,10 @@ def clone(context: Context) -> None:
     except SheepError as error:
         raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
     if context.flag("prealloc") or alone:
-        from sheepdog.tools.dog.filling import fill
+        from sheepdog.tools.dog.filling import fill_new
 
         every = range(source.inode.object_count)
-        fill(connection, made, source, every if context.flag("prealloc") else filter(source.owner, every))
+        fill_new(connection, name, made, source, every if context.flag("prealloc") else [*filter(source.owner, every)])
     if context.verbose:
         print(f"{made:x}" if context.raw else f"VDI ID of newly created clone: {made:x}")
 

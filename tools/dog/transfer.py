@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
+from sheepdog.cluster.client.connection import connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.tools.dog.context import Context
@@ -105,14 +106,13 @@ def _put_in_place(part: Path, target: Path) -> None:
 
 
 def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
-    progress = Progress("export", volume.size)
-    for length, data in in_order(_reads(volume, sparse)):
-        if data is None:
-            out.seek(length, os.SEEK_CUR)
-        else:
-            _write_all(out, data)
-        progress.advance(length)
-    progress.end()
+    with Progress("export", volume.size) as progress:
+        for length, data in in_order(_reads(volume, sparse)):
+            if data is None:
+                out.seek(length, os.SEEK_CUR)
+            else:
+                _write_all(out, data)
+            progress.advance(length)
 
 
 def _write_all(out: BinaryIO, data: Buffer) -> None:
@@ -205,10 +205,9 @@ def _sectors(size: int) -> int:
 def _fill(context: Context, name: bytes, source: BufferedIOBase, size: int) -> None:
     """Only what the file holds: its holes, and whole chunks of zeros, stay holes."""
     volume = _open(context, name)
-    progress = Progress("import", size)
-    for length in in_order(_writes(volume, source, size)):
-        progress.advance(length)
-    progress.end()
+    with Progress("import", size) as progress:
+        for length in in_order(_writes(volume, source, size)):
+            progress.advance(length)
     volume.close()
 
 
@@ -283,7 +282,8 @@ def _qemu_img(*words: str) -> None:
 
 def _open(context: Context, name: bytes, tag: bytes = b"", snap_id: int = 0) -> BlockingVolume:
     try:
-        return BlockingVolume.open((context.host, context.port), name, tag, snap_id, patience_s=0)
+        address = (context.host, context.port)
+        return BlockingVolume.open(address, name, tag, snap_id, patience_s=0, dial=connect_near)
     except SheepError as error:
         raise Failure(not_opened(name, tag, snap_id, error.result)) from error
 

@@ -57,11 +57,11 @@ def create(context: Context) -> None:
     except SheepError as error:
         raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
     if context.flag("prealloc"):
-        from sheepdog.tools.dog.filling import fill
+        from sheepdog.tools.dog.filling import fill_new
 
         count = objects_of(size, shift)
         empty = Opened(inodes.read_header(connection, made.vid), array("I", bytes(4 * count)))
-        fill(connection, made.vid, empty, range(count))
+        fill_new(connection, name, made.vid, empty, range(count))
     if context.verbose:
         print(f"{made.vid:x}" if context.raw else f"VDI ID of newly created VDI: {made.vid:x}")
 
