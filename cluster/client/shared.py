@@ -8,7 +8,8 @@ enforces locks (`dog cluster format -l`), and no other client behind the same ga
 The map here is never the authority. So: what the map does not give to this volume itself (holes, and what a snapshot
 has) is confirmed by asking the gateway; the map is changed one object at a time, under a lock, since a longer range
 could put back what another client has replaced; and a connection that breaks ends with its requests, because the node
-that comes back knows nothing of our share: lock and map come first.
+that comes back knows nothing of our share: lock and map come first. While the map is being read the gateway takes the
+old one for current, so nothing that was read by the old one counts then.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class SharedVolume:
         self._changing = asyncio.Lock()  # the map: who changes an entry, and who reads all of it
         self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0  # of the map
+        self._vouched = False  # the gateway tells when this map is old: not from when another one is asked for
         self._session: _CoherentSession
         self._machine: VolumeMachine
         self._volume: Volume
@@ -104,10 +106,12 @@ class SharedVolume:
 
     async def read(self, offset: int, length: int) -> Buffer:
         async def attempt() -> Buffer:
-            foreign = self._is_foreign(offset, length)
+            generation, foreign = self._generation, self._is_foreign(offset, length)
             data = await self._volume.read(offset, length)
             if foreign:
                 await self._probe()
+            if generation != self._generation or not self._vouched:
+                raise SheepError(Result.INODE_INVALIDATED)
             return data
 
         return await self._repeated(attempt)
@@ -258,6 +262,7 @@ class SharedVolume:
                 await self._read_map(self._session)
 
     async def _read_map(self, session: _CoherentSession) -> None:
+        self._vouched = False
         found = VDI_RESPONSE.unpack((await session.ask(lock(self._name, shared=True))).header)
         reply = await session.ask(whole_inode(Vid(found.vdi_id)))
         inode = inode_of(0, reply.data[:HEADER_SIZE])
@@ -275,6 +280,7 @@ class SharedVolume:
         self._session, self._machine = session, machine
         self._volume = Volume(session, machine)
         self._generation += 1
+        self._vouched = True
 
     # -- the connection
 

@@ -23,6 +23,8 @@ BLOCK = 4096
 OBJECT = 4 * MIB
 SIZE = 8 * OBJECT
 SECONDS = 100.0
+OBJECTS = 30
+PAUSE_SECONDS = 0.002
 
 
 @pytest.fixture
@@ -123,6 +125,36 @@ def test_nothing_is_lost_between_two_that_write_to_the_same_objects(cluster: Clu
                 for block in (*touched, *chance.sample(range(len(content)), 10)):
                     expected = trees.pattern(content[block], BLOCK) if content[block] else bytes(BLOCK)
                     assert await volume.read(block * BLOCK, BLOCK) == expected, f"block {block} in step {step}"
+
+    both(cluster, body)
+
+
+def test_no_reader_beside_a_reload_goes_by_the_old_map(cluster: Cluster) -> None:
+    """Requests come whether others have ended or not: while one of them reads the map again, the next have the old."""
+    written = 0  # objects, one after the other
+    ended = False
+
+    async def look(volume: SharedVolume, number: int) -> None:
+        shown = await volume.read((number - 1) * OBJECT, BLOCK)
+        assert int.from_bytes(shown, "little") == number, f"object {number - 1} is not there"
+
+    async def keep_looking(volume: SharedVolume) -> None:
+        async with asyncio.TaskGroup() as readers:
+            while not ended:
+                if written:
+                    readers.create_task(look(volume, written))
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def body(one: SharedVolume, other: SharedVolume) -> None:
+        nonlocal written, ended
+        await one.resize(OBJECTS * OBJECT)
+        await other.refresh()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep_looking(other))
+            for index in range(OBJECTS):
+                await one.write(index * OBJECT, (index + 1).to_bytes(BLOCK, "little"))
+                written = index + 1
+            ended = True
 
     both(cluster, body)
 
