@@ -5,6 +5,7 @@ volume     an export; may be repeated (default: every volume and snapshot)
 default    the export of clients that name none (default: the only `volume`)
 exclusive  1: while a connection to a volume is there, another is refused
 patience   seconds that requests wait for a sheep that is gone before they fail
+swap       1: the kernel of this host uses a volume that is served here: stay in memory, never wait for its writes
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Parameters:
     default: str = ""
     exclusive: bool = False
     patience_s: float = PATIENCE_S
+    swap: bool = False
 
     def set(self, key: str, value: str) -> None:
         """Takes one `key=value`; UsageError for what makes no sense."""
@@ -40,9 +42,9 @@ class Parameters:
             case "default":
                 self.default = value
             case "exclusive":
-                if value not in ("0", "1"):
-                    raise UsageError(f"exclusive is 0 or 1, not {value}")
-                self.exclusive = value == "1"
+                self.exclusive = _switch(key, value)
+            case "swap":
+                self.swap = _switch(key, value)
             case "patience":
                 try:
                     self.patience_s = max(float(value), 0.0)
@@ -61,7 +63,15 @@ class Parameters:
             found.append("exclusive=1")
         if self.patience_s != PATIENCE_S:
             found.append(f"patience={self.patience_s:g}")
+        if self.swap:
+            found.append("swap=1")
         return found
+
+
+def _switch(key: str, value: str) -> bool:
+    if value not in ("0", "1"):
+        raise UsageError(f"{key} is 0 or 1, not {value}")
+    return value == "1"
 
 
 def parse_address(text: str, default_port: int = DEFAULT_PORT) -> Address:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import nbdkit  # type: ignore[import-not-found]  # exists inside nbdkit only
 
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS
+from sheepdog.cluster.client.memory import lock_memory, write_back_for_the_kernel
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, complaint, describe
 from sheepdog.frontends.nbd.parameters import Parameters
@@ -89,7 +90,13 @@ def config_complete() -> None:
 
 
 def after_fork() -> None:
-    """nbdkit waits for its clients to leave before it ends, idle ones too. We do not: see `_end`."""
+    """Everything that has to be done before there are threads.
+
+    nbdkit waits for its clients to leave before it ends, idle ones too. We do not: see `_end`.
+    """
+    if _parameters.swap:
+        lock_memory()
+        write_back_for_the_kernel(_complain)
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in all threads: they are yet to be made
     threading.Thread(target=_end, args=(ends,), daemon=True).start()

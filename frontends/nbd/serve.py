@@ -41,7 +41,6 @@ class Server:
     mode: int = DEFAULT_MODE
     group: str = ""
     threads: int = 0
-    swap: bool = False
 
     def command(self, program: str = "nbdkit") -> list[str]:
         """nbdkit's words; it takes the socket from its environment."""
@@ -51,8 +50,6 @@ class Server:
             words.append("--readonly")
         if self.threads:
             words.append(f"--threads={self.threads}")
-        if self.swap:
-            words.append("--swap")
         if tls:
             words.append("--tls=require")
         if tls.certificates:
@@ -69,8 +66,8 @@ class Server:
         if program is None:
             raise UsageError(f"nbdkit is not installed (Debian: {PACKAGES})")
         command, variables = self.command(program), environment(os.environ)
-        if self.swap:
-            # Everything that is mapped gets locked, also the stacks: 16 for each connection, 8 MiB by default.
+        if self.parameters.swap:
+            # What is mapped counts as locked, also the stacks: 16 for each connection, 8 MiB by default.
             _, hard = resource.getrlimit(resource.RLIMIT_STACK)
             resource.setrlimit(resource.RLIMIT_STACK, (SWAP_STACK_BYTES, hard))
         if listener.fileno() != FIRST_DESCRIPTOR:

@@ -13,12 +13,12 @@ import signal
 import stat
 import sys
 
+from sheepdog.cluster.client.memory import lock_memory, may_lock_all, write_back_for_the_kernel
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.frontends.sheepfs.daemon import Readiness, go_into_background, log_to_stderr, log_to_syslog
 from sheepdog.frontends.sheepfs.files import Settings
 from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.gateway import GatewayCluster
-from sheepdog.frontends.sheepfs.memory import stay_in_memory
 from sheepdog.frontends.sheepfs.options import USAGE, Options, parse
 from sheepdog.frontends.sheepfs.transport import MountError, MountOptions, Transport, log
 
@@ -57,10 +57,20 @@ def run(options: Options) -> int:
 
 
 async def _serve(transport: Transport, options: Options, readiness: Readiness) -> None:
-    stay_in_memory()
+    _stay_in_memory()
     settings = Settings(options.page_cache, options.object_cache)
     files = FileSystem(GatewayCluster(options.address), settings, options.may_remove)
     await serve_until_unmounted(transport, files, readiness)
+
+
+def _stay_in_memory() -> None:
+    """As far as it is permitted."""
+    if may_lock_all():
+        try:
+            lock_memory()
+        except OSError as problem:
+            log.info("%s", problem.strerror)
+    write_back_for_the_kernel(log.info)
 
 
 async def serve_until_unmounted(transport: Transport, files: FileSystem, readiness: Readiness) -> None:

@@ -137,13 +137,13 @@ class VolumeDirectory(Directory):
         self._volumes = volumes
 
     async def unlink(self, name: str) -> None:
-        """Deletes the volume where that was allowed; else it succeeds and does nothing (cli.md 3.2)."""
+        """Deletes the volume where that was allowed; else EPERM, as for snapshots."""
         if self.child(name) is None:
             raise error(errno.ENOENT)
-        if self._volumes.may_remove:
-            await self._volumes.delete(name)
-        else:
-            log.warning("volume %s is not deleted: sheepfs was started without --allow-remove", name)
+        if not self._volumes.may_remove:
+            log.error("volume %s is not deleted: sheepfs was started without --allow-remove", name)
+            raise error(errno.EPERM)
+        await self._volumes.delete(name)
 
 
 class Volumes:

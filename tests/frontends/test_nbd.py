@@ -516,6 +516,22 @@ def test_exclusive_refuses_a_second_connection(cluster3: Cluster, serve: Callabl
     wait_until(lambda: run(["nbdinfo", uri], check=False).returncode == 0, 10, "the next one is let in")
 
 
+def test_swap_locks_what_is_used_and_no_more(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """All code, so that none has to be read while the kernel has no memory, and not what nbdkit only reserves."""
+    needs.root()
+    cluster3.dog("vdi", "create", "web", "8M")
+    server = serve(cluster3, "web", "--swap")
+    assert export_info(server.uri("web"))["export-size"] == 8 * MIB
+    memory = Path(f"/proc/{server.process.pid}/smaps").read_text()
+    locked = [int(kib) << 10 for kib in re.findall(r"^Locked: +(\d+) kB$", memory, re.MULTILINE)]
+    assert 10 * MIB < sum(locked) < 64 * MIB
+    code = re.findall(
+        r"^\S+ r-xp \S+ \S+ [1-9]\d* +(\S+)\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB", memory, re.MULTILINE
+    )
+    assert any("libpython" in name for name, _, _ in code)
+    assert [name for name, size, resident in code if size != resident] == []
+
+
 def test_clean_shutdown_flushes(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
     cluster3.dog("vdi", "create", "v", "8M")
     server = serve(cluster3)

@@ -388,6 +388,28 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
         assert not mounted(place)
 
 
+@pytest.mark.parametrize("option", ("-f", "-d"))
+def test_in_the_foreground_it_says_what_it_does(option: str, transport: str, directory: Path) -> None:
+    """On stderr, with -d each request; what the transport cannot carry is said in any case."""
+    place = directory / "dir"
+    place.mkdir()
+    log = directory / "log"
+    with log.open("wb") as stderr:
+        sheepfs = subprocess.Popen(
+            [BIN / "sheepfs", option, "-p", "1", transport, place], env=environment(), stderr=stderr
+        )
+    try:
+        wait_until(lambda: mounted(place) or sheepfs.poll() is not None, PATIENCE_S, "the mount")
+        assert (place / "config/sheep_info").read_text() == "127.0.0.1:1\n"
+        assert sheepfs.poll() is None, "the process that was started is the one that serves"
+    finally:
+        run(["umount", place], check=False)
+        assert sheepfs.wait(PATIENCE_S) == 0
+    said = log.read_text(errors="replace")
+    assert ("LOOKUP" in said) == (option == "-d"), said
+    assert ("discards do not reach the cluster" in said) == ("pyfuse3" in transport), said
+
+
 def test_unmounting_says_when_a_volume_could_not_be_flushed(transport: str, directory: Path) -> None:
     place = directory / "dir"
     place.mkdir()

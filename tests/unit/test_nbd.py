@@ -449,22 +449,22 @@ def test_parameters_survive_the_command_line() -> None:
     for parameters in (
         Parameters(),
         Parameters(("::1", 7001), ["a", "b=c"], "a", True, 2.5),
-        Parameters("/run/sock", patience_s=0),
+        Parameters("/run/sock", patience_s=0, swap=True),
     ):
         again = Parameters()
         for word in parameters.words():
             again.set(*word.split("=", 1))
         assert again == parameters
-    for key, value in (("address", "x:y"), ("exclusive", "yes"), ("patience", "long"), ("x", "")):
+    for key, value in (("address", "x:y"), ("exclusive", "yes"), ("swap", "yes"), ("patience", "long"), ("x", "")):
         with pytest.raises(UsageError):
             Parameters().set(key, value)
 
 
 def test_nbdkit_command() -> None:
-    server = Server(endpoint_of("/run/s", "", "pki", "", True), Parameters(volumes=["v"]), True, threads=4, swap=True)
+    server = Server(endpoint_of("/run/s", "", "pki", "", True), Parameters(volumes=["v"], swap=True), True, threads=4)
     words = server.command()
     assert words[:3] == ["nbdkit", "--foreground", "--log=stderr"]
-    for word in ("--readonly", "--threads=4", "--swap", "--tls=require", "--tls-verify-peer", "volume=v"):
+    for word in ("--readonly", "--threads=4", "swap=1", "--tls=require", "--tls-verify-peer", "volume=v"):
         assert word in words
     assert f"--tls-certificates={Path('pki').absolute()}" in words
     assert str(PLUGIN) in words

@@ -352,10 +352,11 @@ def test_making_a_volume_larger_resizes_it() -> None:
     play(scenario)
 
 
-def test_removing_a_volumes_file_does_nothing_and_anything_else_is_refused() -> None:
+def test_removing_files_is_refused_and_says_what_would_allow_it(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(mount: Mount) -> None:
         await mount.write("vdi/mount", "web")
-        await mount.files.unlink(mount.find("volume").inode, b"web")
+        await refused(errno.EPERM, mount.files.unlink(mount.find("volume").inode, b"web"))
+        assert "volume web is not deleted: sheepfs was started without --allow-remove" in caplog.text
         assert await mount.names("volume") == ["web"]
         await refused(errno.EPERM, mount.files.unlink(mount.find("vdi").inode, b"list"))
         await refused(errno.ENOENT, mount.files.unlink(mount.find("volume").inode, b"db"))

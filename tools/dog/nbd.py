@@ -28,12 +28,11 @@ def serve(context: Context) -> int:
         admin.node_list(context.gateway())  # a wrong address is told now, not to every client
     server = Server(
         endpoint,
-        Parameters((context.host, context.port), names, exclusive=context.flag("exclusive")),
+        Parameters((context.host, context.port), names, exclusive=context.flag("exclusive"), swap=context.flag("swap")),
         read_only=context.flag("readonly"),
         mode=_number(context, "mode", 8, DEFAULT_MODE, 0o777),
         group=context.value("group"),
         threads=_number(context, "threads", 10, 0, MAX_THREADS),
-        swap=context.flag("swap"),
     )
     if not endpoint.is_unix and not endpoint.tls and not str(endpoint).startswith(LOOPBACK):
         warn(f"Warning: whoever reaches {endpoint} can read and change the volumes (see --tls-certificates, --tls-psk)")
