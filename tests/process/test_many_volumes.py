@@ -35,13 +35,14 @@ def costs(cluster: Cluster, connection: Connection, mark: str) -> dict[str, tupl
     every = {
         "create": ("vdi", "create", f"new{mark}", str(SIZE)),
         "list": ("vdi", "list", "other"),
-        "locks": ("vdi", "lock", "list"),
         "open": ("vdi", "read", "one", "0", "512"),
         "snapshot": ("vdi", "snapshot", "-s", f"tag{mark}", "one"),
         "open a snapshot": ("vdi", "read", "-s", "first", "one", "0", "512"),
         "delete": ("vdi", "delete", f"new{mark}"),
     }
-    return {name: cost(cluster, connection, *words) for name, words in every.items()}
+    found = {name: cost(cluster, connection, *words) for name, words in every.items()}
+    found["locks"] = cost(cluster, connection, "vdi", "lock", "list")[:-1]  # the state of each is told, no inode is read
+    return found
 
 
 @pytest.mark.timeout(1800)
