@@ -41,7 +41,7 @@ def costs(cluster: Cluster, connection: Connection, mark: str) -> dict[str, tupl
         "delete": ("vdi", "delete", f"new{mark}"),
     }
     found = {name: cost(cluster, connection, *words) for name, words in every.items()}
-    found["locks"] = cost(cluster, connection, "vdi", "lock", "list")[:-1]  # the state of each is told, no inode is read
+    found["locks"] = cost(cluster, connection, "vdi", "lock", "list")[:-1]  # the states are told, no inode is read
     return found
 
 
