@@ -95,6 +95,10 @@ class Home:
         """Members whose inventory has not come yet."""
         return [] if self.active else [self._placement.nodes[i] for i in self._inventories.missing_members()]
 
+    def told(self) -> list[int]:
+        """By member: up to which epoch it knows what it should have; 0 as long as it has not told."""
+        return self._complete if self.active else self._inventories.complete
+
     @property
     def lost(self) -> int:
         """Objects of which no member has a current copy."""

@@ -36,6 +36,7 @@ MAX_RETRIES = 1_000  # of one client request over epoch changes; beyond it the c
 RETRY_DELAY_NS = 20_000_000  # before a request is tried again that met a node not ready yet
 VIGIL_TICK_NS = 1_000_000_000  # between looks at open requests: they are looked at only while there are any
 SILENT_TICKS = 5  # a member that answers nothing for so many ticks is expelled: longer than any sane pause
+UNSETTLED_TICKS = 60  # while the cluster recovers: a member with millions of objects may be at work with their list
 LEASE_NS = 2_000_000_000  # a node answers its clients for so long after it last saw the order of events
 MAX_EXPELLED = 64  # expelled incarnations remembered: each is gone from the engine within seconds of waking up
 STATE_CHUNK_BYTES = 512 * 1024  # of ordered messages: below the limit of every engine (1 MB)

@@ -26,7 +26,7 @@ from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import Epoch, Member, NodeId
 from sheepdog.cluster.core.inode_writes import InodeWrites
-from sheepdog.cluster.core.limits import CACHE_END_NS, LEASE_NS
+from sheepdog.cluster.core.limits import CACHE_END_NS, LEASE_NS, UNSETTLED_TICKS
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.operations import Operations
 from sheepdog.cluster.core.part import Part
@@ -186,12 +186,18 @@ class Node:
     def coordinator_due(self) -> None:
         self.vigil.look()
 
-    def _may_expel(self) -> bool:
-        """Everything is recovered, and no object can depend on one member more than on those that are gone anyhow."""
-        state = self.cluster
+    def _may_expel(self, node: NodeId, ticks: int) -> bool:
+        """No object can depend on that member and those that are gone anyhow: not by what the others have told."""
+        state, home, settled = self.cluster, self.copies.home, self.copies.all_done()
+        lost = [node, *(member.id for member in self.machine.gone())]
+        if home is None or not (settled or (ticks > UNSETTLED_TICKS and not state.partial)):
+            return False
+        if any(one not in lost for one in home.waiting_for()):
+            return False
         kept = [(state.copies, state.policy), *((vdi.copies, vdi.policy) for vdi in state.vdis.records() if vdi.copies)]
-        spare = min(_spare(copies, policy) for copies, policy in kept)
-        return self.copies.all_done() and spare > len(self.machine.gone())
+        needed = min(state.fewest_copies(), *(1 + _spare(copies, policy) for copies, policy in kept))
+        told = [self.context.epoch] * len(self.context.placement.nodes) if settled else home.told()
+        return home.past.knows_all(told, needed, lost)
 
     def refused(self, reason: str) -> None:
         self._log(3, f"failed to join Sheepdog: {reason}")

@@ -88,18 +88,20 @@ class Past:
         )
         return len(replicas) >= least > witnesses
 
-    def knows_all(self, complete: Sequence[int], copies: int = 0) -> bool:
+    def knows_all(self, complete: Sequence[int], copies: int = 0, lost: Collection[NodeId] = ()) -> bool:
         """The inventories of the members name every object that exists: what they do not name was deleted.
 
         `complete`: for each member the epoch up to which its own inventory names all that it should have. That holds
         from some such epoch on if in no epoch since so many zones are away that they can hold all copies of anything.
+        `lost`: would it still hold in the next epoch, without these members? Then the rest has all in its last state.
         """
-        nodes, copies = self._placement.nodes, copies or self._copies()
-        for base in sorted(dict.fromkeys([*complete, 0]), reverse=True):
-            witnesses = [node for node, epoch in zip(nodes, complete, strict=True) if epoch >= base]
+        told = [one for one in zip(self._placement.nodes, complete, strict=True) if one[0] not in lost]
+        nodes, copies = [node for node, _ in told], copies or self._copies()
+        for base in sorted(dict.fromkeys([*(epoch for _, epoch in told), 0]), reverse=True):
+            witnesses = [node for node, epoch in told if epoch >= base]
             if (not base or self._covered(base, witnesses, copies)) and all(
                 self._stored_nothing(epoch) or self._covered(epoch, nodes, copies)
-                for epoch in range(base + 1, self._placement.epoch)
+                for epoch in range(base + 1, self._placement.epoch + bool(lost))
             ):
                 return True
         return False

@@ -6,8 +6,9 @@ SILENT_TICKS ticks is proposed for expulsion by an ordered command, which every 
 (core.membership). So is the coordinator also without a request, while it owes the others a newcomer or a death. Two
 that suspect each other: the first command wins, since it ends the epoch that the second names.
 
-Not expelled: anybody while the cluster is still recovering, or while some volume has no more copies than members are
-gone. The silent one may hold what nobody else has; better that requests wait than that they fail.
+Not expelled: anybody who may hold what nobody else has, as far as this node knows from the others; better that
+requests wait than that they fail. While the cluster recovers a member may be busy with all that it holds: then it has
+UNSETTLED_TICKS.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _SIGNS = (Kind.APPLY, Kind.PING)  # what a healthy member answers by itself, wha
 
 
 class Vigil:
-    """Of one node. `may_expel` tells whether the cluster could do without any one member now, `awaited` who is to act
-    although nobody has a request open there."""
+    """Of one node. `may_expel` tells whether the cluster can do without a member now that has been silent for so many
+    ticks, `awaited` who is to act although nobody has a request open there."""
 
     def __init__(
         self,
         context: Context,
         propose: Callable[[dict[str, Any]], None],
-        may_expel: Callable[[], bool],
+        may_expel: Callable[[NodeId, int], bool],
         awaited: Callable[[], Member | None],
     ) -> None:
         self._context = context
@@ -80,18 +81,18 @@ class Vigil:
             ticks = ticks + 1 if before == oldest else 1
             self._silent[node] = oldest, ticks
             if ticks > SILENT_TICKS:
-                self._suspect(node)
+                self._suspect(node, ticks)
         self._watch()
 
-    def _suspect(self, node: NodeId) -> None:
+    def _suspect(self, node: NodeId, ticks: int) -> None:
         context = self._context
         if node in self._proposed:
             return
         member = next((member for member in context.state.members if member.id == node), None)
         if member is None:
             return
-        seconds = SILENT_TICKS * VIGIL_TICK_NS // 1_000_000_000
-        if not self._may_expel():
+        seconds = (ticks - 1) * VIGIL_TICK_NS // 1_000_000_000
+        if not self._may_expel(node, ticks):
             if node in self._told:
                 return
             self._told[node] = None

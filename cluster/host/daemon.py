@@ -35,7 +35,7 @@ from sheepdog.cluster.host.loop import Collector, describe, new_loop, prepare_pr
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
-from sheepdog.cluster.host.reach import unreached
+from sheepdog.cluster.host.reach import until_reached
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.turn import HostClock, Turn
@@ -307,18 +307,8 @@ class Daemon:
             await self._attachment.driver.close()
             self._begin_incarnation(registry.create(self.options.driver))
             if self._expelled:
-                await self._wait_for_links(others)
+                await until_reached(others, lambda line: self._log(4, line))
             await self._attach_again()
-
-    async def _wait_for_links(self, others: list[NodeId]) -> None:
-        """Until the members and this node reach each other: with a broken link between two of them all would wait."""
-        complaint = ""
-        while silent := await unreached(others):
-            names = ", ".join(map(str, silent))
-            if names != complaint:
-                complaint = names
-                self._log(4, f"not joining again yet: {names} and this node do not reach each other, other members do")
-            await asyncio.sleep(REJOIN_MAX_S)
 
     async def _attach_again(self) -> None:
         delay_s, complaint = REJOIN_FIRST_S, ""

@@ -51,3 +51,16 @@ def test_a_replica_whose_copy_went_bad_tells_nothing_of_the_epochs_before() -> N
     assert before.superseded(oid, 1, blind={0: 2})
     assert not before.superseded(oid, 2, blind={0: 2}), "a copy as of that epoch is new enough"
     assert not before.superseded(oid, 1, blind={0: 1}), "it was current again afterwards"
+
+
+def test_what_the_cluster_can_do_without() -> None:
+    """Two copies of everything: any one member that all epochs since have another replica for."""
+    lost = [OTHER.id]
+    assert past((STORE, OTHER, THIRD), (STORE, OTHER, THIRD)).knows_all([1, 1, 1], 2, lost)
+    assert not past((STORE, OTHER, THIRD), (STORE, OTHER, THIRD)).knows_all([1, 1, 1], 1, lost), "a single copy"
+    assert not past((STORE, OTHER, THIRD), (STORE, OTHER)).knows_all([1, 1], 2, lost), "THIRD has just gone, too"
+    assert past((STORE, OTHER, THIRD), (STORE, OTHER)).knows_all([1, 1], 3, lost)
+    assert past((STORE, OTHER), (STORE, OTHER, THIRD)).knows_all([1, 1, 0], 2, lost), "THIRD has just joined"
+    assert not past((STORE, OTHER, THIRD), (STORE, OTHER, THIRD)).knows_all([0, 1, 0], 2, [OTHER.id, THIRD.id])
+    assert not past((STORE, OTHER), (STORE, OTHER)).knows_all([2, 2], 1, lost), "what the present epoch has made"
+    assert past((STORE, OTHER, GATEWAY), (STORE, OTHER, GATEWAY)).knows_all([1, 1, 1], 1, [GATEWAY.id])

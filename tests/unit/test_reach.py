@@ -61,8 +61,38 @@ def test_one_that_is_no_member_any_more() -> None:
 
 def test_all_answer_or_nobody_does() -> None:
     assert unreached(None, [], []) == []
-    assert unreached(nobody()) == []
+    silent = nobody()
+    assert unreached(silent) == [silent]
     assert unreached(None) == []
+
+
+def test_one_whom_nobody_answers_waits_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(reach, "ALONE_S", 0.1)
+    told: list[str] = []
+    silent = nobody()
+    asyncio.run(reach.until_reached([silent], told.append))
+    assert told == [f"not joining again yet: {silent} and this node do not reach each other"]
+
+
+def test_one_that_others_reach_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(reach, "ALONE_S", 0.0)
+
+    async def body() -> None:
+        silent = nobody()
+        there, server = await member([silent])
+        told: list[str] = []
+        waiting = asyncio.ensure_future(reach.until_reached([silent, there], told.append))
+        await asyncio.sleep(0.2)
+        assert told
+        assert not waiting.done()
+        back = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", silent.port)
+        await waiting
+        back.close()
+        server.close()
+
+    asyncio.run(body())
 
 
 def test_those_that_answer_have_lost_the_cluster_too(monkeypatch: pytest.MonkeyPatch) -> None:
