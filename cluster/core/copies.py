@@ -89,7 +89,8 @@ class Copies:
         self._standing = Standing(0)
         self._prove(Proven())
 
-    def _prove(self, proven: Proven) -> None:
+    def _prove(self, proven: Proven, done: Callable[[], None] | None = None) -> None:
+        """`done` when that is on the disk."""
         self._proven = proven
 
         def saved(error: StoreError | None) -> None:
@@ -97,6 +98,8 @@ class Copies:
             if error is None:
                 self._saved = proven
                 self._drop_surplus()
+                if done is not None:
+                    done()
 
         self._disk.save_proven(proven, saved)
 
@@ -319,19 +322,21 @@ class Copies:
 
     # -- disks -----------------------------------------------------------------------------------------------------
 
-    def lost(self, oids: Sequence[ObjectId]) -> None:
+    def lost(self, oids: Sequence[ObjectId], told: Callable[[], None] = lambda: None) -> None:
         """A disk of this node went, and these copies and strips with it (the store keeps them without a version).
 
-        What is left is not all that this node should have, and must not be taken for it after a restart.
+        What is left is not all that this node should have, and must not be taken for it after a restart: `told` when
+        the disk says so.
         """
         context, placement = self._context, self._context.placement
         if not oids:
+            told()
             return
         if not context.epoch:
-            self._prove(Proven())
+            self._prove(Proven(), told)
             return
         forgotten = max(self._proven.forgotten, context.epoch)
-        self._prove(self._proven._replace(settled=0, broken=context.epoch, forgotten=forgotten))
+        self._prove(self._proven._replace(settled=0, broken=context.epoch, forgotten=forgotten), told)
         context.probe("node.copies_lost")
         by_home: dict[int, list[ObjectId]] = {}
         for oid in oids:

@@ -142,11 +142,10 @@ class Daemon:
             self._disk_failed,
             store_options(options),
             sync_first=self._state.take_undo_to_sync,
+            forget_proven=self._state.forget_settled,
         )
         self.store.open()
-        if self.store.disks.incomplete:
-            self._state.forget_settled()
-        self.store.disks.on_lost = lambda oids: self._call_later(lambda: self.node.copies.lost(oids))
+        self.store.disks.on_lost = lambda oids, told: self._call_later(lambda: self.node.copies.lost(oids, told))
         self._disks = DiskControl(self.store, self._workers, self._log, self._is_only_here)
         self._cache = self._open_cache(disk) if options.cache is not None else None
         self._id = NodeId(self.address, options.port)

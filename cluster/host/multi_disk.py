@@ -17,17 +17,25 @@ from sheepdog.cluster.host.superblock import read_disk_identity
 class Disks:
     """The disks of a store. `open_disk` puts an empty directory into service.
 
-    `on_lost(objects)` is told which copies went with a disk; it is set by who has them restored.
+    `on_lost(objects, told)` gets the copies that went with a disk, and calls `told` when META/settled does not count on
+    them any more; it is set by who has them restored. `forget` makes META/settled prove nothing (durably, OSError).
     """
 
-    def __init__(self, copies: Copies, metadata: str, node: bytes, open_disk: Callable[[str], ObjectDirectory]) -> None:
+    def __init__(
+        self,
+        copies: Copies,
+        metadata: str,
+        node: bytes,
+        open_disk: Callable[[str], ObjectDirectory],
+        forget: Callable[[], None],
+    ) -> None:
         self._copies = copies
         self._disk = copies.disk
         self._node = node
         self._open_disk = open_disk
         self._known = KnownDisks(copies.disk, metadata, copies.log)
-        self.on_lost: Callable[[list[ObjectId]], None] = lambda oids: None
-        self.incomplete = False  # a disk that this node had is not here
+        self._forget = forget
+        self.on_lost: Callable[[list[ObjectId], Callable[[], None]], None] = lambda oids, told: None
 
     # At start
 
@@ -40,8 +48,8 @@ class Disks:
         return self._known.is_out(home.identity)
 
     def some_missing(self) -> bool:
-        """A disk that this node had is not here (any more, until `settle`)."""
-        return bool(self._known.missing(home.identity for home in self._copies.homes))
+        """The journal may have records of copies on a disk that is not here (any more, until `settle`)."""
+        return self._known.in_journal() or bool(self._known.missing(home.identity for home in self._copies.homes))
 
     def settle(self) -> None:
         """After the replay: copies on doubtful disks have no version any more, durably, and all disks are known.
@@ -51,13 +59,15 @@ class Disks:
         homes = self._copies.homes
         gone = self._known.missing(home.identity for home in homes)
         if gone:
-            self.incomplete = True
             self._copies.log(4, f"{len(gone)} disks that this node had are not here: what they held is restored")
-            self._known.set(gone, True)
         for home in homes:
             if home.doubtful and not home.failed:
                 self._distrust(home)
-        self._known.set([home.identity for home in homes if not home.failed], False)
+        if gone or self._known.untold():  # perhaps one that failed just now; or the last start was cut off here
+            self._forget()
+        self._known.went(gone)
+        self._known.came([home.identity for home in homes if not home.failed])
+        self._known.replayed()
 
     def _distrust(self, home: ObjectDirectory) -> None:
         copies = [copy for copy in self._copies.by_oid.values() if copy.home is home]
@@ -83,10 +93,19 @@ class Disks:
     def failed(self, home: ObjectDirectory, lost: list[ObjectId]) -> None:
         """A disk went out of service by an error: remembered, so that what it holds is not trusted after a restart."""
         try:
-            self._known.set([home.identity], True)
+            self._known.went([home.identity])
         except OSError as error:
             self._copies.log(3, f"{home.path}: cannot note that it is out of service: {error}")
-        self.on_lost(lost)
+        self._tell(home, lost)
+
+    def _tell(self, home: ObjectDirectory, lost: list[ObjectId]) -> None:
+        def told() -> None:
+            try:
+                self._known.told([home.identity])
+            except OSError as error:  # then the next start proves nothing, which is slow and safe
+                self._copies.log(4, f"{home.path}: cannot note that its copies are being restored: {error}")
+
+        self.on_lost(lost, told)
 
     def purge(self, directory: str) -> None:
         """Empties a directory that is to be plugged; blocks. UsageError, OSError. May run in any thread."""
@@ -115,7 +134,7 @@ class Disks:
     def attach(self, directory: str) -> None:
         """Puts a purged directory into service; UsageError, OSError."""
         home = self._open_disk(directory)
-        self._known.set([home.identity], False)
+        self._known.came([home.identity])
         self._copies.log(5, f"{directory}: in service")
 
     def unplug(self, directory: str) -> list[ObjectId]:
@@ -124,13 +143,13 @@ class Disks:
         home = next((home for home in homes if home.path == directory), None)
         if home is None:
             raise UsageError(f"{directory} is not in service")
-        self._known.set([home.identity], True)
+        self._known.went([home.identity])
         lost = self._copies.remove_home(home)
         self._copies.log(5, f"{directory}: out of service, {len(lost)} objects to restore")
         if len(homes) == 1:
             self._copies.on_disk_failure(directory, "the last disk was unplugged", True)
         else:
-            self.on_lost(lost)
+            self._tell(home, lost)
         return lost
 
     def held(self, directory: str) -> list[ObjectId]:

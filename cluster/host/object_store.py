@@ -64,8 +64,10 @@ class ObjectStore:
         options: StoreOptions = DEFAULT_OPTIONS,
         random_bytes: RandomBytes = os.urandom,
         sync_first: Callable[[], int] | None = None,
+        forget_proven: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sync_first`: see Journal."""
+        """`sync_first`: see Journal; `forget_proven`: see Disks."""
+        self._forget_proven = forget_proven
         self._sync_first = sync_first
         self._metadata = metadata
         self._directories = tuple(directories)
@@ -98,7 +100,7 @@ class ObjectStore:
         if self._journal_directory != self._metadata:
             make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
-        self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk)
+        self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk, self._forget_proven)
         self.disks.load()
         self.copies.disk_out = self.disks.failed
         for directory in self._directories:

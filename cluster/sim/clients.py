@@ -136,20 +136,26 @@ class Volume:
         self.blocks = blocks  # of every object, those that clients use
 
 
+def make_thin_volume(cluster: SimCluster, name: str, objects: int, copies: int = 0, policy: int = 0) -> VdiRecord:
+    """Creates a volume, all of it holes, while nothing goes wrong."""
+    made: list[tuple[Result, VdiRecord | None]] = []
+    cluster.machines[0].node.operations.create_vdi(
+        name.encode(), objects * OBJECT_BYTES, Vid(0), copies, policy, 0, SHIFT, 0, lambda *answer: made.append(answer)
+    )
+    cluster.world.run_until(lambda: bool(made), 10 * SECOND, "create a volume")
+    result, record = made[0]
+    if result or record is None:
+        raise Violation(f"volume {name}: cannot be created, result {result:#x}")
+    return record
+
+
 def make_volume(
     cluster: SimCluster, name: str, objects: int, blocks: tuple[int, ...], copies: int = 0, policy: int = 0
 ) -> Volume:
     """Creates a volume and all its objects while nothing goes wrong."""
     world = cluster.world
     gateway = cluster.machines[0].node.gateway
-    made: list[tuple[Result, VdiRecord | None]] = []
-    cluster.machines[0].node.operations.create_vdi(
-        name.encode(), objects * OBJECT_BYTES, Vid(0), copies, policy, 0, SHIFT, 0, lambda *answer: made.append(answer)
-    )
-    world.run_until(lambda: bool(made), 10 * SECOND, "create a volume")
-    result, record = made[0]
-    if result or record is None:
-        raise Violation(f"volume {name}: cannot be created, result {result:#x}")
+    record = make_thin_volume(cluster, name, objects, copies, policy)
     results: list[int] = []
     for index in range(objects):
         gateway.create(data_oid(record.vid, index), ObjectId(0), 0, b"", True, lambda r, _: results.append(r))

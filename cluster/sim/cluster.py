@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sheepdog.cluster.core.ids import Member, NodeId
+from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.messages import Message
 from sheepdog.cluster.core.node import CacheDisk, Node
 from sheepdog.cluster.core.ports import Proven
@@ -170,6 +170,7 @@ class Machine:
     def start(self) -> None:
         if self.process is None and self.cluster.world.now_ns >= self._not_before_ns:
             self.cluster.world.say(f"{self.name} starts")
+            self.state.forget_untold()
             self.process = Process(self)
 
     def kill(self, power: bool = False) -> None:
@@ -203,12 +204,13 @@ class Machine:
         self._caches_lost += 1
         self.cache_disk = SimDisk(self.cluster.world, f"{self.name} cache {self._caches_lost}")
 
-    def lose_disk(self) -> None:
-        """A disk fails under the running process."""
-        if self.process is not None:
-            lost = self.disk.lose()
-            self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
-            self.node.copies.lost(lost)
+    def lose_disk(self) -> list[ObjectId]:
+        """A disk fails under the running process; what was on it."""
+        lost = self.disk.lose()
+        self.cluster.world.say(f"{self.name} loses a disk with {len(lost)} objects")
+        self.state.untold = True
+        self.node.copies.lost(lost, self.state.told)
+        return lost
 
     def lose_disk_while_down(self) -> None:
         """It starts again with fewer disks than it had (host.node_state.forget_settled); the machine is down."""

@@ -96,6 +96,10 @@ class SimAttachment:
         if engine.session_ns and silence_ns > engine.session_ns:
             engine.world.after(engine.session_ns, lambda: engine.expire(self))
 
+    def fall_behind(self, delay_ns: int) -> None:
+        """What is ordered from now on comes here so late, and nothing else goes wrong."""
+        self._arrival_ns = max(self._arrival_ns, self._engine.world.now_ns + delay_ns)
+
     def _suspend(self) -> None:
         left_ns = self._cut_until_ns - self._engine.world.now_ns
         if left_ns <= 0 or self._suspended or self._leaving:

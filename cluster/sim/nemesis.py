@@ -18,6 +18,7 @@ from sheepdog.cluster.sim.cluster import Machine, SimCluster
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
 MAX_NEW_MACHINES = 2
+_TOLD_NS = 5 * MILLISECOND  # after so long a node's state says that it has lost a disk
 AIMED = (
     Kind.FLUSH,
     Kind.APPLY,
@@ -333,8 +334,20 @@ class Nemesis:
         machines = self._cluster.machines
         if self._cluster.unsettled() or any(machine.node.replica.missing for machine in machines):
             return False
-        self._random.choice(machines).lose_disk()
+        machine, random = self._random.choice(machines), self._random
+        machine.lose_disk()
+        if random.random() < 0.5:
+            self._world.after(random.randrange(_TOLD_NS), lambda: self._die_of_disk(machine, random))
         return True
+
+    def _die_of_disk(self, machine: Machine, random: Random) -> None:
+        """Perhaps before its state says what it has lost."""
+        if self.stopped or not machine.up:
+            return
+        machine.kill()
+        if random.random() < 0.5:
+            machine.disk.take_away_lost()
+        self._restart_later(machine, random)
 
     def _new_disk(self) -> bool:
         storing = [machine for machine in self._cluster.machines if machine.vnodes]

@@ -14,11 +14,20 @@ from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.script import run
 from sheepdog.cluster.core.state import ClusterFlag
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
-from sheepdog.cluster.sim.clients import NOT_NOW, OBJECT_BYTES, BlockClient, Door, Volume, make_volume
+from sheepdog.cluster.sim.clients import (
+    NOT_NOW,
+    OBJECT_BYTES,
+    BlockClient,
+    Door,
+    Volume,
+    make_thin_volume,
+    make_volume,
+)
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, NodeFactory, SimCluster
 from sheepdog.cluster.sim.history import History, Violation
 from sheepdog.cluster.sim.lockers import Lock, Locker
 from sheepdog.cluster.sim.nemesis import Faults, Nemesis
+from sheepdog.cluster.sim.sharers import Shared, SharedSnapshotter, Sharer, blocks_of
 from sheepdog.cluster.sim.volumes import Asking, Snapshotter, VolumeOwner
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Stuck, World
 
@@ -54,6 +63,7 @@ class Scenario:
     owners: int = 0  # clients with a volume of their own, which snapshot, clone, discard and delete
     snapshotters: int = 0  # for each owner somebody else who takes snapshots of its volume
     lockers: int = 0  # clients that want the volume for themselves
+    sharers: int = 0  # clients, each behind a gateway of its own, that have one more volume open together
     tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
 
 
@@ -84,12 +94,14 @@ class Run:
         self.owners: list[VolumeOwner] = []
         self.leaked = 0  # objects left behind by gateways that died while they freed them
         self.snapshotters: list[Snapshotter] = []
-        self.lockers: list[Locker] = []
+        self.sharers: list[Sharer] = []
+        self.others: list[Asking] = []  # everybody but `clients`
 
     @property
     def operations(self) -> int:
         """What clients asked for so far."""
-        return sum(client.requests for client in self.clients) + sum(owner.operations for owner in self.owners)
+        owners, sharers = sum(one.operations for one in self.owners), sum(one.operations for one in self.sharers)
+        return sum(client.requests for client in self.clients) + owners + sharers
 
     def execute(self) -> None:
         try:
@@ -100,7 +112,9 @@ class Run:
     def _execute(self) -> None:
         scenario, cluster = self.scenario, self.cluster
         cluster.start_all()
-        cluster.format(scenario.copies, scenario.flags | (ClusterFlag.LOCKS if scenario.lockers else 0))
+        cluster.format(
+            scenario.copies, scenario.flags | (ClusterFlag.LOCKS if scenario.lockers or scenario.sharers else 0)
+        )
         volume = make_volume(cluster, "shared", scenario.objects, scenario.blocks, policy=scenario.policy)
         self._start_clients(volume)
         self.nemesis.start()
@@ -109,8 +123,7 @@ class Run:
         self._live(200 * MILLISECOND)
         self._calm_down()
         self._read_all(volume)
-        others: list[Asking] = [*self.owners, *self.snapshotters, *self.lockers]
-        for who in others:
+        for who in self.others:
             ended: list[None] = []
             run(who.check_all(), ended.append)
             self.world.run_until(partial(bool, ended), HEALTH_LIMIT_NS, "a last look")
@@ -148,10 +161,24 @@ class Run:
             self._start_owner(number, values)
         lock = Lock()
         for number in range(self.scenario.lockers):
-            door = Door(self.cluster, f"locker{number}", number)
-            self.doors.append(door)
-            self.lockers.append(Locker(door, volume.name.encode(), lock))
-            self.lockers[-1].start()
+            self._start(Locker(Door(self.cluster, f"locker{number}", number), volume.name.encode(), lock))
+        if self.scenario.sharers:
+            self._start_sharers(self.scenario.sharers, values)
+
+    def _start(self, who: Asking) -> None:
+        self.doors.append(who.door)
+        self.others.append(who)
+        who.start()
+
+    def _start_sharers(self, count: int, values: list[int]) -> None:
+        count = min(count, len(self.cluster.machines))
+        blocks = tuple(block for number in range(count) for block in blocks_of(number))
+        shared = Shared("paths", self.scenario.objects, self.history, values, blocks)
+        make_thin_volume(self.cluster, shared.name, shared.objects, policy=self.scenario.owner_policy)
+        for number in range(count):
+            self.sharers.append(Sharer(self.cluster, number, shared))
+            self._start(self.sharers[-1])
+        self._start(SharedSnapshotter(Door(self.cluster, "path snapshotter", count), shared))
 
     def _start_owner(self, number: int, values: list[int]) -> None:
         scenario = self.scenario
@@ -162,16 +189,13 @@ class Run:
         owner.policy = scenario.owner_policy
         owner.recycling = bool(scenario.flags & ClusterFlag.RECYCLE)
         owner.durable = (scenario.durable_chance >= 1 or bool(scenario.faults.blackout)) and not scenario.flushes
-        self.doors.append(door)
         self.owners.append(owner)
         if number < scenario.snapshotters:
             owner.alone = False
             other = Door(self.cluster, f"snapshotter{number}", number + 1)
-            self.doors.append(other)
-            snapshotter = Snapshotter(other, owner, scenario.objects, scenario.blocks)
-            self.snapshotters.append(snapshotter)
-            snapshotter.start()
-        owner.start()
+            self.snapshotters.append(Snapshotter(other, owner, scenario.objects, scenario.blocks))
+            self._start(self.snapshotters[-1])
+        self._start(owner)
 
     def _live(self, duration_ns: int) -> None:
         """Time goes on; clients notice now and then that their gateway is gone."""
@@ -182,7 +206,7 @@ class Run:
                 door.watch()
 
     def _calm_down(self) -> None:
-        everybody: list[BlockClient | Asking] = [*self.clients, *self.owners, *self.snapshotters, *self.lockers]
+        everybody: list[BlockClient | Asking] = [*self.clients, *self.others]
         for client in everybody:
             client.stopped = True
         try:

@@ -26,6 +26,16 @@ class SimStateDisk:
         self.undo = bytearray()
         self.scrub: bytes | None = None
         self.stale = b""
+        self.untold = False  # a disk went, and `proven` does not say so yet (host.known_disks)
+
+    def told(self) -> None:
+        self.untold = False
+
+    def forget_untold(self) -> None:
+        """A process starts (host.multi_disk.Disks.settle)."""
+        if self.untold:
+            self.proven = Proven()
+            self.untold = False
 
     def crash(self, power: bool) -> None:
         if power:

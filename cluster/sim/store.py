@@ -157,6 +157,12 @@ class SimDisk:
             entry.base, entry.copy = Copy(-1, NO_VERSION), Copy(-1, NO_VERSION)
         return lost
 
+    def take_away_lost(self) -> None:
+        """The disk that went is not there any more when the node starts again, and what was on it not even named."""
+        for oid, entry in sorted(self.objects.items()):
+            if entry.copy is not None and entry.copy.size < 0 and not entry.log:
+                del self.objects[oid]
+
     def lose_while_down(self) -> int:
         """One of the node's disks is not there when it starts again, and half of the objects with it; how many."""
         lost = [oid for oid in sorted(self.objects) if self.random.random() < 0.5]

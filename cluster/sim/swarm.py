@@ -58,7 +58,18 @@ def scenario_of(seed: int) -> Scenario:
         scenario.snapshotters = random.randrange(2)
     if random.random() < 0.1:
         scenario.flags |= ClusterFlag.STRICT
+    _add_later_kinds(Random(f"swarm, later {seed}"), tolerance, scenario)
     return scenario
+
+
+def _add_later_kinds(random: Random, tolerance: int, scenario: Scenario) -> None:
+    """What the swarm did not do at first: chance of its own, so that most seeds are what they were."""
+    faults = scenario.faults
+    if random.random() < 0.1:
+        scenario.sharers = random.choice((2, 2, 3))
+    # A copy that rotted and one that was lost are two of the few that there are.
+    if tolerance > (1 if faults.rot else 0) and random.random() < 0.1:
+        faults.disk = 0.5
 
 
 def _faults(random: Random, tolerance: int, scenario: Scenario) -> Faults:

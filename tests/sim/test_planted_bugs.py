@@ -12,6 +12,7 @@ import sheepdog.cluster.core.home as home_module
 import sheepdog.cluster.core.puller as puller_module
 import sheepdog.cluster.core.replica as replica_module
 from sheepdog.cluster.core import home_writes
+from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.dispatch import Dispatch
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
@@ -19,7 +20,8 @@ from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.home_requests import HomeRequests
-from sheepdog.cluster.core.ids import NO_VERSION
+from sheepdog.cluster.core.ids import NO_VERSION, vid_of
+from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.past import Past
@@ -94,6 +96,14 @@ DELETIONS = Scenario(
 BLACKOUTS = Scenario("blackouts", durable_chance=1.0, faults=Faults(kill=0.5, power=1, everybody=0.2, blackout=0.8))
 FLUSHES = Scenario(
     "flushes", clients=0, owners=1, flushes=True, durable_chance=1.0, faults=Faults(kill=0.5, power=1, blackout=1)
+)
+
+PATHS = Scenario(
+    "paths of one volume",
+    clients=0,
+    sharers=3,
+    objects=6,
+    faults=Faults(kill=0.3, link=0.3, stop=0.5, mean_ns=150 * MILLISECOND),
 )
 
 
@@ -277,6 +287,24 @@ def what_a_cold_start_does_not_find_is_missing(patch: pytest.MonkeyPatch) -> Non
     patch.setattr(TableLoad, "_partial", lambda *_: 0)
 
 
+def map_is_read_before_all_know(patch: pytest.MonkeyPatch) -> None:
+    def hasty(self: Coherence, vid: Any, done: Any) -> None:
+        record = self._shared(vid)
+        assert record is not None
+        command = {"t": "coherence", "vid": record.vid, "write": False}
+        self._context.machine.propose(command, lambda answer: done(answer[0], record.vid))
+
+    patch.setattr(Coherence, "refresh", hasty)
+
+
+def nobody_is_told_after_a_map_write(patch: pytest.MonkeyPatch) -> None:
+    def hasty(self: Any, oid: Any, offset: int, data: Any, durable: bool) -> Any:
+        result = yield from self._coherence.claim(vid_of(oid))
+        return result or (yield from self._write_map(oid, offset, data, durable))
+
+    patch.setattr(InodeWrites, "_write_coherently", hasty)
+
+
 BUGS = [
     Bug(acknowledged_after_the_first_copy, KILLS, 20),
     Bug(fence_not_checked, KILLS, 20),
@@ -300,6 +328,8 @@ BUGS = [
     Bug(frozen_node_answers_after_its_lease, FROZEN, 40),
     Bug(replica_always_reads_its_own_copy, KILLS, 40),
     Bug(what_a_cold_start_does_not_find_is_missing, scenario_of(926), 1, first=926),
+    Bug(map_is_read_before_all_know, PATHS, 20),
+    Bug(nobody_is_told_after_a_map_write, PATHS, 20),
 ]
 
 
@@ -310,7 +340,7 @@ def test_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "scenario",
-    [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, HOT_LINKS, CHURN, AWAY, LOCKS, FROZEN, DELETIONS],
+    [FLUSHES, BLACKOUTS, SNAPSHOTS, HOT, HOT_LINKS, CHURN, AWAY, LOCKS, FROZEN, DELETIONS, PATHS],
     ids=lambda scenario: scenario.name,
 )
 def test_nothing_is_found_without_bugs(scenario: Scenario) -> None:

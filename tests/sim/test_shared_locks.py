@@ -23,6 +23,7 @@ from sheepdog.cluster.sim.world import MILLISECOND, World
 NAME = b"guest"
 LOCKS = ClusterFlag.AUTO_VNODES | ClusterFlag.LOCKS
 ROUNDS, SEEDS = 12, 40
+LATE_NS = 200 * MILLISECOND  # of events; a write without them takes a twentieth of it
 
 
 def enforcing(seed: int) -> SimCluster:
@@ -280,3 +281,61 @@ def test_what_several_paths_have_written_at_a_time_all_read() -> None:
     """Two that change the map together both have an old one afterwards: neither may be taken for the newest."""
     for seed in range(SEEDS):
         _write_together(seed)
+
+
+class Late:
+    """Three paths of one volume; what is ordered comes late to one node."""
+
+    def __init__(self) -> None:
+        self.cluster = enforcing(1)
+        self.vid = new_vdi(self.cluster)
+        self.paths = [Path(self.cluster, self.vid, node) for node in range(3)]
+        for path in self.paths:
+            lock(self.cluster, path.node, shared=True)
+            path.entries = read_map(self.cluster, self.vid)
+        for path in self.paths:
+            assert self.wait(path.read(0)) == bytes(BLOCK_SIZE)
+
+    def begin(self, script: Script[Any]) -> list[Any]:
+        """Its result will be in what is returned."""
+        ended: list[Any] = []
+        run(script, ended.append)
+        return ended
+
+    def until(self, ended: list[Any]) -> Any:
+        self.cluster.world.run_until(partial(bool, ended), HEALTH_LIMIT_NS, "a path")
+        return ended[0]
+
+    def wait(self, script: Script[Any]) -> Any:
+        return self.until(self.begin(script))
+
+    def fall_behind(self, node: int) -> None:
+        process = self.cluster.machines[node].process
+        assert process is not None
+        process.attachment.fall_behind(LATE_NS)
+
+
+def test_a_map_is_read_after_all_writers_know_of_it() -> None:
+    """Else one that has not heard of the reader thinks that nobody has to be told."""
+    late = Late()
+    writer, reader = late.paths[:2]
+    late.wait(writer.write(0, 1))
+    late.fall_behind(writer.node)
+    reading = late.begin(reader.read(0))
+    late.cluster.world.run_for(LATE_NS // 4)
+    late.wait(writer.write(1, 2))
+    assert late.until(reading) == block_of(1)
+    assert late.wait(reader.read(1)) == block_of(2)
+
+
+def test_a_second_map_write_waits_for_those_that_have_not_heard_of_the_first() -> None:
+    """The first one's event says at this node that the others know; they may not."""
+    late = Late()
+    writer, reader = late.paths[:2]
+    late.fall_behind(reader.node)
+    first = late.begin(writer.write(0, 1))
+    late.cluster.world.run_for(LATE_NS // 4)
+    late.wait(writer.write(1, 2))
+    assert late.wait(reader.read(1)) == block_of(2)
+    late.until(first)
+    assert late.wait(reader.read(0)) == block_of(1)

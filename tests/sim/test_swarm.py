@@ -40,7 +40,7 @@ def test_nothing_promised_is_broken(figures: Figures, capsys: pytest.CaptureFixt
 
 
 def test_every_kind_of_fault_happened(figures: Figures) -> None:
-    kinds = "kill power everybody blackout link leave stop hold slow cut_off aim full rot new_disk join"
+    kinds = "kill power everybody blackout link leave stop hold slow cut_off aim full rot new_disk join disk"
     assert sorted(figures.faults) == sorted(kinds.split())
     assert min(figures.faults.values()) > 10, figures.faults
 

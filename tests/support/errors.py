@@ -39,6 +39,13 @@ class Injection:
         self._process.communicate()
 
 
+class DeathInjection(Injection):
+    """The process is killed when it is about to open a file."""
+
+    def __init__(self, pid: int, path: Path, output: Path) -> None:
+        self._begin(pid, output, ["-P", str(path)], "openat", "error=EIO:signal=SIGKILL")
+
+
 class SyncInjection(Injection):
     """Syncs that the kernel does for the process (io_submit) end with EIO, as its io_getevents tells."""
 

@@ -90,6 +90,7 @@ class StoreDriver(Driver):
         options: StoreOptions | None = None,
         seed: int = 0,
         sync_first: Callable[[], int] | None = None,
+        forget_proven: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.random = random.Random(seed)
@@ -114,6 +115,7 @@ class StoreDriver(Driver):
             options or StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES),
             self.random.randbytes,
             sync_first,
+            forget_proven,
         )
         self.store.open()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import DiskError, UsageError
 from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name
+from sheepdog.cluster.host import replay
+from sheepdog.cluster.host.copies import Copies
 
 SIZE = 64 * 4096
 OIDS = [data_oid(Vid(1), index) for index in range(60)]
@@ -151,7 +155,8 @@ def test_what_ends_after_the_disk_is_out_is_answered(tmp_path: Path) -> None:
     driver.crash()
 
 
-def test_what_a_missing_disk_held_is_not_made_up_from_the_journal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unplugged", [False, True])
+def test_what_a_missing_disk_held_is_not_made_up_from_the_journal(tmp_path: Path, unplugged: bool) -> None:
     """Where the journal has all bytes of an object it comes back; where it has only their hashes, without a version."""
     driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1", "d2"))
     large, small = OIDS[::2], OIDS[1::2]
@@ -161,6 +166,9 @@ def test_what_a_missing_disk_held_is_not_made_up_from_the_journal(tmp_path: Path
         driver.create(oid, SIZE, 0, b"s" * 4096, v(1))
     driver.flush()
     gone = {entry.name for entry in (tmp_path / "d1").iterdir()}
+    if unplugged:
+        driver.store.disks.on_lost = lambda oids, told: told()
+        driver.store.disks.unplug(str(tmp_path / "d1"))
     driver.crash()
     shutil.rmtree(tmp_path / "d1")
     driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d2"))
@@ -173,3 +181,84 @@ def test_what_a_missing_disk_held_is_not_made_up_from_the_journal(tmp_path: Path
     for oid in small:
         assert driver.read(oid, 0, 4096) == b"s" * 4096
     driver.crash()
+
+
+class Cut(Exception):
+    """The process ends here."""
+
+
+class Starts:
+    """Starts with the named disks; `forgets` of each says whether META/settled was made to prove nothing."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._path = tmp_path
+        self._cut = False
+        self._forgot = False
+
+    def __call__(self, *names: str) -> tuple[StoreDriver, bool]:
+        self._forgot = False
+        driver = StoreDriver(str(self._path / "meta"), disks=paths(self._path, *names), forget_proven=self._forget)
+        return driver, self._forgot
+
+    def forgets(self, *names: str) -> bool:
+        driver, forgot = self(*names)
+        driver.crash()
+        return forgot
+
+    def cut_off(self, *names: str) -> None:
+        """One that ends before META/settled is written."""
+        self._cut = True
+        with pytest.raises(Cut):
+            self(*names)
+        self._cut = False
+
+    def _forget(self) -> None:
+        self._forgot = True
+        if self._cut:
+            raise Cut
+
+
+@pytest.mark.parametrize("left", [("d3", "d4"), ("d1", "d2", "d3", "d4")])
+def test_a_restart_before_the_state_says_that_a_disk_went(tmp_path: Path, left: tuple[str, ...]) -> None:
+    """What was on it counts as proven in META/settled: the next start that comes so far makes it prove nothing."""
+    pending: list[Callable[[], None]] = []
+
+    def unplug(driver: StoreDriver, *names: str) -> None:
+        driver.store.disks.on_lost = lambda oids, told: pending.append(told)
+        for path in paths(tmp_path, *names):
+            driver.store.disks.unplug(path)
+
+    driver = filled(tmp_path, "d1", "d2", "d3", "d4")
+    unplug(driver, "d1", "d2")
+    pending[1]()
+    driver.crash()
+    start = Starts(tmp_path)
+    start.cut_off(*left)
+    assert start.forgets(*left)
+    assert not start.forgets(*left)
+    driver, _ = start(*left)
+    unplug(driver, "d3")
+    pending[2]()
+    driver.crash()
+    assert not start.forgets(*left), "the state says it"
+
+
+def test_a_start_without_a_disk_is_cut_off(tmp_path: Path) -> None:
+    filled(tmp_path, "d1", "d2").crash()
+    shutil.rmtree(tmp_path / "d1")
+    start = Starts(tmp_path)
+    start.cut_off("d2")
+    assert start.forgets("d2")
+    assert not start.forgets("d2")
+
+
+def test_a_disk_that_fails_at_the_start_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, "d1", "d2").crash()
+    real = replay.replay
+
+    def failing(copies: Copies, found: replay.Found, *rest: object, **options: bool) -> object:
+        copies.fail(copies.homes[0], OSError(errno.EIO, "broken"))
+        return real(copies, found, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(replay, "replay", failing)
+    assert Starts(tmp_path).forgets("d1", "d2")
