@@ -34,14 +34,12 @@ class Disks:
         self._node = node
         self._open_disk = open_disk
         self._known = KnownDisks(copies.disk, metadata, copies.log)
+        self._known.load()
+        copies.disk_out = self.failed
         self._forget = forget
         self.on_lost: Callable[[list[ObjectId], Callable[[], None]], None] = lambda oids, told: None
 
     # At start
-
-    def load(self) -> None:
-        """Before the disks are opened."""
-        self._known.load()
 
     def is_doubtful(self, home: ObjectDirectory) -> bool:
         """The disk was out of service: what is on it may be old."""

@@ -101,8 +101,6 @@ class ObjectStore:
             make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
         self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk, self._forget_proven)
-        self.disks.load()
-        self.copies.disk_out = self.disks.failed
         for directory in self._directories:
             self._open_disk(directory)
         found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
