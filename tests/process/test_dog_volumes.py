@@ -181,6 +181,17 @@ def test_hyper_volumes(cluster: Cluster) -> None:
     for offset, data in pieces.items():
         assert read(cluster, "huge", str(offset), str(len(data)), node=1) == data
     assert read(cluster, "huge", str(5 << 40), "4096") == bytes(4096)
+    cluster.dog("vdi", "create", "-y", "large", "1T")
+    write(cluster, "large", b"in the middle", 1 << 39)
+    exported = cluster.directory / "large"
+    cluster.dog("vdi", "export", "large", str(exported))
+    with exported.open("rb") as file:
+        assert file.seek(0, 2) == 1 << 40
+        file.seek(1 << 39)
+        assert file.read(20) == b"in the middle".ljust(20, b"\0")
+    assert exported.stat().st_blocks * 512 <= 8 * MIB
+    exported.unlink()
+    cluster.dog("vdi", "delete", "large")
     row = cluster.dog("vdi", "list", "-r", "huge").split(" ")
     assert row[3:6] == [str(1 << 50), str(4 * 4 * MIB), "0"]
     indexes = [0, 777 << 18, (777 << 18) + 1, (1 << 28) - 1]

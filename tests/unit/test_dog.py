@@ -611,6 +611,25 @@ def test_repair_follows_the_majority(dog: Dog, sheep: FakeSheep) -> None:
             assert repaired == bad
 
 
+@pytest.mark.parametrize("state", ["running", "unformatted", "absent"])
+def test_failures_are_told_with_json_as_without(
+    dog: Dog, sheep: FakeSheep, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/json.md: exit statuses and the text on stderr are the same."""
+    sheep.create("a", 4 * MIB)
+    sheep.formatted = state != "unformatted"
+    if state == "absent":
+        monkeypatch.setenv("SHEEPDOG_DOG_PORT", "1")
+    for words in (
+        "vdi list", "vdi tree", "vdi check -e a", "vdi object location a", "vdi object map a -i x", "vdi track nosuch",
+        "vdi object explain a 0", "vdi object dump-inode nosuch", "vdi getattr a k", "vdi lock list", "vm list",
+        "vdi cache info", "node list", "node info", "node stat", "node may-stop 0", "node recovery", "node md info",
+        "node recovery get-throttle", "node md info -A", "node scrub status", "node log level get", "cluster info",
+        "cluster health", "nbd uri a",
+    ):  # fmt: skip
+        assert dog(*words.split())[::2] == dog(*words.split(), "--json")[::2], words
+
+
 def test_json_is_the_only_thing_on_stdout(dog: Dog, sheep: FakeSheep) -> None:
     status, out, errors = dog("node", "list", "--json", "-T")
     assert (status, len(json.loads(out))) == (0, 1)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from sheepdog.cluster.client import admin
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import Member
 from sheepdog.cluster.wire.opcodes import Opcode
@@ -24,48 +25,49 @@ def info(context: Context) -> None:
     if not context.raw:
         print("Id\tSize\tUsed\tAvail\tUse%\tPath")
     if not context.flag("all"):
-        try:
-            data = admin.plain(context.gateway(), Opcode.MD_INFO, limit=MD_INFO_SIZE)
-        except SheepError as error:
-            raise Failure(f"failed to get multi-disk information: {text(error.result)}") from error
-        _print(f"{context.host}:{context.port}", unpack_disks(data), context.raw)
+        _print(f"{context.host}:{context.port}", _disks(context.gateway()), context.raw)
         return
     for number, node in enumerate(nodes):
-        _print_node(context, number, node)
+        disks = _disks_of(context, node)
+        if disks is None:
+            continue
+        if not context.raw:
+            print(f"Node {number}:")
+        _print(str(node.id), disks, context.raw)
+
+
+def _disks(connection: Connection) -> list[DiskInfo]:
+    try:
+        return unpack_disks(admin.plain(connection, Opcode.MD_INFO, limit=MD_INFO_SIZE))
+    except SheepError as error:
+        raise Failure(f"failed to get multi-disk information: {text(error.result)}") from error
+
+
+def _disks_of(context: Context, node: Member) -> list[DiskInfo] | None:
+    """None for one of many that has none, or is not there; stderr says so."""
+    try:
+        return _disks(context.node(node.id))
+    except (OSError, Unreachable):
+        return None
+    except Failure as failure:
+        warn(failure.text)
+        return None
 
 
 def _print_json(context: Context, nodes: Sequence[Member]) -> None:
     from sheepdog.tools.dog.records import print_json
 
-    found = []
-    places = (
-        [(str(node.id), node) for node in nodes] if context.flag("all") else [(f"{context.host}:{context.port}", None)]
-    )
-    for name, node in places:
-        try:
-            connection = context.node(node.id) if node else context.gateway()
-            disks = unpack_disks(admin.plain(connection, Opcode.MD_INFO, limit=MD_INFO_SIZE))
-        except (OSError, Unreachable) as error:
-            warn(f"failed to get multi-disk information from {name}: {error}")
-            continue
-        found += [
+    if context.flag("all"):
+        found = [(str(node.id), _disks_of(context, node) or []) for node in nodes]
+    else:
+        found = [(f"{context.host}:{context.port}", _disks(context.gateway()))]
+    print_json(
+        [
             {"node": name, "disk": disk.number, "path": os.fsdecode(disk.path), "used": disk.used, "free": disk.free}
+            for name, disks in found
             for disk in disks
         ]
-    print_json(found)
-
-
-def _print_node(context: Context, number: int, node: Member) -> None:
-    try:
-        data = admin.plain(context.node(node.id), Opcode.MD_INFO, limit=MD_INFO_SIZE)
-    except SheepError as error:
-        warn(f"failed to get multi-disk information: {text(error.result)}")
-        return
-    except (OSError, Unreachable):
-        return
-    if not context.raw:
-        print(f"Node {number}:")
-    _print(str(node.id), unpack_disks(data), context.raw)
+    )
 
 
 def _print(node: str, disks: list[DiskInfo], raw: bool) -> None:

@@ -7,10 +7,12 @@ import time
 from pathlib import PurePath
 
 from sheepdog.cluster.client import admin, inodes
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.hashing import node_hash
 from sheepdog.cluster.core.ids import Member
 from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.cluster.wire.structures import STATISTICS, Statistics
 from sheepdog.tools.dog.context import Context, Unreachable
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import percent, request_failed, size_text, warn
@@ -140,8 +142,6 @@ def kill(context: Context) -> None:
 
 def stat(context: Context) -> None:
     """Request counters. The order of the values differs from the words above them, and parsers depend on it."""
-    from sheepdog.cluster.wire.structures import STATISTICS, Statistics
-
     connection = context.gateway()
     watch = context.flag("watch")
     before: Statistics | None = None
@@ -151,22 +151,26 @@ def stat(context: Context) -> None:
         from sheepdog.tools.dog.records import print_json
         from sheepdog.tools.dog.scrub import STATUS_SIZE
 
-        counters = STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
+        counters = _counters(connection)
         scrub = json.loads(bytes(admin.plain(connection, Opcode.SCRUB_STATUS, limit=STATUS_SIZE)))
         print_json(counters._asdict() | {f"rot_{name}": count for name, count in scrub["rot"].items()})
         return
     if not context.raw:
         print("Request\tActive\tTotal\tWrite\tRead\tRemove\tFlush\tAll WR\tAll RD" + "\tWRBW\tRDBW\tRPS" * watch)
     while True:
-        try:
-            now = STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
-        except SheepError as error:
-            raise Failure(request_failed(error.result), 1) from error
+        now = _counters(connection)
         _print_counters(now, before, context.raw, watch)
         if not watch:
             return
         before = now
         time.sleep(_WATCH_S)
+
+
+def _counters(connection: Connection) -> Statistics:
+    try:
+        return STATISTICS.unpack(admin.plain(connection, Opcode.STAT, limit=STATISTICS.size))
+    except SheepError as error:
+        raise Failure(request_failed(error.result)) from error
 
 
 def _print_counters(now: object, before: object, raw: bool, watch: bool) -> None:

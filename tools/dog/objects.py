@@ -70,7 +70,9 @@ def location(context: Context) -> None:
         where = f"(vid 0x{volume.vid:x} idx {index}, {copies} copies)"
         print(f"Looking for the object {oid:016x} {where} with {len(nodes)} nodes\n")
     for node in nodes:
-        _say_whether_it_has(context, node, oid)
+        has = _has(context, node, oid)
+        if has is not None:
+            print(node.id, "has the object" if has else "doesn't have the object", flush=True)
     print()
     storing = [node for node in nodes if node.vnodes]
     if len(storing) < copies:
@@ -99,20 +101,15 @@ def _location_json(context: Context, nodes: Sequence[Member], volume: Opened) ->
     if oid is None:
         print_json({"oid": None, "holders": [], "expected": []})
         return
-    holders = []
-    for node in nodes:
-        try:
-            if admin.object_exists(context.node(node.id), oid, context.epoch):
-                holders.append(str(node.id))
-        except (OSError, Unreachable) as error:
-            warn(f"{node.id}: {error}")
+    holders = [str(node.id) for node in nodes if _has(context, node, oid)]
     expected = [str(node) for node in placement(nodes, oid, volume.inode.nr_copies)]
     print_json({"oid": f"{oid:016x}", "holders": holders, "expected": expected})
 
 
-def _say_whether_it_has(context: Context, node: Member, oid: ObjectId) -> None:
+def _has(context: Context, node: Member, oid: ObjectId) -> bool | None:
+    """Whether a node holds an object; None, and why on stderr, if it does not say."""
     try:
-        has = admin.object_exists(context.node(node.id), oid, context.epoch)
+        return admin.object_exists(context.node(node.id), oid, context.epoch)
     except SheepError as error:
         if error.result in (Result.OLD_NODE_VER, Result.NEW_NODE_VER):
             warn("The node list has changed: please try again")
@@ -120,8 +117,7 @@ def _say_whether_it_has(context: Context, node: Member, oid: ObjectId) -> None:
             warn(f"{node.id}: {text(error.result)}")
     except OSError as error:
         warn(f"Failed to connect to {node.id}: {error.strerror or error}")
-    else:
-        print(node.id, "has the object" if has else "doesn't have the object")
+    return None
 
 
 def object_map(context: Context) -> None:

@@ -21,6 +21,7 @@ from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import connect_near
 from sheepdog.cluster.client.errors import SheepError
+from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
@@ -54,7 +55,7 @@ def export(context: Context) -> None:
     kind = _format(context, path)
     tag, snap_id = snapshot_option(context)
     context.gateway()
-    volume = _open(context, name_of(word), tag, snap_id)
+    volume = _open_any(context, name_of(word), tag, snap_id)
     if path == STREAM:
         _copy_out(volume, sys.stdout.buffer, sparse=False)
         sys.stdout.buffer.flush()
@@ -69,7 +70,7 @@ def export(context: Context) -> None:
         raise Failure(f"Failed to export {word}: {_reason(error)}") from error
 
 
-def _export_to_device(volume: BlockingVolume, target: Path, kind: str) -> None:
+def _export_to_device(volume: BlockingVolume | HyperVolume, target: Path, kind: str) -> None:
     """Into what is there and stays there: a block device, a named pipe."""
     if kind != "raw":
         raise Failure("Only raw data goes to a device or a pipe")
@@ -82,7 +83,7 @@ def _export_to_device(volume: BlockingVolume, target: Path, kind: str) -> None:
                 raise
 
 
-def _export_to_file(volume: BlockingVolume, target: Path, kind: str) -> None:
+def _export_to_file(volume: BlockingVolume | HyperVolume, target: Path, kind: str) -> None:
     """A file made anew, and not there at all if that fails; with the permissions of the one that it replaces."""
     with _beside(target) as part:
         with part.open("wb") as out:
@@ -105,7 +106,7 @@ def _put_in_place(part: Path, target: Path) -> None:
     part.replace(target)
 
 
-def _copy_out(volume: BlockingVolume, out: BinaryIO, sparse: bool) -> None:
+def _copy_out(volume: BlockingVolume | HyperVolume, out: BinaryIO, sparse: bool) -> None:
     with Progress("export", volume.size) as progress:
         for length, data in in_order(_reads(volume, sparse)):
             if data is None:
@@ -122,7 +123,7 @@ def _write_all(out: BinaryIO, data: Buffer) -> None:
         view = view[out.write(view) :]
 
 
-def _reads(volume: BlockingVolume, sparse: bool) -> Iterator[Callable[[], tuple[int, Buffer | None]]]:
+def _reads(volume: BlockingVolume | HyperVolume, sparse: bool) -> Iterator[Callable[[], tuple[int, Buffer | None]]]:
     """The volume's bytes in order: how many, and which unless they are a hole that stays one (`sparse`)."""
     space = buffers()
     for extent in volume.extents(0, volume.size):
@@ -138,7 +139,7 @@ def _hole(length: int) -> tuple[int, Buffer | None]:
     return length, None
 
 
-def _read(volume: BlockingVolume, offset: int, space: memoryview) -> tuple[int, Buffer | None]:
+def _read(volume: BlockingVolume | HyperVolume, offset: int, space: memoryview) -> tuple[int, Buffer | None]:
     return volume.read_into(offset, space), space
 
 
@@ -280,10 +281,14 @@ def _qemu_img(*words: str) -> None:
         raise Failure(done.stderr.strip() or "qemu-img failed")
 
 
-def _open(context: Context, name: bytes, tag: bytes = b"", snap_id: int = 0) -> BlockingVolume:
+def _open(context: Context, name: bytes) -> BlockingVolume:
+    """A volume that was just made."""
+    return BlockingVolume.open((context.host, context.port), name, patience_s=0, dial=connect_near)
+
+
+def _open_any(context: Context, name: bytes, tag: bytes, snap_id: int) -> BlockingVolume | HyperVolume:
     try:
-        address = (context.host, context.port)
-        return BlockingVolume.open(address, name, tag, snap_id, patience_s=0, dial=connect_near)
+        return open_volume((context.host, context.port), name, tag, snap_id, patience_s=0, dial=connect_near)
     except SheepError as error:
         raise Failure(not_opened(name, tag, snap_id, error.result)) from error
 

@@ -17,7 +17,7 @@ from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import minute, redundancy, size_text, text, warn
 from sheepdog.tools.dog.values import parse_oid
 
-_COUNTED = 256  # entries: 1 KiB of a map
+_COUNTED, _PARTS = 256, 16  # so few entries of a map are counted one by one; others in so many parts
 _HEADER = "  Name        Id    Size    Used  Shared    Creation time   VDI id  Copies  Tag   Block Size Shift"
 
 
@@ -90,20 +90,17 @@ def rows(connection: Connection, vids: Iterable[Vid], name: bytes | None = None)
 def _count(entries: array[int], vid: int) -> tuple[int, int]:
     """How many entries name this vid, and how many nothing.
 
-    Maps are long, and most of their parts are of one kind: to compare these at once takes a hundredth of the time.
+    Maps are long, and most of their parts are of one kind: to compare these at once takes a tenth of the time.
     """
-    own = holes = 0
-    kinds = array("I", [vid]) * _COUNTED, array("I", [0]) * _COUNTED
-    for start in range(0, len(entries), _COUNTED):
-        part = entries[start : start + _COUNTED]
-        if part == kinds[1][: len(part)]:
-            holes += len(part)
-        elif part == kinds[0][: len(part)]:
-            own += len(part)
-        else:
-            own += part.count(vid)
-            holes += part.count(0)
-    return own, holes
+    size = len(entries)
+    first = entries[0] if size else 0
+    if first in (0, vid) and entries == array("I", [first]) * size:
+        return (size, 0) if first else (0, size)
+    if size <= _COUNTED:
+        return entries.count(vid), entries.count(0)
+    step = -(-size // _PARTS)
+    parts = [_count(entries[start : start + step], vid) for start in range(0, size, step)]
+    return sum(own for own, _ in parts), sum(holes for _, holes in parts)
 
 
 def headers(connection: Connection, deleted: bool = False) -> Iterator[InodeHeader]:
