@@ -405,15 +405,16 @@ class Home:
         del self._flying[write.sequence]
         writing = self.writing[oid]
         writing.remove(write)
+        waits = write.result == Result.EIO and not write.fresh and self.context.policy_of(oid) is None
+        if waits:  # asks before `quiet`, which may give up at once
+            self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
         if not writing:
             del self.writing[oid]
             if not self.strips.busy(oid):
                 self.recovery.quiet(oid)
         if write.result and write.fresh:
             self._undo(write)
-        elif write.result == Result.EIO and self.context.policy_of(oid) is None:
-            self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
-        else:
+        elif not waits:
             write.submission.done(write.result, b"")
         if write.waiting is not None:
             for call in write.waiting:
@@ -430,9 +431,8 @@ class Home:
 
         After an error of a disk, which is out of service now, the gateway asks for it again.
         """
-        submission, result = write.submission, write.result
-        if result == Result.EIO:
-            result = Result.AGAIN
+        submission = write.submission
+        result = Result.AGAIN if write.result == Result.EIO else write.result
         removal = Submission(
             submission.oid,
             Flag.REMOVE,
@@ -477,9 +477,12 @@ class Home:
         return oid in self._lost
 
     def given_up(self, oid: ObjectId) -> None:
-        """Nothing is left to restore the object from."""
-        if self.context.policy_of(oid) is None and self.context.store.version(oid) == NO_VERSION:
+        """Nothing is left to restore the object from. The only copy is the object, also when a write has failed."""
+        policy, version = self.context.policy_of(oid), self.context.store.version(oid)
+        if policy is None and version == NO_VERSION:
             self._lost[oid] = [(self.me, oid)]
+        elif policy is None and self._placement.replicas(oid) == (self.me,):
+            self.hooks.restored_locally(oid)
 
     def on_lost(self, member: int, oids: Sequence[ObjectId]) -> None:
         """A disk of `member` went, and these copies or strips with it."""

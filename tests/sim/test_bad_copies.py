@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.sim.test_directed import fresh, holders, read, write
 
-from sheepdog.cluster.core.errors import Corrupt, DiskError, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NodeId, ObjectId, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Kind, Message
@@ -17,6 +17,13 @@ from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine
 from sheepdog.cluster.sim.world import SECOND
 
 FAR = 200  # a block of the same object
+
+
+class Rotten(Corrupt):
+    """What an unaligned write finds where it needs the rest of a block."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, (0,))
 
 
 def break_reads(machine: Machine, oid: ObjectId, error: StoreError, times: int) -> list[int]:
@@ -143,3 +150,38 @@ def test_the_only_copy_is_bad() -> None:
         assert read(machine, volume)[0] == Result.EIO
     assert write(machine, volume, 8) == Result.SUCCESS
     assert read(machine, volume) == (Result.SUCCESS, block_of(8))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("error", [DiskError, Rotten, NoSpace])
+def test_a_write_that_no_copy_took_has_failed(error: type[StoreError], copies: int) -> None:
+    """It is not answered as if it had been made good: there was nothing to make it good from."""
+    cluster, volume = fresh(3, copies)
+    home = holders(cluster, volume)[0]
+    assert write(home, volume, 7) == Result.SUCCESS
+    cluster.world.run_for(SECOND)
+    for machine in cluster.machines:
+        machine.disk.fault, machine.disk.fault_chance = error, 1.0
+    assert write(home, volume, 8) == (Result.NO_SPACE if error is NoSpace else Result.EIO)
+    for machine in cluster.machines:
+        machine.disk.heal()
+    cluster.world.run_for(SECOND)
+    assert read(home, volume) == (Result.SUCCESS, block_of(7))
+    assert write(home, volume, 9) == Result.SUCCESS
+
+
+def test_the_only_copy_stays_what_it_is_when_its_disk_is_full() -> None:
+    """A write that it could not take leaves it what it was: in the next epoch it counts."""
+    cluster, volume = fresh(3, 1)
+    oid = data_oid(volume.vid, 0)
+    home = holders(cluster, volume)[0]
+    assert write(home, volume, 7) == Result.SUCCESS
+    home.disk.fault, home.disk.fault_chance = NoSpace, 1.0
+    assert write(home, volume, 8) == Result.NO_SPACE
+    assert oid not in home.node.copies.replica.missing
+    other = next(machine for machine in cluster.machines if machine is not home)
+    other.kill()
+    home.disk.heal()
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert read(home, volume) == (Result.SUCCESS, block_of(7))
