@@ -196,8 +196,9 @@ class Node:
             return False
         kept = [(state.copies, state.policy), *((vdi.copies, vdi.policy) for vdi in state.vdis.records() if vdi.copies)]
         needed = min(state.fewest_copies(), *(1 + _spare(copies, policy) for copies, policy in kept))
-        told = [self.context.epoch] * len(self.context.placement.nodes) if settled else home.told()
-        return home.past.knows_all(told, needed, lost)
+        if settled:  # whatever they had forgotten before
+            return self._past().knows_all([self.context.epoch] * len(self.context.placement.nodes), needed, lost)
+        return home.past.knows_all(home.told(), needed, lost)
 
     def refused(self, reason: str) -> None:
         self._log(3, f"failed to join Sheepdog: {reason}")
@@ -311,14 +312,16 @@ class Node:
         self._durable = self._told = False
         self.vigil.begin()
         self.copies.begin()
-        past = Past(context.placement, self._former_placement, self._former_members, self._fewest_copies)
-        self.copies.home = home = Home(context, self.replica.strips, self._former_placement, past, self.copies)
+        self.copies.home = home = Home(context, self.replica.strips, self._former_placement, self._past(), self.copies)
         self.gateway.router.begin(home)
         self.everyone.begin()
         self._record()
         self._executor.sweep.consider()
         self.dispatch.begin()
         self._exit_if_only_gateways(record.members)
+
+    def _past(self) -> Past:
+        return Past(self.context.placement, self._former_placement, self._former_members, self._fewest_copies)
 
     def _fewest_copies(self) -> int:
         """Of any VDI, also in earlier epochs, and of one that nobody here knows."""

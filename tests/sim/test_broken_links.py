@@ -28,10 +28,15 @@ def fresh(machines: int, copies: int, seed: int) -> tuple[SimCluster, Volume]:
     cluster.start_all()
     cluster.format(copies)
     volume = make_volume(cluster, "v", OBJECTS, (0,))
+    keep_away(cluster)
+    return cluster, volume
+
+
+def keep_away(cluster: SimCluster) -> None:
+    """Whoever is expelled from now on."""
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     for machine in cluster.machines:
         machine.hold_off(FOR_EVER_NS)
-    return cluster, volume
 
 
 def break_links(cluster: SimCluster, one: Machine, *others: Machine) -> None:
@@ -63,6 +68,21 @@ def test_between_two(seed: int) -> None:
     break_links(cluster, *cluster.machines[:2])
     assert written(cluster, volume, 1, SOON_NS) == 3
     assert sum(machine.up for machine in cluster.machines) == 3
+
+
+def test_between_two_after_a_start_of_all_without_a_disk_of_another() -> None:
+    """What that one has forgotten it has been told again: everything is where it belongs."""
+    cluster = SimCluster(World(1), 4)
+    cluster.start_all()
+    cluster.format(2)
+    volume = make_volume(cluster, "v", OBJECTS, (0,))
+    for machine in cluster.machines:
+        machine.kill()
+    cluster.machines[3].lose_disk_while_down()
+    cluster.start_all()
+    keep_away(cluster)
+    break_links(cluster, *cluster.machines[:2])
+    assert written(cluster, volume, 1, SOON_NS) == 3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
