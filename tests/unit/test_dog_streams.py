@@ -26,6 +26,7 @@ from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.connection import connect, connect_near
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.inode import HEADER_SIZE
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.cluster.wire.same_host import LOOPBACK, local_name
 from sheepdog.tools.dog import backup, check, filling, transfer
@@ -413,6 +414,16 @@ def test_a_volume_that_cannot_be_filled_is_not_left_behind(dog: Dog, sheep: Fake
     del sheep.results[Opcode.CREATE_AND_WRITE_OBJ]
     assert dog("vdi", "list", "-r") == before
     assert dog("vdi", *words) == (0, "", "")
+
+
+def test_only_a_copy_needs_the_map_of_its_source(dog: Dog, sheep: FakeSheep) -> None:
+    sheep.create("a", 4 << 40)
+    dog("vdi", "snapshot", "-s", "t", "a")
+    sheep.log.clear()
+    assert dog("vdi", "clone", "-s", "t", "a", "b") == (0, "", "")
+    assert sum(length for _, _, _, _, length in sheep.log) == HEADER_SIZE
+    assert dog("vdi", "clone", "-n", "-s", "t", "a", "c") == (0, "", "")
+    assert sum(length for _, _, _, _, length in sheep.log) == 2 * HEADER_SIZE + (4 << 20)
 
 
 # -- the way on one host

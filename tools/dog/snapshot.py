@@ -21,7 +21,6 @@ from sheepdog.tools.dog.volumes import (
     delete,
     name_of,
     open_header,
-    open_volume,
 )
 
 _ROLLBACK_QUESTION = """\
@@ -90,19 +89,20 @@ def clone(context: Context) -> None:
     word = context.argument(1, "Destination VDI name must be specified")
     name = name_of(word)
     connection = context.gateway()
-    source = open_volume(connection, name_of(source_word), tag, snap_id)
-    if source.inode.store_policy:
+    source = open_header(connection, name_of(source_word), tag, snap_id)
+    if source.store_policy:
         raise Failure("creating a clone of hypervolume is not supported")
     alone = context.flag("no_share")
     try:
-        made = _next_volume(connection, name, source.inode, Vid(0) if alone else source.vid)
+        made = _next_volume(connection, name, source, Vid(0) if alone else Vid(source.vdi_id))
     except SheepError as error:
         raise Failure(f"Failed to create VDI {word}: {text(error.result)}") from error
     if context.flag("prealloc") or alone:
         from sheepdog.tools.dog.filling import fill_new
 
-        every = range(source.inode.object_count)
-        fill_new(connection, name, made, source, every if context.flag("prealloc") else [*filter(source.owner, every)])
+        opened = Opened(source, inodes.read_map(connection, source))
+        every = range(source.object_count)
+        fill_new(connection, name, made, opened, every if context.flag("prealloc") else [*filter(opened.owner, every)])
     if context.verbose:
         print(f"{made:x}" if context.raw else f"VDI ID of newly created clone: {made:x}")
 
