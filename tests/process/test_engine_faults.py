@@ -14,13 +14,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 from tests.support import native, trees
 from tests.support.door import Door, plain
-from tests.support.machines import SESSION_MS, Machines, Site
+from tests.support.machines import SESSION_MS, Machines, engine_fixtures
 from tests.support.pauses import Pauses
 from tests.support.processes import environment, wait_until
 from tests.support.registers import VOLUME, WORKER_BYTES, Worker, check_all
@@ -44,19 +44,9 @@ BEYOND_SESSION_SECONDS = 2.5 * SESSION_MS / 1000
 START_SECONDS = 60.0  # ten of them for an engine that does not come
 DETECTED_SECONDS = 5.0  # by then each side knows that it is alone
 PATIENCE_SECONDS = 120.0  # of clients: they sit on one machine, whatever happens to it
-ENGINES = ("zookeeper", "corosync")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    with closing(Site(request.param, MACHINES)) as made:
-        yield made
-
-
-@pytest.fixture
-def machines(request: pytest.FixtureRequest, site: Site) -> Iterator[Machines]:
-    with site.used(request, copies=MACHINES) as made:
-        yield made
+site, machines = engine_fixtures(MACHINES)
 
 
 class Ask:

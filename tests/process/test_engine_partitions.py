@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 from tests.support import trees
 from tests.support.door import Door, plain
-from tests.support.machines import Machines, Site
+from tests.support.machines import Machines, engine_fixtures
 from tests.support.pauses import Pauses
 from tests.support.watch import Watch
 
@@ -32,16 +32,7 @@ STEADY_SECONDS = 12.0  # twice as long as a member may be silent
 OVER_SECONDS = 2.0  # what should not happen has happened by then
 
 
-@pytest.fixture(scope="module", params=["zookeeper", "corosync"])
-def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    with closing(Site(request.param, MACHINES)) as made:
-        yield made
-
-
-@pytest.fixture
-def machines(request: pytest.FixtureRequest, site: Site) -> Iterator[Machines]:
-    with site.used(request, copies=MACHINES) as made:
-        yield made
+site, machines = engine_fixtures(MACHINES)
 
 
 def read(oid: ObjectId) -> bytes:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import corosync, zookeeper
@@ -181,3 +182,19 @@ class Site:
     def close(self) -> None:
         self.machines = None
         self._closing.close()
+
+
+def engine_fixtures(count: int) -> tuple[Any, Any]:
+    """What a test file calls `site` and `machines`: of each engine in turn, with a copy on each of them."""
+
+    @pytest.fixture(scope="module", params=["zookeeper", "corosync"])
+    def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+        with closing(Site(request.param, count)) as made:
+            yield made
+
+    @pytest.fixture
+    def machines(request: pytest.FixtureRequest, site: Site) -> Iterator[Machines]:
+        with site.used(request, copies=count) as made:
+            yield made
+
+    return site, machines
