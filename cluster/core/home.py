@@ -356,13 +356,15 @@ class Home:
             note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)
 
     def failed_here(self, submission: Submission, error: StoreError) -> None:
-        """The copy of this node could not take a write: it takes no more until it is restored."""
+        """The copy of this node could not take a write: it takes no more until it is restored. The only one there is
+        stays what the object is: no other has what it lacks."""
         if self.context.fence != self.fence:
             return
         oid = submission.oid
         policy = self.context.policy_of(oid)
         if policy is None:
-            self.hooks.spoilt_locally(oid)
+            if self._replicas(submission) != (self.me,):
+                self.hooks.spoilt_locally(oid)
             return
         strip = self.strips.own_strip(oid, policy)
         if strip is not None:
@@ -477,12 +479,9 @@ class Home:
         return oid in self._lost
 
     def given_up(self, oid: ObjectId) -> None:
-        """Nothing is left to restore the object from. The only copy is the object, also when a write has failed."""
-        policy, version = self.context.policy_of(oid), self.context.store.version(oid)
-        if policy is None and version == NO_VERSION:
+        """Nothing is left to restore the object from."""
+        if self.context.policy_of(oid) is None and self.context.store.version(oid) == NO_VERSION:
             self._lost[oid] = [(self.me, oid)]
-        elif policy is None and self._placement.replicas(oid) == (self.me,):
-            self.hooks.restored_locally(oid)
 
     def on_lost(self, member: int, oids: Sequence[ObjectId]) -> None:
         """A disk of `member` went, and these copies or strips with it."""
