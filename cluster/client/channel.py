@@ -7,7 +7,9 @@ and many of them cost the gateway no more than one connection and few receives.
 A broken connection is opened again and everything in flight is sent again with its old id: all operations of this
 protocol may be repeated. After `patience_s` without a gateway what waits fails with EIO, and so does what follows,
 but for one attempt a second. A gateway that holds the connection but leaves a request unanswered for `STALL_LIMIT_S` is
-connected to anew, and everything in flight sent again; a request unanswered for `ANSWER_LIMIT_S` fails with EIO.
+asked for a sign of life. Without one it is connected to anew, and everything in flight sent again. With one it is slow,
+and requests sent again would only queue up behind themselves, on a busy host until none is answered in time: they are
+after `SLOW_LIMIT_S`, once. A request unanswered for `ANSWER_LIMIT_S` fails with EIO.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import itertools
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from struct import Struct
 
+from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.connection import (
     ANSWER_LIMIT_S,
@@ -28,18 +31,22 @@ from sheepdog.cluster.client.connection import (
     RETRY_LAST_S,
     STALL_LIMIT_S,
     Broken,
+    Connection,
     Dial,
     bound_waits,
     connect,
     receive,
 )
-from sheepdog.cluster.client.errors import ShutOutError
+from sheepdog.cluster.client.errors import SheepError, ShutOutError
+from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.wire.header import HEADER_SIZE
 
 RECEIVE_BYTES = 256 << 10  # one receive: the answers to a full queue of small reads
 ATTEMPT_EVERY_S = 1.0  # once patience has ended
 STALL_CHECK_S = 2.0  # while other requests are answered; silence is noticed by the kernel
+SIGN_LIMIT_S = 5.0  # for a sign of life, which takes a gateway no work: its own host may be busy
+SLOW_LIMIT_S = 60.0  # half of what a request may take at all: if it was lost, there is as long for another try
 
 _ANSWER = Struct("<8xIII28x")  # id, data_length, result
 _ID = Struct("<I")
@@ -150,7 +157,11 @@ class Channel:
         try:
             if sock is None:
                 raise Broken(errno.ECONNRESET, "Connection reset by peer")
-            got = sock.recv_into(self._buffer[self._end :])
+            try:
+                got = sock.recv_into(self._buffer[self._end :])
+            except BlockingIOError:
+                self._look_for_life()
+                return
             if not got:
                 raise Broken(errno.ECONNRESET, "Connection reset by peer")
             self._take(sock, self._end + got)
@@ -162,14 +173,36 @@ class Channel:
             self._reconnect(error)
 
     def _look_for_stalls(self) -> None:
-        """BlockingIOError, as after silence, if a request has waited for `STALL_LIMIT_S` while others were answered."""
+        """As after silence, if a request has waited for `STALL_LIMIT_S` while others were answered."""
         now = time.monotonic()
         if now < self._check_at:
             return
         self._check_at = now + STALL_CHECK_S
         oldest = next(iter(list(self._flight.values())), None)
         if oldest is not None and now >= max(oldest.since, self._left_at) + STALL_LIMIT_S:
+            self._look_for_life()
+            self._check_at = time.monotonic() + STALL_LIMIT_S
+
+    def _look_for_life(self) -> None:
+        """A request is not answered: BlockingIOError if everything is to be sent again, or has waited for too long."""
+        now = time.monotonic()
+        oldest = next(iter(list(self._flight.values())), None)
+        if oldest is not None and (
+            now >= max(oldest.since, self._left_at) + SLOW_LIMIT_S
+            or now >= oldest.since + ANSWER_LIMIT_S
+            or not self._is_alive()
+        ):
             raise BlockingIOError(errno.EAGAIN, "a request is not answered")
+
+    def _is_alive(self) -> bool:
+        try:
+            with closing(Connection(self.address, 0.0, answer_limit_s=SIGN_LIMIT_S)) as connection:
+                admin.node_list(connection)
+        except SheepError:
+            return True  # it says no
+        except (OSError, PeerError):
+            return False
+        return True
 
     def _leave_unanswered(self) -> None:
         """The gateway takes connections, so the wait for it is no matter of patience: each request has a limit."""

@@ -21,8 +21,9 @@ from tests.support import needs
 from tests.support.cluster import Cluster
 from tests.support.fake_sheep import FakeSheep
 from tests.support.mounts import LoopMount, SheepFs, mounted
-from tests.support.processes import BIN, environment, having_argument, run, wait_ended, wait_until
+from tests.support.processes import BIN, environment, having_argument, locked_bytes, run, wait_ended, wait_until
 
+from sheepdog.cluster.client.memory import may_lock_all
 from sheepdog.cluster.core.errors import Result
 
 MIB = 1 << 20
@@ -378,6 +379,7 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
             assert (place / "cluster/info").read_text() == ""
             assert failure(lambda: (place / "vdi/mount").write_text("web\n")) == "EIO"
             (daemon,) = having_argument(str(place))
+            assert not may_lock_all() or locked_bytes(daemon) > 10 * MIB
             if end == "kill":
                 os.kill(daemon, signal.SIGKILL)
                 wait_ended([daemon], 10, "sheepfs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -131,3 +132,9 @@ def end(pids: Sequence[int]) -> None:
         if alive(pid):
             send_signal(pid, signal.SIGKILL)
     wait_ended(pids)
+
+
+def locked_bytes(pid: int) -> int:
+    """Memory of a process that cannot be taken from it."""
+    maps = Path(f"/proc/{pid}/smaps").read_text()
+    return sum(int(kib) << 10 for kib in re.findall(r"^Locked: +(\d+) kB$", maps, re.MULTILINE))

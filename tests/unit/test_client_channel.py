@@ -214,8 +214,44 @@ def test_a_gateway_that_hangs_up_is_like_none() -> None:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits of a test's size."""
-    for name, seconds in (("STALL_LIMIT_S", 0.3), ("STALL_CHECK_S", 0.1), ("ANSWER_LIMIT_S", 1.0)):
+    for name, seconds in (
+        ("STALL_LIMIT_S", 0.3),
+        ("STALL_CHECK_S", 0.1),
+        ("SIGN_LIMIT_S", 0.2),
+        ("SLOW_LIMIT_S", 0.5),
+        ("ANSWER_LIMIT_S", 1.0),
+    ):
         monkeypatch.setattr(f"sheepdog.cluster.client.channel.{name}", seconds)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("others", (0, 1))
+def test_a_slow_gateway_is_not_given_the_same_work_again(monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    """Each time it would be longer until the next answer, and in the end none came in time."""
+    for limit in ("SIGN_LIMIT_S", "SLOW_LIMIT_S", "ANSWER_LIMIT_S"):
+        monkeypatch.setattr(f"sheepdog.cluster.client.channel.{limit}", 20.0)
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        handle = sheep._handle
+        received: list[bytes] = []
+
+        def slow(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            if payload:
+                received.append(payload)
+                time.sleep(0.8 if len(received) <= 2 else 0.0)
+            return handle(header, payload)
+
+        sheep._handle = slow  # type: ignore[method-assign]
+
+        def work(index: int) -> None:
+            for turn in range(1 + others * index):
+                payload = b"%d %d" % (index, turn)
+                assert channel.ask(write_header(data_oid(vid, 0), 0, len(payload), False), payload) == (0, 0)
+
+        together(6, work)
+        assert len(received) == len(set(received))
+        channel.close()
 
 
 @pytest.mark.usefixtures("hurried")
@@ -263,9 +299,12 @@ def test_one_request_without_an_answer_among_others_is_sent_again() -> None:
         channel = Channel(sheep.address)
         handle = sheep._handle
         swallowed = threading.Event()
+        sent: list[bytes] = []
         answered = threading.Event()
 
         def forgetful(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            if payload:
+                sent.append(payload)
             if payload == b"forgotten" and not swallowed.is_set():
                 swallowed.set()
                 return b"", b""
@@ -284,7 +323,7 @@ def test_one_request_without_an_answer_among_others_is_sent_again() -> None:
                 assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
 
         together(3, work)
-        assert swallowed.is_set() and sheep.accepted == 2
+        assert swallowed.is_set() and sent == [b"forgotten"] * 2
         channel.close()
 
 
