@@ -234,7 +234,7 @@ class Connection:
 def connect(address: Address, without_tcp: bool = False) -> socket.socket:
     """A connected blocking socket; OSError with the system's words if nobody listens.
 
-    By TCP also on one host: what has been tried beside a small memory that the kernel's NBD client fills.
+    By TCP also on one host.
     """
     failure = OSError(errno.EIO, f"{describe(address)} has no address")
     for family, target in candidates(address, without_tcp):
@@ -255,7 +255,7 @@ def connect(address: Address, without_tcp: bool = False) -> socket.socket:
 
 
 def connect_near(address: Address) -> socket.socket:
-    """`connect`, but without TCP to a sheep of the same user on this host: for commands that move many bytes."""
+    """`connect`, but without TCP to a sheep of the same user on this host: for what moves many bytes."""
     return connect(address, without_tcp=True)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.address import Address
-from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S, Connection, connect
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S, Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.client.requests import lock
 from sheepdog.cluster.core.errors import PeerError, Result
@@ -85,7 +85,7 @@ class VolumeLock:
 
     def dial(self, address: Address) -> socket.socket:
         """A connected blocking socket of one who has the lock; for `Connection`."""
-        sock = connect(address)
+        sock = connect_near(address)
         try:
             self.renew(address)
         except BaseException:

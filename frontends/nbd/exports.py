@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from sheepdog.cluster.client import inodes
 from sheepdog.cluster.client.blocking import BlockingVolume
-from sheepdog.cluster.client.connection import STALL_LIMIT_S, Connection
+from sheepdog.cluster.client.connection import STALL_LIMIT_S, Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.exclusive import VolumeLock
 from sheepdog.cluster.client.hyper import HyperVolume, open_volume
@@ -205,7 +205,9 @@ class Exports:
         read_only = read_only or export.is_snapshot
         address, patience_s = self._address, self._patience_s
         if read_only:
-            shared.volume = open_volume(address, export.name, export.tag, export.snap_id, read_only, patience_s)
+            shared.volume = open_volume(
+                address, export.name, export.tag, export.snap_id, read_only, patience_s, dial=connect_near
+            )
             return
         lock = VolumeLock(address, export.name, patience_s)
         lock.take()
