@@ -29,6 +29,7 @@ from sheepdog.cluster.client.connection import (
     PATIENCE_S,
     RETRY_FIRST_S,
     RETRY_LAST_S,
+    SLOW_LIMIT_S,
     STALL_LIMIT_S,
     Broken,
     Connection,
@@ -46,7 +47,6 @@ RECEIVE_BYTES = 256 << 10  # one receive: the answers to a full queue of small r
 ATTEMPT_EVERY_S = 1.0  # once patience has ended
 STALL_CHECK_S = 2.0  # while other requests are answered; silence is noticed by the kernel
 SIGN_LIMIT_S = 5.0  # for a sign of life, which takes a gateway no work: its own host may be busy
-SLOW_LIMIT_S = 60.0  # half of what a request may take at all: if it was lost, there is as long for another try
 
 _ANSWER = Struct("<8xIII28x")  # id, data_length, result
 _ID = Struct("<I")

@@ -27,6 +27,7 @@ RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
 STALL_LIMIT_S = 20.0  # a request unanswered for so long is sent anew: longer than expelling a hung node takes
 ANSWER_LIMIT_S = 120.0  # and for so long: EIO. Disks of a living cluster may take a minute to flush
+SLOW_LIMIT_S = 60.0  # by a gateway that lives: half of that, if it was lost there is as long for another try
 SILENCE_S = 10.0  # nothing at all from a gateway: longer than any first answer takes
 GATHER_LIMIT = 1024  # IOV_MAX of Linux
 

@@ -21,7 +21,7 @@ from struct import Struct
 from typing import NamedTuple, Self, TypeAlias
 
 from sheepdog.cluster.client.address import Address, candidates, check, describe, prepare
-from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, STALL_LIMIT_S
+from sheepdog.cluster.client.connection import ANSWER_LIMIT_S, SLOW_LIMIT_S, STALL_LIMIT_S
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.messages import Buffer
@@ -105,6 +105,7 @@ class Session:
         self._tried_at = 0.0  # end of the last round in which no gateway was found
         self._delay = 0.0  # before the next round
         self._left_at = 0.0  # when a gateway that hangs was left last
+        self._heard_at = 0.0  # when one has answered last
         self._watching: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -236,6 +237,7 @@ class Session:
             if not got:
                 self._broken()
                 return
+            self._heard_at = self._loop.time()
             intake.fill(got)
             while frame := intake.next():
                 buffer, start, data = frame
@@ -324,10 +326,14 @@ class Session:
             self._go_on()
 
     def _watch(self) -> None:
-        """Leaves a gateway that holds its connection but does not answer: a stopped process, a hung disk."""
+        """Leaves a gateway that holds its connection but does not answer: a stopped process, a hung disk.
+
+        One that answers others is slow: what is sent again, through whichever node, makes the cluster slower.
+        """
         now = self._loop.time()
         oldest = next(iter(self._flight.values()), None)
-        if oldest and self._socket and now >= max(oldest.since, self._left_at) + STALL_LIMIT_S:
+        since = max(oldest.since, self._left_at) if oldest else now
+        if oldest and self._socket and now >= min(max(since, self._heard_at) + STALL_LIMIT_S, since + SLOW_LIMIT_S):
             self._left_at = now
             self._turn += 1
             self._detach()  # also frees the payloads of those that fail now

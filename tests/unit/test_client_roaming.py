@@ -132,6 +132,40 @@ def test_a_gateway_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(body(sheep, twin))
 
 
+def test_a_slow_gateway_is_not_left_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it answers others; a request that it has lost is tried elsewhere in the end."""
+    for name, seconds in (("STALL_LIMIT_S", 0.5), ("STALL_CHECK_S", 0.1), ("SLOW_LIMIT_S", 2.0)):
+        monkeypatch.setattr(f"sheepdog.cluster.client.session.{name}", seconds)
+
+    async def body(sheep: FakeSheep, twin: FakeSheep) -> None:
+        session = await Session.open(sheep.address)
+        volume = await Volume.open(session, "v")
+        await volume.write(0, b"x" * MIB)
+        session.roam([twin.address])
+        handle = sheep._handle
+        lost: list[float] = []
+
+        def forgetful(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            if payload == b"forgotten":
+                lost.append(time.monotonic())
+                return b"", b""
+            return handle(header, payload)
+
+        sheep._handle = forgetful  # type: ignore[method-assign]
+        writing = asyncio.create_task(volume.write(0, b"forgotten"))
+        async with asyncio.timeout(10):
+            while not writing.done():
+                await volume.read(MIB - 10, 10)
+                await asyncio.sleep(0.05)
+        assert len(lost) == 1 and time.monotonic() - lost[0] >= 2.0
+        await session.close()
+
+    with FakeSheep() as sheep, FakeSheep() as twin:
+        sheep.create("v", 4 * MIB, shift=20)
+        twin_of(sheep, twin)
+        asyncio.run(body(sheep, twin))
+
+
 def test_a_request_that_nobody_answers_fails_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("STALL_LIMIT_S", 0.3), ("STALL_CHECK_S", 0.1), ("ANSWER_LIMIT_S", 1.0)):
         monkeypatch.setattr(f"sheepdog.cluster.client.session.{name}", seconds)
