@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -63,14 +64,13 @@ class Machines(Cluster):
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     cluster = Machines(tmp_path_factory.mktemp("cache"))
     cluster.cache.mkdir()
-    run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}M", "tmpfs", cluster.cache])
-    try:
+    with ExitStack() as stack:
+        run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}M", "tmpfs", cluster.cache])
+        stack.callback(wait_until, partial(unmounted, cluster.cache), SECONDS, f"umount {cluster.cache}")
+        stack.callback(cluster.close)
         cluster.begin()
         cluster.format("-c", "2")
         yield cluster
-    finally:
-        cluster.close()
-        wait_until(partial(unmounted, cluster.cache), SECONDS, f"umount {cluster.cache}")
 
 
 @pytest.fixture

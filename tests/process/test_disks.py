@@ -212,6 +212,10 @@ def test_a_node_that_starts_with_fewer_disks(cluster: Cluster, tmp_path: Path) -
 def test_a_node_dies_before_it_has_noted_what_its_disk_takes_along(cluster: Cluster, tmp_path: Path) -> None:
     """META/settled says yet that all is here and current: what is not here must not be taken for deleted."""
     Load(cluster, node=0)
+    cluster.kill(0)
+    cluster.start(0)  # its journal has nothing of the inode any more, from which it could make that anew
+    cluster.wait_members(3)
+    cluster.wait_recovered()
     for node in (1, 2):
         cluster.kill(node)
     cluster.wait_members(1, [0])

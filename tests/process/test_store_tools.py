@@ -54,6 +54,7 @@ class Left:
                 data[offset : offset + length] = part
                 cluster.dog("vdi", "write", name, str(offset), str(length), stdin=part)
         time.sleep(LEVEL_SECONDS)
+        cluster.dog("cluster", "recover", "disable")  # else those that die last make copies in other places
         for node in range(NODES):
             cluster.kill(node, signal.SIGKILL)
 
