@@ -235,7 +235,7 @@ class Connection:
 def connect(address: Address, without_tcp: bool = False) -> socket.socket:
     """A connected blocking socket; OSError with the system's words if nobody listens.
 
-    By TCP also on one host.
+    By TCP also on one host, unless told.
     """
     failure = OSError(errno.EIO, f"{describe(address)} has no address")
     for family, target in candidates(address, without_tcp):

@@ -90,7 +90,7 @@ class Coherence:
         return int(result)
 
     def asked(self, question: object, answered: Callable[[int, Buffer], None]) -> None:
-        """A peer's question of `claim`; answered once this node has applied that event."""
+        """A peer's question of `_tell`; answered once this node has applied that event."""
         match question:
             case ["coherent", int(vid), int(round_number)]:
                 self._watching.append((Vid(vid), round_number, answered))

@@ -230,16 +230,22 @@ class Path:
                 return bytes(data)
 
 
+def shared_by_three(seed: int) -> tuple[SimCluster, Vid, list[Path]]:
+    """A new volume, and a path to it through each node."""
+    cluster = enforcing(seed)
+    vid = new_vdi(cluster)
+    paths = [Path(cluster, vid, node) for node in range(3)]
+    for path in paths:
+        lock(cluster, path.node, shared=True)
+        path.entries = read_map(cluster, vid)
+    return cluster, vid, paths
+
+
 def test_what_one_path_has_written_the_others_read() -> None:
     """An initiator that uses its paths in turn sees what it wrote, whichever way it went."""
     invalidated = 0
     for seed in range(SEEDS):
-        cluster = enforcing(seed)
-        vid = new_vdi(cluster)
-        paths = [Path(cluster, vid, node) for node in range(3)]
-        for path in paths:
-            lock(cluster, path.node, shared=True)
-            path.entries = read_map(cluster, vid)
+        cluster, vid, paths = shared_by_three(seed)
         chance = cluster.world.stream("initiator")
         for value in range(1, ROUNDS):
             index = chance.randrange(5)
@@ -255,12 +261,7 @@ def test_what_one_path_has_written_the_others_read() -> None:
 
 
 def _write_together(seed: int) -> None:
-    cluster = enforcing(seed)
-    vid = new_vdi(cluster)
-    paths = [Path(cluster, vid, node) for node in range(3)]
-    for path in paths:
-        lock(cluster, path.node, shared=True)
-        path.entries = read_map(cluster, vid)
+    cluster, _, paths = shared_by_three(seed)
     chance = cluster.world.stream("initiator")
     content: dict[int, int] = {}
     ended: list[None] = []
@@ -287,12 +288,7 @@ class Late:
     """Three paths of one volume; what is ordered comes late to one node."""
 
     def __init__(self) -> None:
-        self.cluster = enforcing(1)
-        self.vid = new_vdi(self.cluster)
-        self.paths = [Path(self.cluster, self.vid, node) for node in range(3)]
-        for path in self.paths:
-            lock(self.cluster, path.node, shared=True)
-            path.entries = read_map(self.cluster, self.vid)
+        self.cluster, self.vid, self.paths = shared_by_three(1)
         for path in self.paths:
             assert self.wait(path.read(0)) == bytes(BLOCK_SIZE)
 

@@ -242,7 +242,7 @@ def test_a_slow_gateway_is_not_given_the_same_work_again(monkeypatch: pytest.Mon
                 time.sleep(0.8 if len(received) <= 2 else 0.0)
             return handle(header, payload)
 
-        sheep._handle = slow  # type: ignore[method-assign]
+        monkeypatch.setattr(sheep, "_handle", slow)
 
         def work(index: int) -> None:
             for turn in range(1 + others * index):
@@ -293,7 +293,7 @@ def test_a_gateway_that_wakes_up_answers_all() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_one_request_without_an_answer_among_others_is_sent_again() -> None:
+def test_one_request_without_an_answer_among_others_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeSheep() as sheep:
         vid = filled(sheep)
         channel = Channel(sheep.address)
@@ -310,7 +310,7 @@ def test_one_request_without_an_answer_among_others_is_sent_again() -> None:
                 return b"", b""
             return handle(header, payload)
 
-        sheep._handle = forgetful  # type: ignore[method-assign]
+        monkeypatch.setattr(sheep, "_handle", forgetful)
 
         def work(index: int) -> None:
             if index == 0:

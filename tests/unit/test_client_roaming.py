@@ -151,7 +151,7 @@ def test_a_slow_gateway_is_not_left_before_its_time(monkeypatch: pytest.MonkeyPa
                 return b"", b""
             return handle(header, payload)
 
-        sheep._handle = forgetful  # type: ignore[method-assign]
+        monkeypatch.setattr(sheep, "_handle", forgetful)
         writing = asyncio.create_task(volume.write(0, b"forgotten"))
         async with asyncio.timeout(10):
             while not writing.done():

@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.stores import StoreDriver
@@ -256,9 +257,9 @@ def test_a_disk_that_fails_at_the_start_is_forgotten(tmp_path: Path, monkeypatch
     filled(tmp_path, "d1", "d2").crash()
     real = replay.replay
 
-    def failing(copies: Copies, found: replay.Found, *rest: object, **options: bool) -> object:
+    def failing(copies: Copies, *rest: Any, **options: Any) -> object:
         copies.fail(copies.homes[0], OSError(errno.EIO, "broken"))
-        return real(copies, found, *rest, **options)  # type: ignore[arg-type]
+        return real(copies, *rest, **options)
 
     monkeypatch.setattr(replay, "replay", failing)
     assert Starts(tmp_path).forgets("d1", "d2")
