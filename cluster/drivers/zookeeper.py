@@ -20,7 +20,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -132,7 +132,7 @@ class ZooKeeperDriver:
         except BaseException:
             await self.close()
             raise
-        for body in (self._read_all(), self._send_all(), self._watch_all(), self._collect_all()):
+        for body in (self._read_all, self._send_all, self._watch_all, self._collect_all):
             self._tasks.append(self._loop.create_task(self._guarded(body)))
 
     async def _join(self, me: Peer) -> None:
@@ -239,7 +239,7 @@ class ZooKeeperDriver:
     def renew(self) -> None:
         """Asks for a new lease; comes back by itself until there is one."""
         if self._joined and not self._over and (self._renewal is None or self._renewal.done()):
-            self._renewal = self._loop.create_task(self._guarded(self._renew()))
+            self._renewal = self._loop.create_task(self._guarded(self._renew))
 
     async def _renew(self) -> None:
         lease_s = self._lease_ns / 1e9
@@ -286,10 +286,10 @@ class ZooKeeperDriver:
         self._published = self._position
         return await self._there.set(self._member_path(self._me), self._member_data())
 
-    async def _guarded(self, body: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs a task of the driver; what it cannot go on without ends this incarnation."""
         try:
-            await body
+            await body()
         except Exception as error:
             self._lose(self._explained(error))
 

@@ -238,6 +238,20 @@ def test_a_lease_that_comes_too_late_is_asked_for_again(monkeypatch: pytest.Monk
     assert [type(event) for event in asyncio.run(body())] == [Leased] * 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_lease_asked_for_at_the_very_end_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task that shall get it is cancelled before it has begun."""
+
+    async def body() -> None:
+        driver = ZooKeeperDriver("h:1")
+        monkeypatch.setattr(driver, "_joined", True)
+        monkeypatch.setattr(driver, "_loop", asyncio.get_running_loop(), raising=False)
+        driver.renew()
+        await driver.close()
+
+    asyncio.run(body())
+
+
 def test_a_server_that_is_cut_off_costs_a_part_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not refuse: kazoo would wait for as long as the session lasts, and then there is none any more."""
     waited: list[float] = []
