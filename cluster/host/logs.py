@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import syslog
 import time
 
@@ -18,6 +19,15 @@ from sheepdog.cluster.host.options import LOG_LEVELS, LogOptions
 FILE_NAME = "sheep.log"
 SYSLOG_IDENT = "sheep"
 
+_COMPILED = "compiled"  # stands for functions that the interpreter has no frames of
+_CALLERS = frozenset(  # module and function of what calls anything
+    {
+        ("asyncio.events", "_run"),
+        ("sheepdog.cluster.host.loop", "select"),
+        ("sheepdog.cluster.host.workers", "job"),
+        ("sheepdog.cluster.host.workers", "_finish"),
+    }
+)
 _LOGGING_LEVELS = (60, 55, logging.CRITICAL, logging.ERROR, logging.WARNING, 25, logging.INFO, logging.DEBUG)
 _NAMES = ("EMERG", "ALERT", "CRIT", "ERROR", "WARN", "NOTICE", "INFO", "DEBUG")
 
@@ -132,8 +142,15 @@ class Logs:
         return LOG_LEVELS[self._level]
 
     def write(self, level: int, text: str) -> None:
-        """`ports.Log`; the line names the function that called this."""
-        self._logger.log(_LOGGING_LEVELS[level], "%s", text, stacklevel=2)
+        """`ports.Log`; the line names the function that called this, or the plain one that called compiled ones."""
+        number = _LOGGING_LEVELS[level]
+        if not self._logger.isEnabledFor(number):
+            return
+        caller = sys._getframe(1)
+        name, line = caller.f_code.co_name, caller.f_lineno
+        if (caller.f_globals.get("__name__"), name) in _CALLERS:
+            name, line = _COMPILED, 0
+        self._logger.handle(self._logger.makeRecord(self._logger.name, number, "", line, text, (), None, name))
 
     def reopen(self) -> None:
         """After rotation: goes on in a new file of the same name."""

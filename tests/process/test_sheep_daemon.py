@@ -74,6 +74,7 @@ def test_a_daemon_from_its_start_to_its_end(single: Cluster, directory: Path) ->
     assert not (store / "sock").exists()
     lines = messages(single.log(0)).splitlines()
     assert all(map(SERVER_LINE.fullmatch, lines)), lines
+    assert not any(" select(" in line for line in lines), "the loop is no origin: it was somebody that it called"
     assert STARTED in lines[0] and lines[-1].endswith(f") {ENDED}")
 
 
