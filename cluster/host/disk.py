@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.host.system_call import system_call
 
 _KEEP_SIZE_AND_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)
 _SYNC_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -96,9 +97,8 @@ class Disk(Protocol):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.fallocate.restype = ctypes.c_int
-_libc.syscall.restype = ctypes.c_long
 
-_OPENAT2 = 437  # on every machine; the C library has no function for it
+_OPENAT2 = 437  # on every machine
 _AT_FDCWD = -100
 _RESOLVE_CACHED = 0x20  # EAGAIN rather than look on the disk (Linux 5.12)
 
@@ -127,10 +127,10 @@ class RealDisk:
 
     def open_cached(self, path: str, flags: int) -> int:
         how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_CACHED)
-        fd = int(_libc.syscall(_OPENAT2, _AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how)))
-        if fd < 0:  # an old kernel has other errors; whatever it is, `open` meets it again
-            raise BlockingIOError(ctypes.get_errno(), "not in the caches", path)
-        return fd
+        try:
+            return system_call(_OPENAT2, _AT_FDCWD, os.fsencode(path), ctypes.addressof(how), ctypes.sizeof(how))
+        except OSError as error:  # an old kernel has other errors; whatever it is, `open` meets it again
+            raise BlockingIOError(error.errno, "not in the caches", path) from None
 
     def info(self, fd: int) -> FileInfo:
         status = os.fstat(fd)

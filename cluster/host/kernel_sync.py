@@ -18,9 +18,10 @@ from struct import Struct
 from typing import Final
 
 from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.system_call import system_call
 from sheepdog.cluster.host.workers import CallSoon, ThreadWorkers
 
-# Numbers of io_setup, io_destroy, io_getevents, io_submit: there are no functions of the C library for them.
+# Numbers of io_setup, io_destroy, io_getevents, io_submit.
 _ALL_CALLS: Final = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
 _FDSYNC: Final = 3  # IOCB_CMD_FDSYNC of <linux/aio_abi.h>
 _TELL_EVENTFD: Final = 1  # IOCB_FLAG_RESFD
@@ -38,27 +39,23 @@ class KernelSync:
         if platform.machine() not in _ALL_CALLS:
             raise OSError("the numbers of the system calls are not known")
         self._setup, self._destroy, self._getevents, self._submit = _ALL_CALLS[platform.machine()]
-        # None of the calls waits, so the interpreter need not be given up for them.
-        self._call = ctypes.PyDLL(None, use_errno=True).syscall
-        self._call.restype = ctypes.c_long
-        self._call.argtypes = (ctypes.c_long, ctypes.c_ulong, *[ctypes.c_void_p] * 4)
         self._request = ctypes.create_string_buffer(_REQUEST.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = ctypes.create_string_buffer(_EVENT.size)
         context = ctypes.c_ulong()
-        self._checked(self._call(self._setup, 1, ctypes.addressof(context), None, None, None))
+        system_call(self._setup, 1, ctypes.addressof(context))
         self._context = context.value
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def begin(self, fd: int) -> None:
         """Readable `eventfd` tells the end; none other may be under way. OSError: it was not begun."""
         _REQUEST.pack_into(self._request, 0, 0, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _TELL_EVENTFD, self.eventfd)
-        self._checked(self._call(self._submit, self._context, 1, ctypes.addressof(self._requests), None, None))
+        system_call(self._submit, self._context, 1, ctypes.addressof(self._requests))
 
     def result(self) -> OSError | None:
         """How the sync ended; when `eventfd` is readable."""
         os.eventfd_read(self.eventfd)
-        got = self._checked(self._call(self._getevents, self._context, 1, 1, ctypes.addressof(self._event), None))
+        got = system_call(self._getevents, self._context, 1, 1, ctypes.addressof(self._event), None)
         if got != 1:
             raise OSError(errno.EIO, "a sync ended without a result")
         code = -_EVENT.unpack(self._event)[2]
@@ -66,14 +63,8 @@ class KernelSync:
 
     def close(self) -> None:
         """Waits for a sync that is under way."""
-        self._call(self._destroy, self._context, None, None, None, None)
+        system_call(self._destroy, self._context)
         os.close(self.eventfd)
-
-    def _checked(self, result: int) -> int:
-        if result < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return result
 
 
 class LoopWorkers(ThreadWorkers):

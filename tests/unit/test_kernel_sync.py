@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from sheepdog.cluster.host import kernel_sync
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.kernel_sync import KernelSync, LoopWorkers
 from sheepdog.cluster.host.loop import TurnLoop, new_loop
+from sheepdog.cluster.host.system_call import system_call
 
 SECONDS = 20
 
@@ -110,10 +112,9 @@ def test_what_the_kernel_reports_is_the_result(
     """`None`: it says that something has ended, and has nothing."""
     kernel = world.workers._kernel
     assert kernel is not None
-    call = kernel._call
 
-    def reported(number: int, *arguments: object) -> int:
-        got: int = call(number, *arguments)
+    def reported(number: int, *arguments: int | None) -> int:
+        got = system_call(number, *arguments)
         if number != kernel._getevents:
             return got
         if result is None:
@@ -121,7 +122,7 @@ def test_what_the_kernel_reports_is_the_result(
         struct.pack_into("<q", kernel._event, 16, result)
         return got
 
-    monkeypatch.setattr(kernel, "_call", reported)
+    monkeypatch.setattr(kernel_sync, "system_call", reported)
     world.sync()
     (error,) = world.wait(1)
     assert isinstance(error, OSError)
