@@ -1,7 +1,7 @@
 """A directory of saved cluster states: every chunk of data once, compressed, named by its hash.
 
  format             "sheepdog cluster snapshots 1": what this description is of
- lock               held by whoever changes the directory
+ lock               held by whoever changes the directory, or needs that nobody does
  chunks/AB/HASH     at most 4 MiB of data as one zstd frame; HASH is BLAKE2b-256 of the data in hex, AB its beginning
  states/N           a saved state: BLAKE2b-256 of the rest as one line of hex, then a zstd frame of JSON (see `State`)
 
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import get_ident
@@ -30,6 +30,7 @@ from sheepdog.tools.dog.window import is_zero
 CHUNK_BYTES = 4 << 20
 FORMAT = "sheepdog cluster snapshots 1\n"
 LEVEL = 3  # 300 MB/s a thread, and most of what compression can do for disk images
+_PART = ".part"  # a file that is being written, or was when somebody was killed
 HOLE = ""  # "hash" of a chunk of zeros
 _HASH_BYTES = 32
 
@@ -72,25 +73,37 @@ class Archive:
         marker = path / "format"
         try:
             if not marker.exists():
-                if path.exists() and any(path.iterdir()):
+                if path.exists() and not all(entry.name.endswith(_PART) for entry in path.iterdir()):
                     raise ArchiveError(f"{path} holds something else")
-                for directory in (path, self._chunks, self._states):
-                    directory.mkdir(exist_ok=True)
+                path.mkdir(exist_ok=True)
                 _write(marker, FORMAT.encode())
             if marker.read_text() != FORMAT:
                 raise ArchiveError(f"{path} has a format that this version does not know")
+            for directory in (self._chunks, self._states):  # after the mark: whoever was interrupted can go on
+                directory.mkdir(exist_ok=True)
         except OSError as error:
             raise ArchiveError(f"{error.filename}: {error.strerror}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One change at a time."""
-        with open(self._path / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ArchiveError(f"somebody else changes {self._path}") from error
+        """One change at a time, and none while somebody needs what is there (`kept`)."""
+        with open(self._path / "lock", "a") as file:
+            self._lock(file.fileno(), fcntl.LOCK_EX)
             yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Nobody changes anything; also of a directory that cannot be written to."""
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError):  # nothing was ever saved
+                self._lock(stack.enter_context(open(self._path / "lock")).fileno(), fcntl.LOCK_SH)
+            yield
+
+    def _lock(self, file: int, kind: int) -> None:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArchiveError(f"somebody else uses {self._path}") from error
 
     # -- chunks
 
@@ -172,7 +185,7 @@ class Archive:
 
 def _write(place: Path, data: bytes) -> None:
     """A file that appears as a whole, durable but for its name."""
-    part = place.with_name(f"{place.name}.{os.getpid()}.{get_ident()}.part")
+    part = place.with_name(f"{place.name}.{os.getpid()}.{get_ident()}{_PART}")
     try:
         with open(part, "wb") as file:
             file.write(data)

@@ -228,8 +228,7 @@ def load(context: Context) -> None:
     word, path = context.argument(0), context.argument(1, _NO_PATH)
     names = [name.encode(errors="surrogateescape") for name in context.rest(2)]
     message = "Fail to load snapshot"
-    with _failing(message):
-        archive = Archive(Path(path))
+    with _failing(message), (archive := Archive(Path(path))).kept():
         state = _chosen(archive, word, message)
         headers = _headers(state)
         chosen = [inode for inode in headers if not inode.is_deleted and (not names or inode.name in names)]
