@@ -79,9 +79,9 @@ def test_locks(cluster: Cluster) -> None:
     assert lock(cluster, 1, b"locked") == (Result.VDI_LOCKED, vid)
     assert lock(cluster, 2, b"locked", shared=True) == (Result.VDI_LOCKED, vid)
     assert locks(cluster) == [f"  locked        0  {vid:6x}  {'':13}  {owner(cluster, 1)}"]
-    machines = cluster.dog("vm", "list").splitlines()
-    assert machines[0] == "Name            |Vdi size |Allocated| Shared  | Status"
-    assert machines[2] == "locked          |   8.0 MB|   0.0 MB|   0.0 MB| running on 127.0.0.1"
+    header, _, *machines = cluster.dog("vm", "list").splitlines()
+    assert header == "Name            |Vdi size |Allocated| Shared  | Status"
+    assert "locked          |   8.0 MB|   0.0 MB|   0.0 MB| running on 127.0.0.1" in machines
     # A snapshot moves the lock to the volume that goes on; the snapshot is nobody's.
     cluster.dog("vdi", "snapshot", "-s", "t1", "locked")
     heir = vid + 1
@@ -103,7 +103,7 @@ def test_locks(cluster: Cluster) -> None:
     release(cluster, 1, heir, shared=True)
     assert locks(cluster)[0].endswith(f"  {owner(cluster, 2)}(invalidated)")
     release(cluster, 2, heir, shared=True)
-    assert cluster.dog("vm", "list", "-r").splitlines()[-1] == f"locked {8 * MIB} 0 0 -"
+    assert f"locked {8 * MIB} 0 0 -" in cluster.dog("vm", "list", "-r").splitlines()
 
 
 def test_a_lock_ends_with_the_node_that_held_it(new_cluster: Callable[..., Cluster]) -> None:
