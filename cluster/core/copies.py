@@ -81,6 +81,18 @@ class Copies:
             self._standing.complete = 0
         self.replica.strips.undo.load(self._disk, store.version)
 
+    @property
+    def log_since(self) -> int:
+        """From which epoch on this node remembers all that it recorded; 0: its disks may be others than before."""
+        return self._proven.forgotten + 1
+
+    def step_back(self, member: int, common: int) -> None:
+        """Epochs after `common` that this node has recorded are none of the cluster's: what it noted in them was so in
+        `member`, the last one that was, with this node. Before the first epoch of this process."""
+        settled, broken, forgotten, dropped = self._proven
+        self._standing.step_back(member)
+        self._prove(Proven(min(settled, member), min(broken, member), min(forgotten, common), dropped))
+
     def forget(self) -> None:
         """The cluster was formatted: nothing of before counts."""
         self._context.origins.clear()

@@ -5,16 +5,35 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sheepdog.cluster.core.ids import Member
+from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS
 from sheepdog.cluster.core.state import (
     PROTOCOL_VERSION,
     ClusterFlag,
     ClusterState,
     Status,
     member_from_json,
+    member_to_json,
     record_from_json,
+    record_to_json,
 )
+from sheepdog.cluster.core.void_epochs import Join, are_void, makes_void, parting, parting_of
 
-Join = dict[str, Any]  # a join command: what a node is, and what its disks remember
+_NEWER = "it may hold what the others lack: shut them down and start all nodes together"
+_OTHER = "if nothing that was written there since is needed, start it with empty disks"
+
+
+def join_command(state: ClusterState, me: Member, fixed: bool, log_since: int) -> dict[str, Any]:
+    """What a node says of itself; `state` as its disks remember it, `log_since` see `ClusterMachine`."""
+    return {
+        "t": "join",
+        "member": member_to_json(me),
+        "fixed": fixed,
+        "protocol": PROTOCOL_VERSION,
+        "config": state.config().decode() if state.ctime else None,
+        "epochs": [record_to_json(record) for record in state.epochs[-JOIN_HISTORY_EPOCHS:]],
+        "since": log_since,
+    }
 
 
 def refusal(state: ClusterState, join: Join) -> str | None:
@@ -25,8 +44,12 @@ def refusal(state: ClusterState, join: Join) -> str | None:
     if state.ctime and config is not None and config["ctime"] != state.ctime:
         return "its store belongs to another cluster (different creation time)"
     last = join["epochs"][-1][0] if join["epochs"] else 0
-    if state.status == Status.RUNNING and last > state.epoch:
-        return f"its epoch {last} is newer than the cluster's {state.epoch}"
+    if state.status == Status.RUNNING and not are_void(state, join):
+        if last > state.epoch:
+            return f"its epoch {last} is newer than the cluster's {state.epoch}; {_NEWER}"
+        common, _ = parting_of(state, join)
+        if common >= state.forced:  # else an administrator has given up what came after
+            return f"its epochs from {common + 1} on are not the cluster's; {_OTHER}"
     storing = member_from_json(join["member"]).vnodes > 0
     automatic = bool(state.flags & ClusterFlag.AUTO_VNODES)
     if state.ctime and storing and join["fixed"] == automatic:
@@ -36,16 +59,28 @@ def refusal(state: ClusterState, join: Join) -> str | None:
     return None
 
 
+def _leads(state: ClusterState, join: Join) -> bool:
+    """The joiner's history goes further, or it is the one of two that was lived through."""
+    newest = join["epochs"][-1][0] if join["epochs"] else 0
+    common, _ = parting_of(state, join)
+    if common < min(newest, state.epoch):
+        if are_void(state, join):
+            return False
+        if makes_void(state, join):
+            return True
+    return newest > state.epoch
+
+
 def learn(state: ClusterState, join: Join) -> None:
     """A waiting cluster takes over what a formatted joiner remembers, if it is newer."""
     config = json.loads(join["config"])
-    epochs = [record_from_json(value) for value in join["epochs"]]
-    newest = epochs[-1].epoch if epochs else 0
     term = max(state.term, config["term"])
-    if not state.ctime or newest > state.epoch:
+    if not state.ctime or _leads(state, join):
         for name, value in config.items():
             setattr(state, name, value)
-        known = {record.epoch: record for record in state.epochs}
+        epochs = [record_from_json(value) for value in join["epochs"]]
+        common, _ = parting(reversed(state.epochs), epochs)
+        known = {record.epoch: record for record in state.epochs if record.epoch <= common}
         known.update({record.epoch: record for record in epochs})
         state.epochs = [known[number] for number in sorted(known)]
         state.members = state.weighted(state.members)

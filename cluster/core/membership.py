@@ -28,8 +28,8 @@ from sheepdog.cluster.core.commands import Command, apply_command, misplaced
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.fragments import Fragments, Key
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
-from sheepdog.cluster.core.join_rules import learn, refusal
-from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS, MAX_EXPELLED
+from sheepdog.cluster.core.join_rules import join_command, learn, refusal
+from sheepdog.cluster.core.limits import MAX_EXPELLED
 from sheepdog.cluster.core.listener import Listener
 from sheepdog.cluster.core.member_index import MemberIndex
 from sheepdog.cluster.core.ports import (
@@ -44,15 +44,8 @@ from sheepdog.cluster.core.ports import (
     Suspended,
     View,
 )
-from sheepdog.cluster.core.state import (
-    PROTOCOL_VERSION,
-    ClusterState,
-    Status,
-    member_from_json,
-    member_to_json,
-    node_key,
-    record_to_json,
-)
+from sheepdog.cluster.core.state import ClusterState, Status, member_from_json, node_key
+from sheepdog.cluster.core.void_epochs import note_log
 
 Answer = Callable[[Any], None]
 EXPELLED = "the others expelled this node, because it did not answer them"
@@ -75,6 +68,7 @@ class ClusterMachine:
         self.fixed_vnodes = fixed_vnodes
         self.state = state
         self.joined = False
+        self.log_since = 0  # from this epoch on this node's log has all that it recorded; 0: it cannot tell
         self._clock = clock
         self._engine = engine
         self._listener = listener
@@ -136,7 +130,7 @@ class ClusterMachine:
         if not self._asked_to_join:
             self._asked_to_join = True
             self.me = Member(self.me.id, self.me.zone, self.me.vnodes, self.me.space, mine[1])
-            self.propose(self._join_command())
+            self.propose(join_command(self.state, self.me, self.fixed_vnodes, self.log_since))
         self._coordinate()
 
     @property
@@ -189,17 +183,6 @@ class ClusterMachine:
             self.propose({"t": "leave", "nodes": nodes, "time": self._now_s()})
 
     # -- joining -----------------------------------------------------------------------------------------------
-
-    def _join_command(self) -> Command:
-        state = self.state
-        return {
-            "t": "join",
-            "member": member_to_json(self.me),
-            "fixed": self.fixed_vnodes,
-            "protocol": PROTOCOL_VERSION,
-            "config": state.config().decode() if state.ctime else None,
-            "epochs": [record_to_json(record) for record in state.epochs[-JOIN_HISTORY_EPOCHS:]],
-        }
 
     def _answer_join(self, key: Key) -> None:
         """Coordinator (or founder): lets a node in or refuses it."""
@@ -289,6 +272,7 @@ class ClusterMachine:
             state.vdis.unlock_node(node_key(member.id))
         state.members = state.weighted([*others, member])
         state.note_return(member.id)
+        note_log(state, join)
         if state.status == Status.RUNNING:
             self._new_epoch(time_s, quiet)
             return

@@ -24,7 +24,7 @@ from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import Epoch, Member, NodeId
+from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.inode_writes import InodeWrites
 from sheepdog.cluster.core.limits import CACHE_END_NS, LEASE_NS, UNSETTLED_TICKS
 from sheepdog.cluster.core.membership import ClusterMachine
@@ -50,6 +50,7 @@ from sheepdog.cluster.core.scrub import Scrub
 from sheepdog.cluster.core.state import ClusterState, Status, node_key
 from sheepdog.cluster.core.strip_check import StripCheck
 from sheepdog.cluster.core.vigil import Vigil
+from sheepdog.cluster.core.void_epochs import parting
 
 
 class CacheDisk(NamedTuple):
@@ -122,6 +123,7 @@ class Node:
         self._told = False  # the homes of the current epoch know what is here
         self._saved = b""  # the configuration, as it is on the disk or will be
         self._recorded = 0  # newest epoch that is durable in the log
+        self._remembered: list[EpochRecord] = []  # the log as it was at the start, until the first epoch
         self._former: dict[int, Placement | None] = {}
         self._grace_until_ns = 0  # until then, members that were declared dead may answer from what they knew
 
@@ -148,6 +150,8 @@ class Node:
         self.copies.load()
         self.scrub.load()
         self._recorded = self.cluster.epoch
+        self._remembered = list(self.cluster.epochs)
+        self.machine.log_since = self.copies.log_since
 
     def stop(self, done: Callable[[], None]) -> None:
         """Leaves the cluster orderly. Nothing is answered any more: the others go on without this node at once.
@@ -283,6 +287,7 @@ class Node:
         store = self.context.store
         self.context.epoch = self.context.fence = 0
         self._recorded = 0
+        self._remembered = []
         self._former.clear()
         self._disk.clear_epochs(self._must_work)
         self.copies.forget()
@@ -300,6 +305,8 @@ class Node:
         record = state.epochs[-1]
         if context.epoch:
             self.copies.end_epoch()
+        else:
+            self._drop_void_epochs()
         context.epoch = record.epoch
         context.fence = state.era << 32 | record.epoch
         context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)
@@ -319,6 +326,22 @@ class Node:
         self._executor.sweep.consider()
         self.dispatch.begin()
         self._exit_if_only_gateways(record.members)
+
+    def _drop_void_epochs(self) -> None:
+        """What this node has recorded and the cluster does not know (core.void_epochs) must not be taken, here or after
+        a full stop, for the cluster's epochs of the same numbers."""
+        remembered, self._remembered = self._remembered, []
+        common, after = parting(reversed(remembered), self.cluster.epochs)
+        if after:
+            self.context.probe("node.void_epochs")
+            self._log(4, f"epochs {common + 1} to {after[0].epoch} of this node are not the cluster's: dropped")
+            self._recorded = common
+            self._disk.drop_epochs(common, self._must_work)
+            mine = [one.epoch for one in remembered if one.epoch <= common and self._was_in(one)]
+            self.copies.step_back(max(mine, default=0), common)
+
+    def _was_in(self, record: EpochRecord) -> bool:
+        return any(member.id == self.context.me for member in record.members)
 
     def _past(self) -> Past:
         return Past(self.context.placement, self._former_placement, self._former_members, self._fewest_copies)

@@ -147,6 +147,9 @@ class NodeState(Protocol):
     def append_epoch(self, record: EpochRecord, done: Done) -> None:
         """Adds one record to the epoch log; durable at `done`."""
 
+    def drop_epochs(self, last: int, done: Done) -> None:
+        """Forgets the records after `last`, the newest first: the log is never one with a gap."""
+
     def clear_epochs(self, done: Done) -> None:
         """Forgets all records (format)."""
 

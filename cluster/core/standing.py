@@ -79,6 +79,11 @@ class Standing:
         if settled:
             self.complete = epoch
 
+    def step_back(self, epoch: int) -> None:
+        """Later epochs, of which this tells, never were: what it says of them was so in this one. At the start."""
+        self.default, self.complete = min(self.default, epoch), min(self.complete, epoch)
+        self.lacking = {oid: Lack(*(min(one, epoch) for one in lack)) for oid, lack in self.lacking.items()}
+
     def settle(self, epoch: int) -> None:
         """Every copy of this node was proven current in `epoch`."""
         self.default = self.complete = epoch

@@ -70,6 +70,8 @@ class ClusterState:
     swept: int = 0  # ... that have been fulfilled
     doubtful: list[list[int]] = field(default_factory=list)  # snapshots to be undone: [frozen vid, new vid]
     away: list[list[Any]] = field(default_factory=list)  # [node, Unix time of its leave] of those that may come back
+    logs: dict[str, list[Any]] = field(default_factory=dict)  # by member that told its epoch log when it came:
+    # [the epoch from which on that has all it recorded, the newest record's epoch, its digest] (core.void_epochs)
 
     @property
     def epoch(self) -> Epoch:
@@ -181,6 +183,7 @@ class ClusterState:
             "expelled": self.expelled,
             "queue": self.queue,
             "away": self.away,
+            "logs": self.logs,
             "sweeps": self.sweeps,
             "swept": self.swept,
             "doubtful": self.doubtful,

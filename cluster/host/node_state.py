@@ -176,14 +176,17 @@ class NodeStateFiles:
         data = encode_epoch(record)
         self._change(lambda: write_file(self._disk, self._epochs, f"{record.epoch:08d}", data), done)
 
-    def clear_epochs(self, done: Done) -> None:
-        def clear() -> None:
+    def drop_epochs(self, last: int, done: Done) -> None:
+        def drop() -> None:
             # Newest first: what a crash leaves is a shorter history, never one with a gap.
-            for name in sorted(self._epoch_names(), reverse=True):
-                self._disk.unlink(f"{self._epochs}/{name}")
+            for number in sorted((number for number in map(int, self._epoch_names()) if number > last), reverse=True):
+                self._disk.unlink(f"{self._epochs}/{number:08d}")
             self._disk.sync_directory(self._epochs)
 
-        self._change(clear, done)
+        self._change(drop, done)
+
+    def clear_epochs(self, done: Done) -> None:
+        self.drop_epochs(0, done)
 
     def load_epochs(self) -> list[EpochRecord]:
         records = []

@@ -65,11 +65,22 @@ class SimNodeState:
 
         world.after(self._ready_ns - world.now_ns, written)
 
+    def stall(self, duration_ns: int) -> None:
+        """The disk takes nothing for so long."""
+        self._ready_ns = max(self._ready_ns, self._world.now_ns + duration_ns)
+
     def save_config(self, config: bytes, done: Done) -> None:
         self._change(lambda: setattr(self._disk, "config", config), done)
 
     def append_epoch(self, record: EpochRecord, done: Done) -> None:
         self._change(lambda: self._disk.epochs.__setitem__(record.epoch, record), done)
+
+    def drop_epochs(self, last: int, done: Done) -> None:
+        def drop() -> None:
+            for number in [number for number in self._disk.epochs if number > last]:
+                del self._disk.epochs[number]
+
+        self._change(drop, done)
 
     def clear_epochs(self, done: Done) -> None:
         self._change(self._disk.epochs.clear, done)

@@ -19,6 +19,7 @@ from tests.bench.scale import Listening, accepted, member
 
 from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
+from sheepdog.cluster.core.join_rules import join_command
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.ports import Event, Leased, Timer, View
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_key
@@ -115,7 +116,7 @@ class Cluster:
         view = View(1, tuple(node.peer for node in self.nodes), (), ())
         for node in self.nodes:
             node.machine.on_event(view)
-            joining = node.machine._join_command()
+            joining = join_command(node.machine.state, node.machine.me, False, 0)
             node.machine._enter({**accepted(node.peer, joining, state), "as_of": self.engine._sequence})
             node.awake = True
 

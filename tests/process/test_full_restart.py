@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +11,12 @@ from collections.abc import Callable, Sequence
 import pytest
 from tests.support import native, trees
 from tests.support.cluster import RUNNING, WAIT_FOR_FORMAT, WAIT_FOR_JOIN, Cluster, started
+from tests.support.processes import wait_until
+
+from sheepdog.cluster.core.ids import Epoch, EpochRecord
+from sheepdog.cluster.host.directory import read_file, write_file
+from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.node_state import decode_epoch, encode_epoch
 
 MIB = 1 << 20
 VOLUME_BYTES = 20 * MIB
@@ -77,6 +85,45 @@ def test_the_members_of_the_last_epoch_decide(new_cluster: Callable[..., Cluster
     cluster.wait_recovered()
     assert [contents(cluster, node) for node in range(4)] == [newer] * 4
     assert len(epochs(cluster, 3)[0].split(", ")) == 4, "the fourth is a member again, in an epoch of its own"
+
+
+def record_alone(cluster: Cluster, node: int, members: Sequence[int]) -> None:
+    """The node, which is down, has recorded what the others did, and one epoch more, with these members."""
+    log = f"{cluster.store(node)}/epoch"
+    for path in sorted((cluster.store(0) / "epoch").iterdir()):
+        shutil.copy(path, log)
+    last = decode_epoch(read_file(RealDisk(), str(path)) or b"", str(path))
+    every = decode_epoch(read_file(RealDisk(), f"{log}/00000001") or b"", log).members
+    more = EpochRecord(Epoch(last.epoch + 1), last.began_s + 1, tuple(every[member] for member in members))
+    write_file(RealDisk(), log, f"{more.epoch:08d}", encode_epoch(more))
+
+
+def test_a_newer_epoch_is_refused_unless_it_never_began(new_cluster: Callable[..., Cluster]) -> None:
+    """As when power fails everywhere at the join of a node that alone has recorded it."""
+    cluster = started(new_cluster(3))
+    data = filled(cluster)
+    for members, joins in (((0, 1, 2), True), ((2,), False)):
+        cluster.kill(2)
+        cluster.wait_members(2)
+        cluster.wait_recovered()
+        cluster.kill(0)
+        cluster.kill(1)
+        record_alone(cluster, 2, members)
+        cluster.start(0, 1)
+        cluster.wait_status(RUNNING)
+        cluster.start(2)
+        if joins:
+            cluster.wait_members(3)
+            cluster.wait_recovered()
+            assert len({tuple(epochs(cluster, node)) for node in range(3)}) == 1
+            assert contents(cluster, 2) == data
+    wait_until(lambda: not cluster.pids(2), 30, "node 2 ends")
+    assert re.search(
+        r"failed to join Sheepdog: its epoch \d+ is newer than the cluster's \d+; it may hold what the others lack: "
+        "shut them down and start all nodes together",
+        cluster.log(2).read_text(),
+    )
+    assert contents(cluster, 1) == data
 
 
 def test_acknowledged_writes_survive_a_kill_of_everybody(new_cluster: Callable[..., Cluster]) -> None:

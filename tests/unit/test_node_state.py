@@ -55,6 +55,8 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     assert again.state.load_config() == b"\0two\xff"
     assert again.state.load_epochs() == [record(1), record(2), record(10)]
     assert again.state.load_proven() == (2, 1, 5, 1)
+    assert again.wait(lambda done: again.state.drop_epochs(2, done)) is None
+    assert again.state.load_epochs() == [record(1), record(2)]
     assert again.wait(again.state.clear_epochs) is None
     assert again.state.load_epochs() == []
 
