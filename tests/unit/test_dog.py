@@ -507,6 +507,25 @@ def test_snapshot_clone_rollback_delete(dog: Dog, sheep: FakeSheep) -> None:
     assert dog("vdi", "read", "a", "-s", "0")[2] == "The snapshot id must be larger than zero\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("delete", "-s", "", "a"),
+        ("rollback", "-f", "-s", "", "a"),
+        ("clone", "-s", "", "a", "b"),
+        ("read", "-s", "", "a"),
+        ("backup", "-s", "1", "-F", "", "a"),
+    ],
+)
+def test_an_empty_tag_is_not_the_volume_itself(dog: Dog, sheep: FakeSheep, words: tuple[str, ...]) -> None:
+    """`-s "$TAG"` of a script that has no TAG."""
+    sheep.create("a", 10 * MIB)
+    dog("vdi", "snapshot", "a")
+    before = dict(sheep.objects)
+    assert dog("vdi", *words) == (1, "", "The snapshot id or tag is empty\n")
+    assert sheep.objects == before
+
+
 def test_resize(dog: Dog, sheep: FakeSheep) -> None:
     vid = sheep.create("a", 10 * MIB)
     assert dog("vdi", "resize", "a", "20M") == (0, "", "")

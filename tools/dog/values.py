@@ -17,15 +17,18 @@ def _decimal(text: str) -> int | None:
 
 def snapshot_option(context: Context) -> tuple[bytes, int]:
     """(tag, snapshot id) of -s; (b"", 0) without it."""
-    return snapshot_value(context.value("snapshot"))
+    return snapshot_value(context.value("snapshot")) if context.flag("snapshot") else (b"", 0)
 
 
 def snapshot_value(value: str) -> tuple[bytes, int]:
-    """A number is an id, anything else a tag."""
+    """A number is an id, anything else a tag. An empty one is refused: it would mean the volume itself, and a script
+    whose variable is not set would delete that, or roll back to it."""
     number = _decimal(value)
     if number is None:
         import os
 
+        if not value:
+            raise Failure("The snapshot id or tag is empty")
         return os.fsencode(value), 0
     if not 0 < number < 1 << 32:
         raise Failure("The snapshot id must be larger than zero")
