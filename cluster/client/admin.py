@@ -192,6 +192,22 @@ def new_volume(
     return _found(connection.call(bytearray(wire.VDI_REQUEST.pack(fields)), pack_names(name)).header)
 
 
+def snapshot_volume(connection: Connection, name: bytes, tag: bytes, copies: int = 0, policy: int = 0) -> Found:
+    """Freezes the volume as it is when its turn has come; the one that goes on, with its size and redundancy unless
+    `copies` are given. Our own form of NEW_VDI: no base, and the tag behind the name. VDI_EXIST: the tag is taken."""
+    payload = pack_names(name, tag)
+    fields = wire.VdiRequest(
+        version=GATEWAY_VERSION,
+        opcode=Opcode.NEW_VDI,
+        flags=Flags.WRITE,
+        data_length=len(payload),
+        copies=copies,
+        copy_policy=policy,
+        snap_id=1,
+    )
+    return _found(connection.call(bytearray(wire.VDI_REQUEST.pack(fields)), payload).header)
+
+
 def delete_volume(connection: Connection, name: bytes, tag: bytes = b"", snap_id: int = 0) -> Vid:
     payload = pack_names(name, tag)
     fields = wire.VdiRequest(GATEWAY_VERSION, Opcode.DEL_VDI, Flags.WRITE, data_length=len(payload), snap_id=snap_id)

@@ -111,7 +111,8 @@ def _move_lock(state: ClusterState, source: int, target: int) -> None:
 def _header(state: ClusterState, _: str, command: Command) -> Result:
     record = state.vdis.get(Vid(command["vid"]))
     if record is not None and not record.deleted:
-        record.tag = command["tag"].encode("latin-1")
+        if not record.is_snapshot:  # else it got its own when it was frozen, which was after this was written
+            record.tag = command["tag"].encode("latin-1")
         record.size = command["size"]
         record.vm_state_size = command["vm_state_size"]
     return Result.SUCCESS

@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from sheepdog.cluster.core.attributes import Attribute
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.copies import Copies
+from sheepdog.cluster.core.creation import as_it_is, refusal_of
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.everyone import Everyone
@@ -40,7 +42,9 @@ from sheepdog.cluster.core.ids import (
 )
 from sheepdog.cluster.core.inode import (
     BTREE_HEADER_SIZE,
+    HEADER_SIZE,
     SNAP_CTIME_OFFSET,
+    TAG_OFFSET,
     InodeHeader,
     btree_children,
     btree_leaves,
@@ -58,14 +62,12 @@ from sheepdog.cluster.core.limits import (
     BTREE_NODE_SIZE,
     INODE_SIZE,
     MAX_MAP_ENTRIES,
-    MAX_SHIFT,
-    MIN_SHIFT,
     RECLAIM_PARALLEL,
 )
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind
 from sheepdog.cluster.core.script import Script, Step, gather, run
 from sheepdog.cluster.core.state import ClusterFlag
-from sheepdog.cluster.core.strings import NAME_SIZE, until_nul
+from sheepdog.cluster.core.strings import NAME_SIZE, padded, until_nul
 from sheepdog.cluster.core.sweep import Sweep
 from sheepdog.cluster.core.table_load import TableLoad
 from sheepdog.cluster.core.vdi import VdiRecord
@@ -169,8 +171,10 @@ class Executor:
         vdis, recycle = state.vdis, bool(state.flags & ClusterFlag.RECYCLE)
         name = operation["name"].encode("latin-1")
         working = vdis.working(name)
+        if "tag" in operation and working is not None:
+            operation = as_it_is(operation, working)
         base = vdis.get(Vid(operation["base"])) if operation["base"] else None
-        refusal = _refusal(operation, working, base)
+        refusal = refusal_of(operation, vdis, working, base)
         own = base is not None and base.name == name  # a roll-back
         if not refusal and recycle and working is None and not own and vdis.named(name):
             refusal = Result.VDI_EXIST  # snapshots of a deleted volume keep the name (cli.md 4)
@@ -198,6 +202,13 @@ class Executor:
                 return {"result": frozen_result}
             if (yield self._flush(working.vid)):
                 return {"result": int(Result.BASE_VDI_READ)}
+            if "tag" in operation:
+                # A client may have written a size a moment ago that the table does not have yet.
+                result, data = yield self._read(inode_oid(working.vid), 0, HEADER_SIZE)
+                if result:
+                    return {"result": int(Result.BASE_VDI_READ)}
+                header.vdi_size = InodeHeader.unpack(data).vdi_size
+                base = replace(working, size=header.vdi_size)
         if base is not None:
             result, entries = yield from self._read_map(base)
             if result:
@@ -213,11 +224,16 @@ class Executor:
         changes: Values = {"put": put, "made": [vid, epoch, operation["time"] >> 32]}
         if snapshot:
             assert working is not None
-            frozen = operation["time"].to_bytes(8, "little")
-            result, _ = yield self._change(inode_oid(working.vid), 0, SNAP_CTIME_OFFSET, frozen)
+            place, frozen = SNAP_CTIME_OFFSET, operation["time"].to_bytes(8, "little")
+            known = {"snap_ctime": operation["time"]}
+            if "tag" in operation:
+                tag, create_time = operation["tag"].encode("latin-1"), working.create_time.to_bytes(8, "little")
+                place, frozen = TAG_OFFSET, padded(tag) + create_time + frozen
+                known |= {"tag": operation["tag"], "size": header.vdi_size}
+            result, _ = yield self._change(inode_oid(working.vid), 0, place, frozen)
             if result:
                 return {"result": int(Result.BASE_VDI_WRITE)}
-            put.insert(0, {**working.to_json(), "snap_ctime": operation["time"]})
+            put.insert(0, {**working.to_json(), **known})
             changes["move_lock"] = [working.vid, vid]
         return {"result": int(Result.SUCCESS), "vid": vid, "changes": changes}
 
@@ -470,25 +486,3 @@ class Executor:
             if not there.name and free < 0:
                 free = place
         return free, False
-
-
-def _refusal(operation: Values, working: VdiRecord | None, base: VdiRecord | None) -> Result:
-    """Why NEW_VDI cannot be done (protocol.md 8.3); SUCCESS if it can."""
-    if not operation["name"]:
-        return Result.INVALID_PARMS
-    if operation["shift"] and not MIN_SHIFT <= operation["shift"] <= MAX_SHIFT:
-        return Result.INVALID_PARMS
-    if operation["policy"] and policy_of(operation["policy"]) is None:
-        return Result.INVALID_PARMS
-    if base is not None and base.store_policy:
-        return Result.INVALID_PARMS  # nobody could tell whose the objects of a shared tree are
-    if operation["snapshot"]:
-        if working is None:
-            return Result.NO_VDI
-        if base is None:
-            return Result.BASE_VDI_READ
-    elif working is not None:
-        return Result.VDI_EXIST
-    elif operation["base"] and (base is None or base.deleted):
-        return Result.BASE_VDI_READ
-    return Result.SUCCESS

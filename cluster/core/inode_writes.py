@@ -1,7 +1,7 @@
 """What a client's write into an inode means beyond its bytes (protocol.md 7.4, 7.5).
 
-header  the client may change tag, vm_clock, vm_state_size, size (growing); all nodes learn it. Copies change with a
-        new epoch only (ALTER_VDI_COPY): a client writes back what it read at some time
+header  the client may change tag, vm_clock, vm_state_size, size (growing) while it is no snapshot; all nodes learn it.
+        Copies change with a new epoch only (ALTER_VDI_COPY): a client writes back what it read at some time
 map     entries that change drop their reference to the data object they named; an object that nobody
         names any more is freed before the client is answered, so that it may create it again at once.
         A client that has not noticed a snapshot yet still writes the frozen map: its new objects must
@@ -111,10 +111,14 @@ class InodeWrites:
             header, asked = InodeHeader.unpack(old), InodeHeader.unpack(wanted)
         except PeerError:
             return int(Result.INVALID_PARMS)
+        size = max(header.vdi_size, asked.vdi_size)
+        before, after = (header.tag, header.vm_state_size, header.vdi_size), (asked.tag, asked.vm_state_size, size)
+        if header.is_snapshot and before != after:
+            return int(Result.READONLY)  # whoever asks has not noticed that it was frozen
         header.tag = asked.tag
         header.vm_clock_nsec = asked.vm_clock_nsec
         header.vm_state_size = asked.vm_state_size
-        header.vdi_size = max(header.vdi_size, asked.vdi_size)
+        header.vdi_size = size
         header.btree_counter = asked.btree_counter
         body = header.pack() + bytes(data[inside:])
         result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, 0, body)

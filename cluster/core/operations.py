@@ -100,6 +100,28 @@ class Operations:
         }
         self._queue(operation, self._vdi_ended(done))
 
+    def snapshot_vdi(self, name: bytes, tag: bytes, copies: int, policy: int, done: VdiDone) -> None:
+        """Freezes the volume of this name, whatever it is when its turn has come, under a tag: VDI_EXIST if a snapshot
+        has it. What goes on has its size and, unless `copies` are given, its redundancy.
+
+        With NEW_VDI alone a client names the base that it has seen: when another snapshot came first, the volume would
+        go back to it, and what was written since would be left in a snapshot without a tag.
+        """
+        operation = {
+            "op": "create",
+            "name": name.decode("latin-1"),
+            "tag": tag.decode("latin-1"),
+            "size": 0,
+            "base": 0,
+            "copies": copies,
+            "policy": policy,
+            "store_policy": 0,
+            "shift": 0,
+            "snapshot": True,
+            "time": self._now(),
+        }
+        self._queue(operation, self._vdi_ended(done))
+
     def delete_vdi(self, name: bytes, tag: bytes, snap_id: int, done: VdiDone) -> None:
         """DEL_VDI: the name is free afterwards, data objects that nothing else names are gone (protocol.md 8.7)."""
         operation = {"op": "delete", **_target(name, tag, snap_id)}

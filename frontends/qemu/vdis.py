@@ -71,16 +71,26 @@ class VdiOperations:
 
     def _new(self, call: Call) -> None:
         fields = VDI_REQUEST.unpack(call.buffer, call.start)
-        name = until_nul(call.payload)
+        name = until_nul(call.payload[:NAME_SIZE])
         shift = fields.block_size_shift
+        tagged = len(call.payload) == 2 * NAME_SIZE and fields.snap_id and not fields.base_vdi_id
         if (
-            len(call.payload) != NAME_SIZE
+            (len(call.payload) != NAME_SIZE and not tagged)
             or not name
             or fields.copies > MAX_COPIES
             or not valid_shift(shift)
             or fields.base_vdi_id >= VID_COUNT
         ):
             call.fail(Result.INVALID_PARMS)
+            return
+        if tagged:  # ours: a snapshot of the volume as it is, with its tag
+            self._node.operations.snapshot_vdi(
+                name,
+                until_nul(call.payload[NAME_SIZE:]),
+                fields.copies,
+                fields.copy_policy,
+                lambda result, record: self._answer(call, result, record),
+            )
             return
         self._node.operations.create_vdi(
             name,

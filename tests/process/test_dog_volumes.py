@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -117,6 +118,22 @@ def test_a_lock_ends_with_the_node_that_held_it(new_cluster: Callable[..., Clust
     cluster.start(2)
     cluster.wait_members(3)
     assert lock(cluster, 2, b"v")[0] == Result.VDI_LOCKED  # survives the restart of other nodes
+
+
+def test_snapshots_at_the_same_time(cluster: Cluster) -> None:
+    """Each has its tag, and none takes the volume back to an earlier one."""
+    cluster.dog("vdi", "create", "busy", "8M")
+    write(cluster, "busy", b"first")
+    rounds = [[f"{letter}{number}" for letter in "abcd"] for number in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, tags in enumerate(rounds):
+            taken = [pool.submit(cluster.dog, "vdi", "snapshot", "-s", tag, "busy") for tag in tags]
+            data = b"round%d" % number
+            write(cluster, "busy", data)
+            assert [one.result() for one in taken] == [""] * len(tags)
+            assert read(cluster, "busy", "0", str(len(data))) == data
+    rows = [row.split(" ") for row in cluster.dog("vdi", "list", "-r", "busy").splitlines()]
+    assert sorted(row[9] for row in rows) == sorted(["", *rounds[0], *rounds[1]])
 
 
 def test_redundancy_changes(cluster: Cluster) -> None:

@@ -171,6 +171,17 @@ class FakeSheep:
     def _set(self, inode: InodeHeader) -> None:
         self.objects[inode_oid(Vid(inode.vdi_id))][:HEADER_SIZE] = inode.pack()
 
+    def _snapshot(self, name: bytes, tag: bytes) -> tuple[int, int]:
+        """(result, vid of the volume that goes on)"""
+        working = self._lookup(name, b"", 0)
+        if isinstance(working, Result):
+            return working, 0
+        if tag and not isinstance(self._lookup(name, tag, 0), Result):
+            return Result.VDI_EXIST, 0
+        self._set(replace(working, tag=tag))
+        like = working.block_size_shift, 1, working.nr_copies, working.copy_policy
+        return 0, self._new(name, working.vdi_size, working.vdi_id, *like)
+
     def _new(self, name: bytes, size: int, base: int, shift: int, snap: int, copies: int, policy: int = 0) -> int:
         self.created += 60
         vid = int(vid_of_name(name)) or 1
@@ -373,6 +384,8 @@ class FakeSheep:
         if request.opcode == Opcode.NEW_VDI:
             if not request.snap_id and not isinstance(found, Result):
                 return self._vdi_answer(request, Result.VDI_EXIST)
+            if request.snap_id and not request.base_vdi_id:
+                return self._vdi_answer(request, *self._snapshot(name, tag))
             vid = self._new(
                 name,
                 request.vdi_size,

@@ -9,10 +9,9 @@ from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import Vid, inode_oid
-from sheepdog.cluster.core.inode import TAG_OFFSET, InodeHeader
+from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, DEFAULT_COPIES
 from sheepdog.cluster.core.moves import MOVED_TAG
-from sheepdog.cluster.core.strings import padded
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure
 from sheepdog.tools.dog.output import caution, confirm, redundancy, text, warn
@@ -115,17 +114,7 @@ def _convert(
         raise Failure(f"An earlier change of {word} to {now} was interrupted: finish it with -c {now} first.")
     try:
         if unfinished is None:
-            admin.write_object(connection, inode_oid(Vid(inode.vdi_id)), TAG_OFFSET, padded(MOVED_TAG), 0)
-            admin.new_volume(
-                connection,
-                name,
-                inode.vdi_size,
-                Vid(inode.vdi_id),
-                snapshot=True,
-                copies=copies,
-                policy=policy,
-                shift=inode.block_size_shift,
-            )
+            admin.snapshot_volume(connection, name, MOVED_TAG, copies, policy)
         time.sleep(LATE_WRITES_S)
         _move_all(connection, name)
         left = _moved_from(connection, open_header(connection, name))

@@ -8,9 +8,9 @@ from sheepdog.cluster.client import admin, inodes
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Vid, inode_oid
-from sheepdog.cluster.core.inode import TAG_OFFSET, InodeHeader
-from sheepdog.cluster.core.strings import NAME_SIZE, padded
+from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.core.inode import InodeHeader
+from sheepdog.cluster.core.strings import NAME_SIZE
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure, UsageFailure
 from sheepdog.tools.dog.output import confirm, text, warn
@@ -39,45 +39,29 @@ def snapshot(context: Context) -> None:
     if len(tag) >= NAME_SIZE:
         raise UsageFailure(f"The tag of a snapshot has at most {NAME_SIZE - 1} bytes")
     connection = context.gateway()
-    if tag:
-        _check_free(connection, word, name, tag)
     try:
         inode = inodes.read_header(connection, admin.find(connection, name).vid)
     except SheepError as error:
         raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
     if inode.store_policy:
         raise Failure("creating a snapshot of hypervolume is not supported")
-    vid = Vid(inode.vdi_id)
-    if context.flag("reduce_identical_snapshots"):
-        entries = inodes.read_map(connection, inode)
-        if vid not in entries:
-            if context.verbose:
-                warn(f"VDI {word} doesn't have its own objects, skipping creation of snapshot")
-            return
+    if context.flag("reduce_identical_snapshots") and Vid(inode.vdi_id) not in inodes.read_map(connection, inode):
+        if context.verbose:
+            warn(f"VDI {word} doesn't have its own objects, skipping creation of snapshot")
+        return
     try:
-        admin.write_object(connection, inode_oid(vid), TAG_OFFSET, padded(tag), 0)
-        made = _next_volume(connection, name, inode, vid, snapshot=True)
+        made = admin.snapshot_volume(connection, name, tag).vid
     except SheepError as error:
+        if error.result == Result.VDI_EXIST:
+            taken = f"maybe snapshot id (0) or tag ({label}) is existed"
+            raise Failure(f"Failed to create snapshot for {word}, {taken}") from error
         raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
     if context.verbose:
+        vid = inodes.read_header(connection, made).parent_vdi_id  # others may have taken snapshots meanwhile
         if context.raw:
             print(f"{made:x} {vid:x}")
         else:
             print(f"new VID of original VDI: {made:x}, VDI ID of newly created snapshot: {vid:x}")
-
-
-def _check_free(connection: Connection, word: str, name: bytes, tag: bytes) -> None:
-    """The tag must be unknown: the gateway says NO_TAG, not NO_VDI."""
-    reason = ""
-    try:
-        admin.find(connection, name, tag)
-    except SheepError as error:
-        if error.result == Result.NO_TAG:
-            return
-        reason = text(error.result)
-    if reason:
-        raise Failure(f"Failed to create snapshot for {word}: {reason}")
-    raise Failure(f"Failed to create snapshot for {word}, maybe snapshot id (0) or tag ({os.fsdecode(tag)}) is existed")
 
 
 def clone(context: Context) -> None:
@@ -138,16 +122,15 @@ def rollback(context: Context) -> None:
         print(f"{made:x}" if context.raw else f"New VDI ID of rollbacked VDI: {made:x}")
 
 
-def _next_volume(connection: Connection, name: bytes, inode: InodeHeader, base: Vid, snapshot: bool = False) -> Vid:
+def _next_volume(connection: Connection, name: bytes, inode: InodeHeader, base: Vid) -> Vid:
     """NEW_VDI with the size, redundancy and object size of `inode`."""
     return admin.new_volume(
         connection,
         name,
         inode.vdi_size,
         base,
-        snapshot,
-        inode.nr_copies,
-        inode.copy_policy,
-        inode.store_policy,
-        inode.block_size_shift,
+        copies=inode.nr_copies,
+        policy=inode.copy_policy,
+        store_policy=inode.store_policy,
+        shift=inode.block_size_shift,
     ).vid

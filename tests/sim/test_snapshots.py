@@ -1,0 +1,98 @@
+"""Snapshots that are asked for at the same time as others, and as other changes of the volume."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from tests.sim.test_late_map_writes import NAME, OBJECTS, new_vdi, running, wait_for
+
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import inode_oid
+from sheepdog.cluster.core.inode import InodeHeader
+from sheepdog.cluster.sim.clients import OBJECT_BYTES
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
+
+SIZE = OBJECTS * OBJECT_BYTES
+
+
+def snapshot(cluster: SimCluster, tag: bytes, answers: list[Any], by: int = 0, copies: int = 0) -> None:
+    """Asks for one; what is answered comes into `answers`."""
+    node = cluster.machines[by].node
+    node.operations.snapshot_vdi(NAME, tag, copies, 0, lambda result, record: answers.append((tag, result, record)))
+
+
+def line(cluster: SimCluster, by: int = 0) -> list[tuple[bytes, int]]:
+    """Tag and size from the oldest snapshot to the working volume; each is the parent of the next."""
+    records = cluster.machines[by].node.cluster.vdis.named(NAME)
+    for parent, child in pairwise(records):
+        assert child.parent == parent.vid, "the volume went back"
+    return [(record.tag, record.size) for record in records]
+
+
+def cold_start(cluster: SimCluster) -> None:
+    for machine in cluster.machines:
+        machine.kill(power=True)
+    cluster.start_all()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health after a cold start")
+
+
+def test_everybody_gets_the_snapshot_that_was_asked_for() -> None:
+    """Through different gateways at the same time: none of them names a base that is old by then."""
+    cluster = running(5)
+    new_vdi(cluster)
+    answers: list[Any] = []
+    tags = [b"one", b"two", b"three", b"two", b""]
+    for number, tag in enumerate(tags):
+        snapshot(cluster, tag, answers, number % 3)
+    cluster.world.run_until(lambda: len(answers) == len(tags), HEALTH_LIMIT_NS, "answers")
+    assert sorted(result for _, result, _ in answers) == [0, 0, 0, 0, Result.VDI_EXIST]
+    assert {tag for tag, result, _ in answers if result} == {b"two"}
+    before = line(cluster)
+    assert sorted(before) == [(tag, SIZE) for tag in (b"", b"", b"one", b"three", b"two")]
+    cold_start(cluster)
+    assert line(cluster, 1) == before
+
+
+def test_a_volume_that_grows_meanwhile_stays_grown() -> None:
+    cluster = running(6)
+    vid = new_vdi(cluster)
+    header = InodeHeader(name=NAME, vdi_size=2 * SIZE, vdi_id=vid).pack()
+    answers: list[Any] = []
+    grown: list[int] = []
+    gateway = cluster.machines[0].node.gateway
+    gateway.write(inode_oid(vid), 0, header, True, lambda result, _: grown.append(int(result)))
+    snapshot(cluster, b"t", answers)
+    cluster.world.run_until(lambda: bool(answers and grown), HEALTH_LIMIT_NS, "answers")
+    assert (answers[0][1], grown) in ((0, [0]), (0, [Result.READONLY])), "done, or told that it was not"
+    size = SIZE if grown[0] else 2 * SIZE
+    assert line(cluster) == [(b"t", size), (b"", size)]
+    cold_start(cluster)
+    assert line(cluster) == [(b"t", size), (b"", size)]
+
+
+def test_what_is_frozen_keeps_its_tag_and_size() -> None:
+    """A client that read the header before still writes it back."""
+    cluster = running(7)
+    vid = new_vdi(cluster)
+    answers: list[Any] = []
+    snapshot(cluster, b"t", answers)
+    cluster.world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the snapshot")
+    gateway = cluster.machines[1].node.gateway
+    for tag, size, expected in ((b"", SIZE, Result.READONLY), (b"t", 2 * SIZE, Result.READONLY), (b"t", SIZE, 0)):
+        header = InodeHeader(name=NAME, tag=tag, vdi_size=size, vdi_id=vid).pack()
+        result, _ = wait_for(cluster.world, partial(gateway.write, inode_oid(vid), 0, header, True))
+        assert result == expected
+    assert line(cluster) == [(b"t", SIZE), (b"", SIZE)]
+
+
+def test_the_volume_goes_on_with_other_copies_if_asked() -> None:
+    cluster = running(8)
+    new_vdi(cluster)
+    answers: list[Any] = []
+    snapshot(cluster, b"t", answers, copies=2)
+    cluster.world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the snapshot")
+    snapshot(cluster, b"u", answers)
+    cluster.world.run_until(lambda: len(answers) == 2, HEALTH_LIMIT_NS, "the snapshot")
+    assert [record.copies for record in cluster.machines[0].node.cluster.vdis.named(NAME)] == [3, 2, 2]
