@@ -184,8 +184,15 @@ class VdiOperations:
         )
 
     def _bitmap(self, call: Call, bitmap: Callable[[], bytes]) -> None:
+        """No volumes are not the same as not knowing them: members are missing, or were until a moment ago."""
+        cluster = self._node.cluster
+        state = cluster.result()
         if call.flags & Flags.WRITE or call.length != BITMAP_SIZE:
             call.fail(Result.INVALID_PARMS)
+        elif state == Result.WAIT_FOR_JOIN:
+            call.fail(state)
+        elif state == Result.SUCCESS and not cluster.loaded:
+            self._node.operations.find_vdi(b"", b"", 0, lambda *_: self._bitmap(call, bitmap))  # answered when it is
         else:
             call.done(Result.SUCCESS, bitmap())
 

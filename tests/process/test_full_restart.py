@@ -79,12 +79,23 @@ def test_the_members_of_the_last_epoch_decide(new_cluster: Callable[..., Cluster
     cluster.wait_members(3)
     time.sleep(1.0)  # nothing may happen: three nodes, but not those of the last epoch
     cluster.wait_status(WAIT_FOR_JOIN)
+    nobody_takes_it_for_empty(cluster)
     cluster.start(2)
     cluster.wait_members(4)
     cluster.wait_status(RUNNING)
     cluster.wait_recovered()
     assert [contents(cluster, node) for node in range(4)] == [newer] * 4
     assert len(epochs(cluster, 3)[0].split(", ")) == 4, "the fourth is a member again, in an epoch of its own"
+
+
+def nobody_takes_it_for_empty(cluster: Cluster) -> None:
+    """What the missing member has is not known, so nothing is listed, checked or formatted as if there were nothing."""
+    for words in ("vdi list", "vdi list -r", "vdi tree", "vdi lock list", "vm list", "cluster check"):
+        told = cluster.try_dog(*words.split())
+        assert (told.returncode != 0, told.stderr.decode()) == (True, WAITING_TEXT.partition(": ")[2] + "\n"), words
+    asked = cluster.try_dog("cluster", "format", "-c", "2")
+    assert (asked.returncode, "The cluster is not empty" in asked.stdout.decode()) == (0, True)
+    cluster.wait_status(WAIT_FOR_JOIN)
 
 
 def record_alone(cluster: Cluster, node: int, members: Sequence[int]) -> None:

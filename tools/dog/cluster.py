@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from sheepdog.cluster.client import admin, inodes
+from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Member
@@ -162,7 +163,7 @@ def _format(
             "Are you sure you want to continue? [yes/no]: "
         )
     connection = context.gateway()
-    if not context.flag("force") and inodes.volume_ids(connection):
+    if not context.flag("force") and _has_volumes(connection):
         caution("Caution! The cluster is not empty.")
     print(f"using backend {store} store", flush=True)
     now = time.time_ns()
@@ -180,6 +181,16 @@ def _format(
             stores = until_nul(admin.plain(connection, Opcode.GET_STORE_LIST, limit=512)).decode(errors="replace")
             print(f"Available stores:\n---------------------------------------\n{stores}", flush=True)
         raise Failure(f"Format failed: {text(error.result)}", 2) from error
+
+
+def _has_volumes(connection: Connection) -> bool:
+    """Also while members are missing: then nobody knows which."""
+    try:
+        return bool(inodes.volume_ids(connection))
+    except SheepError as error:
+        if error.result == Result.WAIT_FOR_JOIN:
+            return True
+        raise
 
 
 def _check_strategy(context: Context, nodes: list[Member], flags: int) -> None:
