@@ -26,7 +26,6 @@ from sheepdog.cluster.core.ids import (
     NodeId,
     ObjectId,
     Version,
-    inode_oid,
     plain_oid,
     strip_of,
     version_of,
@@ -204,8 +203,11 @@ class Home:
             return
         if self.recovery.holds(oid, False, lambda: self.submit(submission)):
             return
+        if oid in self.writing and self.writing[oid][-1].fresh:  # what was done to it would go with it if that fails
+            self.wait_for_creation(submission)
+            return
         if self._contained and (submission.gateway, submission.number) in self._contained:
-            self._done_before(submission)
+            self.requests.done_before(submission)
             return
         policy = self.context.policy_of(oid)
         if flags & Flag.CREATE and not self.context.knows(oid):
@@ -228,9 +230,14 @@ class Home:
             if policy is None:
                 submission.flags = flags & ~Flag.ONLY_NEW
         if policy is None:
-            self._number(submission, self._replicas(submission))
+            self._number(submission, self.replicas_of(submission))
         else:
             self.strips.submit(submission, policy)
+
+    def wait_for_creation(self, submission: Submission) -> None:
+        """Takes the change once the object is made, or unmade."""
+        self.context.probe("home.waits_for_creation")
+        self.writing[submission.oid][-1].when_over(lambda: self.submit(submission))
 
     def _make_way(self, oid: ObjectId, policy: Policy | None) -> None:
         """A client creates anew an object of which no current copy is left: what there is of it counts no more."""
@@ -257,31 +264,8 @@ class Home:
             return Result.EIO
         return Result.NO_OBJ
 
-    def _done_before(self, submission: Submission) -> None:
-        """A write that was executed in an earlier epoch, but its gateway did not hear of it."""
-        context, oid = self.context, submission.oid
-        context.probe("home.write_contained")
-        if not submission.flags & Flag.DURABLE:
-            submission.done(Result.SUCCESS, b"")
-            return
-        replicas = self._replicas(submission)
-        left, result = len(replicas), int(Result.SUCCESS)
-
-        def flushed(one: int) -> None:
-            nonlocal left, result
-            left, result = left - 1, result or one
-            if not left and context.fence == self.fence:
-                submission.done(result, b"")
-
-        for replica in replicas:
-            if replica == self.me:
-                vids = frozenset([vid_of(oid)])
-                context.store.flush(vids, lambda error: flushed(Result.SUCCESS if error is None else error.result))
-            else:
-                message = Message(Kind.FLUSH, self.fence, oid=inode_oid(vid_of(oid)))
-                context.peers.request(self._placement.nodes[replica], message, lambda answer: flushed(answer.result))
-
-    def _replicas(self, submission: Submission) -> tuple[int, ...]:
+    def replicas_of(self, submission: Submission) -> tuple[int, ...]:
+        """Who has to apply a change, of an object of whole copies."""
         if submission.copies:  # an inode: the VDI table here may not know it yet
             return self._placement.ring.replicas(submission.oid, submission.copies)
         return self._placement.replicas(submission.oid)
@@ -363,7 +347,7 @@ class Home:
         oid = submission.oid
         policy = self.context.policy_of(oid)
         if policy is None:
-            if self._replicas(submission) != (self.me,):
+            if self.replicas_of(submission) != (self.me,):
                 self.hooks.spoilt_locally(oid)
             return
         strip = self.strips.own_strip(oid, policy)
@@ -449,7 +433,7 @@ class Home:
         )
         policy = self.context.policy_of(removal.oid)
         if policy is None:
-            self._number(removal, self._replicas(removal))
+            self._number(removal, self.replicas_of(removal))
         else:
             self.strips.remove(removal, policy)
 

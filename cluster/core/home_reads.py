@@ -103,9 +103,7 @@ class HomeReads:
         """
         for write in reversed(self._home.writing.get(oid, ())):
             if write.sequence <= begun and write.start < offset + length and offset < write.end:
-                if write.waiting is None:
-                    write.waiting = []
-                write.waiting.append(retry)
+                write.when_over(retry)
                 return True
         return False
 

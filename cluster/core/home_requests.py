@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home_writes import IoDone, Submission
-from sheepdog.cluster.core.ids import NodeId, ObjectId
-from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.ids import NodeId, ObjectId, inode_oid, vid_of
+from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.ports import Buffer
 
 if TYPE_CHECKING:
@@ -57,6 +57,31 @@ class HomeRequests:
                 message.floor,
             )
         )
+
+    def done_before(self, submission: Submission) -> None:
+        """A write that was executed in an earlier epoch, but its gateway did not hear of it."""
+        home, context, oid = self._home, self._context, submission.oid
+        context.probe("home.write_contained")
+        if not submission.flags & Flag.DURABLE:
+            submission.done(Result.SUCCESS, b"")
+            return
+        replicas = home.replicas_of(submission)
+        left, result = len(replicas), int(Result.SUCCESS)
+
+        def flushed(one: int) -> None:
+            nonlocal left, result
+            left, result = left - 1, result or one
+            if not left and home.is_present():
+                submission.done(result, b"")
+
+        for replica in replicas:
+            if replica == home.me:
+                vids = frozenset([vid_of(oid)])
+                context.store.flush(vids, lambda error: flushed(Result.SUCCESS if error is None else error.result))
+            else:
+                message = Message(Kind.FLUSH, home.fence, oid=inode_oid(vid_of(oid)))
+                nodes = context.placement.nodes
+                context.peers.request(nodes[replica], message, lambda answer: flushed(answer.result))
 
     def on_read(self, sender: NodeId, message: Message) -> None:
         """A gateway's read; with REPAIR, of a block that is rotten in its own copy. Of no bytes: just the repair."""

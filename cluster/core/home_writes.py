@@ -109,6 +109,12 @@ class Write:
         )
         self.waiting: list[Callable[[], None]] | None = None
 
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Calls when all have answered, and it is undone if it must be."""
+        if self.waiting is None:
+            self.waiting = []
+        self.waiting.append(call)
+
     def local(self, error: StoreError | None) -> None:
         if error is not None:
             self.home.failed_here(self.submission, error)

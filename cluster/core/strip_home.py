@@ -149,6 +149,10 @@ class StripHome:
         if self._home.recovery.holds(oid, False, lambda: self._home.submit(submission)):
             self._release(lock)
             return
+        if oid in self._home.writing and self._home.writing[oid][-1].fresh:  # made by what was before this in the queue
+            self._home.wait_for_creation(submission)
+            self._release(lock)
+            return
         layout = self.layout(oid, policy)
         exists = self.exists(oid, policy)
         coder = self._context.coder

@@ -21,7 +21,7 @@ SLOW = {  # once for an epoch, a checkpoint, an operation on a VDI, a plug, a re
     ("cluster/core/repair_order.py", "_bounded"),
     ("cluster/host/checkpoint.py", "_settle_all"),
     ("cluster/host/disk_control.py", "plug"),
-    ("cluster/core/home.py", "_done_before"),  # a write cut by the end of an epoch
+    ("cluster/core/home_requests.py", "done_before"),  # a write cut by the end of an epoch
     ("cluster/core/recovery.py", "_learn"),
     ("cluster/host/object_store.py", "close"),
     ("cluster/core/strip_home.py", "_update"),  # some 10 KiB for a small write of a coded volume
