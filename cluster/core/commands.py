@@ -1,8 +1,8 @@
 """One-step changes of the replicated state: pure functions of (state, sender, command), equal on every node.
 
 vdis       what an operation changes                         put: [record...], attributes: [vid, ids], move_lock,
-                                                             table, partial, swept, attributes_gone: [vid],
-                                                             forgotten: [vid],
+                                                             table, partial, collected (in which epoch; `_commit`),
+                                                             swept, attributes_gone: [vid], forgotten: [vid],
                                                              doubtful, mended: [[frozen vid, new vid]]
 header     a client wrote the header of an inode             vid, tag, size, vm_state_size
 add        register a vid (NOTIFY_VDI_ADD)                   vid, copies, policy, shift, use

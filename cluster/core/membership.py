@@ -309,10 +309,15 @@ class ClusterMachine:
         state.epochs.append(EpochRecord(Epoch(state.epoch + 1), time_s, state.members))
         if state.loaded and not state.partial:
             state.count_copies()
-        if state.partial and not any(operation["op"] == "load" for operation in state.queue):
-            state.queue.append({"op": "load", "owner": "", "number": state.epoch})  # somebody may have brought the rest
+        self._load_the_rest()
         if not quiet:
             self._listener.epoch_changed()
+
+    def _load_the_rest(self) -> None:
+        """Somebody may have brought what the VDI table lacks."""
+        state = self.state
+        if state.partial and not any(operation["op"] == "load" for operation in state.queue):
+            state.queue.append({"op": "load", "owner": "", "number": state.epoch})
 
     # -- commands ----------------------------------------------------------------------------------------------
 
@@ -441,6 +446,8 @@ class ClusterMachine:
             self._executing = None
         self.state.sweeps += operation["op"] in ("delete", "bury")
         queue.extend(command.get("next", ()))
+        if changes.get("collected", self.state.epoch) != self.state.epoch:
+            self._load_the_rest()
         if begins:
             self._new_epoch(begins, quiet)
         if not quiet:

@@ -118,6 +118,7 @@ class TableLoad:
 
     def load(self, _: Values) -> Script[Values]:
         """The operation `load`. Of each inode the copy counts that is current, as peering decides."""
+        epoch = self._context.epoch
         answers: dict[NodeId, Buffer] = yield self._ask_inodes()
         found, state = _Found(answers), self._context.state
         if state.loaded:
@@ -127,7 +128,7 @@ class TableLoad:
             found.forget_doubtful()
             found.forget_outdated(self._copies.at_home().past, self._context.placement.index_of)
         table, unfinished = found.table(state.vdis.claim_number)
-        changes: Values = {"table": table.to_json(), "partial": partial}
+        changes: Values = {"table": table.to_json(), "partial": partial, "collected": epoch}
         if state.loaded and self._note_former_copies(table, state):
             changes["table"], changes["epoch"] = table.to_json(), self._context.clock.wall_ns() // 1_000_000_000
         self._context.log(6, f"{len(table)} vdis found on {len(answers)} nodes")

@@ -319,6 +319,8 @@ class SimCluster:
                 return f"{machine.name}: has not heard of everything"
             if node.gateway.router.pending or node.gateway.router.drains:
                 return f"{machine.name}: requests under way"
+            if node.cluster.partial:
+                return f"{machine.name}: the table of VDIs may lack some"
             if node.cluster.queue:
                 return f"{machine.name}: operations queued"
             if node.cluster.swept < node.cluster.sweeps:

@@ -31,6 +31,12 @@ from sheepdog.cluster.sim.sharers import Shared, SharedSnapshotter, Sharer, bloc
 from sheepdog.cluster.sim.volumes import Asking, Snapshotter, VolumeOwner
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Stuck, World
 
+_UNKNOWN = {
+    "home.object_lost",
+    "home.object_unknown",
+    "table.partial",
+    "gateway.nobody_stores",
+}  # membership tests only
 LAST_BLOCK = OBJECT_BYTES // 4096 - 1
 
 
@@ -238,7 +244,7 @@ class Run:
             allowed.append(Result.NO_SPACE)
         if "rot" in faults:
             allowed.append(Result.EIO)  # while the good copies are away
-        if not {"home.object_lost", "home.object_unknown", "gateway.nobody_stores"}.isdisjoint(self.cluster.probes()):
+        if not _UNKNOWN.isdisjoint(self.cluster.probes()):
             allowed.append(
                 Result.EIO
             )  # all current copies were down: nothing is promised but that no old ones are shown

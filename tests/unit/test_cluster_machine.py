@@ -498,3 +498,26 @@ def test_a_notification_costs_the_coordinator_the_same_among_many_nodes(monkeypa
     machine.view((), (scale.peer(members[-1]),))
     assert len(compared) >= len(members)
     assert json.loads(machine.proposed()[-1])["t"] == "leave"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_table_of_an_epoch_that_is_over_is_collected_again(late: bool) -> None:
+    """Who has joined meanwhile was not asked, and may bring what it lacks."""
+    world = World(Random(1))
+    world.start(0)
+    world.run()
+    (process,) = [one for one in world.processes if one is not None]
+    world.format(process)
+    world.run()
+    epoch = process.machine.state.epoch
+    operation: Command = {"op": "load", "owner": "", "number": 7}
+    world.executed.add(("", 7))
+    process.machine.propose({"t": "op", "operation": operation})
+    if late:
+        process.machine.propose({"t": "epoch", "time": 1})
+    found = {"table": {"records": [], "attributes": []}, "partial": epoch, "collected": epoch}
+    process.machine.propose({"t": "commit", "operation": operation, "changes": found, "result": 0})
+    while process.step() or world.engine.accept(process):
+        process.due.clear()
+    assert [one["op"] for one in process.machine.state.queue] == ["load"] * late
+    assert process.machine.state.partial == epoch
