@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 after help, version, a start as daemon or an orderly end in the foreground; else 1."""
     from sheepdog.cluster.drivers import registry
 
+    sys.set_int_max_str_digits(0)  # no number is too long to be refused in a line
     try:
         options = parse(
             sys.argv[0],
@@ -29,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not isinstance(options, Options):
         try:
             print(options, end="", flush=True)
-        except BrokenPipeError:  # `sheep --help | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+            if not isinstance(error, BrokenPipeError):  # `sheep --help | head`
+                print(f"sheep: cannot write the output: {error.strerror}", file=sys.stderr)
+                return 1
         return 0
     from sheepdog.cluster.host.daemon import run
 

@@ -28,6 +28,7 @@ from tests.support.processes import (
 from sheepdog.cluster.drivers.registry import available
 
 WAIT_S = 20.0
+LONG = "9" * 5000  # more digits than Python converts by itself
 
 # A daemon with the life cycle of sheep and nothing else.
 _DAEMON = r"""
@@ -116,6 +117,10 @@ def test_the_installed_command_refuses_and_explains() -> None:
     help_text = run([BIN / "sheep", "--help"])
     assert help_text.stdout.startswith(b"Sheepdog daemon (version ") and help_text.stderr == b""
     assert run([BIN / "sheep", "-v"]).stdout.startswith(b"Sheepdog daemon version ")
+    full = run(["sh", "-c", f"{BIN}/sheep --help > /dev/full"], check=False)
+    assert (full.returncode, full.stderr) == (1, b"sheep: cannot write the output: No space left on device\n")
+    long = run([BIN / "sheep", "-p", LONG], check=False)
+    assert (long.returncode, long.stderr.decode()) == (1, f"Invalid port number '{LONG}'\n")
 
 
 def test_an_engine_that_is_not_there_is_one_line(directory: Path, private_network: NetworkNamespace) -> None:

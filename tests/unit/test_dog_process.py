@@ -45,6 +45,13 @@ def filled(sheep: FakeSheep) -> FakeSheep:
     return sheep
 
 
+@pytest.mark.parametrize("words", ["vdi create b 9", "vdi read -s 9", "vdi object map a -i 9", "node list -p 9"])
+def test_no_number_is_too_long_to_be_refused(filled: FakeSheep, words: str) -> None:
+    done = shell(line(filled, words.replace("9", "9" * 5000)))
+    assert done.returncode in (1, 64)
+    assert b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "words", ["vdi list", "vdi read a", "vdi export a -", "vdi tree", "node list", "vdi list --json"]
 )

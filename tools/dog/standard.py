@@ -33,6 +33,7 @@ class _Output(io.FileIO):
 
 def prepare() -> None:
     """For a process of its own: once, before anything is printed or opened."""
+    sys.set_int_max_str_digits(0)  # no number is too long to be refused in a line
     for number in range(3):
         try:
             os.fstat(number)
