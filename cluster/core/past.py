@@ -64,8 +64,26 @@ class Past:
         )
 
     def may_exist(self, oid: ObjectId, complete: Sequence[int]) -> bool:
-        """Nobody here has heard of the object, but it may exist on nodes that are away."""
-        return any(self._unseen(oid, epoch) for epoch in range(max(complete), self._placement.epoch))
+        """Nobody here has heard of the object, but it may exist on nodes that are away.
+
+        It does not if one of its replicas of some epoch, which by its own inventory knows all that it should have had
+        then, is here, and one of its replicas of each epoch since. `complete` as in `knows_all`.
+        """
+        told = list(zip(self._placement.nodes, complete, strict=True))
+        for base in sorted(dict.fromkeys([*complete, 0]), reverse=True):
+            witnesses = [node for node, epoch in told if epoch >= base]
+            if any(self._unseen(oid, epoch) for epoch in range(base + 1, self._placement.epoch)):
+                return True  # also from any earlier one on
+            if not base or self._would_know(oid, base, witnesses):
+                return False
+        return True
+
+    def _would_know(self, oid: ObjectId, epoch: int, witnesses: Container[NodeId]) -> bool:
+        then = self._former(epoch)
+        if then is None:
+            return True
+        nodes = [then.nodes[index] for index in then.replicas(oid)]
+        return any(node in witnesses and self.remembers(node, epoch) for node in nodes)
 
     def _unseen(
         self,

@@ -64,3 +64,19 @@ def test_what_the_cluster_can_do_without() -> None:
     assert not past((STORE, OTHER, THIRD), (STORE, OTHER, THIRD)).knows_all([0, 1, 0], 2, [OTHER.id, THIRD.id])
     assert not past((STORE, OTHER), (STORE, OTHER)).knows_all([2, 2], 1, lost), "what the present epoch has made"
     assert past((STORE, OTHER, GATEWAY), (STORE, OTHER, GATEWAY)).knows_all([1, 1, 1], 1, [GATEWAY.id])
+
+
+def test_who_did_not_restore_a_copy_in_time_does_not_tell_that_there_was_none() -> None:
+    """OTHER alone was there in epoch 2. In epoch 3 THIRD was to get copies from it, and died before it had any."""
+    before, _ = known((STORE, OTHER, THIRD), (OTHER,), (STORE, OTHER, THIRD), (STORE, THIRD))
+    third = Placement(Epoch(3), (STORE, OTHER, THIRD), STORE.id, lambda oid: 2)
+
+    def kept_by(*members: Member) -> ObjectId:
+        names = (data_oid(Vid(1), index) for index in range(64))
+        return next(oid for oid in names if {third.members[index] for index in third.replicas(oid)} == set(members))
+
+    assert before.may_exist(kept_by(THIRD, OTHER), [3, 0])
+    assert not before.may_exist(kept_by(THIRD, OTHER), [3, 3]), "it knows what it lacked"
+    assert not before.may_exist(kept_by(STORE, OTHER), [3, 0])
+    before.forgot(STORE.id, 3)
+    assert before.may_exist(kept_by(STORE, OTHER), [3, 0]), "not with the disks that it has now"
