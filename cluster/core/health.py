@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, strip_index, strip_of
 from sheepdog.cluster.core.limits import MAX_STRIPS, NEARLY_FULL_PERCENT
-from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status
+from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_from_key
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.node import Node
@@ -96,6 +96,7 @@ class NodeReport:
     free: int = 0
     failed_disks: list[str] = field(default_factory=list)
     clients: int = 0  # connections
+    cached_away: dict[str, str] = field(default_factory=dict)  # volume: the node whose cache has what nobody else has
     votes: list[int] = field(default_factory=list)  # ports.Votes of the membership engine on this machine; or nothing
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         free=free,
         failed_disks=list(failed_disks),
         clients=clients,
+        cached_away=_cached_away(node),
         votes=list(node.votes() or ()),
     )
 
@@ -175,6 +177,16 @@ def _state(cluster: ClusterState) -> str:
     return cluster.status.name.lower()
 
 
+def _cached_away(node: Node) -> dict[str, str]:
+    """Volumes that are refused because acknowledged writes are in a cache that is away, or lost."""
+    vdis = node.cluster.vdis
+    return {
+        record.name.decode(errors="replace"): str(node_from_key(claim.owner))
+        for vid, claim in sorted(vdis.claims.items())
+        if node.claims.unreachable(vid) and (record := vdis.get(vid)) is not None
+    }
+
+
 def _redundancies(cluster: ClusterState) -> list[list[int]]:
     counts: dict[tuple[int, int], int] = {}
     for record in cluster.vdis.records():
@@ -202,6 +214,7 @@ def findings(members: Sequence[Member], reports: Reports) -> list[Finding]:
         found += _placement_findings(members, running)
         found += _node_findings(known)
         found += _recovery_findings(running)
+        found += _cache_findings(running)
     return sorted(found, key=lambda one: -one.level)
 
 
@@ -288,6 +301,14 @@ def _recovery_findings(running: Sequence[NodeReport]) -> list[Finding]:
     if sole:
         found.append(Finding(Level.DEGRADED, f"{_count(sole, 'object')} would be lost with one more node"))
     return found
+
+
+def _cache_findings(running: Sequence[NodeReport]) -> list[Finding]:
+    away: dict[str, str] = {}
+    for one in running:
+        away |= one.cached_away
+    text = "volume {}: refused; acknowledged writes are in the cache of {}, which is away or has lost it"
+    return [Finding(Level.HALTED, text.format(name, node)) for name, node in away.items()]
 
 
 def _recovery_text(left: int, running: Sequence[NodeReport]) -> str:

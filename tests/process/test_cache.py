@@ -166,7 +166,13 @@ def test_a_lost_cache_takes_only_what_was_not_flushed(cluster: Cluster) -> None:
     start_owner(cluster)
     for node in (OWNER, OTHER):
         assert cluster.try_dog("vdi", "read", "guest", node=node).returncode == 1
+    for verb, *rest in (["read"], ["snapshot", "-s", "t"], ["resize", "1G"], ["delete"]):
+        told = cluster.try_dog("vdi", verb, "guest", *rest, node=OTHER)
+        assert b"VDI is already locked: acknowledged writes are in the cache of a node that is away" in told.stderr
+    health = cluster.try_dog("cluster", "health", node=OTHER)
+    assert (health.returncode, b"volume guest: refused" in health.stdout) == (2, True)
     cluster.dog("vdi", "cache", "purge", "guest", node=OTHER)
+    assert b"guest" not in cluster.try_dog("cluster", "health", node=OTHER).stdout
     for node in (OWNER, OTHER):
         assert contents(cluster, node) == flushed
 

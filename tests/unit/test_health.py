@@ -31,6 +31,14 @@ def test_a_report_survives_its_journey() -> None:
     assert NodeReport.from_json({**report.to_json(), "of a newer version": 1}) == report
 
 
+def test_a_cache_that_is_away_is_told_once() -> None:
+    away = replace(FINE, cached_away={"web": "x:1"})
+    (found,) = findings(FOUR, reports(away, away))
+    assert (found.level, found.text) == (
+        Level.HALTED, "volume web: refused; acknowledged writes are in the cache of x:1, which is away or has lost it",
+    )  # fmt: skip
+
+
 def test_all_is_well() -> None:
     assert findings(FOUR, reports()) == []
     assert level_of([]) == Level.HEALTHY

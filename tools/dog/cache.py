@@ -13,12 +13,11 @@ from sheepdog.cluster.core.ids import Vid, inode_oid
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
-from sheepdog.tools.dog.output import confirm, human_size, text
+from sheepdog.tools.dog.output import CACHED_AWAY, confirm, human_size, text
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.volumes import find, name_of
 
 _PURGE_QUESTION = "This operation purges the cache of all the vdi. Continue? [yes/no]: "
-_AWAY = "acknowledged writes are in the cache of a node that is away, or has lost it"
 
 
 def info(context: Context) -> None:
@@ -88,7 +87,7 @@ def _ask(context: Context, opcode: Opcode) -> None:
     try:
         _request(context.gateway(), opcode, vid)
     except SheepError as error:
-        why = f": {_AWAY}" if error.result == Result.VDI_LOCKED else ""
+        why = f": {CACHED_AWAY}" if error.result == Result.VDI_LOCKED else ""
         raise Failure(f"failed to execute request{why}") from error
 
 

@@ -13,7 +13,7 @@ from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.hyper import HyperVolume, open_volume
 from sheepdog.tools.dog.context import Context, Unreachable, dial
 from sheepdog.tools.dog.options import Failure
-from sheepdog.tools.dog.output import parse_size, text
+from sheepdog.tools.dog.output import parse_size, refusal
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import snapshot_option
 from sheepdog.tools.dog.volumes import name_of, not_opened
@@ -138,4 +138,4 @@ def _open(context: Context, tag: bytes, snap_id: int) -> BlockingVolume | HyperV
 
 
 def _reason(error: OSError) -> str:
-    return f"{text(error.result)}\n" if isinstance(error, SheepError) else ""
+    return f"{refusal(error.result)}\n" if isinstance(error, SheepError) else ""

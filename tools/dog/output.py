@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, format_address
 from sheepdog.cluster.wire.results import text_of
 from sheepdog.tools.dog.options import Failure
 
+CACHED_AWAY = "acknowledged writes are in the cache of a node that is away, or has lost it (dog cluster health)"
 _UNITS = ("MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _SUFFIXES = "BKMGTP"
 _MIB = 1 << 20
@@ -87,6 +89,12 @@ def warn(text: str) -> None:
 
 def text(result: int) -> str:
     return text_of(result)
+
+
+def refusal(result: int) -> str:
+    """Why something cannot be done to a volume that the command itself does not lock: then it is its cache."""
+    away = f": {CACHED_AWAY}" if result == Result.VDI_LOCKED else ""
+    return f"{text_of(result)}{away}"
 
 
 def request_failed(result: int) -> str:

@@ -13,7 +13,7 @@ from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.strings import NAME_SIZE
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure, UsageFailure
-from sheepdog.tools.dog.output import confirm, text, warn
+from sheepdog.tools.dog.output import confirm, refusal, text, warn
 from sheepdog.tools.dog.values import positive, snapshot_option
 from sheepdog.tools.dog.volumes import (
     RECLAIM_BATCH,
@@ -55,7 +55,7 @@ def snapshot(context: Context) -> None:
         if error.result == Result.VDI_EXIST:
             taken = f"maybe snapshot id (0) or tag ({label}) is existed"
             raise Failure(f"Failed to create snapshot for {word}, {taken}") from error
-        raise Failure(f"Failed to create snapshot for {word}: {text(error.result)}") from error
+        raise Failure(f"Failed to create snapshot for {word}: {refusal(error.result)}") from error
     if context.verbose:
         vid = inodes.read_header(connection, made).parent_vdi_id  # others may have taken snapshots meanwhile
         if context.raw:
@@ -105,21 +105,24 @@ def rollback(context: Context) -> None:
     connection = context.gateway()
     base = open_header(connection, name, tag, snap_id)
     try:
-        working = Opened(
-            current := inodes.read_header(connection, admin.find(connection, name).vid),
-            inodes.read_map(connection, current),
-        )
-    except SheepError as error:
-        if error.result != Result.NO_VDI:
-            raise Failure(f"Failed to rollback VDI {word}: {text(error.result)}") from error
-    else:
-        delete(connection, working, name, batch=batch, pause_s=pause_s)
-    try:
+        working = _working(connection, name)
+        if working is not None:
+            delete(connection, working, name, batch=batch, pause_s=pause_s)
         made = _next_volume(connection, name, base, Vid(base.vdi_id))
     except SheepError as error:
-        raise Failure(f"Failed to rollback VDI {word}: {text(error.result)}") from error
+        raise Failure(f"Failed to rollback VDI {word}: {refusal(error.result)}") from error
     if context.verbose:
         print(f"{made:x}" if context.raw else f"New VDI ID of rollbacked VDI: {made:x}")
+
+
+def _working(connection: Connection, name: bytes) -> Opened | None:
+    try:
+        inode = inodes.read_header(connection, admin.find(connection, name).vid)
+    except SheepError as error:
+        if error.result == Result.NO_VDI:
+            return None
+        raise
+    return Opened(inode, inodes.read_map(connection, inode))
 
 
 def _next_volume(connection: Connection, name: bytes, inode: InodeHeader, base: Vid) -> Vid:

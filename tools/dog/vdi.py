@@ -13,7 +13,7 @@ from sheepdog.cluster.core.inode import objects_of
 from sheepdog.cluster.core.limits import DEFAULT_SHIFT
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
-from sheepdog.tools.dog.output import human_size, parse_size, text, warn
+from sheepdog.tools.dog.output import human_size, parse_size, refusal, text, warn
 from sheepdog.tools.dog.values import parse_redundancy, parse_shift, positive, snapshot_option
 from sheepdog.tools.dog.volumes import (
     RECLAIM_BATCH,
@@ -88,7 +88,7 @@ def delete(context: Context) -> None:
         else:
             delete_volume(connection, volume, name, tag, snap_id, batch, pause_s)
     except SheepError as error:
-        warn(f"Failed to delete {context.argument(0)}: {text(error.result)}")
+        warn(f"Failed to delete {context.argument(0)}: {refusal(error.result)}")
 
 
 def resize(context: Context) -> None:
@@ -107,4 +107,4 @@ def resize(context: Context) -> None:
     try:
         admin.write_object(connection, inode_oid(Vid(inode.vdi_id)), 0, changed)
     except SheepError as error:
-        raise Failure(f"Failed to update an inode header: {text(error.result)}") from error
+        raise Failure(f"Failed to update an inode header: {refusal(error.result)}") from error
