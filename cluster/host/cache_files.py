@@ -19,6 +19,7 @@ from sheepdog.cluster.core.node import CacheDisk
 from sheepdog.cluster.core.ports import Clock, Log
 from sheepdog.cluster.host.cache_store import CacheObjects
 from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.node_state import DirectoryLock
 from sheepdog.cluster.host.pipeline import AtEnd
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import Workers
@@ -26,6 +27,7 @@ from sheepdog.cluster.host.workers import Workers
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MIN_JOURNAL_BYTES, _MAX_JOURNAL_BYTES = 8 << 20, 128 << 20  # two segments; they come on top of the cache's size
 _JOURNAL_PART = 8
+_BEFORE_IDENTITY = {"identity.new", "lock", "lost+found"}  # what may be there when nothing has been cached yet
 
 
 class CacheFiles:
@@ -47,6 +49,8 @@ class CacheFiles:
         self._path = Path(directory)
         journal = max(_MIN_JOURNAL_BYTES, min(_MAX_JOURNAL_BYTES, size_bytes // _JOURNAL_PART))
         try:
+            self._check_own()
+            self._lock = DirectoryLock(directory)
             self._identity = self._identify()
             self._store = CacheObjects(
                 directory,
@@ -61,23 +65,26 @@ class CacheFiles:
             )
             self._store.open()
         except OSError as error:
-            raise UsageError(f"the object cache in {directory} cannot be used: {error}") from None
+            raise UsageError(f"the object cache in {directory} cannot be used ({error.strerror or error})") from None
         self.disk = CacheDisk(self._store, self._identity, size_bytes, direct_io)
+
+    def _check_own(self) -> None:
+        """Makes the directory. UsageError if it is one of something else, which would be taken for contents that cannot
+        be trusted: the store of a sheep, say."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in self._path.iterdir()}
+        if "identity" not in names and not names <= _BEFORE_IDENTITY:
+            raise UsageError(f"{self._path} holds something else than an object cache: it is left alone")
 
     def _identify(self) -> str:
         """What the contents are called; they are removed if they cannot be trusted."""
-        self._path.mkdir(parents=True, exist_ok=True)
         identity, before = self._noted()
         boot = _boot_id()
         if before not in (boot, "closed"):
             if identity:
                 self._log(4, f"object cache in {self._path}: the host has failed since; it begins empty")
-            for name in ("obj", "identity"):
-                path = self._path / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            if (self._path / "obj").exists():  # the identity is replaced, and stays until everything else has gone
+                shutil.rmtree(self._path / "obj")
             for path in self._path.glob("journal_file*"):
                 path.unlink()
             identity = uuid.uuid4().hex
@@ -119,6 +126,10 @@ class CacheFiles:
             self._note(self._identity, "closed")
         except OSError as error:
             self._log(4, f"object cache in {self._path}: {error}")
+
+    def release(self) -> None:
+        """Another sheep may use the directory; so it may when this process has ended."""
+        self._lock.release()
 
 
 def _boot_id() -> str:

@@ -64,11 +64,12 @@ class Opened(Driver):
     def end(self) -> None:
         self.wait(lambda done: self.files.close(lambda: done(None)))
         self.files.closed()
-        self.workers.stop()
+        self.die()
 
     def die(self) -> None:
         """As by kill -9."""
         self.workers.stop()
+        self.files.release()
 
 
 @pytest.fixture
@@ -102,6 +103,23 @@ def test_contents_survive_an_orderly_end_and_a_reboot(tmp_path: Path, boot: Path
     third = Opened(tmp_path / "cache")
     assert third.content() is None, "closed in the first boot, but used again in the second"
     third.end()
+
+
+def test_two_sheep_never_share_a_cache(tmp_path: Path, boot: Path) -> None:
+    first = Opened(tmp_path / "cache")
+    with pytest.raises(UsageError, match="another sheep daemon is using"):
+        Opened(tmp_path / "cache")
+    first.end()
+    Opened(tmp_path / "cache").end()
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, boot: Path) -> None:
+    """`-w dir=` of the store's own directory: what is not the cache's is no rest of a cache."""
+    for name in ("obj", "journal_file0", "epoch"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds something else"):
+        Opened(tmp_path / "store")
+    assert sorted(entry.name for entry in (tmp_path / "store").iterdir()) == ["epoch", "journal_file0", "obj"]
 
 
 BLOCK = b"kept".ljust(BLOCK_SIZE)
