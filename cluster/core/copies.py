@@ -7,7 +7,7 @@ current: `settled` is remembered durably, and after a restart this node's word c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result, StoreError
@@ -69,6 +69,16 @@ class Copies:
     def as_of(self, oid: ObjectId, version: Version) -> int:
         """The newest epoch in which the copy here was known to be current."""
         return self._standing.as_of(oid, version)
+
+    def lacking(self) -> Iterator[tuple[ObjectId, int]]:
+        """Objects that exist, or did in that epoch, and of which the copy here is no good."""
+        if self.replica.all_settled():
+            for oid in self.replica.missing:
+                yield oid, self._context.epoch
+        else:
+            for oid, _, known, earlier in self._standing.lacks():
+                if known and not earlier:
+                    yield oid, known
 
     def load(self) -> None:
         """What the disk remembers."""

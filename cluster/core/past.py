@@ -78,6 +78,12 @@ class Past:
                 return False
         return True
 
+    def is_deleted(self, oid: ObjectId, known: int, complete: Sequence[int]) -> bool:
+        """The object existed in the epoch `known`, and nobody has it: a replica that is here, and knows all that it
+        should have had in a later epoch, would."""
+        told = zip(self._placement.nodes, complete, strict=True)
+        return any(epoch > known and self._would_know(oid, epoch, [node]) for node, epoch in told)
+
     def _would_know(self, oid: ObjectId, epoch: int, witnesses: Container[NodeId]) -> bool:
         then = self._former(epoch)
         if then is None:

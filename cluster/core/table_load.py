@@ -51,11 +51,14 @@ class _Found:
         self.claims: dict[Vid, Claim] = {}
         self.complete: dict[NodeId, int] = {}
         self.forgotten: dict[NodeId, int] = {}
+        self.lacking: dict[int, int] = {}  # vid: the newest epoch in which its inode existed for a member that lacks it
         self._ranks: dict[int, tuple[Any, ...]] = {}
         self._holders: dict[int, list[NodeId]] = {}
         for node in sorted(answers):
             inodes, places, cache, cached, known = json.loads(bytes(answers[node]))
-            self.complete[node], self.forgotten[node] = known
+            self.complete[node], self.forgotten[node], lacking = known
+            for vid, epoch in lacking:
+                self.lacking[vid] = max(epoch, self.lacking.get(vid, 0))
             self.claims.update((Vid(vid), Claim(node_key(node), cache, True)) for vid in cached)
             self.attributes.update(((Vid(vid), place), None) for vid, place in places)
             for number, as_of, version, text in inodes:
@@ -143,7 +146,10 @@ class TableLoad:
         past = self._copies.at_home().past
         for node, epoch in found.forgotten.items():
             past.forgot(node, epoch)
-        if past.knows_all(complete, min([state.fewest_copies(), *copies])):
+        lost = [vid for vid, known in found.lacking.items() if vid not in found.inodes]
+        if past.knows_all(complete, min([state.fewest_copies(), *copies])) and all(
+            past.is_deleted(inode_oid(Vid(vid)), found.lacking[vid], complete) for vid in lost
+        ):
             return 0
         self._context.probe("table.partial")
         self._context.log(4, "nodes that are away may hold volumes of which nobody here knows: waiting for them")
@@ -173,10 +179,12 @@ class TableLoad:
 
     def inodes_here(self, answered: Callable[[int, Buffer], None]) -> None:
         """JSON of this node's [[vid, as_of, version, hex of the inode's header]...], [[vid, attribute id]...], its
-        cache's identity, the [vid...] that it may have unpushed data of, and the epochs [up to which this is complete,
-        up to which nothing is remembered]."""
+        cache's identity, the [vid...] that it may have unpushed data of, and [the epoch up to which this is complete,
+        the one up to which nothing is remembered, [[vid, epoch in which it existed]...] of inodes that are bad here].
+        """
         here = [(oid, version) for oid, version in self._context.store.inventory() if version != NO_VERSION]
         copies = [(oid, version) for oid, version in here if is_inode(oid)]
+        lacking = [(vid_of(oid), epoch) for oid, epoch in self._copies.lacking() if is_inode(oid)]
         attributes = [(vid_of(oid), oid & 0xFFFFFFFF) for oid, _ in here if is_attribute(oid)]
 
         def collect(parts: list[Any]) -> None:
@@ -190,7 +198,7 @@ class TableLoad:
             self._left_dirty(
                 lambda cache, vids: answered(
                     Result.SUCCESS,
-                    json.dumps([*told, cache, vids, [self._copies.complete, self._copies.forgotten]]).encode(),
+                    json.dumps([*told, cache, vids, [self._copies.complete, self._copies.forgotten, lacking]]).encode(),
                 )
             )
 

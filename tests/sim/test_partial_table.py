@@ -5,12 +5,12 @@ from __future__ import annotations
 from tests.sim.test_late_map_writes import create, wait_for
 from tests.sim.test_volumes import ask, delete, stored
 
-from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
+from sheepdog.cluster.core.errors import NoSpace, Result
+from sheepdog.cluster.core.ids import NO_VERSION, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.vdi import VdiRecord
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
-from sheepdog.cluster.sim.world import SECOND, World
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, World
 
 SIZE = 4 << 20
 
@@ -152,3 +152,30 @@ def test_an_inode_that_others_may_have_changed_is_not_gone_by() -> None:
     assert found(cluster, b"volume", 0) == (Result.SUCCESS, goes_on)
     assert goes_on is not None
     assert goes_on.parent == vid
+
+
+def test_a_volume_whose_inode_is_bad_here_is_not_missing() -> None:
+    """It took no write, for want of space, and could not be made anew before the node with the other copy died."""
+    cluster = SimCluster(World(5), 2)
+    cluster.start_all()
+    cluster.format(2)
+    world, name = cluster.world, b"volume"
+    vid = made(cluster, name)[1]
+    placement = cluster.machines[0].node.context.placement
+    home, bad = [cluster.machine(placement.nodes[index]) for index in placement.replicas(inode_oid(vid))]
+    world.run_for(SECOND)
+    bad.disk.fault, bad.disk.fault_chance = NoSpace, 1.0
+    home.node.gateway.write(inode_oid(vid), 0, bytes(256), True, lambda result, _: None)
+    world.run_until(lambda: bad.disk.copies()[inode_oid(vid)].version == NO_VERSION, SECOND, "an attempt to restore it")
+    home.kill()
+    world.run_until(lambda: len(bad.node.cluster.members) == 1, HEALTH_LIMIT_NS, "a death is noticed")
+    world.run_for(100 * MILLISECOND)
+    bad.kill()
+    bad.disk.heal()
+    bad.start()
+    world.run_until(lambda: bad.serves() and bad.node.cluster.loaded, HEALTH_LIMIT_NS, "one runs")
+    assert found(cluster, name, bad.number) == (Result.WAIT_FOR_JOIN, None)
+    assert made(cluster, name, bad.number)[0] == Result.WAIT_FOR_JOIN
+    home.start()
+    world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert found(cluster, name, bad.number)[0] == Result.SUCCESS
