@@ -149,9 +149,9 @@ def format_cluster(connection: Connection, fields: wire.ClusterRequest, store: s
     connection.call(bytearray(wire.CLUSTER_REQUEST.pack(fields)), payload)
 
 
-def alter_cluster_copies(connection: Connection, copies: int) -> None:
+def alter_cluster_copies(connection: Connection, copies: int, policy: int) -> None:
     opcode = Opcode.ALTER_CLUSTER_COPY
-    fields = wire.ClusterRequest(protocol_version(opcode), opcode, copies=copies)
+    fields = wire.ClusterRequest(protocol_version(opcode), opcode, copies=copies, copy_policy=policy)
     connection.call(bytearray(wire.CLUSTER_REQUEST.pack(fields)))
 
 

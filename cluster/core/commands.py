@@ -264,6 +264,7 @@ def _shutdown(state: ClusterState, _: str, __: Command) -> Result:
 
 def _epoch(state: ClusterState, _: str, command: Command) -> Result:
     state.copies = command.get("copies", state.copies)
+    state.policy = command.get("policy", state.policy)
     return Result.SUCCESS
 
 

@@ -285,11 +285,13 @@ class Operations:
     def set_recovery(self, enabled: bool, done: ResultDone) -> None:
         self._context.machine.propose({"t": "recovery", "enabled": enabled}, done)
 
-    def new_epoch(self, done: ResultDone, copies: int = 0) -> None:
-        """A new epoch with the same members, because the default number of copies changes."""
+    def new_epoch(self, done: ResultDone, copies: int = 0, policy: int = 0) -> None:
+        """A new epoch with the same members: VDIs created later get another redundancy; `policy` as in their inodes."""
+        coding = policy_of(policy)
         command = {"t": "epoch", "time": self._now_s()}
-        if copies:
-            command["copies"] = copies
+        if copies or coding is not None:
+            command["copies"] = copies if coding is None else coding.strips
+            command["policy"] = policy
         self._context.machine.propose(command, done)
 
     def reweight(self, done: ResultDone) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.health import report
 from sheepdog.cluster.core.ids import Member
@@ -241,10 +242,11 @@ class Administration:
 
     def _alter_copies(self, call: Call) -> None:
         fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
-        if fields.copy_policy or not 0 < fields.copies <= MAX_COPIES or self._node.cluster.policy:
-            call.fail(Result.INVALID_PARMS)
+        copies, policy = fields.copies, fields.copy_policy
+        if policy_of(policy) is not None or (not policy and 0 < copies <= MAX_COPIES):
+            self._node.operations.new_epoch(call.written, copies, policy)
         else:
-            self._node.operations.new_epoch(call.written, fields.copies)
+            call.fail(Result.INVALID_PARMS)
 
     # -- this node ---------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,19 @@ def test_the_default_of_a_cluster_may_be_coded(tmp_path: Path) -> None:
         assert "2:1" in cluster.dog("vdi", "list")
         assert all(strips_of(cluster, node) for node in range(3))
         assert cluster.try_dog("vdi", "read", "vol", "0", "8192").stdout == b"ab" * 4096
+        for wanted, old in (("3", "2:1"), ("2", "3"), ("2:1", "2")):
+            done = cluster.try_dog("cluster", "alter-copy", "-f", "-c", wanted, check=True)
+            assert f"redundancy level is set to {wanted}, the old one was {old}.\n" in done.stderr.decode()
+            cluster.dog("vdi", "create", f"of{wanted}", "8M")
+            cluster.dog("vdi", "write", f"of{wanted}", "0", "8192", stdin=b"cd" * 4096)
+            assert f" {wanted} " in cluster.dog("vdi", "list", f"of{wanted}").splitlines()[-1]
+        cluster.dog("cluster", "shutdown")
+        cluster.wait_stopped()
+        cluster.start()
+        cluster.wait_status(RUNNING)
+        for name, data in (("vol", b"ab"), ("of3", b"cd"), ("of2:1", b"cd")):
+            assert cluster.try_dog("vdi", "read", name, "0", "8192").stdout == data * 4096
+        assert "2:1" in cluster.dog("cluster", "info")
     finally:
         cluster.close()
 

@@ -13,7 +13,7 @@ from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, DEFAULT_COPIES
 from sheepdog.cluster.core.moves import MOVED_TAG
 from sheepdog.tools.dog.context import Context
-from sheepdog.tools.dog.options import USAGE_ERROR, Failure
+from sheepdog.tools.dog.options import Failure
 from sheepdog.tools.dog.output import caution, confirm, redundancy, text, warn
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import parse_redundancy
@@ -143,17 +143,14 @@ def _shared_bytes(opened: Opened) -> int:
 
 
 def cluster(context: Context) -> None:
-    """Another default number of copies for volumes created later."""
+    """Another default redundancy for volumes created later."""
     copies, policy = _wanted(context, "cluster")
-    if policy:
-        raise Failure("Changing redundancy level of erasure coded cluster is not supported yet.", USAGE_ERROR)
     connection = context.gateway()
     context.nodes()
     found, _ = admin.cluster_info(connection)
-    if found.copy_policy:
-        raise Failure("The cluster's copy policy is erasure code, changing it is not supported yet.")
-    if found.copies == copies:
-        raise Failure(f"The cluster's redundancy level is already set to {copies}, nothing changed.")
+    now, wanted = redundancy(found.copies, found.copy_policy), redundancy(copies, policy)
+    if now == wanted:
+        raise Failure(f"The cluster's redundancy level is already set to {wanted}, nothing changed.")
     _ask(
         context,
         copies,
@@ -161,7 +158,7 @@ def cluster(context: Context) -> None:
         "all the VDIs to be created later.",
     )
     try:
-        admin.alter_cluster_copies(connection, copies)
+        admin.alter_cluster_copies(connection, copies, policy)
     except SheepError as error:
         raise Failure(f"Failed to change the cluster's redundancy level: {text(error.result)}") from error
-    warn(f"The cluster's redundancy level is set to {copies}, the old one was {found.copies}.")
+    warn(f"The cluster's redundancy level is set to {wanted}, the old one was {now}.")
