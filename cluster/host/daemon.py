@@ -128,7 +128,7 @@ class Daemon:
         self._workers = LoopWorkers(self._loop, self._call_soon)
         self._coder = best_coder(self._log)
         disk = RealDisk()
-        self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log)
+        self._state = NodeStateFiles(options.metadata, disk, self._workers, self._log, options.nosync)
         self._state.open()
         disks = options.disks or (f"{options.metadata}/obj",)
         self.store = ObjectStore(
@@ -141,7 +141,7 @@ class Daemon:
             self._log,
             self._disk_failed,
             store_options(options),
-            sync_first=self._state.take_undo_to_sync,
+            before=self._state.undo,
             forget_proven=self._state.forget_settled,
         )
         self.store.open()

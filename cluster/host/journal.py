@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from struct import Struct
-from typing import Final
+from typing import Final, Protocol
 
 from sheepdog.cluster.core.ids import (
     NO_OID,
@@ -63,6 +63,15 @@ def segment_path(directory: str, index: int) -> str:
     return f"{directory}/journal_file{index}"
 
 
+class WrittenBefore(Protocol):
+    """What must be in another file, and be durable there, when a record is in the journal."""
+
+    def write_out(self) -> None: ...
+
+    def take_to_sync(self) -> int:
+        """Descriptor of what was written and is not durable yet; -1: all is."""
+
+
 class _Sync:
     """One that is under way: behind it everything before `target` is durable."""
 
@@ -84,10 +93,10 @@ class Journal:
         disk: Disk,
         workers: Workers,
         failed: Callable[[OSError], None],
-        sync_first: Callable[[], int] | None = None,
+        before: WrittenBefore | None = None,
     ) -> None:
-        """`sync_first`: descriptor of what must not be lost when a record is there and is not durable yet; -1: none."""
-        self._sync_first = sync_first
+        """`before`: what must not be lost when a record is there."""
+        self._before = before
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._node = node
@@ -207,6 +216,8 @@ class Journal:
         if not queue:
             return True
         self._queue = []
+        if self._before is not None:
+            self._before.write_out()
         # The last page is written whole: the kernel would have to read the rest of it from the disk.
         tail = -self._offset & BLOCK_SIZE - 1
         if self._offset + tail <= self._segment_bytes:
@@ -247,7 +258,7 @@ class Journal:
         with_other = self._other_unsynced
         if with_other:
             files.insert(0, self._fds[self._number + 1 & 1])
-        first = -1 if self._sync_first is None else self._sync_first()
+        first = -1 if self._before is None else self._before.take_to_sync()
         if first >= 0:
             files.insert(0, first)
         run = _Sync(self.written, with_other, files, synced)

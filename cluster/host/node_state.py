@@ -5,17 +5,16 @@
     epoch/    one file per epoch, named by its number in 8 decimal digits
     settled   the newest epoch in which every copy here was proven current
     stale     strips that are to be made anew
-    undo      what strips need to go back, appended (core/strip_undo.py), synced before the journal is
+    undo      what strips need to go back, appended (undo_file.py)
     undo.old  the same, of some time before: what led from it to here may be durable only now
     reserve   room for all these, given up when the disk is full
 
 Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
-order, also with `-n`: they are rare, and a cold start depends on them.
+order, also with `-n`: they are rare, and a cold start depends on them. With `-n` undo is not synced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import struct
@@ -26,8 +25,9 @@ from typing import Final
 from sheepdog.cluster.core.errors import Corrupt, DiskError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Done, Log, Proven
-from sheepdog.cluster.host.directory import is_no_room, make_directory, read_file, write_all, write_file
+from sheepdog.cluster.host.directory import is_no_room, make_directory, read_file, write_file
 from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.undo_file import UndoFile
 from sheepdog.cluster.host.workers import Workers
 
 _CONFIG = struct.Struct("<8sIQ")  # magic, format, bytes that follow
@@ -74,7 +74,7 @@ class DirectoryLock:
 class NodeStateFiles:
     """`ports.NodeState` in a metadata directory."""
 
-    def __init__(self, directory: str, disk: Disk, workers: Workers, log: Log) -> None:
+    def __init__(self, directory: str, disk: Disk, workers: Workers, log: Log, nosync: bool = False) -> None:
         self._directory = directory
         self._epochs = f"{directory}/epoch"
         self._disk = disk
@@ -82,10 +82,7 @@ class NodeStateFiles:
         self._log = log
         self._queue: deque[tuple[Callable[[], None], Done]] = deque()
         self._running = False
-        self._undo = -1  # descriptor
-        self._undo_end = 0
-        self._undo_dirty = False
-        self._undo_retired = -1  # descriptor of undo.old: it may be synced at this moment
+        self.undo = UndoFile(directory, disk, log, nosync)
 
     def open(self) -> None:
         """Makes the directories; UsageError."""
@@ -93,52 +90,13 @@ class NodeStateFiles:
         make_directory(self._disk, self._epochs)
 
     def append_undo(self, record: bytes) -> None:
-        try:
-            if self._undo < 0:
-                self._undo = self._disk.open(f"{self._directory}/undo", os.O_RDWR | os.O_CREAT)
-                self._undo_end = self._disk.info(self._undo).length
-            write_all(self._disk, self._undo, record, self._undo_end)
-            self._undo_end += len(record)
-            self._undo_dirty = True
-        except OSError as error:
-            self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
+        self.undo.append(record)
 
     def replace_undo(self, records: bytes) -> None:
-        try:
-            descriptor = self._disk.open(f"{self._directory}/undo.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            write_all(self._disk, descriptor, records, 0)
-            self._disk.fdatasync(descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.rename(f"{self._directory}/undo", f"{self._directory}/undo.old")
-            self._disk.rename(f"{self._directory}/undo.new", f"{self._directory}/undo")
-            self._disk.sync_directory(self._directory)
-            if self._undo_retired >= 0:
-                self._disk.close(self._undo_retired)
-            self._undo_retired, self._undo, self._undo_end = self._undo, descriptor, len(records)
-        except OSError as error:
-            self._log(3, f"{self._directory}/undo: {error.strerror}; a kill of all nodes may cost coded objects")
-
-    def take_undo_to_sync(self) -> int:
-        """The file that has what is not durable yet, -1 when nothing is; the caller syncs it. Valid until the next
-        `replace_undo` but one."""
-        if not self._undo_dirty:
-            return -1
-        self._undo_dirty = False
-        return self._undo
+        self.undo.replace(records)
 
     def load_undo(self) -> list[bytes]:
-        return [self._read_undo("undo.old"), self._read_undo("undo")]
-
-    def _read_undo(self, name: str) -> bytes:
-        try:
-            descriptor = self._disk.open(f"{self._directory}/{name}", os.O_RDONLY)
-        except FileNotFoundError:
-            return b""
-        try:
-            data = bytearray(self._disk.info(descriptor).length)
-            return bytes(data[: self._disk.preadv(descriptor, [data], 0)]) if data else b""
-        finally:
-            self._disk.close(descriptor)
+        return self.undo.load()
 
     def save_scrub(self, data: bytes, done: Done) -> None:
         self._change(lambda: write_file(self._disk, self._directory, "scrub", data), done)

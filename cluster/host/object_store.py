@@ -24,7 +24,7 @@ from sheepdog.cluster.host.checkpoint import Checkpoints
 from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
 from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.journal import Journal
+from sheepdog.cluster.host.journal import Journal, WrittenBefore
 from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, write_trailer
@@ -63,12 +63,12 @@ class ObjectStore:
         on_disk_failure: DiskFailed,
         options: StoreOptions = DEFAULT_OPTIONS,
         random_bytes: RandomBytes = os.urandom,
-        sync_first: Callable[[], int] | None = None,
+        before: WrittenBefore | None = None,
         forget_proven: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sync_first`: see Journal; `forget_proven`: see Disks."""
+        """`before`: see Journal; `forget_proven`: see Disks."""
         self._forget_proven = forget_proven
-        self._sync_first = sync_first
+        self._before = before
         self._metadata = metadata
         self._directories = tuple(directories)
         self._disk = disk
@@ -117,7 +117,7 @@ class ObjectStore:
             self._disk,
             self._workers,
             self._journal_failed,
-            self._sync_first,
+            self._before,
         )
         self._journal.start(found.next_number)
         self._pipeline = Pipeline(

@@ -12,6 +12,7 @@ from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid
 from sheepdog.cluster.core.ports import Buffer, Done, Timer
 from sheepdog.cluster.host.disk import Disk, RealDisk
+from sheepdog.cluster.host.journal import WrittenBefore
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import ThreadWorkers, Workers
@@ -89,7 +90,7 @@ class StoreDriver(Driver):
         disks: Sequence[str] = (),
         options: StoreOptions | None = None,
         seed: int = 0,
-        sync_first: Callable[[], int] | None = None,
+        before: WrittenBefore | None = None,
         forget_proven: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class StoreDriver(Driver):
             lambda path, text, last: self.failed.append(text),
             options or StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES),
             self.random.randbytes,
-            sync_first,
+            before,
             forget_proven,
         )
         self.store.open()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from tests.support.stores import Driver, StoreDriver
 
 from sheepdog.cluster.core.errors import NoObject
 from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name, plain_oid, strip_index, strip_of
+from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.node_state import NodeStateFiles
 from sheepdog.cluster.host.workers import ThreadWorkers
@@ -84,21 +85,34 @@ def test_stamps_keep_their_place_among_writes(store: StoreDriver) -> None:
 
 
 class _Recording(RealDisk):
-    """Knows the order of syncs."""
+    """Knows the order of syncs and writes."""
 
     def __init__(self) -> None:
         self.synced: list[str] = []
+        self.written: list[str] = []
 
     def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
-        self.synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        self.synced.append(name_of(fd))
         super().fdatasync(fd)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:  # type: ignore[override]
+        self.written.append(name_of(fd))
+        return super().pwrite(fd, data, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int:  # type: ignore[override]
+        self.written.append(name_of(fd))
+        return super().pwritev(fd, buffers, offset)
+
+
+def name_of(fd: int) -> str:
+    return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
 
 
 def test_what_leads_back_is_durable_before_the_write_is(tmp_path: Path) -> None:
     disk = _Recording()
     state = NodeStateFiles(str(tmp_path), disk, ThreadWorkers(Driver().call_soon), lambda level, text: None)
     state.open()
-    store = StoreDriver(str(tmp_path), disk=disk, sync_first=state.take_undo_to_sync)
+    store = StoreDriver(str(tmp_path), disk=disk, before=state.undo)
     strip = strip_of(OID, 2)
     store.create(strip, SIZE, 0, b"", V1)
     disk.synced.clear()
@@ -114,4 +128,34 @@ def test_what_leads_back_is_durable_before_the_write_is(tmp_path: Path) -> None:
     assert state.load_undo() == [b"the way back", b"less and more"]
     state.replace_undo(b"")
     assert state.load_undo() == [b"less and more", b""]
+    store.close()
+
+
+def test_with_nosync_nobody_waits_for_the_way_back(tmp_path: Path) -> None:
+    disk = _Recording()
+    workers = ThreadWorkers(Driver().call_soon)
+    state = NodeStateFiles(str(tmp_path), disk, workers, lambda level, text: None, nosync=True)
+    state.open()
+    disk.synced.clear()
+    state.append_undo(b"one")
+    state.replace_undo(b"two")
+    assert disk.synced == []
+    assert state.load_undo() == [b"one", b"two"]
+
+
+def test_what_leads_back_is_written_at_once_and_before_the_journal(tmp_path: Path) -> None:
+    """One write for all strips of a turn; a kill -9 between the two leaves no strip that cannot go back."""
+    disk = _Recording()
+    state = NodeStateFiles(str(tmp_path), disk, ThreadWorkers(Driver().call_soon), lambda level, text: None)
+    state.open()
+    store = StoreDriver(str(tmp_path), disk=disk, before=state.undo)
+    store.create(strip_of(OID, 2), SIZE, 0, b"", V1)
+    disk.written.clear()
+    state.append_undo(b"one")
+    state.append_undo(b"two")
+    assert disk.written == []
+    store.done(lambda done: store.store.write(strip_of(OID, 2), 0, b"a" * 4096, V2, False, done))
+    assert disk.written[0] == "undo"
+    assert disk.written[1].startswith("journal")
+    assert disk.written.count("undo") == 1
     store.close()
