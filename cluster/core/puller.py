@@ -16,6 +16,7 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins, encode_origins
 from sheepdog.cluster.core.pace import Pace, Taken
 from sheepdog.cluster.core.repair import Repair
+from sheepdog.cluster.core.strip_changes import StripChanges, encode_changes
 
 Pulled = Callable[[int], None]
 
@@ -23,9 +24,10 @@ Pulled = Callable[[int], None]
 class Puller:
     """All restores that this node has going. `bytes_pulled` counts what was moved since the start."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, changes: StripChanges) -> None:
         self.pace = Pace(context)
         self._context = context
+        self._changes = changes
         self._active: dict[ObjectId, _Pull] = {}
         self._urgent: dict[ObjectId, None] = {}  # those of them that clients wait for
         self.bytes_pulled = 0
@@ -91,7 +93,10 @@ class Puller:
     # -- the other side ----------------------------------------------------------------------------------------
 
     def on_table(self, sender: NodeId, message: Message) -> None:
-        """Somebody restores from here: hashes of the copy, if it has the version asked for. NO_VERSION asks which."""
+        """Somebody restores from here: hashes of the copy, if it has the version asked for. NO_VERSION asks which.
+
+        The answer: table; with CHANGES the changes of the strip; origins.
+        """
         context = self._context
         version = context.store.version(message.oid)
         if message.version == NO_VERSION:
@@ -105,8 +110,10 @@ class Puller:
         except StoreError as error:
             context.peers.answer(sender, message, error.result)
             return
-        origins = encode_origins(context.origins.of(plain_oid(message.oid)))
-        context.peers.answer(sender, message, Result.SUCCESS, table + origins, message.version, size)
+        told = encode_origins(context.origins.of(plain_oid(message.oid)))
+        if message.flags & Flag.CHANGES:
+            told = encode_changes(self._changes.since(message.oid, version), -(-size // BLOCK_SIZE)) + told
+        context.peers.answer(sender, message, Result.SUCCESS, table + told, message.version, size)
 
     def on_fetch(self, sender: NodeId, message: Message) -> None:
         context = self._context

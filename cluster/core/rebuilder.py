@@ -1,7 +1,8 @@
 """The rebuilder: makes a strip here from others: a copy of the same strip where there is one, else decoded from any D.
 
-Ranges where all sources have holes stay holes. A source that fails is replaced by another strip. The node's pace is
-kept unless a client waits.
+Of a strip that is only old, the blocks are decoded that changed meanwhile (core.strip_changes). Ranges where all
+sources have holes stay holes. A source that fails is replaced by another strip. The node's pace is kept unless a client
+waits.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ from collections.abc import Callable, Iterator, Sequence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result, StoreError
-from sheepdog.cluster.core.ids import ObjectId, Version, oid_name, plain_oid, strip_index, strip_of
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, oid_name, plain_oid, strip_index, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_WINDOW, REBUILD_CHUNK_BYTES
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, decode_origins
 from sheepdog.cluster.core.pace import Pace, Taken
 from sheepdog.cluster.core.peering import NO_MEMBER
 from sheepdog.cluster.core.puller import Pulled, Puller
+from sheepdog.cluster.core.strip_changes import (
+    ALL_BLOCKS,
+    StripChanges,
+    decode_changes,
+    encode_changes,
+    in_common,
+)
 
 
 class Rebuilder:
     """All rebuilds that this node has going."""
 
-    def __init__(self, context: Context, puller: Puller) -> None:
+    def __init__(self, context: Context, puller: Puller, changes: StripChanges) -> None:
         self._context = context
+        self.changes = changes
         self._puller = puller
         self._active: dict[ObjectId, _Rebuild] = {}
         self.bytes_rebuilt = 0
@@ -54,22 +63,24 @@ class Rebuilder:
         if active is not None:
             active.waiting.append(pulled)
             return
-        if context.store.version(strip) == version and not repair:
+        mine = context.store.version(strip)
+        if mine == version and not repair:
             pulled(Result.SUCCESS)
             return
+        known = {} if repair or mine is None or mine == NO_VERSION else self.changes.since(strip, mine)
         same = holders[strip_index(strip)]
         if same not in (NO_MEMBER, context.placement.me):
             fence = context.fence
 
             def copied(result: int) -> None:
                 if result and context.fence == fence:
-                    self._decode(strip, policy, version, holders, pulled, urgent)
+                    self._decode(strip, policy, version, holders, {}, pulled, urgent)
                 else:
                     pulled(result)
 
             self._puller.pull(strip, version, [context.placement.nodes[same]], repair, copied, urgent)
         else:
-            self._decode(strip, policy, version, holders, pulled, urgent)
+            self._decode(strip, policy, version, holders, known, pulled, urgent)
 
     def hurry(self, strip: ObjectId) -> None:
         """A client waits for it, if it is being made."""
@@ -84,6 +95,7 @@ class Rebuilder:
         policy: Policy,
         version: Version,
         holders: Sequence[int],
+        known: dict[Version, int],
         pulled: Pulled,
         urgent: bool,
     ) -> None:
@@ -91,7 +103,7 @@ class Rebuilder:
             other: member for other, member in enumerate(holders) if member != NO_MEMBER and other != strip_index(strip)
         }
         pace = self._puller.pace
-        self._active[strip] = rebuild = _Rebuild(self, self._context, pace, strip, policy, version, sources)
+        self._active[strip] = rebuild = _Rebuild(self, self._context, pace, strip, policy, version, sources, known)
         rebuild.urgent = urgent
         rebuild.waiting.append(pulled)
         rebuild.start()
@@ -114,6 +126,7 @@ class _Rebuild:
         policy: Policy,
         version: Version,
         sources: dict[int, int],
+        known: dict[Version, int],
     ) -> None:
         self.strip = strip
         self.waiting: list[Pulled] = []
@@ -126,6 +139,8 @@ class _Rebuild:
         self._version = version
         self._sources = sources  # member by strip, of those that have not failed
         self._tables: dict[int, memoryview] = {}
+        self._known = known  # what changed here since versions that the strip here had; empty: nothing here is of use
+        self._changes: list[dict[Version, int]] = []  # the same of the sources
         self._origins: dict[Origin, None] = {}  # what any source knows: none was touched by all writes
         self._size = 0
         self._chunks: Iterator[tuple[int, int]] = iter(())
@@ -144,6 +159,7 @@ class _Rebuild:
         self._failed = None
         self._fetching = False
         self._tables.clear()
+        self._changes.clear()
         self._in_flight = len(chosen)
         for strip in chosen:
             self._ask_table(strip)
@@ -174,20 +190,23 @@ class _Rebuild:
             if result:
                 self._lose(strip, result)
             else:
-                entries = 8 * -(-size // BLOCK_SIZE)
-                self._tables[strip] = memoryview(bytes(table[:entries])).cast("Q")
-                self._origins.update(dict.fromkeys(decode_origins(table[entries:])))
+                blocks = -(-size // BLOCK_SIZE)
+                self._tables[strip] = memoryview(bytes(table[: 8 * blocks])).cast("Q")
+                changes, end = decode_changes(table[8 * blocks :], blocks)
+                self._changes.append(changes)
+                self._origins.update(dict.fromkeys(decode_origins(table[8 * blocks + end :])))
                 self._size = size
             self._landed(self._begin)
 
         if member == context.placement.me:
             try:
-                right = context.store.version(oid) == self._version
-                got(0 if right else Result.STALE_OBJ, context.store.table(oid), context.store.size(oid))
+                right, size = context.store.version(oid) == self._version, context.store.size(oid)
+                changes = encode_changes(self._rebuilder.changes.since(oid, self._version), -(-size // BLOCK_SIZE))
+                got(0 if right else Result.STALE_OBJ, context.store.table(oid) + changes, size)
             except StoreError as error:
                 got(error.result, b"", 0)
             return
-        message = Message(Kind.TABLE, context.fence, oid=oid, version=self._version)
+        message = Message(Kind.TABLE, context.fence, oid=oid, version=self._version, flags=Flag.CHANGES)
         context.peers.request(
             context.placement.nodes[member],
             message,
@@ -197,20 +216,23 @@ class _Rebuild:
     def _begin(self) -> None:
         if self._in_flight:
             return
+        wanted = in_common([self._known, *self._changes])
+        if wanted != ALL_BLOCKS:
+            self._context.probe("rebuilder.only_what_changed")
+        self._known = {}  # should a source fail: what is here by then is of no version
         self._context.store.restore_begin(self.strip, self._size)
-        self._chunks = self._cut()
+        self._chunks = self._cut(wanted)
         self._chunk = next(self._chunks, None)
         self._fetching = True
         self._fetch_more()
 
-    def _cut(self) -> Iterator[tuple[int, int]]:
-        """Ranges in which some source has bytes; the others become holes."""
-        blocks = REBUILD_CHUNK_BYTES // BLOCK_SIZE
+    def _cut(self, wanted: int) -> Iterator[tuple[int, int]]:
+        """Ranges of wanted blocks in which some source has bytes; the others become holes."""
         tables = list(self._tables.values())
-        for first in range(0, -(-self._size // BLOCK_SIZE), blocks):
+        for first, last in runs(wanted, -(-self._size // BLOCK_SIZE)):
             offset = first * BLOCK_SIZE
-            length = min(REBUILD_CHUNK_BYTES, self._size - offset)
-            if any(any(table[first : first + blocks]) for table in tables):
+            length = min(last * BLOCK_SIZE, self._size) - offset
+            if any(any(table[first:last]) for table in tables):
                 yield offset, length
             else:
                 self._context.store.restore_punch(self.strip, offset, length)
@@ -316,6 +338,20 @@ class _Rebuild:
         context.store.restore_finish(
             self.strip, self._version, lambda error: self._end(0 if error is None else error.result)
         )
+
+
+def runs(wanted: int, blocks: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of the runs of bits, each as long as one fetch may be, among so many blocks."""
+    most, first = REBUILD_CHUNK_BYTES // BLOCK_SIZE, 0
+    while first < blocks:
+        if not wanted >> first & 1:
+            first += 1
+            continue
+        last = first + 1
+        while last < blocks and last - first < most and wanted >> last & 1:
+            last += 1
+        yield first, last
+        first = last
 
 
 def _bytes(answer: Message) -> Buffer:

@@ -122,6 +122,7 @@ class Replica:
         self.missing.pop(oid, None)
         self.lost.pop(oid, None)
         self.broken.pop(oid, None)
+        self.strips.changes.trust(oid)
         self._context.spoilt.pop(oid, None)
 
     def spoil(self, oid: ObjectId) -> None:
@@ -132,6 +133,8 @@ class Replica:
     def doubt(self, oid: ObjectId) -> None:
         """The copy here is not to be trusted and made anew; should the epoch end before, it tells nothing."""
         self.broken[oid] = None
+        if oid >> STRIP_SHIFT:
+            self.strips.changes.distrust(oid)
         self._context.doubts[oid] = self._context.doubts.get(oid, 0) + 1
         self._went_bad()
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from functools import partial
+from typing import Final
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.erasure import xor
 from sheepdog.cluster.core.errors import DiskError, NoObject, NoWayBack, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
 from sheepdog.cluster.core.limits import LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
 from sheepdog.cluster.core.origins import decode_origins
-from sheepdog.cluster.core.ports import Done, ReadDone
+from sheepdog.cluster.core.ports import Done, NodeState, ReadDone
+from sheepdog.cluster.core.strip_changes import StripChanges
 from sheepdog.cluster.core.strip_levels import Leveled
-from sheepdog.cluster.core.strip_undo import NO_STRIPS, Undo, UndoLog
+from sheepdog.cluster.core.strip_undo import NO_STRIPS, Undo, UndoLog, touches_all
+
+WHOLE_HISTORY: Final = 1 << 30  # versions kept: what was loaded is as short as its file
 
 
 class _Look:
@@ -38,6 +41,7 @@ class StripReplica:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.undo = UndoLog()
+        self.changes = StripChanges()
         self._queues: dict[ObjectId, deque[Callable[[], None]]] = {}  # of strips that are being read for a change
         self._looked: dict[ObjectId, _Look] = {}
 
@@ -46,8 +50,17 @@ class StripReplica:
         self._queues = {}
         self._looked = {}
 
+    def load(self, state: NodeState, version_of: Callable[[ObjectId], Version | None]) -> None:
+        """What the process before this one has left; `version_of` tells where the strips are now."""
+        self.undo.load(state, version_of)
+        for strip, undo in self.undo.every_step():
+            length = -1 if undo.old is None else len(undo.old)
+            self.changes.note(strip, undo.before, undo.after, undo.offset, length)
+            self.changes.mark(strip, undo.after, WHOLE_HISTORY)  # any of them may be the last that all strips had
+
     def clear(self) -> None:
         """The cluster was formatted."""
+        self.changes.clear()
         self._queues = {}
         self._looked = {}
         self.undo.clear()
@@ -56,6 +69,13 @@ class StripReplica:
         """The strip is made anew, or goes."""
         self.undo.drop(strip)
         self._looked.pop(strip, None)
+
+    def _keep(self, strip: ObjectId, undo: Undo) -> None:
+        """Before the strip is written."""
+        self.undo.keep(strip, undo)
+        self.changes.note(strip, undo.before, undo.after, undo.offset, len(undo.old or b""))
+        if touches_all(undo.touched) and self._has_all_strips(strip):
+            self.changes.mark(strip, undo.after)
 
     def settled(self, home: int, missing: Container[ObjectId]) -> None:
         """The home agreed with all that hold strips of its objects on what they are; older versions do not matter."""
@@ -113,6 +133,7 @@ class StripReplica:
             return
         if flags & Flag.REMOVE:
             self.undo.drop(strip)
+            self.changes.drop(strip)
             store.remove(strip, done)
             taken()
             return
@@ -121,7 +142,7 @@ class StripReplica:
             done(_missing(strip, before))
             return
         if not data:
-            self.undo.keep(strip, Undo(before, version, 0, b"", length))
+            self._keep(strip, Undo(before, version, 0, b"", length))
             store.stamp(strip, version, durable, done)
             self._note(strip, version, taken)
             return
@@ -158,8 +179,8 @@ class StripReplica:
         old: Buffer,
     ) -> None:
         """The bytes before the change are known: they can be undone."""
-        self.undo.keep(strip, Undo(before, version, offset, old, length))
-        fresh = xor(old, data) if flags & Flag.XOR else data
+        self._keep(strip, Undo(before, version, offset, old, length))
+        fresh = self._context.coder.xor(old, data) if flags & Flag.XOR else data
         self._context.store.write(strip, offset, fresh, version, bool(flags & Flag.DURABLE), done)
         self._note(strip, version, taken)
 
@@ -210,11 +231,25 @@ class StripReplica:
         before = store.version(strip)
         if before is None or before == NO_VERSION:
             done(NoObject(f"no strip {oid_name(strip)} here"))
-        elif before >= version:
-            done(None)
-        else:
-            self.undo.keep(strip, Undo(before, version, 0, b"", NO_STRIPS))
+            return
+        broken = self._context.spoilt.get(strip)
+        if broken is not None:  # its version says what it contains, also in another epoch
+            done(broken)
+            return
+        if before < version:
+            self._keep(strip, Undo(before, version, 0, b"", NO_STRIPS))
+        if before <= version and self._has_all_strips(strip):
+            self.changes.mark(strip, version)
+        if before < version:
             store.stamp(strip, version, False, done)
+        else:
+            done(None)
+
+    def _has_all_strips(self, strip: ObjectId) -> bool:
+        """None is missing for want of nodes: who goes away now has what the others have."""
+        oid = plain_oid(strip)
+        policy = self._context.policy_of(oid)
+        return policy is not None and len(self._context.placement.replicas(oid)) >= policy.strips
 
     # -- reads -------------------------------------------------------------------------------------------------
 
@@ -293,9 +328,10 @@ class StripReplica:
                     self.undo.drop(strip)
                 done(NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}") if failed else None)
 
-        for before, _, offset, old, _ in steps:
+        for before, after, offset, old, _ in steps:
+            self.changes.note(strip, after, before, offset, len(old or b""))
             self.undo_step(strip, before, offset, old or b"", written)
-        self.undo.keep(strip, Undo(target, version, 0, b""))
+        self._keep(strip, Undo(target, version, 0, b""))
         store.stamp(strip, version, True, written)
 
     def undo_step(self, strip: ObjectId, before: Version, offset: int, old: Buffer, done: Done) -> None:

@@ -17,7 +17,7 @@ nobody wants those (core.strip_peering).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -136,10 +136,15 @@ class UndoLog:
         if chain is None:
             return
         steps, settled = chain.steps, min(chain.settled, len(chain.steps))
-        while settled < len(steps) and steps[settled].after <= version:
-            steps[settled] = steps[settled]._replace(old=None)
+        level: Version | None = None
+        while settled < len(steps) and (undo := steps[settled]).after <= version:
+            steps[settled] = undo._replace(old=None)
             settled += 1
+            if touches_all(undo.touched):
+                level = undo.after
         chain.settled = settled
+        if level is not None:
+            self.level(strip, level)
 
     def level(self, strip: ObjectId, version: Version) -> None:
         """All strips of the object were brought to `version`: what led there does not matter any more."""
@@ -158,6 +163,12 @@ class UndoLog:
         """The strip is new, gone, or agreed upon as it is."""
         self._chains.pop(strip, None)
 
+    def every_step(self) -> Iterator[tuple[ObjectId, Undo]]:
+        """Of each strip the oldest first."""
+        for strip, chain in self._chains.items():
+            for undo in chain.steps:
+                yield strip, undo
+
     def strips(self) -> list[ObjectId]:
         return list(self._chains)
 
@@ -172,6 +183,11 @@ def _append(steps: list[Undo], undo: Undo) -> None:
     while steps and steps[-1].after != undo.before:
         del steps[-1]
     steps.append(undo)
+
+
+def touches_all(touched: int) -> bool:
+    """The write changed all strips of its object: every write changes the parity, so there is no gap before that."""
+    return bool(touched & 1) and not touched & touched + 1
 
 
 def encode(strip: ObjectId, undo: Undo) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from sheepdog.cluster.core.erasure import Buffer, Coder, Policy, xor
+from sheepdog.cluster.core.erasure import Buffer, Coder, Policy
 
 UNIT: Final = (
     64 * 1024
@@ -138,7 +138,7 @@ def encode_part(
     for number, (strip, at, start, length) in enumerate(parts):
         new: Buffer = view[start : start + length]
         changes[strip] = Change(at, (new,))
-        deltas.append(new if old is None else xor(old[number], new))
+        deltas.append(new if old is None else coder.xor(old[number], new))
     low = min(part.offset for part in parts)
     high = max(part.offset + part.length for part in parts)
     if len(parts) == 1:

@@ -11,8 +11,12 @@ from typing import Any, Final
 
 from sheepdog.cluster.core.erasure import Buffer, Coder, PlainCoder, Policy, Row, choose, decoding_rows, parity_rows
 from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.host.reading import POOLED_BYTES
+from sheepdog.cluster.wire.streams import BufferPool
 
 _LIBRARIES: Final = ("libisal.so.2", "libisal.so")
+_RETAINED_BYTES: Final = 16 << 20  # of results: parity of 32 MB that is on its way
+_SUM: Final[tuple[Row, ...]] = ((1, 1),)  # addition is exclusive or
 _TABLE_BYTES: Final = 32  # ISA-L's expanded tables: a factor
 _DECLARATIONS: Final = """
 void ec_init_tables(int k, int rows, unsigned char *a, unsigned char *gftbls);
@@ -28,6 +32,7 @@ class IsaCoder:
     def __init__(self) -> None:
         from cffi import FFI
 
+        self._buffers = BufferPool(_RETAINED_BYTES)
         self._ffi = ffi = FFI()
         ffi.cdef(_DECLARATIONS)
         self._library = _load(ffi)
@@ -49,7 +54,11 @@ class IsaCoder:
         """Each row's sum of factor times unit."""
         length, view = len(units[0]), self._ffi.from_buffer
         inputs, outputs = self._pointers(len(units), len(rows))
-        results: list[Buffer] = [bytearray(length) for _ in rows]
+        results: list[Buffer]
+        if length < POOLED_BYTES:
+            results = [bytearray(length) for _ in rows]
+        else:
+            results = [self._buffers.take(length)[:length] for _ in rows]
         held = [view(unit) for unit in units]
         made = [view(result) for result in results]
         for position, pointer in enumerate(held):
@@ -64,6 +73,9 @@ class IsaCoder:
 
     def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
         return self.combine(_column(policy, strip), [change])
+
+    def xor(self, a: Buffer, b: Buffer) -> Buffer:
+        return self.combine(_SUM, (a, b))[0]
 
     def decode(self, policy: Policy, units: Mapping[int, Buffer], wanted: Sequence[int]) -> list[Buffer]:
         sources = choose(policy, units)

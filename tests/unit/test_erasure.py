@@ -141,6 +141,7 @@ def test_coders_agree(coder: Coder, policy: Policy, length: int) -> None:
     for strip in (0, policy.data - 1):
         made = [bytes(unit) for unit in coder.delta(policy, strip, bytearray(data[0]))]
         assert made == plain.delta(policy, strip, data[0])
+    assert bytes(coder.xor(data[0], memoryview(data[1]))) == xor(data[0], data[1])
 
 
 @settings(max_examples=60, deadline=None)

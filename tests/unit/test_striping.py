@@ -155,7 +155,7 @@ def test_undo_goes_back_step_by_step_and_forgets_from_below() -> None:
     log, strip = UndoLog(), strip_of(data_oid(Vid(1), 0), 2)
     versions = [Version(1, 1, number) for number in range(5)]
     for before, after in itertools.pairwise(versions):
-        log.keep(strip, Undo(before, after, 0, b"x"))
+        log.keep(strip, Undo(before, after, 0, b"x", 0b110100))
     assert [step.before for step in log.steps(strip, versions[4])] == versions[3::-1]
     assert log.steps(strip, versions[2]) == []
     steps = log.back_to(strip, versions[2], versions[4])
@@ -169,6 +169,21 @@ def test_undo_goes_back_step_by_step_and_forgets_from_below() -> None:
     log.level(strip, versions[2])
     assert [step.before for step in log.steps(strip, versions[4])] == [versions[3], versions[2]]
     log.level(strip, versions[4])
+    assert log.strips() == []
+
+
+def test_a_write_of_all_strips_that_is_everywhere_leaves_nothing_to_remember() -> None:
+    """Large writes are never brought level: else each would cost memory, and time at every change of members."""
+    log, strip = UndoLog(), strip_of(data_oid(Vid(1), 0), 2)
+    versions = [Version(1, 1, number) for number in range(4)]
+    for (before, after), touched in zip(itertools.pairwise(versions), (0b110100, 0b111111, 0b110100), strict=True):
+        log.keep(strip, Undo(before, after, 0, b"x", touched))
+    log.settle(strip, versions[1])
+    assert len(log.steps(strip, versions[3])) == 3
+    log.settle(strip, versions[3])
+    assert [step.before for step in log.steps(strip, versions[3])] == [versions[2]]
+    log.keep(strip, Undo(versions[3], Version(1, 1, 9), 0, b"x", 0b111111))
+    log.settle(strip, Version(1, 1, 9))
     assert log.strips() == []
 
 
