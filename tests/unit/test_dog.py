@@ -526,6 +526,19 @@ def test_an_empty_tag_is_not_the_volume_itself(dog: Dog, sheep: FakeSheep, words
     assert sheep.objects == before
 
 
+@pytest.mark.parametrize(("options", "cleared"), [((), 0), (("-B", "2"), 2), (("-I", "1", "-B", "3"), 1)])
+def test_a_deletion_is_one_step_that_nobody_sees_half_done(
+    dog: Dog, sheep: FakeSheep, options: tuple[str, ...], cleared: int
+) -> None:
+    """Unless batches are asked for: a clone of a snapshot that was being cleared had holes where it had data."""
+    sheep.create("a", 12 * MIB)
+    assert dog("vdi", "write", "a", stdin=bytes(12 * MIB))[0] == 0
+    dog("vdi", "snapshot", "-s", "t", "a")
+    sheep.log.clear()
+    assert dog("vdi", "delete", "-s", "t", "a", *options) == (0, "", "")
+    assert [entry[0] for entry in sheep.log].count(Opcode.WRITE_OBJ) == cleared
+
+
 def test_resize(dog: Dog, sheep: FakeSheep) -> None:
     vid = sheep.create("a", 10 * MIB)
     assert dog("vdi", "resize", "a", "20M") == (0, "", "")
