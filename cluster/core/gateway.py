@@ -98,7 +98,7 @@ class Gateway:
         size = self.context.size_of(oid)
         flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
         if not cow_oid or len(data) >= size:
-            if self._among_others(oid):
+            if self.is_among_others(oid):
                 self._create_among_others(oid, b"", offset, data, durable, done)
             else:
                 self.router.change(oid, flags, offset, size, data, 0, done)
@@ -124,7 +124,7 @@ class Gateway:
         if result:
             done(result, b"")
             return
-        if self._among_others(oid):
+        if self.is_among_others(oid):
             self._create_among_others(oid, source, offset, data, durable, done)
             return
         whole = bytearray(source)
@@ -134,7 +134,7 @@ class Gateway:
             flags = Flag.CREATE | (Flag.DURABLE if durable else 0)
             self.router.change(oid, flags, 0, len(whole), whole, 0, done)
 
-    def _among_others(self, oid: ObjectId) -> bool:
+    def is_among_others(self, oid: ObjectId) -> bool:
         return self.coherence is not None and self.coherence.is_shared(vid_of(oid))
 
     def _create_among_others(

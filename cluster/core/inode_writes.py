@@ -139,11 +139,33 @@ class InodeWrites:
         more after it if one of them has read the map meanwhile (protocol.md 8.6)."""
         vid = vid_of(oid)
         result = yield from self._coherence.claim(vid)
+        if not result and self._gateway.is_among_others(oid):
+            yield from self._empty(oid, offset, data, durable)
         if not result:
             result = yield from self._write_map(oid, offset, data, durable)
         if not result:
             result = yield from self._coherence.claim(vid)
         return result
+
+    def _empty(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[None]:
+        """The objects that a map write gives back become zeros before it.
+
+        Should this node die before they are removed, a client behind another gateway that makes one of them again finds
+        it, and takes it for one that somebody else has made just now (`Gateway.create`).
+        """
+        vid, entries = vid_of(oid), entries_written(offset, len(data))
+        start = map_offset(entries.start)
+        result, before = yield self._read(oid, start, 4 * len(entries))
+        if result:
+            return
+        after = bytearray(before)
+        after[offset - start : offset - start + len(data)] = data
+        pairs = zip(entries, unpack_map(before), unpack_map(after), strict=True)
+        given_back = [data_oid(vid, index) for index, old, new in pairs if old == vid and new == NO_VID]
+        yield gather([self._zero(one, durable) for one in given_back], RECLAIM_PARALLEL)
+
+    def _zero(self, oid: ObjectId, durable: bool) -> Step:
+        return lambda done: self._gateway.zero(oid, 0, self._context.size_of(oid), durable, done)
 
     def _write_map(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         entries = entries_written(offset, len(data))

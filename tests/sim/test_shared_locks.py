@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import pytest
 from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, wait_for, write_map
 
 from sheepdog.cluster.core.errors import Result
@@ -13,6 +14,7 @@ from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END, InodeHeader, map_offset, unpack_map
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.script import Script, run
 from sheepdog.cluster.core.state import ClusterFlag, node_key
 from sheepdog.cluster.core.vdi import LockState, Sharing
@@ -335,3 +337,32 @@ def test_a_second_map_write_waits_for_those_that_have_not_heard_of_the_first() -
     assert late.wait(reader.read(1)) == block_of(2)
     late.until(first)
     assert late.wait(reader.read(0)) == block_of(1)
+
+
+def test_what_was_given_back_does_not_come_back_when_its_gateway_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has taken the object out of the map, and not yet removed it, when another client makes that object anew."""
+    cluster, vid, (first, second, _) = shared_by_three(1)
+    world, oid = cluster.world, data_oid(vid, 0)
+    ended: list[None] = []
+    run(first.write(0, 7), ended.append)
+    world.run_until(partial(bool, ended), HEALTH_LIMIT_NS, "a write")
+    machine = cluster.machines[first.node]
+    change = machine.node.gateway.change
+
+    def dies_before_the_removal(which: ObjectId, flags: int, *rest: Any) -> None:
+        if flags & Flag.REMOVE:
+            machine.kill()
+        else:
+            change(which, flags, *rest)
+
+    monkeypatch.setattr(machine.node.gateway, "change", dies_before_the_removal)
+    inode = inode_oid(vid)
+    machine.node.gateway.write(inode, map_offset(0), bytes(4), True, lambda result, _: None)
+    world.run_until(lambda: not machine.up, HEALTH_LIMIT_NS, "a death")
+    gateway = cluster.machines[second.node].node.gateway
+    world.run_until(lambda: len(cluster.machines[second.node].node.cluster.members) == 2, HEALTH_LIMIT_NS, "its end")
+    assert read_map(cluster, vid)[0] == 0
+    (result, _) = wait_for(world, lambda done: gateway.create(oid, ObjectId(0), BLOCK_SIZE, block_of(8), True, done))
+    assert result == Result.SUCCESS
+    (result, data) = wait_for(world, lambda done: gateway.read(oid, 0, BLOCK_SIZE, done))
+    assert (result, bytes(data)) == (Result.SUCCESS, bytes(BLOCK_SIZE))
