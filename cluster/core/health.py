@@ -130,7 +130,7 @@ def report(node: Node, failed_disks: Sequence[str], clients: int) -> NodeReport:
         unfinished=recovery.unfinished if recovery is not None else 0,
         finished=recovery.finished if recovery is not None else 0,
         total=recovery.total if recovery is not None else 0,
-        restored_bytes=node.copies.puller.bytes_pulled,
+        restored_bytes=node.copies.puller.bytes_pulled + node.copies.rebuilder.bytes_rebuilt,
         sole=recovery.sole() if recovery is not None else {},
         full=recovery.full() if recovery is not None else 0,
         skipped=recovery.skipped() if recovery is not None else 0,

@@ -106,12 +106,12 @@ def gather(parts: Sequence[Piece], found: dict[int, tuple[int, Buffer]], length:
     if len(parts) == 1:
         offset, data = found[parts[0].strip]
         return data if len(data) == length else memoryview(data)[parts[0].offset - offset :][:length]
-    whole = bytearray(length)
     views = {strip: (offset, memoryview(data)) for strip, (offset, data) in found.items()}
-    for strip, at, start, part in parts:
+    units = []
+    for strip, at, _, part in parts:  # ascending
         offset, view = views[strip]
-        whole[start : start + part] = view[at - offset : at - offset + part]
-    return whole
+        units.append(view[at - offset : at - offset + part])
+    return b"".join(units)  # clears no memory before: a third of the time
 
 
 def encode_stripes(coder: Coder, policy: Policy, offset: int, data: Buffer) -> list[Change]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.bench.recovery import restored_bytes
 from tests.support.cluster import RUNNING, Cluster, formatted
 
 from sheepdog.cluster.core.erasure import Policy
@@ -97,6 +98,23 @@ def every_decoding_is_equal(cluster: Cluster, volume: Volume) -> None:
             decoded = coder.decode(policy, {strip: strips[strip] for strip in chosen}, range(4))
             units = [bytes(unit)[at : at + 65_536] for at in range(0, MIB, 65_536) for unit in decoded]
             assert b"".join(units) == data, f"object {index} from strips {chosen}"
+
+
+def test_a_node_that_was_away_is_given_what_it_missed(cluster: Cluster) -> None:
+    """Blocks of its strips, not whole strips; it had been killed, so it knows from META/undo what it had written."""
+    volume = Volume(cluster, "vol", "4:2")
+    for number in range(4):
+        volume.write(number * 65_536, volume.random.randbytes(4096), node=1)
+    cluster.kill(2)
+    cluster.wait_members(NODES - 1, [0])
+    for number in range(4):  # all data strips
+        volume.write(number * (65_536 + 4096), volume.random.randbytes(4096), node=1)
+    cluster.start(2)
+    cluster.wait_members(NODES)
+    cluster.wait_recovered()
+    assert 0 < restored_bytes(cluster) <= 8 * 4096
+    volume.check(node=2)
+    every_decoding_is_equal(cluster, volume)
 
 
 def test_snapshots_clones_and_a_full_restart(cluster: Cluster) -> None:
