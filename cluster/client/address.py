@@ -51,9 +51,7 @@ def prepare(family: int) -> socket.socket:
     """A socket for one candidate, with the options every connection to a gateway wants."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     if family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        with suppress(PermissionError):
-            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER_BYTES)
+        widen(sock)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -62,6 +60,13 @@ def prepare(family: int) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_LIMIT_MS)
     return sock
+
+
+def widen(sock: socket.socket) -> None:
+    """Room for what a unix socket sends at once; who has no privileges gets as much as the system allows everybody."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    with suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER_BYTES)
 
 
 def check(sock: socket.socket, target: tuple[str, int] | str) -> None:

@@ -186,15 +186,7 @@ class Connection:
             parts.append(request.header)
             if request.payload:
                 parts.append(request.payload)
-        while parts:
-            sent = sock.sendmsg(parts[:GATHER_LIMIT])
-            done = 0
-            while done < len(parts) and sent >= len(parts[done]):
-                sent -= len(parts[done])
-                done += 1
-            del parts[:done]
-            if sent:
-                parts[0] = memoryview(parts[0])[sent:]
+        send(sock, parts)
         return sock
 
     # -- patience
@@ -270,10 +262,23 @@ def bound_waits(sock: socket.socket, seconds: float) -> None:
         sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
+def send(sock: socket.socket, parts: list[Buffer]) -> None:
+    """All of it, with as few calls as can be; `parts` is empty afterwards."""
+    while parts:
+        sent = sock.sendmsg(parts[:GATHER_LIMIT])
+        done = 0
+        while done < len(parts) and sent >= len(parts[done]):
+            sent -= len(parts[done])
+            done += 1
+        del parts[:done]
+        if sent:
+            parts[0] = memoryview(parts[0])[sent:]
+
+
 def receive(sock: socket.socket, space: memoryview) -> None:
     """Fills `space`; Broken if the stream ends before."""
     while space:
-        got = sock.recv_into(space)
+        got = sock.recv_into(space, 0, socket.MSG_WAITALL)
         if not got:
             raise Broken(errno.ECONNRESET, "Connection reset by peer")
         space = space[got:]

@@ -26,6 +26,7 @@ from sheepdog.cluster.client.memory import lock_memory, write_back_for_the_kerne
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, complaint, describe
 from sheepdog.frontends.nbd.parameters import Parameters
+from sheepdog.frontends.nbd.sockets import widen_accepted
 from sheepdog.frontends.nbd.threads import ThreadStates
 
 API_VERSION = 2
@@ -157,6 +158,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 @_told
 def open(readonly: bool) -> Handle:
+    widen_accepted()
     return _door().open(nbdkit.export_name(), readonly)
 
 

@@ -260,6 +260,8 @@ class FakeSheep:
                 if self.delay_s:
                     time.sleep(self.delay_s)
                 with self.lock:
+                    if connection not in self._connections:
+                        return  # cut: the client has sent the request again, and goes on
                     if self.break_after is not None:
                         self.break_after -= 1
                         if self.break_after < 0:

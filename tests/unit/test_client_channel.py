@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,16 @@ from tests.support.fake_sheep import FakeSheep
 from tests.support.processes import wait_until
 from tests.unit.test_client_roaming import Unfriendly
 
+from sheepdog.cluster.client import channel as channel_module
+from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.channel import Channel
-from sheepdog.cluster.client.connection import Connection
+from sheepdog.cluster.client.connection import Connection, connect, send
 from sheepdog.cluster.client.requests import read_header, write_header
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire.header import HEADER_SIZE as WIRE_HEADER_SIZE
 
 MIB = 1 << 20
 THREADS = 12
@@ -97,6 +102,141 @@ def test_every_thread_gets_its_own_answer(batch: int) -> None:
         channel.close()
 
 
+def test_what_is_asked_while_one_sends_leaves_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sendings: list[int] = []
+
+    def held(sock: socket.socket, parts: list[Buffer]) -> None:
+        sendings.append(len(parts))
+        if len(sendings) == 1:
+            wait_until(lambda: len(channel._queue) == THREADS - 1, 10, "all others have asked")
+        send(sock, parts)
+
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        monkeypatch.setattr(channel_module, "send", held)
+
+        def work(index: int) -> None:
+            data = b"%d" % index if index % 2 else b""
+            if data:
+                assert channel.ask(write_header(data_oid(vid, 0), 100 * index, len(data), False), data) == (0, 0)
+                assert sheep.objects[data_oid(vid, 0)][100 * index :].startswith(data)
+            else:
+                assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+        together(THREADS, work)
+        assert len(sendings) == 2
+        channel.close()
+
+
+def test_what_is_asked_while_the_connection_is_made_anew_is_sent() -> None:
+    asked: list[threading.Event] = []
+
+    def dial(address: Address) -> socket.socket:
+        if asked:
+            asked[0].set()
+            wait_until(lambda: bool(channel._queue), 10, "somebody asks")
+        return connect(address)
+
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address, dial=dial)
+        asked.append(threading.Event())
+        sheep.cut()
+
+        def work(index: int) -> None:
+            if index:
+                assert asked[0].wait(10)
+            assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+        together(2, work)
+        channel.close()
+
+
+def test_what_is_asked_while_it_closes_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = threading.Event()
+    shut = channel_module._shut
+
+    def held(sock: socket.socket) -> None:
+        closing.set()
+        wait_until(lambda: bool(channel._queue), 10, "somebody asks")
+        shut(sock)
+
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        monkeypatch.setattr(channel_module, "_shut", held)
+
+        def work(index: int) -> None:
+            if index == 0:
+                channel.close()
+                return
+            assert closing.wait(10)
+            with pytest.raises(OSError) as caught:
+                ask_for_header(channel, vid)
+            assert caught.value.errno == errno.EIO
+
+        together(2, work)
+
+
+def test_threads_wake_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their answers come together; nobody wakes them all, since each would then wait for those before it."""
+    woken: list[int] = []
+    wake = channel_module._Waiter.open
+
+    def counted(waiter: channel_module._Waiter) -> None:
+        woken.append(threading.get_ident())
+        wake(waiter)
+
+    monkeypatch.setattr(channel_module._Waiter, "open", counted)
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        handle = sheep._handle
+        all_sent = threading.Event()
+
+        def late(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            all_sent.wait(LIMIT_S)
+            return handle(header, payload)
+
+        monkeypatch.setattr(sheep, "_handle", late)
+        sheep.batch = THREADS
+
+        def work(index: int) -> None:
+            if index == THREADS:
+                wait_until(lambda: sum(w.waits for w in list(channel._flight.values())) == THREADS, 10, "all have sent")
+                all_sent.set()
+                return
+            assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
+
+        together(THREADS + 1, work)
+        assert len(woken) >= THREADS - 1
+        assert max(woken.count(thread) for thread in woken) <= 2
+        channel.close()
+
+
+def test_large_answers_are_received_where_they_belong() -> None:
+    """Not by way of the channel's buffer, also when they come together with others."""
+    with FakeSheep() as sheep:
+        vid = filled(sheep)
+        channel = Channel(sheep.address)
+        content = sheep.objects[data_oid(vid, 0)]
+        space = bytearray(MIB)
+        assert channel.ask(read_header(data_oid(vid, 0), 4096, MIB), b"", memoryview(space)) == (0, MIB)
+        assert space == content[4096 : 4096 + MIB]
+        assert not any(channel._buffer[WIRE_HEADER_SIZE:])
+        sheep.batch = THREADS
+
+        def work(index: int) -> None:
+            space = bytearray(MIB if index % 2 else 4096)
+            header = read_header(data_oid(vid, 0), index * 4096, len(space))
+            assert channel.ask(header, b"", memoryview(space)) == (0, len(space))
+            assert space == content[index * 4096 :][: len(space)]
+
+        together(THREADS, work)
+        channel.close()
+
+
 def test_a_broken_connection_loses_no_request() -> None:
     with FakeSheep() as sheep:
         vid = filled(sheep)
@@ -113,7 +253,7 @@ def test_a_broken_connection_loses_no_request() -> None:
             turn = 0
             while not stop.is_set():
                 turn += 1
-                data = b"%08d" % turn
+                data = b"%02d%06d" % (index, turn)
                 place = index * 100
                 assert channel.ask(write_header(data_oid(vid, 0), place, 8, False), data) == (0, 0)
                 space = memoryview(bytearray(300_000))

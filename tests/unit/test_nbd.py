@@ -31,6 +31,7 @@ from sheepdog.frontends.nbd.endpoints import Endpoint, Tls, endpoint_of
 from sheepdog.frontends.nbd.exports import Export, Exports, Refused, readings
 from sheepdog.frontends.nbd.parameters import Parameters, parse_address
 from sheepdog.frontends.nbd.serve import Server, clear_away, environment
+from sheepdog.frontends.nbd.sockets import widen_accepted
 
 MIB = 1 << 20
 SHIFT = 20
@@ -472,6 +473,24 @@ def test_nbdkit_command() -> None:
     assert not [word for word in plain if "tls" in word]
     assert environment({"PYTHONPATH": "/x"})["PYTHONPATH"].endswith(":/x")
     assert environment({})["LISTEN_PID"] == str(os.getpid())
+
+
+def test_clients_at_a_unix_socket_get_room_for_large_answers(plugin: Any, sheep: FakeSheep, directory: Path) -> None:
+    """Only they: what listens, and what this process has connected itself, stays as it was; nothing is left open."""
+    sheep.create("web", 5 * MIB, shift=SHIFT)
+    with Server(Endpoint(str(directory / "s"))).listen() as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            plugin.module.close(plugin.module.open(False))
+            assert room(accepted) > room(client) == room(listener)
+            before = os.listdir("/proc/self/fd")
+            widen_accepted()
+            assert os.listdir("/proc/self/fd") == before
+
+
+def room(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 def test_the_socket_has_its_permissions(directory: Path) -> None:
