@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from zlib import crc32
 
 import pytest
@@ -287,6 +287,36 @@ def test_a_restore_that_breaks_off_gives_the_former_state_back(
             assert isinstance(error, SystemExit)
     assert dog("vdi", "read", "a", "0", "3")[1] == "now"
     assert [row.split(" ")[0] for row in dog("vdi", "list", "-r", "a")[1].splitlines()] == ["s", "="]
+
+
+def test_only_one_restore_at_a_time(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one would keep the first one's half of the work, and go back to that."""
+    sheep.create("a", 10 * MIB)
+    dog("vdi", "write", "a", "0", "3", stdin=b"old")
+    dog("vdi", "snapshot", "-s", "t1", "a")
+    dog("vdi", "write", "a", "0", "3", stdin=b"now")
+    stream = io.BytesIO()
+    writer = Writer(stream)
+    writer.add(0, 0, b"new".ljust(512))
+    writer.end()
+    others: list[tuple[int, str, str]] = []
+    write = BlockingVolume.write
+
+    def meanwhile(volume: BlockingVolume, *words: Any) -> None:
+        if not others:
+            others.append((0, "", ""))  # its own writes are no such moment
+            others.append(dog("vdi", "restore", "-s", "t1", "a", stdin=stream.getvalue()))
+        write(volume, *words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockingVolume, "write", meanwhile)
+        assert dog("vdi", "restore", "-s", "t1", "a", stdin=stream.getvalue())[0] == 0
+    status, _, told = others[1]
+    assert (status, told.splitlines()[0]) == (1, "a is being restored, or was by a command that was killed.")
+    assert dog("vdi", "read", "a", "0", "3")[1] == "now"
+    rows = [row.split(" ") for row in dog("vdi", "list", "-r", "a")[1].splitlines()]
+    assert [(row[0], row[9]) for row in rows] == [("s", "t1"), ("s", ""), ("=", "")]
+    assert dog("vdi", "read", "-s", rows[1][2], "a", "0", "3")[1] == "new"
 
 
 class Pipe(io.BytesIO):

@@ -20,12 +20,13 @@ from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.difference import SECTOR, SIZE, Piece, Shape, Writer, pieces, proved
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
-from sheepdog.tools.dog.output import text
+from sheepdog.tools.dog.output import refusal, text
 from sheepdog.tools.dog.progress import Progress
 from sheepdog.tools.dog.values import positive, snapshot_option, snapshot_value
 from sheepdog.tools.dog.volumes import RECLAIM_BATCH, Opened, delete, name_of, open_volume
 from sheepdog.tools.dog.window import CHUNK_BYTES, buffers, in_order, standard_input, unequal_range
 
+RESTORING = b"before-restore"  # the tag of the state that goes on afterwards
 _ZEROS = memoryview(bytes(CHUNK_BYTES))
 
 # -- backup
@@ -93,7 +94,8 @@ def restore(context: Context) -> None:
     """The working volume becomes a snapshot plus a stream from stdin, is frozen, and its former state goes on.
 
     Nothing is touched before the whole stream has proved to be sound. The former state is itself kept as a snapshot
-    meanwhile, so that a failure or an interruption in the middle loses nothing.
+    meanwhile, so that a failure or an interruption in the middle loses nothing. Its tag also keeps others out: two
+    restores at a time would take each other's half of the work for the former state.
     """
     word = context.argument(0)
     name = name_of(word)
@@ -114,16 +116,16 @@ def restore(context: Context) -> None:
         raise
     shape = Shape(base.object_count, base.object_size)
     with proved(standard_input(), shape) as (source, total):
-        former = _working(connection, name)
-        # With a working volume this freezes it and goes on from `base`; without one it is a plain branch.
-        _next(connection, name, base, Vid(base.vdi_id), snapshot=former is not None)
+        former = _freeze(connection, name)
         failure: BaseException | None = None
         try:
+            # With a working volume this freezes it once more and goes on from `base`; without one it is a plain branch.
+            _next(connection, name, base, Vid(base.vdi_id), snapshot=former is not None)
             _apply(context, name, pieces(source, shape, buffers(), summed=False), total)
         except BaseException as error:  # also an interruption: the former state must go on
             failure = error
     if former is not None:
-        _resume(connection, name, former, keep=failure is None, batch=batch, pause_s=pause_s)
+        _resume(connection, name, former, failure is None, batch, pause_s)
     elif failure is None:
         _next(connection, name, base, _vid(connection, name), snapshot=True)
     if failure is not None:
@@ -134,13 +136,20 @@ def _vid(connection: Connection, name: bytes) -> Vid:
     return admin.find(connection, name).vid
 
 
-def _working(connection: Connection, name: bytes) -> InodeHeader | None:
+def _freeze(connection: Connection, name: bytes) -> Vid | None:
+    """The working volume goes on under this vid, with nothing of its own; None without one."""
     try:
-        return inodes.read_header(connection, _vid(connection, name))
+        return admin.snapshot_volume(connection, name, RESTORING).vid
     except SheepError as error:
         if error.result == Result.NO_VDI:
             return None
-        raise
+        word, tag = os.fsdecode(name), RESTORING.decode()
+        if error.result == Result.VDI_EXIST:
+            raise Failure(
+                f"{word} is being restored, or was by a command that was killed.\n"
+                f"Its snapshot {tag} has the state before: roll back to it if you want that, and delete it."
+            ) from error
+        raise Failure(f"failed to restore {word}: {refusal(error.result)}") from error
 
 
 def _next(connection: Connection, name: bytes, like: InodeHeader, base: Vid, snapshot: bool) -> None:
@@ -160,17 +169,24 @@ def _next(connection: Connection, name: bytes, like: InodeHeader, base: Vid, sna
         raise Failure(f"failed to restore {os.fsdecode(name)}: {text(error.result)}") from error
 
 
-def _resume(connection: Connection, name: bytes, former: InodeHeader, keep: bool, batch: int, pause_s: float) -> None:
+def _resume(connection: Connection, name: bytes, former: Vid, keep: bool, batch: int, pause_s: float) -> None:
     """The former state goes on: what was restored becomes a snapshot (`keep`) or is thrown away."""
-    former_vid = Vid(former.vdi_id)
-    if not keep:
-        current = _working(connection, name)
-        assert current is not None
-        delete(connection, Opened(current, inodes.read_map(connection, current)), name, batch=batch, pause_s=pause_s)
-    _next(connection, name, former, former_vid, snapshot=keep)
-    # The snapshot that held the former state was ours; its objects live on in the volume that has branched off it.
-    frozen = Opened(former, inodes.read_map(connection, former))
-    delete(connection, frozen, name, b"", former.snap_id, batch, pause_s)
+    working = _vid(connection, name)
+    if working != former:
+        if not keep:
+            delete(connection, _opened(connection, working), name, batch=batch, pause_s=pause_s)
+        frozen = inodes.read_header(connection, former)
+        _next(connection, name, frozen, former, snapshot=keep)
+        if not frozen.tag:  # else somebody has taken this snapshot at the same time
+            delete(connection, _opened(connection, former), name, b"", frozen.snap_id, batch, pause_s)
+    # The snapshots that held the former state were ours; their objects live on in the volume that goes on.
+    held = _opened(connection, admin.find(connection, name, RESTORING).vid)
+    delete(connection, held, name, RESTORING, 0, batch, pause_s)
+
+
+def _opened(connection: Connection, vid: Vid) -> Opened:
+    inode = inodes.read_header(connection, vid)
+    return Opened(inode, inodes.read_map(connection, inode))
 
 
 def _apply(context: Context, name: bytes, changes: Iterator[Piece], total: int) -> None:
