@@ -105,6 +105,16 @@ def test_command_line_is_logged(dog: Dog, tmp_path: object, monkeypatch: pytest.
     dog("vdi", "list", "-r")
     with open(path) as log:
         assert log.read().endswith(" : dog vdi list -r\n")
+    dog("vdi", "list", "a\n2026 Nov 22 20:04:20 : dog cluster shutdown")
+    with open(path) as log:
+        assert len(log.readlines()) == 2, "one line for each command"
+
+
+def test_commands_that_ask_no_sheep_need_no_address(dog: Dog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHEEPDOG_DOG_ADDR", "no such host")
+    for words in (("node", "log", "level", "list"), ("simulate", "--nodes", "3", "--fail", "node:1", "--json")):
+        assert dog(*words)[0] == 0
+    assert dog("cluster", "info")[::2] == (1, "Invalid ip address no such host\n")
 
 
 @pytest.mark.parametrize(

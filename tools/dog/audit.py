@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import Sequence
 
+_ONE_LINE = {ord("\n"): "\\n", ord("\r"): "\\r"}  # nobody writes lines that look like another command's
+
 
 def record(words: Sequence[str]) -> None:
     """Appends the words to the file SHEEPDOG_DOG_LOG_PATH, or sends them to syslog. Never fails the command."""
-    line = " ".join(["dog", *words])
+    line = " ".join(["dog", *words]).translate(_ONE_LINE)
     path = os.environ.get("SHEEPDOG_DOG_LOG_PATH")
     if not path:
         import syslog

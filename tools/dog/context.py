@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import cached_property
 
 from sheepdog.cluster.client.address import Address, describe
 from sheepdog.cluster.client.connection import Connection
@@ -33,10 +34,21 @@ class Context:
         self._connections: dict[tuple[str, int], Connection] = {}
         self._nodes: list[Member] | None = None
         self.epoch = 0  # known once the nodes are
-        host = options.get("address", os.environ.get("SHEEPDOG_DOG_ADDR") or DEFAULT_HOST)
-        port = options.get("port", os.environ.get("SHEEPDOG_DOG_PORT") or DEFAULT_PORT)
-        self.host = check_host(host)
-        self.port = check_port(port)
+        # What was typed is checked at once, what the environment says when a sheep is asked.
+        if {"address", "port"} & options.keys():
+            self._check()
+
+    def _check(self) -> tuple[str, int]:
+        return self.host, self.port
+
+    @cached_property
+    def host(self) -> str:
+        """Where the gateway is. Failure for a wrong one."""
+        return check_host(self._options.get("address", os.environ.get("SHEEPDOG_DOG_ADDR") or DEFAULT_HOST))
+
+    @cached_property
+    def port(self) -> int:
+        return check_port(self._options.get("port", os.environ.get("SHEEPDOG_DOG_PORT") or DEFAULT_PORT))
 
     # -- words
 
