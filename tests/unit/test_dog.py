@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from array import array
+from pathlib import Path
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
 from tests.unit.conftest import Dog
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
+from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId, Vid, data_oid
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.tools.dog import vdi_list
@@ -729,3 +730,15 @@ def test_a_bar_is_for_people_only(rich: bool, capfd: pytest.CaptureFixture[str])
     assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l"), "and the cursor is back"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert capfd.readouterr().err == ""
+
+
+def test_a_save_names_the_object_that_cannot_be_read(dog: Dog, sheep: FakeSheep, tmp_path: Path) -> None:
+    oid = data_oid(Vid(sheep.create("a", 10 * MIB)), 0)
+    dog("vdi", "write", "a", "0", "3", stdin=b"one")
+    dog("vdi", "snapshot", "-s", "t", "a")
+    sheep.unreadable.add(oid)
+    assert dog("cluster", "snapshot", "save", "s1", str(tmp_path / "saved")) == (
+        2,
+        "",
+        f"Failed to read object {oid:016x} No object found\nFail to save snapshot to path: {tmp_path}/saved.\n",
+    )

@@ -151,7 +151,7 @@ def _store_object(channel: Channel, archive: Archive, oid: ObjectId, size: int) 
         data = memoryview(bytearray(min(CHUNK_BYTES, size - offset)))
         result, got = channel.ask(read_header(oid, offset, len(data)), b"", data)
         if result or got != len(data):
-            raise SheepError(result or Result.EIO)
+            raise ArchiveError(f"Failed to read object {oid:016x} {text(result or Result.EIO)}")
         chunks.append(archive.put(data))
     return chunks
 
