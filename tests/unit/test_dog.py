@@ -732,10 +732,13 @@ def test_a_bar_is_for_people_only(rich: bool, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().err == ""
 
 
-def test_a_save_names_the_object_that_cannot_be_read(dog: Dog, sheep: FakeSheep, tmp_path: Path) -> None:
+def test_a_save_names_what_is_wrong(dog: Dog, sheep: FakeSheep, tmp_path: Path) -> None:
     oid = data_oid(Vid(sheep.create("a", 10 * MIB)), 0)
     dog("vdi", "write", "a", "0", "3", stdin=b"one")
     dog("vdi", "snapshot", "-s", "t", "a")
+    for tag in ("", "a\tb", "a\nb"):
+        refused = dog("cluster", "snapshot", "save", tag, str(tmp_path / "saved"))
+        assert refused[::2] == (64, "Tag should not be empty, nor have tabs or line feeds.\n")
     sheep.unreadable.add(oid)
     assert dog("cluster", "snapshot", "save", "s1", str(tmp_path / "saved")) == (
         2,

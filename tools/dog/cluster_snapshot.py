@@ -70,6 +70,8 @@ def save(context: Context) -> None:
     tag = context.argument(0)
     if tag[:1].isdigit():
         raise UsageFailure("Tag should not start with number.")
+    if not tag or "\t" in tag or "\n" in tag:  # nobody could name it, or read the list
+        raise UsageFailure("Tag should not be empty, nor have tabs or line feeds.")
     path = context.argument(1, _NO_PATH)
     names = [name.encode(errors="surrogateescape") for name in context.rest(2)]
     context.nodes()
