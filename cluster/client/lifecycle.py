@@ -85,15 +85,15 @@ class Resize(Follower):
     def answer(self, request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
         if self._state == _RELOADING:
             return self._reload_answer(request, result, data, header)
-        if request.step == RESIZE:
+        if request.step == RESIZE and result != Result.READONLY:  # else it was frozen since its header was read
             if result:
                 return self._finish(SheepError(result))
             self._machine.grow(self._size)
             return self._finish()
-        inode = inode_of(result, data)
-        if not isinstance(inode, InodeHeader):
+        inode = None if request.step == RESIZE else inode_of(result, data)
+        if inode is not None and not isinstance(inode, InodeHeader):
             return self._finish(inode)
-        if inode.is_snapshot:
+        if inode is None or inode.is_snapshot:
             self._rounds += 1
             if self._rounds > MAX_ROUNDS:
                 return self._finish(os_error(errno.EIO))

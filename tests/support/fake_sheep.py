@@ -317,7 +317,8 @@ class FakeSheep:
             blocks = (self.objects[oid][start : start + 4096] for start in range(0, size, 4096))
             bits = sum(1 << number for number, block in enumerate(blocks) if any(block))
             return self._answer(request, 0, bits.to_bytes(map_size(size), "little"))
-        if is_data(ObjectId(oid)) and self.inode(vid_of(ObjectId(oid))).is_snapshot:
+        header = is_inode(ObjectId(oid)) and offset < HEADER_SIZE and oid in self.objects
+        if (is_data(ObjectId(oid)) or header) and self.inode(vid_of(ObjectId(oid))).is_snapshot:
             return self._answer(request, Result.READONLY)
         if request.opcode == Opcode.CREATE_AND_WRITE_OBJ:
             if bool(request.flags & Flags.COW) != bool(request.cow_oid):

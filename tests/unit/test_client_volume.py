@@ -145,6 +145,26 @@ def test_limits_of_the_volume() -> None:
         run(sheep, body)
 
 
+def test_a_resize_that_a_snapshot_overtakes_begins_again() -> None:
+    with FakeSheep() as sheep:
+        vid = sheep.create("v", MIB, shift=SHIFT)
+
+        def before(opcode: int, oid: int) -> None:
+            if opcode == Opcode.WRITE_OBJ and not sheep.inode(vid).is_snapshot:
+                sheep.snapshot("v", b"t")
+
+        sheep.before = before
+
+        async def body(session: Session) -> None:
+            volume = await Volume.open(session, "v")
+            await volume.resize(3 * MIB)
+            assert volume.size == 3 * MIB
+            assert (await Volume.open(session, "v")).size == 3 * MIB
+            assert (await Volume.open(session, "v", tag=b"t")).size == MIB
+
+        run(sheep, body)
+
+
 def test_clone_copies_on_write_and_snapshot_never_changes() -> None:
     with FakeSheep() as sheep:
         base = sheep.create("v", 4 * MIB, shift=SHIFT)
