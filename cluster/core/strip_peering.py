@@ -147,7 +147,7 @@ def decide(
     real = [entry for entry in held if entry.version != NO_VERSION and (entry.member, entry.strip) not in (unfit or ())]
     best_as_of, best = max(((entry.as_of, entry.version) for entry in real), default=(0, NO_VERSION))
     known = max(entry.as_of for entry in held)  # a member may lack it that knows that it was there
-    if known == NEVER or facts.deleted(oid, known, holders):
+    if unfit is None and (known == NEVER or facts.deleted(oid, known, holders)):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     lost = everything + tuple(
         (member, strip_of(oid, place)) for place, member in enumerate(replicas) if member not in holders
@@ -183,7 +183,8 @@ def decide(
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
-        return decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
+        before = decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
+        return is_lost if before is not None and before.is_lost else before  # that the object was there, stays true
     return is_lost
 
 
