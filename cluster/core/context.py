@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from sheepdog.cluster.core.erasure import Coder, PlainCoder, Policy, policy_of
 from sheepdog.cluster.core.errors import StoreError
@@ -17,7 +18,7 @@ from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Log, Network, Store
 from sheepdog.cluster.core.state import ClusterState
 
-_NEVER_CODED = 0b10111 << 59  # ids with these bits: inodes, attributes, B-tree nodes, ledgers
+_NEVER_CODED: Final = 0b10111 << 59  # ids with these bits: inodes, attributes, B-tree nodes, ledgers
 
 
 class Counters:

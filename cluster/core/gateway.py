@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.claims import Claims
 from sheepdog.cluster.core.coherence import Coherence
@@ -28,7 +28,8 @@ from sheepdog.cluster.core.state import ClusterFlag, ClusterState
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 ClientWrite: TypeAlias = Callable[[ObjectId, int, Buffer, bool, IoDone], None]
-FLUSH_CACHES = b"caches"  # body of a client's FLUSH: caches push first. A home that asks waits for a push itself
+FLUSH_CACHES: Final = b"caches"  # body of a client's FLUSH: caches push first. A home that asks waits for a push itself
+_SUCCESS: Final = Result.SUCCESS  # looked up once, not for each write
 OperationKey: TypeAlias = tuple[str, int]
 """Who ordered an operation, and its number there."""
 
@@ -262,7 +263,7 @@ class Gateway:
         placement = self.context.placement
         if state.flags & ClusterFlag.STRICT and placement.ring.zones < self.context.copies_of(oid):
             return Result.HALT
-        return Result.SUCCESS
+        return _SUCCESS
 
     # -- raw requests: no checks, for the node's own machines too --------------------------------------------------
 

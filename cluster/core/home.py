@@ -391,7 +391,7 @@ class Home:
         del self._flying[write.sequence]
         writing = self.writing[oid]
         writing.remove(write)
-        waits = write.result == Result.EIO and not write.fresh and self.context.policy_of(oid) is None
+        waits = write.result and write.result == Result.EIO and not write.fresh and self.context.policy_of(oid) is None
         if waits:  # asks before `quiet`, which may give up at once
             self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
         if not writing:

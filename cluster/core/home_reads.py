@@ -125,7 +125,7 @@ class HomeReads:
 
         def answered(answer: Message) -> None:
             if answer.result == Result.SUCCESS:
-                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                assert not isinstance(answer.body, list)
                 done(Result.SUCCESS, answer.body)
             elif answer.result == Result.STALE_OBJ and home.recovery.elsewhere(oid) is None:
                 self.read(oid, offset, length, done)  # it was repaired, and written, meanwhile

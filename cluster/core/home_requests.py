@@ -42,7 +42,7 @@ class HomeRequests:
             self._context.peers.answer(sender, message, result)
 
         body = message.body  # as Message.payload, without the call
-        assert isinstance(body, (bytes, bytearray, memoryview))
+        assert not isinstance(body, list)
         self._home.submit(
             Submission(
                 message.oid,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.ids import ObjectId
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
+_SUCCESS: Final = int(Result.SUCCESS)  # looked up once, not for each write
 
 
 class HomeHooks(Protocol):
@@ -101,7 +102,7 @@ class Write:
         self.submission = submission
         self.sequence = sequence
         self.pending = pending
-        self.result = int(Result.SUCCESS)
+        self.result = _SUCCESS
         self.start, self.end = touched(
             submission.flags,
             submission.offset,

@@ -6,25 +6,25 @@ Every identifier is a type of its own, so that a vid cannot be passed where an o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, NewType
+from typing import Final, NamedTuple, NewType
 
 ObjectId = NewType("ObjectId", int)
 Vid = NewType("Vid", int)
 Epoch = NewType("Epoch", int)
 
-VID_BITS = 24
-VID_COUNT = 1 << VID_BITS
-NO_VID = Vid(0)
-NO_OID = ObjectId(0)
+VID_BITS: Final = 24
+VID_COUNT: Final = 1 << VID_BITS
+NO_VID: Final = Vid(0)
+NO_OID: Final = ObjectId(0)
 
-_INODE = 1 << 63
-_VMSTATE = 1 << 62
-_ATTRIBUTE = 1 << 61
-_BTREE = 1 << 60
-_LEDGER = 1 << 59
-_KIND_MASK = 0x1F << 59
-STRIP_SHIFT = 64  # a strip's number + 1 stands above the 64 bits of the object's id
-_PLAIN_MASK = (1 << STRIP_SHIFT) - 1
+_INODE: Final = 1 << 63
+_VMSTATE: Final = 1 << 62
+_ATTRIBUTE: Final = 1 << 61
+_BTREE: Final = 1 << 60
+_LEDGER: Final = 1 << 59
+_KIND_MASK: Final = 0x1F << 59
+STRIP_SHIFT: Final = 64  # a strip's number + 1 stands above the 64 bits of the object's id
+_PLAIN_MASK: Final = (1 << STRIP_SHIFT) - 1
 
 
 def data_oid(vid: Vid, index: int) -> ObjectId:
@@ -63,7 +63,7 @@ def strip_of(oid: ObjectId, index: int) -> ObjectId:
 
 def plain_oid(oid: ObjectId) -> ObjectId:
     """The object that a strip is part of; a plain id as it is."""
-    return ObjectId(oid & _PLAIN_MASK)
+    return ObjectId(oid & _PLAIN_MASK) if oid >> STRIP_SHIFT else oid
 
 
 def strip_index(oid: ObjectId) -> int:
@@ -114,8 +114,8 @@ class Version(NamedTuple):
     counter: int
 
 
-NO_VERSION = Version(0, 0, 0)
-VERSION_STEP_BITS = 16
+NO_VERSION: Final = Version(0, 0, 0)
+VERSION_STEP_BITS: Final = 16
 _new_tuple = tuple.__new__
 
 

@@ -36,7 +36,7 @@ from sheepdog.cluster.core.strings import padded, until_nul
 Bytes = bytes | bytearray | memoryview
 
 HEADER_SIZE: Final = 4664
-SNAP_CTIME_OFFSET = 520  # in the header, 8 bytes: 0 until the VDI is frozen
+SNAP_CTIME_OFFSET: Final = 520  # in the header, 8 bytes: 0 until the VDI is frozen
 MAP_OFFSET: Final = HEADER_SIZE
 MAP_ENTRY_SIZE: Final = 4
 MAP_END: Final = MAP_OFFSET + MAP_ENTRY_SIZE * MAX_MAP_ENTRIES  # what QEMU and tgt read at open; references follow

@@ -7,7 +7,6 @@ obeyed behind another one. The era counts the formats of the cluster, after whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, TypeAlias
 
@@ -43,6 +42,7 @@ class Kind(IntEnum):
     ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
     LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
     LOST = 19  # member -> home: these copies went with a disk (body: oids)
+    ANSWERS = 20  # between links only: success, and no more, of several requests (body: rids; wire.peer)
 
 
 class Flag:
@@ -71,7 +71,7 @@ class Flag:
 
 
 class Message:
-    """One peer message; unused fields are zero. `body` is a buffer or a sequence of buffers to be sent together."""
+    """One peer message; unused fields are zero. `body` is a buffer or a list of buffers to be sent together."""
 
     __slots__ = (
         "body",
@@ -106,7 +106,7 @@ class Message:
         watermark: int = 0,
         copies: int = 0,
         result: int = 0,
-        body: Buffer | Sequence[Buffer] = b"",
+        body: Buffer | list[Buffer] = b"",
         origin: int = 0,
         floor: int = 0,
         gateway: int = 0,
@@ -131,7 +131,7 @@ class Message:
     def payload(self) -> Buffer:
         """The body of a message that came: one buffer."""
         body = self.body
-        assert isinstance(body, (bytes, bytearray, memoryview))
+        assert not isinstance(body, list)
         return body
 
     def __repr__(self) -> str:

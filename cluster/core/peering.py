@@ -114,7 +114,7 @@ class Verdict(NamedTuple):
 
     @classmethod
     def decode(cls, message: Message) -> Verdict:
-        assert isinstance(message.body, (bytes, bytearray, memoryview))
+        assert not isinstance(message.body, list)
         body, end = memoryview(message.body), len(message.body) - _KNOWN.size * message.length
         if end < 0:
             raise PeerError("verdict of odd length")

@@ -191,7 +191,7 @@ class _Pull:
             self._next_source(answer.result)
             return
         store = self._context.store
-        assert isinstance(answer.body, (bytes, bytearray, memoryview))
+        assert not isinstance(answer.body, list)
         size = answer.length
         table_size = 8 * -(-size // BLOCK_SIZE)
         self._table = bytes(answer.body[:table_size])
@@ -262,7 +262,7 @@ class _Pull:
             self._next_source(answer.result)
             self._puller.pace.give_back(taken)
             return
-        assert isinstance(answer.body, (bytes, bytearray, memoryview))
+        assert not isinstance(answer.body, list)
         self._puller.bytes_pulled += len(answer.body)
         self._context.store.restore_write(self.oid, offset, answer.body, partial(self._written, taken))
 

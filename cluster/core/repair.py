@@ -74,7 +74,7 @@ class Repair:
             if self._context.fence != self._fence:
                 return
             if not answer.result:
-                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                assert not isinstance(answer.body, list)
                 self._found.append((offset, bytes(answer.body)))
                 self._bad.pop()
                 self._fetch()

@@ -9,6 +9,7 @@ Each request is answered exactly once. What is under way when the epoch changes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
@@ -25,7 +26,7 @@ from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_reads import StripReads
 from sheepdog.cluster.core.striping import cut
 
-_AGAIN = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
+_AGAIN: Final = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
 
 
 class Request:
@@ -62,11 +63,11 @@ class Request:
         pending = self.router.pending
         if self.number not in pending:
             return
-        if result in _AGAIN:
+        if result and result in _AGAIN:
             self.router.later(self)  # it keeps its place in the order
             return
         del pending[self.number]
-        if result == Result.NO_OBJ and self.reading:
+        if result and self.reading and result == Result.NO_OBJ:
             self.done = self.router.moves.followed(self.oid, self.offset, self.length, self.done)
         gate = self.router.gate
         if gate.guarded:
@@ -78,7 +79,7 @@ class Request:
 
     def answered(self, message: Message) -> None:
         body = message.body  # as Message.payload, without the call
-        assert isinstance(body, (bytes, bytearray, memoryview))
+        assert not isinstance(body, list)
         self.finish(message.result, body)
 
 

@@ -419,7 +419,7 @@ class StripHome:
 
         def answered(answer: Message) -> None:
             if answer.result == Result.SUCCESS:
-                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                assert not isinstance(answer.body, list)
                 done(answer.body)
             elif answer.result == Result.EIO:
                 error = Corrupt(f"{self._placement.nodes[member]} cannot read its strip")

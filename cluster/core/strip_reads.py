@@ -72,7 +72,7 @@ class StripReads:
             return
 
         def answered(answer: Message) -> None:
-            assert isinstance(answer.body, (bytes, bytearray, memoryview))
+            assert not isinstance(answer.body, list)
             found(answer.body if answer.result == Result.SUCCESS else None)
 
         message = Message(Kind.READ, context.fence, oid=strip, offset=offset, length=length)
@@ -98,7 +98,7 @@ class StripReads:
 
         def asked(got: Found) -> Callable[[Message], None]:
             def answered(answer: Message) -> None:
-                assert isinstance(answer.body, (bytes, bytearray, memoryview))
+                assert not isinstance(answer.body, list)
                 got(answer.body if answer.result == Result.SUCCESS else None)
 
             return answered

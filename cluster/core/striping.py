@@ -37,11 +37,11 @@ class Change(NamedTuple):
     """What is written to one strip. `delta`: the bytes are XORed into what is there."""
 
     offset: int
-    data: Sequence[Buffer]
+    data: list[Buffer]
     delta: bool = False
 
 
-NOTHING: Final = Change(0, ())
+NOTHING: Final = Change(0, [])
 
 
 def mask_of(changes: Sequence[Change]) -> int:
@@ -137,7 +137,7 @@ def encode_part(
     deltas: list[Buffer] = []
     for number, (strip, at, start, length) in enumerate(parts):
         new: Buffer = view[start : start + length]
-        changes[strip] = Change(at, (new,))
+        changes[strip] = Change(at, [new])
         deltas.append(new if old is None else coder.xor(old[number], new))
     low = min(part.offset for part in parts)
     high = max(part.offset + part.length for part in parts)
@@ -151,7 +151,7 @@ def encode_part(
             units[part.strip] = unit
         parity = coder.encode(policy, units)
     for number, bytes_ in enumerate(parity):
-        changes[policy.data + number] = Change(low, (bytes_,), True)
+        changes[policy.data + number] = Change(low, [bytes_], True)
     return changes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.hashing import vid_of_name
@@ -19,7 +19,7 @@ from sheepdog.cluster.core.ids import (
 )
 from sheepdog.cluster.core.inode import InodeHeader
 
-BITMAP_SIZE = VID_COUNT // 8
+BITMAP_SIZE: Final = VID_COUNT // 8
 
 
 class LockState(enum.IntEnum):

@@ -11,26 +11,39 @@ import errno
 import os
 import socket
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NodeId, format_address
-from sheepdog.cluster.core.messages import Message
+from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.host.loop import describe
-from sheepdog.cluster.wire.peer import HEADER_SIZE, HELLO, body_length, decode, decode_hello, encode, encode_hello
+from sheepdog.cluster.wire.peer import (
+    HEADER_SIZE,
+    HELLO,
+    answers,
+    body_length,
+    decode,
+    decode_hello,
+    encode,
+    encode_answers,
+    encode_hello,
+    is_success_only,
+)
 from sheepdog.cluster.wire.streams import Intake, Outbox
 
 if TYPE_CHECKING:
     from sheepdog.cluster.host.links import Links
 
-DIAL_TIMEOUT_S = 3.0  # of a TCP connect: longer than one lost SYN (1 s), short beside any eviction limit
-HELLO_TIMEOUT_S = 5.0  # of an incoming connection to say who it is
-WAITING_TIMEOUT_S = 10.0  # a greeted stranger is kept so long: epochs spread within seconds
-GREETING_TIMEOUT_S = WAITING_TIMEOUT_S + HELLO_TIMEOUT_S  # of a dialler: the other side may know us only later
-MAX_QUEUE_BYTES = 1 << 30  # beyond it the peer does not read any more: the link is broken, core starts again
+DIAL_TIMEOUT_S: Final = 3.0  # of a TCP connect: longer than one lost SYN (1 s), short beside any eviction limit
+HELLO_TIMEOUT_S: Final = 5.0  # of an incoming connection to say who it is
+WAITING_TIMEOUT_S: Final = 10.0  # a greeted stranger is kept so long: epochs spread within seconds
+GREETING_TIMEOUT_S: Final = WAITING_TIMEOUT_S + HELLO_TIMEOUT_S  # of a dialler: the other side may know us only later
+MAX_QUEUE_BYTES: Final = 1 << 30  # beyond it the peer does not read any more: the link is broken, core starts again
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3  # a peer without power is noticed in 11 s ...
-USER_TIMEOUT_MS = 11_000  # ... also while bytes to it are under way
-_ERROR, _WARNING = 3, 4
+USER_TIMEOUT_MS: Final = 11_000  # ... also while bytes to it are under way
+_ERROR: Final = 3
+_WARNING: Final = 4
+_ANSWERS: Final = int(Kind.ANSWERS)
 
 
 class State(IntEnum):
@@ -44,6 +57,8 @@ class Link:
     """One TCP connection to a peer, or to somebody who says so."""
 
     __slots__ = (
+        "_answered",
+        "_answers_fence",
         "_flush_asked",
         "_links",
         "_timer",
@@ -70,6 +85,8 @@ class Link:
         self.intake = Intake(links.arena, HEADER_SIZE, body_length)
         self.outbox = Outbox()
         self.since = 0.0  # time of the loop at which the link came up
+        self._answered: list[int] = []  # requests of the peer that have succeeded, to be told in one frame
+        self._answers_fence = 0  # of all of them
         self._flush_asked = False
         self._writing = False  # the socket is full, the loop tells when it is not
         self._timer: asyncio.TimerHandle | None = None
@@ -120,14 +137,28 @@ class Link:
         self.since = self._links.loop.time()
 
     def send(self, message: Message) -> None:
-        self.outbox.add(encode(message))
+        """Queues a message. Messages are received in the order in which they were queued."""
+        success = is_success_only(message)
+        if self._answered and (not success or message.fence != self._answers_fence):
+            self._queue_answers()
+        if success:
+            self._answers_fence = message.fence
+            self._answered.append(message.rid)
+        else:
+            self.outbox.add(encode(message))
         if not self._flush_asked:
             self._flush_asked = True
             self._links.turn.at_end(self.flush)
 
+    def _queue_answers(self) -> None:
+        self.outbox.add(encode_answers(self._answers_fence, self._answered))
+        self._answered = []
+
     def flush(self) -> None:
         """Sends what waits; what the socket does not take now follows when it can."""
         self._flush_asked = False
+        if self._answered:
+            self._queue_answers()
         if self._writing or self.state is State.CLOSED:
             if self.outbox.size > MAX_QUEUE_BYTES:
                 self.fail(f"{self.outbox.size >> 20} MiB wait to be read")
@@ -172,20 +203,30 @@ class Link:
         intake.fill(count)
         links = self._links
         links.rx_bytes += count
-        received, on_message = links.received, links.on_message
+        received = links.received
         node = self.node
         assert node is not None
         while self.state is State.UP:
             frame = intake.next()
             if frame is None:
                 return
-            message = decode(*frame)
+            buffer, start, body = frame
+            message = decode(buffer, start, body)
             received[message.kind] += 1
-            try:
-                on_message(node, message)
-            except Exception as error:
-                # Ours, not the peer's: the bug is reported, the other messages are handled.
-                self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
+            if message.kind != _ANSWERS:
+                self._deliver(node, message)
+                continue
+            for answer in answers(message):
+                self._deliver(node, answer)
+
+    def _deliver(self, node: NodeId, message: Message) -> None:
+        if self.state is not State.UP:
+            return  # what came before it has ended the link
+        try:
+            self._links.on_message(node, message)
+        except Exception as error:
+            # Ours, not the peer's: the bug is reported, the other messages are handled.
+            self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
 
     def _receive_hello(self) -> None:
         missing = HELLO.size - len(self.greeting)

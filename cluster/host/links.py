@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NodeId, format_address
@@ -34,13 +35,13 @@ from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.peer import Hello
 from sheepdog.cluster.wire.streams import Arena
 
-MAX_WAITING = 256  # strangers and greeting connections kept at a time: more than nodes start in ten seconds
-REDIAL_FIRST_S = 0.02  # a sheep that restarts is back within tens of milliseconds
-REDIAL_MAX_S = 1.0  # as QEMU and tgt reconnect
-STABLE_S = 2.0  # a link that lived so long was sound: the next one may be dialled at once again
-CONGESTED_BYTES = 64 << 20  # waiting to be sent to one peer: half a second of 1 Gbit/s; producers should pause
-IO_RETRY_S = 5.0  # between attempts to return to a peer's I/O address
-IO_USER_TIMEOUT_MS = 4_000  # there is another way: long before a silent member is expelled (limits.SILENT_TICKS)
+MAX_WAITING: Final = 256  # strangers and greeting connections kept at a time: more than nodes start in ten seconds
+REDIAL_FIRST_S: Final = 0.02  # a sheep that restarts is back within tens of milliseconds
+REDIAL_MAX_S: Final = 1.0  # as QEMU and tgt reconnect
+STABLE_S: Final = 2.0  # a link that lived so long was sound: the next one may be dialled at once again
+CONGESTED_BYTES: Final = 64 << 20  # waiting to be sent to one peer: half a second of 1 Gbit/s; producers should pause
+IO_RETRY_S: Final = 5.0  # between attempts to return to a peer's I/O address
+IO_USER_TIMEOUT_MS: Final = 4_000  # there is another way: long before a silent member is expelled (limits.SILENT_TICKS)
 _WARNING, _INFO = 4, 6
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from struct import Struct
+from struct import pack as pack_values
 from typing import Final, NamedTuple
 
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
@@ -21,9 +22,10 @@ from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash, hash_of
 
 RECORD_MAGIC: Final = 0x4345524A  # "JREC"
-_HEADER = Struct("<IBB2xQQQQQQQQQII")
-_CHECKSUM = Struct("<Q")
-_FULL = Struct("<QIBB2xQQQQQQQQQII")
+_HEADER: Final = Struct("<IBB2xQQQQQQQQQII")
+_WITH_ONE_HASH: Final = Struct(_HEADER.format + "Q")
+_CHECKSUM: Final = Struct("<Q")
+_FULL: Final = Struct("<QIBB2xQQQQQQQQQII")
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 RECORD_HEADER: Final = _FULL.size
 assert RECORD_HEADER == 96
@@ -194,26 +196,19 @@ def pack(
     """Header and hashes of a record; the payload and `padding` follow."""
     epoch, term, counter = version
     count = len(hashes)
-    body = _HEADER.pack(
-        RECORD_MAGIC,
-        kind,
-        oid >> STRIP_SHIFT,
-        lsn,
-        oid & _OID_MASK,
-        size,
-        offset,
-        length,
-        epoch,
-        term,
-        counter,
-        durable_lsn,
-        count,
-        payload_length,
-    )
-    if count == 1:
-        body += _CHECKSUM.pack(hashes[0])
-    elif count:
-        body += Struct(f"<{count}Q").pack(*hashes)
+    strip = oid >> STRIP_SHIFT
+    plain = oid & _OID_MASK if strip else oid
+    if count == 1:  # most records by far
+        body = _WITH_ONE_HASH.pack(
+            RECORD_MAGIC, kind, strip, lsn, plain, size, offset, length, epoch, term, counter, durable_lsn, 1,
+            payload_length, hashes[0],
+        )  # fmt: skip
+    else:
+        body = _HEADER.pack(
+            RECORD_MAGIC, kind, strip, lsn, plain, size, offset, length, epoch, term, counter, durable_lsn, count,
+            payload_length,
+        )  # fmt: skip
+        body += pack_values(f"<{count}Q", *hashes)
     return _CHECKSUM.pack(block_hash(body)) + body
 
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.messages import Buffer
 
-ARENA_BYTES = 256 * 1024  # one receive buffer: fits the processor's second-level cache, takes 60 writes of 4 KiB
-MIN_RECEIVE_BYTES = 64 * 1024  # less room than this is not worth a system call: go on in another buffer
-DIRECT_BODY_BYTES = 16 * 1024  # larger unfinished bodies get a buffer of their own and are never copied again
-BODY_STEP_BYTES = 4 << 20  # memory a header alone can claim; what is longer grows as its bytes arrive
-RETAINED_BYTES = 64 << 20  # buffers remembered for another use: the bodies that a busy node has under way
-RECYCLE_TRIES = 4  # remembered buffers looked at before a new one is made: the last one, then the oldest
-IOV_MAX = 1024  # buffers one sendmsg takes (Linux)
-_EMPTY = memoryview(b"")
+ARENA_BYTES: Final = 256 * 1024  # one receive buffer: fits the processor's second-level cache, takes 60 writes of 4 KiB
+MIN_RECEIVE_BYTES: Final = 64 * 1024  # less room than this is not worth a system call: go on in another buffer
+DIRECT_BODY_BYTES: Final = 16 * 1024  # larger unfinished bodies get a buffer of their own and are never copied again
+BODY_STEP_BYTES: Final = 4 << 20  # memory a header alone can claim; what is longer grows as its bytes arrive
+RETAINED_BYTES: Final = 64 << 20  # buffers remembered for another use: the bodies that a busy node has under way
+RECYCLE_TRIES: Final = 4  # remembered buffers looked at before a new one is made: the last one, then the oldest
+IOV_MAX: Final = 1024  # buffers one sendmsg takes (Linux)
+_EMPTY: Final = memoryview(b"")
 
 Frame: TypeAlias = tuple[Buffer, int, Buffer]
 """(buffer, where in it the header starts, body)."""

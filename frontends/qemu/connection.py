@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import PeerError, Result, UsageError
 from sheepdog.cluster.core.messages import Buffer, Kind
@@ -22,13 +22,13 @@ from sheepdog.cluster.wire.results import FIRST_INTERNAL
 from sheepdog.cluster.wire.streams import Arena, Outbox
 from sheepdog.cluster.wire.structures import Statistics
 
-CONNECTION_REQUESTS = 4096  # under way on one connection; guests queue some hundreds, QEMU itself knows no limit
-CONNECTION_BYTES = 64 << 20  # under way on one connection: 16 whole objects, more than a disk or network keeps busy
-TOTAL_BYTES = 512 << 20  # under way on all connections together: what a node can spend beside its page cache
-CALL_BYTES = 512  # what a call costs beside its data
-SEND_AT_ONCE_BYTES = 256 << 10  # answers that wait: more is still in the processor's cache now, and no call is saved
-CALLS_PER_TURN = 256  # of one connection, 2-5 ms of work; then others get their turn
-_WARNING = 4
+CONNECTION_REQUESTS: Final = 4096  # under way on one connection; guests queue some hundreds, QEMU itself knows no limit
+CONNECTION_BYTES: Final = 64 << 20  # under way on one connection: 16 whole objects, more than a disk keeps busy
+TOTAL_BYTES: Final = 512 << 20  # under way on all connections together: what a node can spend beside its page cache
+CALL_BYTES: Final = 512  # what a call costs beside its data
+SEND_AT_ONCE_BYTES: Final = 256 << 10  # answers that wait: more is still in the processor's cache, and no call is saved
+CALLS_PER_TURN: Final = 256  # of one connection, 2-5 ms of work; then others get their turn
+_WARNING: Final = 4
 _unpack_request = REQUEST.struct.unpack_from
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.blocks import map_size
 from sheepdog.cluster.core.errors import Result
@@ -33,9 +33,9 @@ IoDone: TypeAlias = Callable[[int, Buffer], None]
 Handler: TypeAlias = Callable[[Call], None]
 _unpack_object = OBJECT_REQUEST.struct.unpack_from
 
-HOLD_CHECK_S = 0.1  # how often held requests look whether the members are there: a guest does not notice
-_UNUSED_BITS = 0x7 << 56  # protocol.md 6.1
-_DATA = frozenset(
+HOLD_CHECK_S: Final = 0.1  # how often held requests look whether the members are there: a guest does not notice
+_UNUSED_BITS: Final = 0x7 << 56  # protocol.md 6.1
+_DATA: Final = frozenset(
     (
         Opcode.CREATE_AND_WRITE_OBJ,
         Opcode.READ_OBJ,
@@ -44,8 +44,8 @@ _DATA = frozenset(
         Opcode.FLUSH_VDI,
     )
 )
-_CACHED = Flags.CACHE | Flags.DIRECT
-_WAITING = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
+_CACHED: Final = Flags.CACHE | Flags.DIRECT
+_WAITING: Final = frozenset((Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN))
 
 
 class Gateway(Protocol):

@@ -24,7 +24,7 @@ OBJECTS = 8
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_disks_fail(seed: int) -> None:
-    faults = Faults(mean_ns=80 * MILLISECOND, kill=0, disk=1)
+    faults = Faults(mean_ns=60 * MILLISECOND, kill=0, disk=1)
     run = Run(Scenario("disks", faults=faults), seed)
     run.execute()
     assert run.cluster.probes()["node.copies_lost"] > 3
@@ -39,7 +39,7 @@ def test_disks_fail_and_nodes_die(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
 def test_disks_with_strips_fail(seed: int) -> None:
-    faults = Faults(mean_ns=80 * MILLISECOND, kill=0, disk=1)
+    faults = Faults(mean_ns=60 * MILLISECOND, kill=0, disk=1)
     Run(Scenario("strips", machines=5, policy=Policy(2, 2).to_byte(), faults=faults), seed).execute()
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.support.ports import PortBlock
 
-from sheepdog.cluster.core.ids import NodeId, ObjectId, format_address
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, format_address
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.host import link as link_module
 from sheepdog.cluster.host import links as links_module
@@ -146,6 +147,37 @@ def test_messages_arrive_in_order_both_ways(world: World, pair: tuple[Node, Node
         assert (arrived.rid, arrived.kind, arrived.fence, arrived.oid) == (rid, Kind.APPLY, 3, 0xABC)
         assert arrived.body == bodies[rid % 5 if rid % 50 < 5 else 2]
     assert [arrived.rid for _, arrived in small.arrived] == list(range(500))
+
+
+def test_answers_of_success_share_a_frame_and_keep_their_places(world: World, pair: tuple[Node, Node]) -> None:
+    """Fences differ, and what says more than success goes by itself; the order is that of the sender."""
+    small, large = pair
+    sent = [
+        *(Message(Kind.ANSWER, 3, rid) for rid in (1, 2, 3)),
+        Message(Kind.ANSWER, 4, 4),
+        Message(Kind.ANSWER, 4, 5, result=Result.EIO),
+        Message(Kind.ANSWER, 4, 6, body=b"data"),
+        Message(Kind.ANSWER, 4, 7, length=1),
+        Message(Kind.ANSWER, 4, 8, flags=1),
+        Message(Kind.ANSWER, 4, 9, version=Version(1, 2, 3)),
+        Message(Kind.ANSWER, 4, 10),
+        Message(Kind.STABLE, 4, 11),
+        Message(Kind.ANSWER, 4, 1 << 63),
+    ]
+    for each in sent:
+        small.links.send(large.me, each)
+    world.until(lambda: len(large.arrived) == len(sent))
+    assert [repr(arrived) for _, arrived in large.arrived] == [repr(each) for each in sent]
+    assert [(arrived.body, arrived.length) for _, arrived in large.arrived] == [(e.body, e.length) for e in sent]
+    assert large.links.received[Kind.ANSWERS] == 4  # 1 to 3; 4; 10; 1 << 63
+    assert large.links.received[Kind.ANSWER] == 5
+
+
+def test_a_broken_list_of_answers_ends_the_link(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    small.links.send(large.me, Message(Kind.ANSWERS, 3, body=b"short"))
+    world.until(lambda: large.events[-1] == (small.me, False))
+    assert not large.arrived
 
 
 def test_the_dialled_side_may_come_later(world: World) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.wire.exchanges import of
 
@@ -142,6 +142,7 @@ def test_disks() -> None:
     assert structures.unpack_disks(structures.pack_disks(many)) == many[:64]
 
 
+@settings(deadline=None)  # fills 2 MiB each time
 @given(st.sets(st.integers(0, 2**24 - 1), max_size=20))
 def test_bitmaps(vids: set[int]) -> None:
     bitmap = bytearray(structures.BITMAP_SIZE)
