@@ -25,6 +25,7 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
 from sheepdog.cluster.core.replica import note_origin, spoilt, touched
+from sheepdog.cluster.core.strip_fetches import Fetches, Pieces
 from sheepdog.cluster.core.strip_levels import Leveled, StripLevels
 from sheepdog.cluster.core.strip_replica import StripReplica
 from sheepdog.cluster.core.strip_undo import ALL_STRIPS
@@ -36,7 +37,6 @@ from sheepdog.cluster.core.striping import (
     encode_creation,
     encode_part,
     encode_stripes,
-    gather,
     mask_of,
     pieces,
     rows_to_range,
@@ -188,33 +188,23 @@ class StripHome:
     def _update(self, submission: Submission, policy: Policy, layout: Layout, lock: Lock) -> None:
         """A write within one stripe: looks at the old bytes first."""
         parts = pieces(policy, submission.offset, len(submission.data))
-        old: list[Buffer] = [b""] * len(parts)
-        left, failed = len(parts), False
-
-        def looked(number: int) -> Callable[[Buffer | StoreError], None]:
-            def got(data: Buffer | StoreError) -> None:
-                nonlocal left, failed
-                left -= 1
-                if isinstance(data, StoreError):
-                    failed = True
-                else:
-                    old[number] = data
-                if left:
-                    return
-                if failed:  # the strip is being repaired, or its disk is gone: the write comes again
-                    self._refuse(submission, Result.AGAIN, lock)
-                    return
-                changes = encode_part(self._context.coder, policy, parts, submission.data, old)
-                self._send(submission, policy, layout, changes, submission.flags, lock)
-
-            return got
-
+        update = _Update(self, submission, policy, layout, lock, parts)
         for number, part in enumerate(parts):
             member = layout[part.strip]
+            looked = partial(update.looked, number)
             if member == NOBODY:
-                self._decode(submission.oid, policy, part.strip, part.offset, part.length, looked(number))
+                self._decode(submission.oid, policy, part.strip, part.offset, part.length, looked)
             else:
-                self._fetch(submission.oid, part.strip, member, part.offset, part.length, looked(number))
+                self._fetch(submission.oid, part.strip, member, part.offset, part.length, looked)
+
+    def updated(self, update: _Update) -> None:
+        """The old bytes are here, unless one of them could not be read."""
+        submission, policy = update.submission, update.policy
+        if update.failed:  # the strip is being repaired, or its disk is gone: the write comes again
+            self._refuse(submission, Result.AGAIN, update.lock)
+            return
+        changes = encode_part(self._context.coder, policy, update.parts, submission.data, update.old)
+        self._send(submission, policy, update.layout, changes, submission.flags, update.lock)
 
     def _send(
         self,
@@ -339,7 +329,7 @@ class StripHome:
         parts = pieces(policy, offset, length)
         wanted = spans(parts)
         holders = self.holders(oid, policy)
-        pieces_read = _Pieces(parts, len(wanted), length, done)
+        pieces_read = Pieces(parts, len(wanted), length, done)
         for strip, (at, size) in wanted.items():
             member = holders.get(strip)
             got = partial(pieces_read.got, strip, at)
@@ -388,7 +378,7 @@ class StripHome:
             else:
                 done(DiskError(f"object {oid:016x}: {len(have)} strips are readable, {policy.data} are needed"))
 
-        _Fetches(left, policy.data, fetch, decoded).go_on()
+        Fetches(left, policy.data, fetch, decoded).go_on()
 
     def read_all(
         self, oid: ObjectId, policy: Policy, offset: int, length: int, done: Callable[[dict[int, Buffer]], None]
@@ -400,7 +390,7 @@ class StripHome:
         def fetch(strip: int, arrived: ReadDone) -> None:
             self._fetch(oid, strip, holders[strip], offset, length, arrived, False)
 
-        _Fetches(sorted(holders), len(holders), fetch, done).go_on()
+        Fetches(sorted(holders), len(holders), fetch, done).go_on()
 
     def _fetch(
         self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone, repair: bool = True
@@ -440,60 +430,35 @@ class StripHome:
         done(error)
 
 
-class _Pieces:
-    """Parts of strips as they come; `done` gets them as one when all are here, or the last error."""
+class _Update:
+    """A small write and the bytes that its pieces replace, as they come."""
 
-    __slots__ = ("_count", "_done", "_error", "_found", "_length", "_parts")
-
-    def __init__(self, parts: Sequence[Piece], count: int, length: int, done: ReadDone) -> None:
-        self._parts = parts
-        self._count = count
-        self._length = length
-        self._done = done
-        self._found: dict[int, tuple[int, Buffer]] = {}
-        self._error: StoreError | None = None
-
-    def got(self, strip: int, at: int, data: Buffer | StoreError) -> None:
-        if isinstance(data, StoreError):
-            self._error = data
-            self._found[strip] = at, b""
-        else:
-            self._found[strip] = at, data
-        if len(self._found) == self._count:
-            self._done(self._error if self._error is not None else gather(self._parts, self._found, self._length))
-
-
-class _Fetches:
-    """Strips asked for, `wanted` at a time: for each that cannot be read another one, until so many are here."""
-
-    __slots__ = ("_done", "_fetch", "_have", "_left", "_under_way", "_wanted")
+    __slots__ = ("_home", "_left", "failed", "layout", "lock", "old", "parts", "policy", "submission")
 
     def __init__(
         self,
-        left: list[int],
-        wanted: int,
-        fetch: Callable[[int, ReadDone], None],
-        done: Callable[[dict[int, Buffer]], None],
+        home: StripHome,
+        submission: Submission,
+        policy: Policy,
+        layout: Layout,
+        lock: Lock,
+        parts: Sequence[Piece],
     ) -> None:
-        """`done` is called once, with bytes by strip; with fewer than `wanted` when no more can be read."""
-        self._left = left
-        self._wanted = wanted
-        self._fetch = fetch
-        self._done: Callable[[dict[int, Buffer]], None] | None = done
-        self._have: dict[int, Buffer] = {}
-        self._under_way = 0
+        self._home = home
+        self._left = len(parts)
+        self.submission = submission
+        self.policy = policy
+        self.layout = layout
+        self.lock = lock
+        self.parts = parts
+        self.old: list[Buffer] = [b""] * len(parts)
+        self.failed = False
 
-    def go_on(self) -> None:
-        while self._left and len(self._have) + self._under_way < self._wanted:
-            strip = self._left.pop(0)
-            self._under_way += 1
-            self._fetch(strip, partial(self._arrived, strip))
-        if self._done is not None and (len(self._have) == self._wanted or not self._under_way):
-            done, self._done = self._done, None
-            done(self._have)
-
-    def _arrived(self, strip: int, data: Buffer | StoreError) -> None:
-        self._under_way -= 1
-        if not isinstance(data, StoreError):
-            self._have[strip] = data
-        self.go_on()
+    def looked(self, number: int, data: Buffer | StoreError) -> None:
+        self._left -= 1
+        if isinstance(data, StoreError):
+            self.failed = True
+        else:
+            self.old[number] = data
+        if not self._left:
+            self._home.updated(self)

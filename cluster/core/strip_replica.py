@@ -14,13 +14,14 @@ from typing import Final
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import DiskError, NoObject, NoWayBack, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
-from sheepdog.cluster.core.limits import LOOKED_BYTES, LOOKED_STRIPS
+from sheepdog.cluster.core.limits import BLOCK_SIZE, LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
 from sheepdog.cluster.core.origins import decode_origins
 from sheepdog.cluster.core.ports import Done, NodeState, ReadDone
 from sheepdog.cluster.core.strip_changes import StripChanges
 from sheepdog.cluster.core.strip_levels import Leveled
 from sheepdog.cluster.core.strip_undo import NO_STRIPS, Undo, UndoLog, touches_all
+from sheepdog.cluster.core.striping import any_bytes
 
 WHOLE_HISTORY: Final = 1 << 30  # versions kept: what was loaded is as short as its file
 
@@ -33,6 +34,24 @@ class _Look:
     def __init__(self, offset: int) -> None:
         self.offset = offset
         self.data: Buffer | None = None
+
+
+class _Levels:
+    """Strips that are brought level; `done` gets those that could not be, when all have ended."""
+
+    __slots__ = ("_done", "_failed", "_left")
+
+    def __init__(self, count: int, done: Callable[[list[ObjectId]], None]) -> None:
+        self._left = count
+        self._done = done
+        self._failed: list[ObjectId] = []
+
+    def ended(self, strip: ObjectId, error: StoreError | None) -> None:
+        self._left -= 1
+        if error is not None:
+            self._failed.append(strip)
+        if not self._left:
+            self._done(self._failed)
 
 
 class StripReplica:
@@ -178,10 +197,14 @@ class StripReplica:
         done: Done,
         old: Buffer,
     ) -> None:
-        """The bytes before the change are known: they can be undone."""
+        """The bytes before the change are known: they can be undone. Blocks that become zeros take no space."""
         self._keep(strip, Undo(before, version, offset, old, length))
         fresh = self._context.coder.xor(old, data) if flags & Flag.XOR else data
-        self._context.store.write(strip, offset, fresh, version, bool(flags & Flag.DURABLE), done)
+        store, durable, size = self._context.store, bool(flags & Flag.DURABLE), len(fresh)
+        if (offset | size) % BLOCK_SIZE or any_bytes(fresh):
+            store.write(strip, offset, fresh, version, durable, done)
+        else:
+            store.punch(strip, offset, size, version, durable, done)
         self._note(strip, version, taken)
 
     def _note(self, strip: ObjectId, version: Version, taken: Callable[[], None]) -> None:
@@ -206,25 +229,14 @@ class StripReplica:
 
     def bring_level(self, levels: Sequence[Leveled], done: Callable[[list[ObjectId]], None]) -> None:
         """Strips get the version of the last write, which did not touch them; `done` gets those that cannot."""
-        left, failed = len(levels), list[ObjectId]()
-
-        def ended(strip: ObjectId) -> Done:
-            def leveled(error: StoreError | None) -> None:
-                nonlocal left
-                left -= 1
-                if error is not None:
-                    failed.append(strip)
-                if not left:
-                    done(failed)
-
-            return leveled
-
+        batch = _Levels(len(levels), done)
         for strip, version in levels:
+            ended = partial(batch.ended, strip)
             queue = self._queues.get(strip)
             if queue is None:
-                self._level(strip, version, ended(strip))
+                self._level(strip, version, ended)
             else:
-                queue.append(partial(self._level, strip, version, ended(strip)))
+                queue.append(partial(self._level, strip, version, ended))
 
     def _level(self, strip: ObjectId, version: Version, done: Done) -> None:
         store = self._context.store

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from sheepdog.cluster.core.erasure import policy_of
-from sheepdog.cluster.core.ids import data_oid, strip_of
+from sheepdog.cluster.core.ids import ObjectId, data_oid, plain_oid, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.sim.audit import audit
@@ -76,6 +76,40 @@ def test_as_many_as_there_are_parity_strips(byte: int) -> None:
         cluster.world.run_until(cluster.healthy, 60 * SECOND, "health")
         model.check(dying[0])
         audit(cluster)
+
+
+def test_discards_give_the_space_back() -> None:
+    """Of data and parity; what was not discarded stays, and the strips fit each other."""
+    cluster = SimCluster(World(6), NODES)
+    cluster.start_all()
+    cluster.format(3)
+    model = Model(cluster, make_volume(cluster, "v", 2, (), policy=0x22), cluster.world.stream("discards"))
+    gateway, kept = cluster.machines[1].node.gateway, 65_536 + BLOCK_SIZE
+    for index, content in enumerate(model.data):
+        oid, data = data_oid(model.volume.vid, index), model.random.randbytes(OBJECT_BYTES)
+        content[:kept] = data[:kept]
+        results: list[int] = []
+        gateway.write(oid, 0, data, False, lambda result, _: results.append(result))  # noqa: B023
+        cluster.world.run_until(lambda: len(results) == 1, SECOND, "write")  # noqa: B023
+        before = used_blocks(cluster, oid)
+        gateway.zero(oid, kept, OBJECT_BYTES - kept, False, lambda result, _: results.append(result))  # noqa: B023
+        cluster.world.run_until(lambda: len(results) == 2, SECOND, "discard")  # noqa: B023
+        assert results == [0, 0]
+        assert before == OBJECT_BYTES * 6 // 4 // BLOCK_SIZE
+        # 64 KiB on the first strip, a block on the second, and the parity of both
+        assert used_blocks(cluster, oid) == 16 + 1 + 2 * 16
+    cluster.world.run_until(cluster.healthy, 60 * SECOND, "health")
+    model.check(cluster.machines[2])
+    audit(cluster)
+
+
+def used_blocks(cluster: SimCluster, oid: ObjectId) -> int:
+    return sum(
+        len(copy.blocks)
+        for machine in cluster.machines
+        for strip, copy in machine.disk.copies().items()
+        if plain_oid(strip) == oid
+    )
 
 
 def test_the_map_of_a_coded_object_tells_where_data_is() -> None:

@@ -24,7 +24,6 @@ SLOW = {  # once for an epoch, a checkpoint, an operation on a VDI, a plug, a re
     ("cluster/core/home_requests.py", "done_before"),  # a write cut by the end of an epoch
     ("cluster/core/recovery.py", "_learn"),
     ("cluster/host/object_store.py", "close"),
-    ("cluster/core/strip_home.py", "_update"),  # some 10 KiB for a small write of a coded volume
     ("cluster/core/strip_home.py", "_read_decoded"),  # of a degraded one
 }
 Function = ast.FunctionDef | ast.AsyncFunctionDef
