@@ -563,6 +563,19 @@ def test_resize(dog: Dog, sheep: FakeSheep) -> None:
     assert dog("vdi", "resize", "a")[::2] == (64, "Please specify the new size for the VDI\n")
 
 
+def test_a_resize_that_a_snapshot_overtakes_begins_again(dog: Dog, sheep: FakeSheep) -> None:
+    vid = sheep.create("a", 10 * MIB)
+
+    def before(opcode: int, oid: int) -> None:
+        if opcode == Opcode.WRITE_OBJ and not sheep.inode(vid).is_snapshot:
+            sheep.snapshot("a", b"t")
+
+    sheep.before = before
+    assert dog("vdi", "resize", "a", "20M") == (0, "", "")
+    rows = [row.split(" ") for row in dog("vdi", "list", "-r", "a")[1].splitlines()]
+    assert [(row[0], int(row[3])) for row in rows] == [("s", 10 * MIB), ("=", 20 * MIB)]
+
+
 def test_object_map_and_tree(dog: Dog, sheep: FakeSheep) -> None:
     sheep.created = 1795292679 - 60
     sheep.create("a", 10 * MIB)

@@ -26,6 +26,8 @@ from sheepdog.tools.dog.volumes import (
 )
 from sheepdog.tools.dog.volumes import delete as delete_volume
 
+RESIZE_ATTEMPTS = 10  # each of them overtaken by a snapshot
+
 
 def create(context: Context) -> None:
     """A new volume, thin unless -P."""
@@ -96,15 +98,21 @@ def resize(context: Context) -> None:
     name = name_of(context.argument(0))
     size = parse_size(context.argument(1, "Please specify the new size for the VDI"))
     connection = context.gateway()
-    inode = open_header(connection, name)
-    limit = size_limit(inode.block_size_shift, bool(inode.store_policy))
-    if size > limit:
-        dot = "" if inode.store_policy else "."
-        raise Failure(f"New VDI size is too large{dot} This volume's max size is {limit}", USAGE_ERROR)
-    if size < inode.vdi_size:
-        raise Failure("Shrinking VDIs is not implemented", USAGE_ERROR)
-    changed = replace(inode, vdi_size=size).pack()
-    try:
-        admin.write_object(connection, inode_oid(Vid(inode.vdi_id)), 0, changed)
-    except SheepError as error:
-        raise Failure(f"Failed to update an inode header: {refusal(error.result)}") from error
+    result = 0
+    for _ in range(RESIZE_ATTEMPTS):
+        inode = open_header(connection, name)
+        limit = size_limit(inode.block_size_shift, bool(inode.store_policy))
+        if size > limit:
+            dot = "" if inode.store_policy else "."
+            raise Failure(f"New VDI size is too large{dot} This volume's max size is {limit}", USAGE_ERROR)
+        if size < inode.vdi_size:
+            raise Failure("Shrinking VDIs is not implemented", USAGE_ERROR)
+        changed = replace(inode, vdi_size=size).pack()
+        try:
+            admin.write_object(connection, inode_oid(Vid(inode.vdi_id)), 0, changed)
+            return
+        except SheepError as error:
+            result = error.result
+        if result != Result.READONLY:  # else it was frozen since its header was read
+            break
+    raise Failure(f"Failed to update an inode header: {refusal(result)}")
