@@ -307,6 +307,7 @@ class Node:
             self.copies.end_epoch()
         else:
             self._drop_void_epochs()
+            self.part.joined()
         context.epoch = record.epoch
         context.fence = state.era << 32 | record.epoch
         context.placement = Placement(record.epoch, record.members, context.me, context.copies_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from sheepdog.cluster.core.cache import Cache
 from sheepdog.cluster.core.claims import Claims
@@ -11,11 +12,28 @@ from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.gateway import FLUSH_CACHES, Gateway, OperationKey
-from sheepdog.cluster.core.ids import NodeId, Vid, vid_of
+from sheepdog.cluster.core.ids import NO_VID, NodeId, Vid, vid_of
 from sheepdog.cluster.core.limits import MAX_ENDED_OPERATIONS
 from sheepdog.cluster.core.messages import Buffer, Message
+from sheepdog.cluster.core.vdi import VdiRecord, VdiTable
 
 Answered = Callable[[int, Buffer], None]
+
+
+def frozen_by(operation: dict[str, Any], vdis: VdiTable) -> Vid:
+    """The volume whose writes an ordered operation holds until its end; NO_VID: of none, or of one that is not here."""
+    kind, record = operation["op"], None
+    if kind == "create" and operation["snapshot"]:
+        record = vdis.working(operation["name"].encode("latin-1"))
+    elif kind == "delete":
+        name, tag = operation["name"].encode("latin-1"), operation["tag"].encode("latin-1")
+        found = vdis.lookup(name, tag, operation["snap_id"])
+        record = found if isinstance(found, VdiRecord) else None
+    elif kind == "move":
+        record = vdis.get(Vid(operation["vid"]))
+    elif kind == "late":
+        record = vdis.heir(Vid(operation["vid"]))
+    return NO_VID if record is None else record.vid
 
 
 class Part:
@@ -80,6 +98,17 @@ class Part:
             pushed(Result.SUCCESS)
         else:
             self._cache.freeze(vid, by, pushed)
+
+    def joined(self) -> None:
+        """An operation that is under way when this node joins may have asked all members by then: what it froze is
+        frozen here, too."""
+        state = self._context.state
+        if state.queue and state.loaded:
+            operation = state.queue[0]
+            vid = frozen_by(operation, state.vdis)
+            if vid != NO_VID:
+                self._context.probe("part.joined_frozen")
+                self._gateway.freeze(vid, (str(operation["owner"]), int(operation["number"])), lambda: None)
 
     def ended(self, by: OperationKey) -> None:
         """The operation is over: what it froze here goes on."""

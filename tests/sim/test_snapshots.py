@@ -6,13 +6,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import pytest
+from tests.sim.test_directed import settle
 from tests.sim.test_late_map_writes import NAME, OBJECTS, new_vdi, running, wait_for
 
 from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.executor import Executor
 from sheepdog.cluster.core.ids import inode_oid
-from sheepdog.cluster.core.inode import InodeHeader
+from sheepdog.cluster.core.inode import InodeHeader, map_offset
 from sheepdog.cluster.sim.clients import OBJECT_BYTES
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
+from sheepdog.cluster.sim.world import SECOND
 
 SIZE = OBJECTS * OBJECT_BYTES
 
@@ -53,6 +57,36 @@ def test_everybody_gets_the_snapshot_that_was_asked_for() -> None:
     assert sorted(before) == [(tag, SIZE) for tag in (b"", b"", b"one", b"three", b"two")]
     cold_start(cluster)
     assert line(cluster, 1) == before
+
+
+def test_a_node_that_joins_meanwhile_holds_writes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All were asked to hold them before it came; what it let through would be missing in the volume that goes on."""
+    cluster = running(4)
+    vid = new_vdi(cluster)
+    world, late = cluster.world, cluster.machines[2]
+    late.kill()
+    settle(cluster, *cluster.machines[:2])
+    waiting: list[Any] = []
+    monkeypatch.setattr(Executor, "_flush", lambda *_: waiting.append)  # comes when all hold their writes
+    answers: list[Any] = []
+    snapshot(cluster, b"one", answers)
+    world.run_until(lambda: bool(waiting), HEALTH_LIMIT_NS, "the freeze")
+    late.start()
+    settle(cluster, *cluster.machines)
+    written: list[int] = []
+    late.node.gateway.write(
+        inode_oid(vid), map_offset(3), vid.to_bytes(4, "little"), True, lambda result, _: written.append(result)
+    )
+    world.run_for(SECOND)
+    assert not written
+    waiting[0](0)
+    world.run_until(lambda: bool(answers and written), HEALTH_LIMIT_NS, "the snapshot, then the write")
+    assert [result for _, result, _ in answers] == written == [Result.SUCCESS]
+    heir = late.node.cluster.vdis.working(NAME)
+    assert heir is not None
+    assert heir.vid != vid
+    _, entry = wait_for(world, lambda done: late.node.gateway.read(inode_oid(heir.vid), map_offset(3), 4, done))
+    assert int.from_bytes(entry, "little") == vid
 
 
 def test_a_volume_that_grows_meanwhile_stays_grown() -> None:
