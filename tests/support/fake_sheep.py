@@ -235,12 +235,15 @@ class FakeSheep:
     # -- connections
 
     def _accept(self) -> None:
-        while self._running:
+        while True:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
             with self.lock:
+                if not self._running:  # it ended between the client's connect and this
+                    connection.close()
+                    return
                 self._connections.append(connection)
                 self.accepted += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
