@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -117,8 +118,9 @@ def test_a_newer_epoch_is_refused_unless_it_never_began(new_cluster: Callable[..
         cluster.kill(2)
         cluster.wait_members(2)
         cluster.wait_recovered()
-        cluster.kill(0)
-        cluster.kill(1)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # at the same time: neither is alone for an epoch
+            cluster.kill(0, number)
+            cluster.kill(1, number)
         record_alone(cluster, 2, members)
         cluster.start(0, 1)
         cluster.wait_status(RUNNING)
