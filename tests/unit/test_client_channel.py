@@ -141,6 +141,7 @@ def test_what_is_asked_while_the_connection_is_made_anew_is_sent() -> None:
     with FakeSheep() as sheep:
         vid = filled(sheep)
         channel = Channel(sheep.address, dial=dial)
+        assert ask_for_header(channel, vid) == (0, HEADER_SIZE)  # the sheep knows of the connection that it cuts
         asked.append(threading.Event())
         sheep.cut()
 
