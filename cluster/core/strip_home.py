@@ -328,15 +328,17 @@ class StripHome:
         """The bytes as all changes sent so far leave them; DiskError when fewer than D strips can be read."""
         parts = pieces(policy, offset, length)
         wanted = spans(parts)
-        holders = self.holders(oid, policy)
         pieces_read = Pieces(parts, len(wanted), length, done)
         for strip, (at, size) in wanted.items():
-            member = holders.get(strip)
-            got = partial(pieces_read.got, strip, at)
-            if member is None:
-                self._read_decoded(oid, policy, strip, at, size, got)
-            else:
-                self._fetch(oid, strip, member, at, size, partial(self._fetched, oid, policy, strip, at, size, got))
+            self._read_strip(oid, policy, strip, at, size, partial(pieces_read.got, strip, at))
+
+    def _read_strip(self, oid: ObjectId, policy: Policy, strip: int, offset: int, length: int, got: ReadDone) -> None:
+        member = self.holders(oid, policy).get(strip)
+        if member is None:
+            self._read_decoded(oid, policy, strip, offset, length, got)
+        else:
+            fetched = partial(self._fetched, oid, policy, strip, offset, length, got)
+            self._fetch(oid, strip, member, offset, length, fetched)
 
     def _fetched(
         self, oid: ObjectId, policy: Policy, strip: int, at: int, size: int, got: ReadDone, data: Buffer | StoreError
@@ -349,14 +351,21 @@ class StripHome:
     def _read_decoded(
         self, oid: ObjectId, policy: Policy, strip: int, offset: int, length: int, done: ReadDone
     ) -> None:
-        """Decodes while no write changes the stripes."""
+        """Decodes while no write changes the stripes. A write before it may have failed at another strip just now, so
+        that this one cannot be decoded; then what the home has learnt meanwhile tells where else the bytes are."""
         self._context.probe("strips.decoded")
         start, size = rows_to_range(policy, offset, length)
 
         def locked(lock: Lock) -> None:
+            holders = dict(self.holders(oid, policy))
+
             def decoded(data: Buffer | StoreError) -> None:
                 self._release(lock)
-                done(data)
+                if isinstance(data, StoreError) and self.holders(oid, policy) != holders:
+                    self._context.probe("strips.holders_changed")
+                    self._read_strip(oid, policy, strip, offset, length, done)
+                else:
+                    done(data)
 
             self._decode(oid, policy, strip, offset, length, decoded)
 
