@@ -11,7 +11,8 @@ header: u8 kind, u8 flags, u8 copies, u8 strip (0: a whole object, else number +
         u32 result, u32 body_length, u64 origin, u64 floor
 
 An ANSWER that says no more than that its request succeeded waits for the next ones of the same turn: they go together,
-as the ids of their requests (u64 each) in the body of one ANSWERS frame, which is a tenth of the work for both ends.
+as the ids of their requests (u64 each) in the body of one ANSWERS frame.
+Most of the work for an answer is its frame, at both ends.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ from functools import partial
 from random import Random
 
 import pytest
+from tests.sim.test_late_map_writes import wait_for
 
 from sheepdog.cluster.core.erasure import policy_of
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import ObjectId, data_oid, plain_oid, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer
@@ -88,13 +90,10 @@ def test_discards_give_the_space_back() -> None:
     for index, content in enumerate(model.data):
         oid, data = data_oid(model.volume.vid, index), model.random.randbytes(OBJECT_BYTES)
         content[:kept] = data[:kept]
-        results: list[int] = []
-        gateway.write(oid, 0, data, False, lambda result, _: results.append(result))  # noqa: B023
-        cluster.world.run_until(lambda: len(results) == 1, SECOND, "write")  # noqa: B023
+        done = wait_for(cluster.world, partial(gateway.write, oid, 0, data, False))
         before = used_blocks(cluster, oid)
-        gateway.zero(oid, kept, OBJECT_BYTES - kept, False, lambda result, _: results.append(result))  # noqa: B023
-        cluster.world.run_until(lambda: len(results) == 2, SECOND, "discard")  # noqa: B023
-        assert results == [0, 0]
+        discarded = wait_for(cluster.world, partial(gateway.zero, oid, kept, OBJECT_BYTES - kept, False))
+        assert (done[0], discarded[0]) == (Result.SUCCESS, Result.SUCCESS)
         assert before == OBJECT_BYTES * 6 // 4 // BLOCK_SIZE
         # 64 KiB on the first strip, a block on the second, and the parity of both
         assert used_blocks(cluster, oid) == 16 + 1 + 2 * 16

@@ -26,11 +26,11 @@ def fresh(machines: int, copies: int, seed: int = 1) -> tuple[SimCluster, Volume
     return cluster, make_volume(cluster, "v", 2, (0,))
 
 
-def write(machine: Machine, volume: Volume, value: int) -> int:
+def write(machine: Machine, volume: Volume, value: int, durable: bool = False) -> int:
     """Writes block 0 of object 0 and waits for the answer."""
     results: list[int] = []
     oid = data_oid(volume.vid, 0)
-    machine.node.gateway.write(oid, 0, block_of(value), False, lambda result, _: results.append(result))
+    machine.node.gateway.write(oid, 0, block_of(value), durable, lambda result, _: results.append(result))
     machine.cluster.world.run_until(lambda: bool(results), 5 * SECOND, "write")
     return results[0]
 

@@ -12,8 +12,9 @@ from tests.sim.test_late_map_writes import NAME, OBJECTS, new_vdi, running, wait
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
-from sheepdog.cluster.core.ids import inode_oid
+from sheepdog.cluster.core.ids import NO_VID, inode_oid
 from sheepdog.cluster.core.inode import InodeHeader, map_offset
+from sheepdog.cluster.core.part import frozen_by
 from sheepdog.cluster.sim.clients import OBJECT_BYTES
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
 from sheepdog.cluster.sim.world import SECOND
@@ -130,3 +131,33 @@ def test_the_volume_goes_on_with_other_copies_if_asked() -> None:
     snapshot(cluster, b"u", answers)
     cluster.world.run_until(lambda: len(answers) == 2, HEALTH_LIMIT_NS, "the snapshot")
     assert [record.copies for record in cluster.machines[0].node.cluster.vdis.named(NAME)] == [3, 2, 2]
+
+
+def test_which_volume_an_operation_holds() -> None:
+    cluster = running(8)
+    vid = new_vdi(cluster)
+    answers: list[Any] = []
+    snapshot(cluster, b"one", answers)
+    cluster.world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the snapshot")
+    vdis = cluster.machines[0].node.cluster.vdis
+    heir = vdis.heir(vid)
+    assert heir is not None
+    name = NAME.decode()
+    held: dict[int, list[dict[str, Any]]] = {
+        heir.vid: [
+            {"op": "create", "snapshot": True, "name": name},
+            {"op": "delete", "name": name, "tag": "", "snap_id": 0},
+            {"op": "move", "vid": heir.vid},
+            {"op": "late", "vid": vid},
+        ],
+        vid: [{"op": "delete", "name": name, "tag": "one", "snap_id": 0}],
+        NO_VID: [
+            {"op": "create", "snapshot": False, "name": name},
+            {"op": "delete", "name": "unknown", "tag": "", "snap_id": 0},
+            {"op": "late", "vid": heir.vid + 1},
+            {"op": "sweep"},
+        ],
+    }
+    for held_vid, operations in held.items():
+        for operation in operations:
+            assert frozen_by(operation, vdis) == held_vid, operation

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.ids import ObjectId, Version, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.strip_changes import StripChanges
 from sheepdog.cluster.sim.audit import audit
@@ -107,9 +107,8 @@ def test_a_change_that_is_not_noted_is_found(monkeypatch: pytest.MonkeyPatch) ->
     """Planted bug: what the rebuilt strip lacks shows."""
     note = StripChanges.note
 
-    def forgets(self: StripChanges, *arguments: int) -> None:
-        strip, before, after, offset, _ = arguments
-        note(self, strip, before, after, offset, 0)  # type: ignore[arg-type]
+    def forgets(self: StripChanges, strip: ObjectId, before: Version, after: Version, offset: int, length: int) -> None:
+        note(self, strip, before, after, offset, 0)
 
     monkeypatch.setattr(StripChanges, "note", forgets)
     story = Story(2)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
+from tests.sim import test_directed as directed
 from tests.sim.test_directed import fresh, read, settle
 
 from sheepdog.cluster.core import join_rules
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import data_oid, is_data
+from sheepdog.cluster.core.ids import is_data
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
+write = partial(directed.write, durable=True)
 LONG_NS = 20 * SECOND  # a disk that takes nothing for so long takes nothing more before the power fails
-
-
-def write(machine: Machine, volume: Volume, value: int) -> int:
-    """Writes block 0 of object 0; durable when it is answered."""
-    results: list[int] = []
-    oid = data_oid(volume.vid, 0)
-    machine.node.gateway.write(oid, 0, block_of(value), True, lambda result, _: results.append(result))
-    machine.cluster.world.run_until(lambda: bool(results), 5 * SECOND, "write")
-    return results[0]
 
 
 def newest(machine: Machine) -> int:

@@ -262,14 +262,19 @@ def test_a_size_is_told_once_and_first_and_can_be() -> None:
             pytest.fail("an unsound stream was offered")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), OSError("gone")])
-def test_a_restore_that_breaks_off_gives_the_former_state_back(
-    dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def old_and_now(dog: Dog, sheep: FakeSheep) -> None:
+    """Volume `a` begins with "old" in its snapshot t1, and with "now" itself."""
     sheep.create("a", 10 * MIB)
     dog("vdi", "write", "a", "0", "3", stdin=b"old")
     dog("vdi", "snapshot", "-s", "t1", "a")
     dog("vdi", "write", "a", "0", "3", stdin=b"now")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), OSError("gone")])
+def test_a_restore_that_breaks_off_gives_the_former_state_back(
+    dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    old_and_now(dog, sheep)
     stream = io.BytesIO()
     writer = Writer(stream)
     for number in range(2):
@@ -291,10 +296,7 @@ def test_a_restore_that_breaks_off_gives_the_former_state_back(
 
 def test_only_one_restore_at_a_time(dog: Dog, sheep: FakeSheep, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one would keep the first one's half of the work, and go back to that."""
-    sheep.create("a", 10 * MIB)
-    dog("vdi", "write", "a", "0", "3", stdin=b"old")
-    dog("vdi", "snapshot", "-s", "t1", "a")
-    dog("vdi", "write", "a", "0", "3", stdin=b"now")
+    old_and_now(dog, sheep)
     stream = io.BytesIO()
     writer = Writer(stream)
     writer.add(0, 0, b"new".ljust(512))
