@@ -1,17 +1,19 @@
 """What an operation costs among many: volumes of the cluster, objects on a node, clients of one sheep.
 
-    python -m tests.bench.many [--volumes N] [--objects N] [--clients N] [--seconds S] [--rounds N]
+    python -m tests.bench.many [--volumes N] [--objects N] [--clients N] [--seconds S] [--rounds N] [--charts DIR]
 
 One node, one copy, -n, so that nothing else of the cluster is in the figures. Each table grows tenfold to the number
 asked for (0 leaves it out). The steady figure is the server's CPU time for an operation; rates are as good as the
 machine is quiet. A million objects take about 16 GB of disk and some minutes to be made.
+
+Writes bench-results/many.json (--results) and, with --charts, charts of it (tests/bench/results.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
+import json
 import random
 import resource
 import signal
@@ -19,15 +21,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
+from tests.bench import results
 from tests.bench.counting import cpu_seconds, resident_bytes
 from tests.support.cluster import Cluster, started
 
-from sheepdog import COMPILED
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.workload import OBJECT_BYTES, Cell, Workload, parse_cell
@@ -36,6 +39,7 @@ from sheepdog.cluster.wire.opcodes import Opcode
 READ, WRITE, MAKE = parse_cell("read:4k:16"), parse_cell("write:4k:16:volatile"), parse_cell("first:4k:64:volatile")
 IDS = 65_536  # of requests: many more than are under way
 MAKING_S = 3600.0  # ends when the objects are there
+RESULTS = Path("bench-results/many.json")
 CLIENT_CELLS = ("read:4k:1", "write:4k:1:volatile")
 
 
@@ -74,6 +78,29 @@ class Spread(Workload):
             yield self._request(opcode, index, 0, cell.size, index % IDS, cell.flush_every) + payload
 
 
+class Table:
+    """Printed as it grows; `columns` and `rows` are what remains of it."""
+
+    def __init__(self, *columns: str) -> None:
+        self.columns = columns
+        self.rows: list[tuple[float, ...]] = []
+        print()
+        _line(columns)
+        _line(["---:"] * len(columns))
+
+    def add(self, *values: float) -> None:
+        rounded = tuple(round(value, 0 if value >= 10 else 2) for value in values)
+        self.rows.append(rounded)
+        _line([f"{value:,g}" if value < 1e6 else f"{value:,.0f}" for value in rounded])
+
+    def content(self) -> dict[str, Any]:
+        return {"columns": self.columns, "rows": self.rows}
+
+
+def _line(cells: Iterable[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 class Bench:
     """One sheep."""
 
@@ -103,8 +130,8 @@ class Bench:
         rate, cpu, late = (statistics.median(column) for column in zip(*rows, strict=True))
         return rate, cpu, late
 
-    def volumes(self, most: int) -> None:
-        table("volumes", "read, us", "write, us", "memory, MiB")
+    def volumes(self, most: int) -> Table:
+        table = Table("volumes", "read, us", "write, us", "memory, MiB")
         load = Workload(self.address, 4, 1)
         connection = Connection(self.address)
         made = 0
@@ -112,52 +139,46 @@ class Bench:
             for other in range(made, number):
                 admin.new_volume(connection, b"other%d" % other, OBJECT_BYTES)
             made = number
-            row(number, *(f"{self.cost(load, cell)[1]:.0f}" for cell in (READ, WRITE)), self.memory_mib)
+            table.add(number, *(self.cost(load, cell)[1] for cell in (READ, WRITE)), self.memory_mib)
         connection.close()
         load.close()
+        return table
 
-    def objects(self, most: int) -> None:
-        table("objects", "made per second", "read, us", "write, us", "memory, MiB", "start, s", "memory then, MiB")
+    def objects(self, most: int) -> Table:
+        table = Table(
+            "objects", "made per second", "read, us", "write, us", "memory, MiB", "start, s", "memory then, MiB"
+        )
         load = Spread(self.address)
         for number in tens(most):
             begin, before = time.monotonic(), load.made
             load.grow(number)
             made = (number - before) / (time.monotonic() - begin)
-            costs = [f"{self.cost(load, cell)[1]:.0f}" for cell in (READ, WRITE)]
+            costs = [self.cost(load, cell)[1] for cell in (READ, WRITE)]
             memory = self.memory_mib
             self.cluster.dog("cluster", "shutdown")
             self.cluster.wait_stopped()
             begin = time.monotonic()
             self.cluster.start(0)
             self.cluster.wait_members(1)
-            row(number, f"{made:.0f}", *costs, memory, f"{time.monotonic() - begin:.2f}", self.memory_mib)
+            table.add(number, made, *costs, memory, time.monotonic() - begin, self.memory_mib)
+        return table
 
-    def clients(self, most: int) -> None:
+    def clients(self, most: int) -> Table:
         columns = [f"4 KiB {word}: {what}" for word in ("read", "write") for what in ("IOPS", "us", "p99 ms")]
-        table("clients", *columns, "memory, MiB")
+        table = Table("clients", *columns, "memory, MiB")
         load = Workload(self.address, 4, 1)
         for number in tens(most):
-            figures: list[str] = []
+            figures: list[float] = []
             for word in CLIENT_CELLS:
-                rate, cpu, late = self.cost(load, parse_cell(f"{word}:x{number}"))
-                figures += [f"{rate:.0f}", f"{cpu:.0f}", f"{late:.1f}"]
-            row(number, *figures, self.memory_mib)
+                figures += self.cost(load, parse_cell(f"{word}:x{number}"))
+            table.add(number, *figures, self.memory_mib)
         load.close()
+        return table
 
 
 def tens(most: int) -> list[int]:
     """1, 10, 100 ... and `most`."""
     return [10**power for power in range(12) if 10**power < most] + [most]
-
-
-def table(*columns: str) -> None:
-    print()
-    row(*columns)
-    row(*["---:"] * len(columns))
-
-
-def row(*values: object) -> None:
-    print("| " + " | ".join(map(str, values)) + " |", flush=True)
 
 
 def main() -> int:
@@ -167,16 +188,23 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
+    parser.add_argument("--charts", type=Path, help="a directory for charts (SVG)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended in this case too
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * options.clients + 100)), hard))
-    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, hot path {'compiled' if COMPILED else 'plain'}")
+    about = results.machine()
+    print(json.dumps(about))
+    tables = []
     parts = (("volumes", options.volumes), ("clients", options.clients), ("objects", options.objects))
     for name, most in parts:
         if most:
             with ExitStack() as stack:
-                getattr(Bench(stack, options.seconds, options.rounds), name)(most)
+                tables.append(getattr(Bench(stack, options.seconds, options.rounds), name)(most).content())
+    results.save(options.results, {"machine": about, "command": results.command("many"), "tables": tables})
+    if options.charts:
+        results.charts(options.results, options.charts)
     return 0
 
 

@@ -6,16 +6,14 @@ What is compared takes turns (A B A B), and figures are medians with their sprea
 one run only. `PEER_SHEEP` is a directory with the `sheep` and `dog` of any other server of the native protocol; it gets
 the same loads from the same generator (cluster/client/workload.py). The other doors are driven by fio.
 
-Writes bench-results/matrix.json (--results) and, with --svg, a chart.
+Writes bench-results/matrix.json (--results) and, with --charts, charts of it (tests/bench/results.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -28,7 +26,7 @@ from pathlib import Path
 from shutil import rmtree, which
 from typing import Any, Protocol
 
-from tests.bench.chart import bars
+from tests.bench import results
 from tests.bench.counting import cpu_seconds, resident_bytes, system_calls
 from tests.bench.fio import FioLoad
 from tests.support.cluster import Cluster, started
@@ -36,7 +34,6 @@ from tests.support.mounts import SheepFs
 from tests.support.nbd import NbdServer
 from tests.support.processes import CommandFailed, having_argument
 
-from sheepdog import COMPILED
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.workload import FRESH_OBJECTS, OBJECT_BYTES, Cell, Workload, parse_cell
 
@@ -231,16 +228,6 @@ def needed(doors: Sequence[str]) -> list[str]:
     return [*(["fio"] if {"sheepfs", "nbd"} & set(doors) else []), *(["nbdkit"] if "nbd" in doors else [])]
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processors": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "compiled": COMPILED,
-        "load": os.getloadavg(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-matrix ARGS='...'", description="Measure everything in one run.")
     parser.add_argument("--rounds", type=int, default=3)
@@ -252,7 +239,7 @@ def main() -> int:
     parser.add_argument("--syscalls", action="store_true", help="count system calls with strace, in a run of their own")
     parser.add_argument("--objects", type=int, default=OBJECTS, help="written in each volume before the clock runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
-    parser.add_argument("--svg", type=Path, help="write a chart of the CPU per operation here")
+    parser.add_argument("--charts", type=Path, help="a directory for charts (SVG)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended in this case too
     cells = [parse_cell(word) for word in options.cell] or [cell for cell in matrix() if options.only in str(cell)]
@@ -265,7 +252,7 @@ def main() -> int:
         if missing := [name for name in needed(doors) if which(name) is None]:
             parser.error(f"these doors need {', '.join(missing)}: install them, or choose others with --doors")
         compared = variants(directory, stack, os.environ.get("PEER_SHEEP"), redundancies, doors, options.objects)
-        before = machine()
+        before = results.machine()
         for cell in cells:
             for _ in range(options.rounds):
                 for variant in compared:
@@ -277,16 +264,10 @@ def main() -> int:
         rows = report(compared, cells)
         memory = {variant.name: max(map(resident_bytes, variant.pids())) >> 20 for variant in compared}
         print(f"\nlargest daemon afterwards, MiB: {memory}; load {before['load'][0]:.1f} -> {os.getloadavg()[0]:.1f}")
-    options.results.parent.mkdir(exist_ok=True)
-    command = " ".join(["python -m tests.bench.matrix", *sys.argv[1:]])
-    options.results.write_text(
-        json.dumps({"machine": before, "command": command, "memory_mib": memory, "rows": rows}, indent=1) + "\n"
-    )
-    if options.svg:
-        good = [row for row in rows if "error" not in row]
-        options.svg.write_text(
-            bars("CPU of all daemons per operation, us", [(r["cell"], r["variant"], r["cpu_us"]) for r in good])
-        )
+    content = {"machine": before, "command": results.command("matrix"), "memory_mib": memory, "rows": rows}
+    results.save(options.results, content)
+    if options.charts:
+        results.charts(options.results, options.charts)
     return 0
 
 
