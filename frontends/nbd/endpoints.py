@@ -72,17 +72,19 @@ class Endpoint(NamedTuple):
         query = "?" + "&".join(parameters) if parameters else ""
         return f"{scheme}://{place}/{quote(export, safe='@')}{query}"
 
-    def blockdev(self, export: str, node: str = "disk0") -> list[str]:
-        """QEMU's `-object` and `-blockdev` words."""
-        words = self._qemu_credentials()
-        return [*words, "-blockdev", ",".join([f"driver=nbd,node-name={node},discard=unmap", *self._qemu(export, "")])]
+    def blockdev(self, export: str, read_only: bool = False, node: str = "disk0") -> list[str]:
+        """QEMU's `-object` and `-blockdev` words; `read_only` must be said of what nobody may write."""
+        kind = "read-only=on" if read_only else "discard=unmap"
+        fields = [f"driver=nbd,node-name={node},{kind}", *self._qemu(export, "")]
+        return [*self._qemu_credentials(), "-blockdev", ",".join(fields)]
 
-    def drive(self, export: str) -> list[str]:
+    def drive(self, export: str, read_only: bool = False) -> list[str]:
         """QEMU's `-object` and `-drive` words; raw, or it would guess the format from the volume's first bytes."""
-        fields = ["if=virtio,format=raw,discard=unmap,file.driver=nbd", *self._qemu(export, "file.")]
+        kind = "readonly=on" if read_only else "discard=unmap"
+        fields = [f"if=virtio,format=raw,{kind},file.driver=nbd", *self._qemu(export, "file.")]
         return [*self._qemu_credentials(), "-drive", ",".join(fields)]
 
-    def libvirt(self, export: str) -> str:
+    def libvirt(self, export: str, read_only: bool = False) -> str:
         """The disk element of a domain; ends with a newline. Empty for TLS with keys, which libvirt does not know."""
         if self.tls.keys:
             return ""
@@ -92,13 +94,15 @@ class Endpoint(NamedTuple):
             name, port = self._reachable()
             host = f"<host name={quoteattr(name)} port='{port}'/>"
         tls = " tls='yes'" if self.tls else ""
+        discard, kind = ("", "  <readonly/>\n") if read_only else (" discard='unmap'", "")
         return (
             "<disk type='network' device='disk'>\n"
-            "  <driver name='qemu' type='raw' discard='unmap'/>\n"
+            f"  <driver name='qemu' type='raw'{discard}/>\n"
             f"  <source protocol='nbd' name={quoteattr(export)}{tls}>\n"
             f"    {host}\n"
             "  </source>\n"
             "  <target dev='vda' bus='virtio'/>\n"
+            f"{kind}"
             "</disk>\n"
         )
 

@@ -65,7 +65,7 @@ def test_the_disks_are_valid(cluster3: Cluster, place: Path, directory: Path) ->
     needs.program("virt-xml-validate", "xmllint")
     for way in (
         ("--socket", "/run/a b&c.sock"),
-        ("--listen", "[::1]:10810"),
+        ("--listen", "[::1]:10810", "--readonly"),
         ("--listen", "0.0.0.0", "--tls-certificates", str(directory)),
     ):
         cluster3.try_dog("vdi", "create", "web", "8M")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import stat
 import struct
@@ -54,8 +55,8 @@ def cluster3(standing3: Cluster) -> Cluster:
 
 @pytest.fixture
 def serve(teardown: ExitStack, directory: Path) -> Callable[..., NbdServer]:
-    def start(cluster: Cluster, *words: str, node: int = 0, listen: str = "") -> NbdServer:
-        server = NbdServer(cluster, directory, *words, node=node, listen=listen)
+    def start(cluster: Cluster, *words: str, node: int = 0, listen: str = "", name: str = "nbd") -> NbdServer:
+        server = NbdServer(cluster, directory, *words, node=node, listen=listen, name=name)
         teardown.callback(server.close)
         return server
 
@@ -149,6 +150,21 @@ def test_what_uri_prints_works(cluster3: Cluster, serve: Callable[..., NbdServer
         run(["qemu-io", "-c", "write -P 7 0 64k", "--image-opts", fields])
     assert content(cluster3, "web")[: 64 << 10] == b"\7" * (64 << 10)
     assert f"socket='{server.socket}'" in words["libvirt"].replace('"', "'")
+
+
+def test_the_lines_for_what_is_read_only_work(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """QEMU and libvirt refuse to write-open it, so the lines must say what it is: a snapshot, or all of the server."""
+    needs.program("qemu-system-x86_64")
+    cluster3.dog("vdi", "create", "web", "8M")
+    cluster3.dog("vdi", "snapshot", "-s", "t", "web")
+    for name, server in (("web@t", serve(cluster3)), ("web", serve(cluster3, "--readonly", name="readonly"))):
+        more = () if "@" in name else ("--readonly",)
+        words = json.loads(cluster3.dog("nbd", "uri", name, "--socket", str(server.socket), *more, "--json"))
+        assert "  <readonly/>\n" in words["libvirt"]
+        for disk in (words["qemu_drive"], f"{words['qemu_blockdev']} -device virtio-blk-pci,drive=disk0"):
+            machine = ["qemu-system-x86_64", "-accel", "tcg", "-S", "-display", "none", "-nodefaults"]
+            done = run([*machine, "-monitor", "stdio", *shlex.split(disk)], stdin=b"info block\nquit\n")
+            assert b"(raw, read-only)" in done.stdout or b"(nbd, read-only)" in done.stdout, done.stdout.decode()
 
 
 def test_copies_both_ways(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:

@@ -31,9 +31,11 @@ def connect(uri):
 class NbdServer:
     """`dog nbd serve WORDS...` against a node of the cluster, at a unix socket unless `listen` is given."""
 
-    def __init__(self, cluster: Cluster, directory: Path, *words: str, node: int = 0, listen: str = "") -> None:
-        self.socket = directory / "nbd.sock"
-        self.log = directory / "nbd.log"
+    def __init__(
+        self, cluster: Cluster, directory: Path, *words: str, node: int = 0, listen: str = "", name: str = "nbd"
+    ) -> None:
+        self.socket = directory / f"{name}.sock"
+        self.log = directory / f"{name}.log"
         self.listen = listen
         place = ["--listen", listen] if listen else ["--socket", str(self.socket)]
         command = [str(BIN / "dog"), "nbd", "serve", "-p", str(cluster.port(node)), *place, *words]

@@ -533,9 +533,13 @@ def test_words_for_qemu_and_the_kernel(directory: Path) -> None:
         "file.export=v,,1,file.tls-creds=tls0",
     ]
     assert endpoint.blockdev("v")[-1].startswith("driver=nbd,node-name=disk0,discard=unmap,server.type=unix,")
+    assert endpoint.blockdev("v@t", True)[-1].startswith("driver=nbd,node-name=disk0,read-only=on,server.type=unix,")
+    assert endpoint.drive("v@t", True)[-1].startswith("if=virtio,format=raw,readonly=on,file.driver=nbd,")
     assert (endpoint.libvirt("v"), endpoint.kernel("v")) == ("", []), "they know no keys"
     assert "tls='yes'" in Endpoint(("h", 1), Tls(certificates="/pki")).libvirt("v")
     assert 'name="a&lt;b"' in Endpoint(("h", 1)).libvirt("a<b")
+    assert "<readonly/>" in Endpoint(("h", 1)).libvirt("v@t", True)
+    assert "<readonly/>" not in Endpoint(("h", 1)).libvirt("v")
     words = Endpoint(("h", 1)).kernel("v")
     assert words[:3] == ["nbd-client", "h", "1"]
     # By itself the kernel gives up one connection of several after 30 s, which a cluster without quorum may take.

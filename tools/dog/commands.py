@@ -395,6 +395,7 @@ _NBD_PLACE = (
     Option("", "tls-certificates", "TLS with the X.509 certificates of this directory", True),
     Option("", "tls-psk", "TLS with the keys of this file (lines of user:key)", True),
     Option("", "tls-verify-peer", "accept only clients with a certificate of the same authority"),
+    Option("", "readonly", "nobody writes"),
 )
 
 NBD = (
@@ -402,7 +403,6 @@ NBD = (
         "serve",
         (
             *_NBD_PLACE,
-            Option("", "readonly", "let nobody write"),
             Option("", "exclusive", "refuse a second connection to a volume"),
             Option("", "mode", "permissions of the socket, octal (default: 600)", True),
             Option("", "group", "group of the socket", True),

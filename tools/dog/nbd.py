@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.errors import SheepError
@@ -10,6 +11,9 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
 from sheepdog.tools.dog.output import text, warn
+
+if TYPE_CHECKING:
+    from sheepdog.frontends.nbd.exports import Export
 
 LOOPBACK = ("127.", "::1", "localhost")
 
@@ -47,12 +51,12 @@ def uri(context: Context) -> int:
 
     name = context.argument(0, "Please specify the VDI name")
     endpoint = endpoint_of(*_place(context))
-    _check(context, name)
+    read_only = _check(context, name).is_snapshot or context.flag("readonly")
     words = {
         "uri": endpoint.uri(name),
-        "qemu_drive": shlex.join(endpoint.drive(name)),
-        "qemu_blockdev": shlex.join(endpoint.blockdev(name)),
-        "libvirt": endpoint.libvirt(name),
+        "qemu_drive": shlex.join(endpoint.drive(name, read_only)),
+        "qemu_blockdev": shlex.join(endpoint.blockdev(name, read_only)),
+        "libvirt": endpoint.libvirt(name, read_only),
         "nbd_client": shlex.join(endpoint.kernel(name)),
     }
     if context.json:
@@ -83,8 +87,8 @@ def _place(context: Context) -> tuple[str, str, str, str, bool]:
     return words[0], words[1], words[2], words[3], context.flag("tls-verify-peer")
 
 
-def _check(context: Context, name: str) -> None:
-    """Failure if there is no such export."""
+def _check(context: Context, name: str) -> Export:
+    """What the name stands for; Failure if there is no such export."""
     from sheepdog.frontends.nbd.exports import readings
 
     result = int(Result.NO_VDI)
@@ -96,7 +100,7 @@ def _check(context: Context, name: str) -> None:
             if result not in (Result.NO_VDI, Result.NO_TAG):
                 break
         else:
-            return
+            return export
     raise Failure(f"Failed to open {name}: {text(result)}")
 
 
