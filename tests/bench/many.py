@@ -38,7 +38,7 @@ from sheepdog.cluster.wire.opcodes import Opcode
 
 READ, WRITE, MAKE = parse_cell("read:4k:16"), parse_cell("write:4k:16:volatile"), parse_cell("first:4k:64:volatile")
 IDS = 65_536  # of requests: many more than are under way
-MAKING_S = 3600.0  # ends when the objects are there
+MAKING_S = 3600.0  # ends when the objects are there, or synced, or found again
 RESULTS = Path("bench-results/many.json")
 CLIENT_CELLS = ("read:4k:1", "write:4k:1:volatile")
 
@@ -145,9 +145,8 @@ class Bench:
         return table
 
     def objects(self, most: int) -> Table:
-        table = Table(
-            "objects", "made per second", "read, us", "write, us", "memory, MiB", "start, s", "memory then, MiB"
-        )
+        columns = ("made per second", "read, us", "write, us", "memory, MiB", "stop, s", "start, s", "memory then, MiB")
+        table = Table("objects", *columns)
         load = Spread(self.address)
         for number in tens(most):
             begin, before = time.monotonic(), load.made
@@ -155,12 +154,14 @@ class Bench:
             made = (number - before) / (time.monotonic() - begin)
             costs = [self.cost(load, cell)[1] for cell in (READ, WRITE)]
             memory = self.memory_mib
-            self.cluster.dog("cluster", "shutdown")
-            self.cluster.wait_stopped()
             begin = time.monotonic()
+            self.cluster.dog("cluster", "shutdown")
+            self.cluster.wait_stopped(MAKING_S)
+            stopped = time.monotonic()
             self.cluster.start(0)
-            self.cluster.wait_members(1)
-            table.add(number, made, *costs, memory, time.monotonic() - begin, self.memory_mib)
+            self.cluster.wait_members(1, seconds=MAKING_S)
+            started_s = time.monotonic() - stopped
+            table.add(number, made, *costs, memory, stopped - begin, started_s, self.memory_mib)
         return table
 
     def clients(self, most: int) -> Table:

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
-from tests.support.nbd import SYSTEM_PYTHON, NbdServer, nbdsh
+from tests.support.nbd import NbdServer, nbdsh
 from tests.support.power import FragileDisk
 from tests.support.processes import run
 
@@ -35,8 +34,7 @@ def test_no_space_is_told_as_such(directory: Path, teardown: ExitStack) -> None:
     needs.loop_devices()
     needs.fuse()
     needs.program("nbdkit", "fallocate")
-    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
-        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
+    needs.libnbd()
     disk = FragileDisk(directory, "700M")
     teardown.callback(disk.close)
     cluster = Cluster(3, disk.place, options=("-n", "-j", "size=72M"), driver=f"local:{directory}/membership")

@@ -21,7 +21,6 @@ import pytest
 from tests.support import native, needs
 from tests.support.cluster import Cluster, started
 from tests.support.nbd import (
-    SYSTEM_PYTHON,
     NbdServer,
     captive,
     certificates,
@@ -44,8 +43,7 @@ TLS_PORT = BLOCK - 1  # of the cluster's own block
 @pytest.fixture(autouse=True)
 def tools() -> None:
     needs.program("nbdkit", "nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
-    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
-        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
+    needs.libnbd()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster
-from tests.support.nbd import SYSTEM_PYTHON, NbdServer, nbdsh
-from tests.support.processes import run, wait_until
+from tests.support.nbd import NbdServer, nbdsh
+from tests.support.processes import wait_until
 
 CONNECTIONS = 60
 LEFT_BYTES = 3 << 20  # 60 connections with 16 threads that leave 8 KiB each are 7.5 MiB
@@ -31,8 +31,7 @@ def test_connections_leave_no_memory_behind(
     cluster3: Cluster, teardown: ExitStack, directory: Path, threads: int
 ) -> None:
     needs.program("nbdkit")
-    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
-        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
+    needs.libnbd()
     cluster3.dog("vdi", "create", "v", "4M")
     cluster3.dog("vdi", "write", "v", "0", "4096", stdin=b"1" * 4096)
     server = NbdServer(cluster3, directory, "--threads", str(threads))

@@ -14,9 +14,9 @@ import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
-from tests.support.nbd import SYSTEM_PYTHON, NbdServer, holding, release
+from tests.support.nbd import NbdServer, holding, release
 from tests.support.power import FragileDisk
-from tests.support.processes import having_argument, run, send_signal, wait_ended
+from tests.support.processes import having_argument, send_signal, wait_ended
 
 BLOCK = 4096
 BLOCKS = (24 << 20) // BLOCK  # six objects, some of them not yet there when they are first written
@@ -106,8 +106,7 @@ class NbdDoor:
 
     def __init__(self, cluster: Cluster, directory: Path, teardown: ExitStack) -> None:
         needs.program("nbdkit")
-        if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
-            pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
+        needs.libnbd()
         self._server = NbdServer(cluster, directory)
         teardown.callback(self._server.close)
         self.pids = [self._server.process.pid]

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.support.processes import which
+from tests.support.nbd import SYSTEM_PYTHON
+from tests.support.processes import run, which
 
 QEMU52 = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog")
 
@@ -24,6 +25,12 @@ def program(*names: str) -> None:
     for name in names:
         if which(name) is None:
             pytest.skip(f"needs {name}, which is not installed (packaging/install-packages test)")
+
+
+def libnbd() -> None:
+    """Its module for the system's Python."""
+    if run([SYSTEM_PYTHON, "-c", "import nbd"], check=False).returncode:
+        pytest.skip("needs libnbd's Python module (packaging/install-packages test)")
 
 
 def fuse() -> None:
