@@ -4,6 +4,7 @@
 # make test    lint and every test; make lint, make unit: parts of it
 # make bench   IOPS, MB/s and server CPU per operation against three nodes
 # make bench-matrix   every kind of load, beside another server with PEER_SHEEP=/path/to/bin
+# make bench-all      everything that docs/performance.md shows, and its charts: two hours of a quiet machine
 # make soak    the tests that take long
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
@@ -31,7 +32,7 @@ WORKERS ?= 2
 # the lowest first: that is where to look when several fail
 TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 
-.PHONY: help setup compile lint unit test qemu52 demo bench bench-matrix soak clean
+.PHONY: help setup compile lint unit test qemu52 demo bench bench-matrix bench-all soak clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -90,6 +91,18 @@ bench: setup compile qemu52
 
 bench-matrix: setup compile
 	@$(BIN)/python -m tests.bench.matrix $(ARGS)
+
+# The results are in bench-results.
+bench-all: bench
+	@$(BIN)/python -m tests.bench.run --durable
+	@$(BIN)/python -m tests.bench.run --coded
+	@$(BIN)/python -m tests.bench.run --recovery
+	@$(BIN)/python -m tests.bench.run --administration
+	@$(BIN)/python -m tests.bench.cache
+	@$(BIN)/python -m tests.bench.many --charts docs/charts
+	@$(BIN)/python -m tests.bench.scale
+	@$(BIN)/python -m tests.bench.cluster_scale
+	@$(BIN)/python -m tests.bench.matrix --syscalls --charts docs/charts
 
 clean:
 	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

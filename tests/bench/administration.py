@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.cluster import Cluster
 from tests.support.processes import BIN, run
@@ -19,6 +20,7 @@ from tests.support.processes import BIN, run
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.connection import Connection
 
+Row = dict[str, Any]
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 MIB = 1 << 20
 MANY = 1000
@@ -69,50 +71,57 @@ def settle(cluster: Cluster) -> None:
             return
 
 
-def show(name: str, measured: tuple[float, float, float]) -> None:
+def show(name: str, measured: tuple[float, float, float]) -> Row:
+    """Prints, and returns, the figures of one command."""
     command, own, servers = measured
     c_command = f"{C_COMMAND_MS[name]:>8.0f}" if name in C_COMMAND_MS else f"{'-':>8}"
     c_cpu = f"{C_CPU_MS[name]:>8.0f}" if name in C_CPU_MS else f"{'-':>8}"
     print(f"{name:24}{command:>12.0f}{own:>12.0f}{servers:>12.1f}{c_command}{c_cpu}", flush=True)
+    return {"name": f"dog vdi {name}", "milliseconds": command, "cpu_ms": own, "servers_cpu_ms": servers}
 
 
-def measure(cluster: Cluster, only: str = "") -> None:
+def measure(cluster: Cluster, only: str = "") -> list[Row]:
     """All of it, or what `only` names: the streams or the commands alone."""
-    if only != "commands":
-        stream(cluster)
-    if only == "stream":
-        return
+    rows = stream(cluster) if only != "commands" else []
+    return rows if only == "stream" else rows + whole_commands(cluster)
+
+
+def whole_commands(cluster: Cluster) -> list[Row]:
+    """Commands that move no bulk, from start to exit."""
+    rows = []
     print("Administration, three nodes, three copies, -n; ms: medians of whole commands, means of CPU.\n")
     print(f"{'dog vdi ...':24}{'command':>12}{'its CPU':>12}{'servers':>12}{'C':>8}{'C CPU':>8}")
     names = [f"v{number}" for number in range(ROUNDS)]
-    show("create", commands(cluster, [("vdi", "create", name, "4G") for name in names]))
+    rows.append(show("create", commands(cluster, [("vdi", "create", name, "4G") for name in names])))
     for name in names:
         cluster.dog("vdi", "write", name, "0", str(MIB), stdin=os.urandom(MIB))
-    show("snapshot", commands(cluster, [("vdi", "snapshot", "-s", "t", name) for name in names]))
-    show("clone", commands(cluster, [("vdi", "clone", "-s", "t", name, f"c{name}") for name in names]))
-    show("delete", commands(cluster, [("vdi", "delete", f"c{name}") for name in names]))
-    show("node list", commands(cluster, [("node", "list")] * ROUNDS))
+    rows.append(show("snapshot", commands(cluster, [("vdi", "snapshot", "-s", "t", name) for name in names])))
+    rows.append(show("clone", commands(cluster, [("vdi", "clone", "-s", "t", name, f"c{name}") for name in names])))
+    rows.append(show("delete", commands(cluster, [("vdi", "delete", f"c{name}") for name in names])))
+    rows.append(show("node list", commands(cluster, [("node", "list")] * ROUNDS)))
     connection = Connection(("127.0.0.1", cluster.port(0)))
     for number in range(len(cluster.dog("vdi", "list", "-r").splitlines()), MANY):
         admin.new_volume(connection, b"many%d" % number, 4 << 30)
     settle(cluster)
-    show("list", commands(cluster, [("vdi", "list")] * LIST_ROUNDS))
-    show("list NAME", commands(cluster, [("vdi", "list", "v0")] * LIST_ROUNDS))
-    show("create (of 1,001)", commands(cluster, [("vdi", "create", f"one{number}", "4G") for number in range(ROUNDS)]))
+    rows.append(show("list", commands(cluster, [("vdi", "list")] * LIST_ROUNDS)))
+    rows.append(show("list NAME", commands(cluster, [("vdi", "list", "v0")] * LIST_ROUNDS)))
+    more = [("vdi", "create", f"one{number}", "4G") for number in range(ROUNDS)]
+    rows.append(show("create (of 1,001)", commands(cluster, more)))
     one = [("vdi", "snapshot", "-s", f"s{number}", "many999") for number in range(2 * ROUNDS)]
-    show("snapshot, first 20", commands(cluster, one[:ROUNDS]))
+    rows.append(show("snapshot, first 20", commands(cluster, one[:ROUNDS])))
     vid = admin.find(connection, b"many999").vid
     for _ in range(MANY - 2 * ROUNDS):
         vid = admin.new_volume(connection, b"many999", 4 << 30, vid, True).vid
     settle(cluster)
-    show("snapshot, last 20", commands(cluster, one[ROUNDS:]))
-    show("list, 1,000 snapshots", commands(cluster, [("vdi", "list", "many999")] * LIST_ROUNDS))
+    rows.append(show("snapshot, last 20", commands(cluster, one[ROUNDS:])))
+    rows.append(show("list, 1,000 snapshots", commands(cluster, [("vdi", "list", "many999")] * LIST_ROUNDS)))
     connection.close()
     print(f"\nAllowed: {COMMAND_LIMIT_MS} ms for a command, {LIST_LIMIT_MS} ms for a list of {MANY:,} volumes")
     print(f"and {C_CPU_MS['create'] / SERVER_PART:.1f} ms CPU of the servers for a create")
+    return rows
 
 
-def stream(cluster: Cluster) -> None:
+def stream(cluster: Cluster) -> list[Row]:
     """Bytes of a volume whose every object has changed: write, read, backup and restore, from and to files."""
     data, saved = cluster.directory / "data", cluster.directory / "saved"
     data.write_bytes(os.urandom(STREAM_BYTES))
@@ -121,21 +130,26 @@ def stream(cluster: Cluster) -> None:
         copies = ("-c", "1") if name.startswith("single") else ()
         cluster.dog("vdi", "create", *copies, name, str(STREAM_BYTES))
         cluster.dog("vdi", "snapshot", "-s", "old", name)
-    show_plain(cluster, "dd, three new files", data, at_hand=False)
-    show_plain(cluster, "dd, memory at hand", data, at_hand=True)
-    show_streams(cluster, "write", f"vdi write stream 0 {STREAM_BYTES} < {data}")
-    show_streams(cluster, "read", f"vdi read stream > {saved}")
+    rows = [
+        show_plain(cluster, "dd, three new files", data, at_hand=False),
+        show_plain(cluster, "dd, memory at hand", data, at_hand=True),
+        show_streams(cluster, "write", f"vdi write stream 0 {STREAM_BYTES} < {data}"),
+        show_streams(cluster, "read", f"vdi read stream > {saved}"),
+    ]
     cluster.dog("vdi", "snapshot", "-s", "new", "stream")
-    show_streams(cluster, "backup", f"vdi backup -F old -s new stream > {saved}")
-    show_streams(cluster, "restore", f"vdi restore -s old file{{}} < {saved}")
-    show_streams(cluster, "restore from a pipe", f"vdi restore -s old pipe{{}} < {saved}", pipe=True)
-    show_streams(cluster, "restore, one copy", f"vdi restore -s old single{{}} < {saved}")
+    rows += [
+        show_streams(cluster, "backup", f"vdi backup -F old -s new stream > {saved}"),
+        show_streams(cluster, "restore", f"vdi restore -s old file{{}} < {saved}"),
+        show_streams(cluster, "restore from a pipe", f"vdi restore -s old pipe{{}} < {saved}", pipe=True),
+        show_streams(cluster, "restore, one copy", f"vdi restore -s old single{{}} < {saved}"),
+    ]
     print(f"Wanted: {STREAM_LIMIT_MB} MB/s of changed data in a backup and in a restore\n")
     data.unlink()
     saved.unlink()
+    return rows
 
 
-def show_plain(cluster: Cluster, title: str, data: Path, at_hand: bool) -> None:
+def show_plain(cluster: Cluster, title: str, data: Path, at_hand: bool) -> Row:
     """What the machine needs for the three files alone: nothing that stores three copies of the data is faster."""
     copies = [cluster.directory / f"plain{number}" for number in range(COPIES)]
     writers = " ".join(f"dd if={data} of={copy} bs=4M status=none &" for copy in copies)
@@ -143,6 +157,7 @@ def show_plain(cluster: Cluster, title: str, data: Path, at_hand: bool) -> None:
     print(f"{title:24}{rate:>6.0f} MB/s; CPU s/GB: {user:.2f} + {system:.2f}", flush=True)
     for copy in copies:
         copy.unlink()
+    return {"name": title, "megabytes_per_second": rate, "cpu_s_per_gigabyte": user + system}
 
 
 def touch_memory(size: int) -> None:
@@ -153,7 +168,7 @@ def touch_memory(size: int) -> None:
             memory[place] = 1
 
 
-def show_streams(cluster: Cluster, title: str, words: str, pipe: bool = False) -> None:
+def show_streams(cluster: Cluster, title: str, words: str, pipe: bool = False) -> Row:
     """MB/s and CPU seconds for each GB of a command line for the shell, "{}" in it being the round: the middle one."""
     noun, verb, rest = words.split(maxsplit=2)
     command = f"{BIN / 'dog'} {noun} {verb} -p {cluster.port(0)} {rest}"
@@ -163,6 +178,13 @@ def show_streams(cluster: Cluster, title: str, words: str, pipe: bool = False) -
     found = sorted(streamed(cluster, command.format(number)) for number in range(STREAM_ROUNDS))
     rate, user, system, servers = found[len(found) // 2]
     print(f"{title:24}{rate:>6.0f} MB/s; CPU s/GB: dog {user:.2f} + {system:.2f}, servers {servers:.2f}", flush=True)
+    own = user + system
+    return {
+        "name": title,
+        "megabytes_per_second": rate,
+        "cpu_s_per_gigabyte": own,
+        "servers_cpu_s_per_gigabyte": servers,
+    }
 
 
 def streamed(cluster: Cluster, command: str, at_hand: bool = True) -> tuple[float, float, float, float]:

@@ -6,7 +6,9 @@ Three nodes, three copies, every flush on the disks. Each row is measured throug
 a ratio is the median of the ratios of one turn, so what else the machine does falls on both sides of it. CPU is that of
 the door's own process (nbdkit, sheepfs) per operation.
 
-    python -m tests.bench.doors [--only TEXT] [--runs N] [--seconds S]
+    python -m tests.bench.doors [--only TEXT] [--runs N] [--seconds S] [--results FILE]
+
+The same figures go to bench-results/doors.json (--results).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from tests.bench import results
 from tests.bench.run import QEMU_IMG
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
@@ -34,6 +38,7 @@ from tests.support.nbd import NbdServer
 from tests.support.processes import having_argument, run, wait_until
 
 NODES = 3
+RESULTS = Path("bench-results/doors.json")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 VOLUME_BYTES = 256 * MIB
 OBJECT = 4 * MIB
@@ -222,8 +227,8 @@ class Doors:
         wait_until(lambda: place.stat().st_size == VOLUME_BYTES, 20, "qemu-storage-daemon's export")
         self.by_name["qemu fuse"] = Door("qemu fuse", fio(place), process.pid)
 
-    def compare(self, row: Comparison, runs: int, seconds: float) -> None:
-        """Measures and prints one row."""
+    def compare(self, row: Comparison, runs: int, seconds: float) -> dict[str, Any]:
+        """Measures, prints and returns one row."""
         door, other = self.by_name[row.door], self.by_name[row.against]
         rates: list[float] = []
         others: list[float] = []
@@ -240,8 +245,12 @@ class Doors:
         wanted = f"{row.wanted:>8.2f}" if row.wanted else f"{'':>8}"
         cpu_us = 1e6 * statistics.median(used)
         print(f"{name:46}{figures[0]:>12}{figures[1]:>12}{ratio:>8.2f}{wanted}{cpu_us:>9.0f} us", flush=True)
+        return {
+            "name": name, "iops": statistics.median(rates), "against_iops": statistics.median(others),
+            "ratio": ratio, "wanted": row.wanted or None, "door_cpu_us": cpu_us,
+        }  # fmt: skip
 
-    def thin_copy(self, runs: int) -> None:
+    def thin_copy(self, runs: int) -> dict[str, Any]:
         """nbdcopy of 20 GB with 1 GB of data in it, against 1 GB that is all data."""
         for name, size in (("full", GIB), ("thin", 20 * GIB)):
             self.cluster.dog("vdi", "create", name, str(size))
@@ -255,7 +264,9 @@ class Doors:
                 list_of.append(time.monotonic() - begin)
         ratio = statistics.median(full / thin for full, thin in zip(times["full"], times["thin"], strict=True))
         thin, full = (f"{statistics.median(times[name]):.2f} s" for name in ("thin", "full"))
-        print(f"{'nbdcopy: 1 GB in 20 GB against 1 GB':46}{thin:>12}{full:>12}{ratio:>8.2f}{1:>8.2f}", flush=True)
+        name = "nbdcopy: 1 GB in 20 GB against 1 GB"
+        print(f"{name:46}{thin:>12}{full:>12}{ratio:>8.2f}{1:>8.2f}", flush=True)
+        return {"name": name, "seconds": times, "ratio": ratio, "wanted": 1}
 
 
 def fill(cluster: Cluster, name: str, length: int, offset: int = 0) -> None:
@@ -275,6 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="doors", description="Measure the doors of three nodes beside each other.")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2, help="length of one run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
     parser.add_argument("--only", default="", help="only rows that match this regular expression; thin: the thin copy")
     arguments = parser.parse_args()
     missing = [name for name in ("nbdkit", "nbdcopy") if shutil.which(name) is None]
@@ -289,13 +301,15 @@ def main() -> int:
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
         doors = Doors(cluster, directory, stack)
+        about, rows = results.machine(), []
         print(f"{'':46}{'this':>12}{'that':>12}{'ratio':>8}{'wanted':>8}{'CPU':>12}   load {os.getloadavg()[0]:.1f}")
         for row in COMPARISONS:
             wanted = re.search(arguments.only, f"{row.work.name}: {row.door} against {row.against}")
             if wanted and row.door in doors.by_name and row.against in doors.by_name:
-                doors.compare(row, arguments.runs, arguments.seconds)
+                rows.append(doors.compare(row, arguments.runs, arguments.seconds))
         if re.search(arguments.only, "thin"):
-            doors.thin_copy(arguments.runs)
+            rows.append(doors.thin_copy(arguments.runs))
+    results.save(arguments.results, {"machine": about, "command": results.command("doors"), "rows": rows})
     return 0
 
 

@@ -35,6 +35,7 @@ SLICE_S = 0.25  # of the writer's load: so soon it looks whether it should end
 QUIET_S = 5.0
 LIMIT_S = 600.0
 POLL_S = 0.05  # each look costs each node a millisecond, and this process some
+Figures = dict[str, float | str]
 C_RATES = "342-472"  # MB/s of C Sheepdog for the same, on a quiet machine of two cores
 
 
@@ -127,24 +128,25 @@ def p99_ms(ascending: list[float]) -> float:
     return 1000 * ascending[int(0.99 * len(ascending))]
 
 
-def recover(cluster: Cluster) -> str:
-    """Kills the victim, and waits until the others have all copies: how fast that was."""
+def recover(cluster: Cluster) -> tuple[str, Figures]:
+    """Kills the victim, and waits until the others have all copies: how fast that was, in words and figures."""
     begin = time.monotonic()
     cluster.kill(VICTIM)
     cpu, before = administration.cpu_seconds(cluster), restored_bytes(cluster)
     seconds = wait(lambda: settled(cluster, NODES - 1), begin)
     cpu, moved = administration.cpu_seconds(cluster) - cpu, restored_bytes(cluster) - before
     rate, cost = moved / seconds / 1e6, 1000 * cpu / (moved / 1e6)
-    return f"{moved / 1e6:.0f} MB in {seconds:.2f} s, {rate:.0f} MB/s; {cost:.2f} ms CPU of all daemons per MB"
+    words = f"{moved / 1e6:.0f} MB in {seconds:.2f} s, {rate:.0f} MB/s; {cost:.2f} ms CPU of all daemons per MB"
+    return words, {"bytes": moved, "seconds": seconds, "megabytes_per_second": rate, "cpu_ms_per_megabyte": cost}
 
 
-def beside_a_client(cluster: Cluster) -> None:
+def beside_a_client(cluster: Cluster) -> Figures:
     """What recovery costs a client, and a client recovery."""
     writer = Writer(cluster)
     start = time.monotonic()
     time.sleep(QUIET_S)
     begin = time.monotonic()
-    recovered = recover(cluster)
+    recovered, figures = recover(cluster)
     end = time.monotonic()
     writer.end()
     quiet, during = writer.latencies(start, begin - SLICE_S), writer.latencies(begin, end)
@@ -154,24 +156,28 @@ def beside_a_client(cluster: Cluster) -> None:
     medians = [1000 * one[len(one) // 2] for one in (quiet, during)]
     print(f"  medians {medians[0]:.2f}, {medians[1]:.2f} ms; {len(quiet)}, {len(during)} writes;", end=" ")
     print(f"the longest {1000 * during[-1]:.0f} ms")
+    return {**figures, "p99_ms_quiet": p99_ms(quiet), "p99_ms": p99_ms(during), "longest_ms": 1000 * during[-1]}
 
 
-def measure(cluster: Cluster) -> None:
-    """Prints the figures; the cluster has NODES nodes and is formatted with three copies."""
+def measure(cluster: Cluster) -> list[Figures]:
+    """Prints and returns the figures; the cluster has NODES nodes and is formatted with three copies."""
     cluster.dog("vdi", "create", "bench", str(VOLUME_BYTES))
     for start in range(0, VOLUME_BYTES, 256 * MIB):
         data = os.urandom(256 * MIB)
         cluster.dog("vdi", "write", "bench", str(start), str(len(data)), stdin=data, seconds=LIMIT_S)
     held = held_bytes(cluster, VICTIM)
-    print(f"recovery of {held / 1e6:.0f} MB: {recover(cluster)} (C: {C_RATES} MB/s)")
+    words, figures = recover(cluster)
+    rows: list[Figures] = [{"name": "recovery", **figures}]
+    print(f"recovery of {held / 1e6:.0f} MB: {words} (C: {C_RATES} MB/s)")
 
     before = restored_bytes(cluster)
     total, own = come_back(cluster)
     fetched = restored_bytes(cluster) - before
     print(f"rejoin, {held / 1e6:.0f} MB, written to since by nobody: {own:.2f} s after its epoch began", end=" ")
     print(f"({total:.2f} s after its start); {fetched / 1e6:.1f} MB fetched")
+    rows.append({"name": "rejoin", "seconds": own, "seconds_from_start": total, "fetched_bytes": fetched})
 
-    beside_a_client(cluster)
+    rows.append({"name": "recovery beside a client that writes", **beside_a_client(cluster)})
 
     missed = miss_writes(cluster)
     before = restored_bytes(cluster)
@@ -179,6 +185,8 @@ def measure(cluster: Cluster) -> None:
     fetched = restored_bytes(cluster) - before
     print(f"resync after {missed / 1e6:.1f} MB were written (1 %): {own:.2f} s after its epoch began,", end=" ")
     print(f"{fetched / 1e6:.1f} MB fetched: {fetched / (missed * 3 / 4):.2f} of its share")
+    rows.append({"name": "resync", "seconds": own, "missed_bytes": missed, "fetched_bytes": fetched})
+    return rows
 
 
 def miss_writes(cluster: Cluster) -> int:

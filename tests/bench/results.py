@@ -89,12 +89,18 @@ def command(module: str) -> str:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """`content` holds what `machine()` said before the run and `command()`; what the load is now is added."""
+    whole = json.dumps({**content, "load_after": os.getloadavg()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "load_after": os.getloadavg()}, indent=1) + "\n")
+    path.write_text(json.dumps(json.loads(whole, parse_float=_rounded), indent=1) + "\n")
+
+
+def _rounded(number: str) -> float:
+    """No figure here is truer than its fourth digit."""
+    return float(f"{float(number):.4g}")
 
 
 def charts(path: Path, directory: Path) -> list[Path]:
-    """The charts of a file that `save` has written, by name; a chart without a row is left out."""
+    """The charts of a file of the matrix or of `many`, by name; a chart without a row is left out."""
     content = json.loads(path.read_text())
     drawn = dict(_of_matrix(content["rows"]) if "rows" in content else _of_tables(content["tables"]))
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +112,7 @@ def charts(path: Path, directory: Path) -> list[Path]:
 
 
 def _of_matrix(rows: Sequence[Row]) -> Iterable[tuple[str, tuple[str, list[Bar]]]]:
-    good = [row for row in rows if "error" not in row]
+    good = [row for row in rows if "variant" in row and "error" not in row]
     for chart in MATRIX_CHARTS:
         if mine := [row for row in good if chart.takes(row)]:
             values = [Bar(row["cell"], row["variant"], row[chart.figure], chart.note(row)) for row in mine]

@@ -8,8 +8,10 @@ several runs. The second figure is the one to compare: the first drifts with wha
 With `--recovery`: four nodes, one goes and comes back; see tests/bench/recovery.py.
 With `--administration`: what `dog` commands cost, with up to a thousand volumes and snapshots.
 
+The same figures go to bench-results/NAME.json (--results), NAME being volatile, durable, coded and so on.
+
     python -m tests.bench.run [--durable | --coded | --recovery | --administration] [--runs N] [--seconds S]
-                              [--only TEXT] [--no-load]
+                              [--only TEXT] [--no-load] [--results FILE]
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
-from tests.bench import administration, recovery
+from tests.bench import administration, recovery, results
 from tests.bench.counting import cpu_seconds
 from tests.support.cluster import Cluster, started
 from tests.support.processes import run
@@ -37,6 +40,7 @@ KIB, MIB = 1 << 10, 1 << 20
 VOLUME_BYTES = 256 * MIB
 OBJECT_BYTES = 4 * MIB
 OWN_CELLS = ((4 * KIB, 1), (4 * KIB, 16), (4 * KIB, 64), (64 * KIB, 16), (MIB, 4))  # (bytes, depth)
+RESULTS = Path("bench-results")
 FIRST_COUNT = 64  # requests of the run that finds out how many fill the wanted time
 QEMU_IMG = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog") / "bin/qemu-img"
 
@@ -152,20 +156,48 @@ def row(work: Workload, rate: float, cpu_ms: float, peer: tuple[float, float] | 
     return f"{work.name:38}{speed:>10.0f} {unit}{cpu_ms:>9.3f}   {peer_speed}{peer_cpu}{ratio}"
 
 
-def measure_coded(cluster: Cluster, runs: int, seconds: float, only: str) -> None:
+def figures(work: Workload, measured: tuple[float, float], peer: tuple[float, float] | None) -> dict[str, Any]:
+    """One row for the JSON; `c_speed`: MB/s of large requests, operations per second of small ones."""
+    rate, cpu_ms = measured
+    found = {"name": work.name, "iops": rate, "megabytes_per_second": rate * work.size / 1e6, "cpu_us": 1000 * cpu_ms}
+    return {**found, "c_speed": peer[0], "c_cpu_us": 1000 * peer[1]} if peer else found
+
+
+def measure_copied(cluster: Cluster, runs: int, seconds: float, only: str, durable: bool) -> list[dict[str, Any]]:
+    """Three copies against C's."""
+    bench = Bench(cluster)
+    mode = "every write durable" if durable else "-n: never durable"
+    print(f"Three nodes, three copies, {mode}; qemu-img bench, medians of {runs} runs.\n")
+    print(f"{'':38}{'this':>15}{'CPU ms':>9}   {'C':>8}{'CPU ms':>8}{'ratio':>8}")
+    rows = []
+    for work in WORKLOADS:
+        if only in work.name:
+            measured, peer = bench.measure(work, runs, seconds), work.durable if durable else work.nosync
+            print(row(work, *measured, peer), flush=True)
+            rows.append(figures(work, measured, peer))
+    return rows
+
+
+def measure_coded(cluster: Cluster, runs: int, seconds: float, only: str) -> list[dict[str, Any]]:
     """4:2 against C's 4:2 and against three copies on the same nodes."""
     benches = Bench(cluster, "coded", "4:2"), Bench(cluster, "copied", "3")
     print(f"Six nodes, never durable; qemu-img bench, medians of {runs} runs.\n")
     print(f"{'':38}{'4:2':>15}{'CPU ms':>9}   {'C 4:2':>8}{'CPU ms':>8}{'ratio':>8}{'3 copies':>10}{'CPU ms':>9}")
+    rows = []
     for work in WORKLOADS:
         if only in work.name and work.name in CODED:
             (rate, cpu_ms), (copied, copied_cpu_ms) = [bench.measure(work, runs, seconds) for bench in benches]
+            beside = {"copied_iops": copied, "copied_cpu_us": 1000 * copied_cpu_ms}
+            rows.append({**figures(work, (rate, cpu_ms), CODED[work.name]), **beside})
             own = copied * work.size / 1e6 if work.in_megabytes else copied
             print(row(work, rate, cpu_ms, CODED[work.name]) + f"{own:>10.0f}{copied_cpu_ms:>9.3f}", flush=True)
+    return rows
 
 
-def measure_own_client(cluster: Cluster, durable: bool, seconds: float) -> None:
+def measure_own_client(cluster: Cluster, durable: bool, seconds: float) -> list[dict[str, Any]]:
     """`dog benchmark run`'s generator."""
+    print("\nThe same nodes under a client that costs less than QEMU's:\n", flush=True)
+    rows = []
     pids = [pid for node in range(cluster.count) for pid in cluster.pids(node)]
     load = generator.Workload(("127.0.0.1", cluster.port(0)), VOLUME_BYTES >> 22)
     for size, depth in OWN_CELLS:
@@ -176,7 +208,9 @@ def measure_own_client(cluster: Cluster, durable: bool, seconds: float) -> None:
             cost = 1e6 * (cpu_seconds(pids) - before) / measured.operations
             speed = measured.rate * size / 1e6
             print(f"{cell!s:38}{measured.rate:>10.0f} IOPS {speed:>9.1f} MB/s {cost:>9.1f} us CPU/op", flush=True)
+            rows.append({"name": str(cell), "iops": measured.rate, "megabytes_per_second": speed, "cpu_us": cost})
     load.close()
+    return rows
 
 
 def main() -> int:
@@ -193,10 +227,13 @@ def main() -> int:
         help="only workloads whose name contains this; `stream` or `commands` with --administration",
     )
     parser.add_argument("--no-load", action="store_true", help="leave out the own load generator")
+    parser.add_argument("--results", type=Path, help="the JSON file")
     arguments = parser.parse_args()
     if not QEMU_IMG.exists() and not (arguments.administration or arguments.recovery):
         print(f"{QEMU_IMG} is missing: make qemu52 builds it", file=sys.stderr)
         return 1
+    kinds = ("durable", "coded", "administration", "recovery")
+    kind = next((kind for kind in kinds if getattr(arguments, kind)), "volatile")
     directory = Path(tempfile.mkdtemp(prefix="sheepdog-bench-"))
     with ExitStack() as stack:
         stack.callback(rmtree, directory, ignore_errors=True)
@@ -204,27 +241,24 @@ def main() -> int:
         cluster = Cluster(nodes, directory, options=() if arguments.durable else ("-n",))
         stack.callback(cluster.close)
         started(cluster).format("-c", "3")
-        if arguments.recovery:
-            recovery.measure(cluster)
-            return 0
-        if arguments.administration:
-            administration.measure(cluster, arguments.only)
-            return 0
-        if arguments.coded:
-            measure_coded(cluster, arguments.runs, arguments.seconds, arguments.only)
-            return 0
-        bench = Bench(cluster)
-        mode = "every write durable" if arguments.durable else "-n: never durable"
-        print(f"Three nodes, three copies, {mode}; qemu-img bench, medians of {arguments.runs} runs.\n")
-        print(f"{'':38}{'this':>15}{'CPU ms':>9}   {'C':>8}{'CPU ms':>8}{'ratio':>8}")
-        for work in WORKLOADS:
-            if arguments.only in work.name:
-                rate, cpu_ms = bench.measure(work, arguments.runs, arguments.seconds)
-                print(row(work, rate, cpu_ms, work.durable if arguments.durable else work.nosync), flush=True)
-        if not arguments.no_load:
-            print("\nThe same nodes under a client that costs less than QEMU's:\n", flush=True)
-            measure_own_client(cluster, arguments.durable, arguments.seconds)
+        about = results.machine()
+        rows = measure(cluster, kind, arguments)
+    content = {"machine": about, "command": results.command("run"), "rows": rows}
+    results.save(arguments.results or RESULTS / f"{kind}.json", content)
     return 0
+
+
+def measure(cluster: Cluster, kind: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints, and returns, the figures of one kind of run."""
+    runs, seconds, only = arguments.runs, arguments.seconds, arguments.only
+    if kind == "recovery":
+        return recovery.measure(cluster)
+    if kind == "administration":
+        return administration.measure(cluster, only)
+    if kind == "coded":
+        return measure_coded(cluster, runs, seconds, only)
+    rows = measure_copied(cluster, runs, seconds, only, arguments.durable)
+    return rows if arguments.no_load else rows + measure_own_client(cluster, arguments.durable, seconds)
 
 
 if __name__ == "__main__":
