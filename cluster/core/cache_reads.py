@@ -170,7 +170,8 @@ class CacheReads:
             entry.blocked.append((again, done))
             return
         first, count = next(runs(bits))
-        fill = self._begin_fill(entry, span(first, count), needed=True)
+        asked = span(first, count)
+        fill = self._begin_fill(entry, asked, needed=True)
 
         def found(result: int, data: Buffer) -> None:
             if result:
@@ -179,7 +180,7 @@ class CacheReads:
                 return
             entry.fills.remove(fill)
             wanted = fill.bits & ~entry.present & ~entry.writing
-            if entry.volume.over or wanted != span(first, count):  # somebody has changed them meanwhile
+            if entry.volume.over or wanted != asked:  # somebody has changed them meanwhile
                 self._entries.leave(entry)
                 again()
             else:

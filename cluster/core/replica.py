@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.context import Context
@@ -209,10 +210,9 @@ class Replica:
         if context.spoilt and spoilt(context, flags, oid, answer):  # a strip
             return
         if oid >> STRIP_SHIFT:
-
-            def taken() -> None:
-                note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
-
+            taken = partial(
+                note_origin, context, flags, oid, message.gateway, message.origin, message.floor, message.version
+            )
             self.strips.perform(flags, oid, message.offset, message.length, body, message.version, taken, answer)
         else:
             perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)

@@ -271,10 +271,9 @@ class StripHome:
             self._home.hooks.restored_locally(oid_here)
         self._order.append((write.sequence, oid_here))
         data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
-
-        def taken() -> None:
-            note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, write.version)
-
+        taken = partial(
+            note_origin, context, flags, oid, submission.gateway, submission.number, submission.floor, write.version
+        )
         if not (context.spoilt and spoilt(context, flags, oid_here, write.local)):
             self._strips.perform(flags, oid_here, change.offset, size, data, write.version, taken, write.local)
 

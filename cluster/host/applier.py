@@ -162,20 +162,20 @@ class Applier:
         copy.later = deque()
         copy.changes += 1
         self._slow[copy] = record.lsn
-        fd = copy.fd
+        write = partial(write_all, self._disk, copy.fd, record.data, record.first << 12)
+        self._copies.workers.run(write, partial(self._written_slowly, record))
 
-        def finished(result: OSError | None) -> None:
-            later, copy.later = copy.later or deque(), None
-            del self._slow[copy]
-            if isinstance(result, OSError):
-                self._failed(record, result)
-            else:
-                self._large_written(record)
-            self._go_on(copy, later)
-            self._check_barriers()
-            self._copies.files.close_if_unused(copy)
-
-        self._copies.workers.run(lambda: write_all(self._disk, fd, record.data, record.first << 12), finished)
+    def _written_slowly(self, record: Record, result: OSError | None) -> None:
+        copy = record.copy
+        later, copy.later = copy.later or deque(), None
+        del self._slow[copy]
+        if isinstance(result, OSError):
+            self._failed(record, result)
+        else:
+            self._large_written(record)
+        self._go_on(copy, later)
+        self._check_barriers()
+        self._copies.files.close_if_unused(copy)
 
     def _go_on(self, copy: Copy, later: deque[Record]) -> None:
         """Applies what waited. Apart: mypyc takes `copy.later` for what it was just set to."""

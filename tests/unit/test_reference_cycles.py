@@ -2,7 +2,8 @@
 
 A function nested in another that names itself, directly or by way of its neighbours, is a cycle that holds everything
 the outer one knew: the bytes of a write, say. In compiled modules one neighbour naming another is enough, because there
-they share one environment; so is one that nests a function itself. Such functions are methods, or `partial`s of them.
+they share one environment; so is one that nests a function itself, or that names a function of a module which the outer
+one names as well: mypyc takes that for a neighbour. Such functions are methods, or `partial`s of them.
 """
 
 from __future__ import annotations
@@ -42,11 +43,29 @@ def nested_in(outer: ast.AST) -> Iterator[Function | ast.Lambda]:
             yield from nested_in(node)
 
 
-def has_cycle(outer: Function, compiled: bool) -> bool:
+def functions_of(module: ast.Module) -> set[str]:
+    """Names of functions that the module defines or imports; those of classes and constants have capitals."""
+    found = {node.name for node in module.body if isinstance(node, Function)}
+    imports = (name for node in ast.walk(module) if isinstance(node, ast.ImportFrom) for name in node.names)
+    return found | {name.asname or name.name for name in imports if name.name.strip("_")[:1].islower()}
+
+
+def without_nested(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (Function, ast.Lambda)):
+            yield node
+            yield from without_nested(node)
+
+
+def has_cycle(outer: Function, compiled: bool, functions: set[str]) -> bool:
     nested = {node.name: node for node in ast.walk(outer) if isinstance(node, Function) and node is not outer}
     named = {name: names_in(node, set(nested)) for name, node in nested.items()}
     if compiled:
         direct = {node.name for node in nested_in(outer) if isinstance(node, Function)}
+        if not direct:
+            return False
+        own = {name for node in without_nested(outer) for name in ([node.id] if isinstance(node, ast.Name) else [])}
+        direct |= own & functions
         return any(names_in(node, direct) for node in nested_in(outer)) or any(
             any(nested_in(node)) for node in nested_in(outer) if isinstance(node, Function)
         )
@@ -63,8 +82,10 @@ def has_cycle(outer: Function, compiled: bool) -> bool:
 
 
 def cycles(path: Path, compiled: bool) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, Function) and has_cycle(node, compiled):
+    module = ast.parse(path.read_text())
+    functions = functions_of(module)
+    for node in ast.walk(module):
+        if isinstance(node, Function) and has_cycle(node, compiled, functions):
             yield node.name
 
 
