@@ -101,10 +101,15 @@ class Link:
         """Dialled at the peer's I/O address."""
         return self.target is not None and self.target != self.node
 
+    @property
+    def by_name(self) -> bool:
+        """Between two sheep of one host, without TCP."""
+        return self.socket.family == socket.AF_UNIX
+
     def dial(self) -> None:
-        """Starts the TCP connect to `target`; OSError when it fails at once."""
+        """Starts the TCP connect to `target`, unless the socket is connected; OSError when it fails at once."""
         assert self.target is not None
-        code = self.socket.connect_ex((format_address(self.target.address), self.target.port))
+        code = 0 if self.by_name else self.socket.connect_ex((format_address(self.target.address), self.target.port))
         if code not in {0, errno.EINPROGRESS}:
             raise OSError(code, os.strerror(code))
         self._links.loop.add_writer(self.socket, self._dialled)

@@ -1,4 +1,4 @@
-"""Links to the other nodes: the real `core.ports.Network`, over TCP.
+"""Links to the other nodes: the real `core.ports.Network`, over TCP, or by a unix socket between sheep of one host.
 
 One connection per pair of nodes carries everything in both directions; the node with the smaller id dials and dials
 again when it breaks. Messages are in order and at most once; those of a broken link are lost, and `on_link` tells core,
@@ -31,6 +31,7 @@ from sheepdog.cluster.host.link import (
     State,
     tune,
 )
+from sheepdog.cluster.host.same_host import connect_by_name
 from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.peer import Hello
 from sheepdog.cluster.wire.streams import Arena
@@ -48,7 +49,18 @@ _WARNING, _INFO = 4, 6
 class _Peer:
     """A node that this one wants to talk to."""
 
-    __slots__ = ("avoid_io", "better", "complained", "delay_s", "fallen_back", "io", "link", "node", "timer")
+    __slots__ = (
+        "avoid_io",
+        "avoid_name",
+        "better",
+        "complained",
+        "delay_s",
+        "fallen_back",
+        "io",
+        "link",
+        "node",
+        "timer",
+    )
 
     def __init__(self, node: NodeId) -> None:
         self.node = node
@@ -56,6 +68,7 @@ class _Peer:
         self.io: NodeId | None = None  # its I/O address, once it has told
         self.better: Link | None = None  # to that address, to take the place of `link`
         self.avoid_io = False  # it was out of reach just now
+        self.avoid_name = False  # who answered by the name of its port was somebody else, or did not want us
         self.fallen_back = False  # said once per outage
         self.timer: asyncio.TimerHandle | None = None  # of the next attempt to dial
         self.delay_s = REDIAL_FIRST_S
@@ -194,6 +207,7 @@ class Links:
             peer.link = None
         if self.me < peer.node:
             peer.avoid_io = link.by_io  # if the other way fails too, it is not for the I/O network
+            peer.avoid_name = link.by_name and not was_up
             if was_up and self.loop.time() - link.since >= STABLE_S:
                 peer.delay_s = REDIAL_FIRST_S
             self._dial_later(peer)
@@ -281,9 +295,12 @@ class Links:
 
     def _dialled(self, peer: _Peer, target: NodeId) -> Link | None:
         """A link to be begun; None without a socket for it."""
-        family = socket.AF_INET6 if ":" in format_address(target.address) else socket.AF_INET
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            here = target.address == self.me.address and not peer.avoid_name
+            sock = connect_by_name(target.port) if here else None
+            if sock is None:
+                family = socket.AF_INET6 if ":" in format_address(target.address) else socket.AF_INET
+                sock = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:  # out of files: later, perhaps
             self.log(_WARNING, f"cannot dial {peer.node}: {error.strerror}")
             return None

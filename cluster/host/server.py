@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.host.same_host import is_of_our_user, widen
 from sheepdog.cluster.wire.peer import PEER_MAGIC
-from sheepdog.cluster.wire.same_host import BUFFER_BYTES, CREDENTIALS, LOOPBACK, SO_SNDBUFFORCE, local_name
+from sheepdog.cluster.wire.same_host import LOOPBACK, local_name
 
 BACKLOG = 1024  # connections the kernel queues: a thousand clients may reconnect in one second
 ACCEPTS_PER_TURN = 64  # then others get their turn
@@ -54,12 +55,12 @@ class Server:
             self._listen_same_host(port)
 
     def _listen_same_host(self, port: int) -> None:
-        """For clients here, beside TCP; without it they do with that."""
+        """For clients and sheep here, beside TCP; without it they do with that."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.bind(local_name(port))
         except OSError as error:
-            self._log(_WARNING, f"clients on this host use TCP: the name of port {port}: {error.strerror}")
+            self._log(_WARNING, f"clients and sheep on this host use TCP: the name of port {port}: {error.strerror}")
             listener.close()
             return
         self._same_host.append(listener)
@@ -135,14 +136,13 @@ class Server:
                     self._pause(listener, error)
                     return
                 continue  # that connection died in the backlog
-            if listener in self._same_host and not _is_of_our_user(sock):
+            if listener in self._same_host and not is_of_our_user(sock):
                 sock.close()
                 continue
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 if sock.family == socket.AF_UNIX:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-                    sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER_BYTES)
+                    widen(sock)
                 else:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Most clients have sent their first request before they are accepted.
@@ -195,9 +195,3 @@ def _tcp_listener(address: str | None, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _is_of_our_user(sock: socket.socket) -> bool:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-    user: int = CREDENTIALS.unpack(credentials)[1]
-    return user == os.geteuid()

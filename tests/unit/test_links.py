@@ -1,8 +1,9 @@
-"""Links over real loopback sockets: both directions, order, large bodies, breaks, strangers, liars."""
+"""Links over real sockets: both directions, order, large bodies, breaks, strangers, liars."""
 
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from sheepdog.cluster.host.loop import new_loop
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.turn import Turn
 from sheepdog.cluster.wire.peer import HEADER_SIZE, Hello, encode, encode_hello
+from sheepdog.cluster.wire.same_host import local_name
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 
 LOCALHOST = bytes(12) + bytes((127, 0, 0, 1))
@@ -109,15 +111,25 @@ def world() -> Iterator[World]:
         world.close()
 
 
-@pytest.fixture
-def pair(world: World) -> tuple[Node, Node]:
+@pytest.fixture(params=[socket.AF_UNIX, socket.AF_INET])
+def pair(world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Node, Node]:
+    if request.param == socket.AF_INET:
+        monkeypatch.setattr(links_module, "connect_by_name", lambda port: None)  # as if on two hosts
     small, large = world.node(0), world.node(1)
     small.links.connect([small.me, large.me])
     large.links.connect([small.me, large.me])
     world.until(lambda: small.events and large.events)
     assert small.events == [(large.me, True)]
     assert large.events == [(small.me, True)]
+    assert {family(small, large), family(large, small)} == {request.param}
     return small, large
+
+
+def family(node: Node, peer: Node) -> socket.AddressFamily:
+    """What the link of `node` to `peer` goes by."""
+    link = node.links._peers[peer.me].link
+    assert link is not None
+    return socket.AddressFamily(link.socket.family)
 
 
 def message(rid: int, body: bytes = b"") -> Message:
@@ -234,9 +246,11 @@ def test_a_broken_link_comes_back(world: World, pair: tuple[Node, Node]) -> None
 
 
 def way(node: Node, peer: Node) -> str:
-    """The address of `peer` that the link of `node` leads to."""
+    """The address of `peer` that the link of `node` leads to; `here` if it needs none."""
     link = node.links._peers[peer.me].link
-    return str(link.socket.getpeername()[0]) if link is not None and link.state is State.UP else ""
+    if link is None or link.state is not State.UP:
+        return ""
+    return "here" if link.by_name else str(link.socket.getpeername()[0])
 
 
 def test_traffic_takes_the_io_address_falls_back_and_returns(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +274,11 @@ def test_traffic_takes_the_io_address_falls_back_and_returns(world: World, monke
     link = small.links._peers[large.me].link
     assert link is not None
     link.socket.shutdown(socket.SHUT_RDWR)  # the I/O network is gone
-    world.until(lambda: way(small, large) == "127.0.0.1" and large.links.is_up(small.me))
+    world.until(lambda: way(small, large) == "here" and large.links.is_up(small.me))
     exchange(2)
     assert sum("fallback" in text for text in world.logged) == 1
     world.run(0.3)  # tried in vain, without touching the link that works
-    assert way(small, large) == "127.0.0.1"
+    assert way(small, large) == "here"
     exchange(3)
     large.listen_io()
     world.until(lambda: way(small, large) == "127.0.0.2" and large.links.is_up(small.me))
@@ -292,7 +306,26 @@ def test_somebody_else_at_the_io_address_is_refused(world: World, monkeypatch: p
     world.until(lambda: any("answers there" in text for text in world.logged))
     small.links.send(large.me, message(1))
     world.until(lambda: large.arrived)
-    assert way(small, large) == "127.0.0.1"
+    assert way(small, large) == "here"
+
+
+def test_a_name_that_another_sheep_has_is_passed_over(world: World) -> None:
+    small, large, other = world.node(0), world.node(1), world.node(2)
+    large.server.stop_listening()
+    large.server = Server(world.loop, large.links.adopt, lambda sock: sock.close(), world.log)
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(local_name(large.me.port))
+        taken.listen()
+        large.server.listen_tcp("127.0.0.1", large.me.port)
+        for node in (small, large, other):
+            node.links.connect([small.me, large.me])
+        world.until(lambda: taken in select.select([taken], [], [], 0)[0])
+        wrong, _ = taken.accept()
+        with wrong:
+            wrong.sendall(encode_hello(Hello(other.me)))
+            world.until(lambda: small.links.is_up(large.me) and large.links.is_up(small.me))
+        assert any("answers there" in text for text in world.logged)
+        assert family(small, large) == socket.AF_INET
 
 
 def test_a_node_that_left_is_closed_without_an_event(world: World, pair: tuple[Node, Node]) -> None:

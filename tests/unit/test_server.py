@@ -20,6 +20,7 @@ from sheepdog.cluster.client.session import dial
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.host.loop import new_loop
+from sheepdog.cluster.host.same_host import connect_by_name
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.wire.peer import Hello, encode_hello
 from sheepdog.cluster.wire.same_host import LOOPBACK, local_name
@@ -193,6 +194,7 @@ def test_a_name_that_another_user_has_taken_is_passed_over(world: World) -> None
         os.seteuid(0)
         world.server.listen_tcp(None, world.ports[0])
         assert [text for text in world.logged if "use TCP" in text]
+        assert connect_by_name(world.ports[0]) is None, "nor do sheep take it"
         assert world.family_of_new_client() == socket.AF_INET
 
 
