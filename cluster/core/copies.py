@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.errors import NoSpace, Result, StoreError
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import LOST_PART_ENTRIES, RECOVERY_FULL_PERCENT
@@ -298,10 +298,10 @@ class Copies:
         def done(error: StoreError | None) -> None:
             if self._context.fence != fence:
                 return
-            if error is not None:
+            if error is None:
+                self.replica.restored(strip)
+            elif not isinstance(error, NoSpace):
                 self.replica.spoil(strip)
-            else:
-                self._context.spoilt.pop(strip, None)
             agreed(Result.SUCCESS if error is None else error.result)
 
         state = Version(message.offset, message.length, message.sequence)

@@ -180,8 +180,7 @@ class Home:
         version, origins = decision.version, b""
         if decision.agree:
             self.context.probe("home.strips_agree")
-            self.sequence += 1
-            version = self.version_of(self.sequence)
+            version = self.next_version()
             origins = encode_origins(self._inventories.origins_of(decision.oid, decision.cut))
         return StripJob.decided(decision, self.strips, version, origins)
 
@@ -274,6 +273,11 @@ class Home:
         """The version that a write of this number gives to its object."""
         return version_of(self._epoch, self._term, sequence)
 
+    def next_version(self) -> Version:
+        """For copies that become equal without a write."""
+        self.sequence += 1
+        return self.version_of(self.sequence)
+
     def open_write(self, submission: Submission, pending: int, fresh: bool) -> Write:
         """Gives the change its number; `pending` answers are to come."""
         oid = submission.oid
@@ -365,14 +369,16 @@ class Home:
             write.result = result
         node = self._placement.nodes[member]
         self.context.log(3, f"object {oid:016x}: {node} could not apply a write (result {result:#x})")
-        if self.context.policy_of(oid) is not None:
+        if write.ordered:
             self.strips.note_version(oid, self.writing[oid][-1].version)
+            self.strips.refusals.failed(write, member, result)
         if not write.fresh:
             self.recovery.suspect(oid, member)
 
     def strip_failed(self, oid: ObjectId, member: int, version: Version) -> None:
         """A strip could not be brought to this version."""
         self.strips.note_version(oid, version)
+        self.strips.refusals.stayed_behind(oid, member)
         self.recovery.suspect(oid, member)
 
     def completed(self, write: Write) -> None:
@@ -391,8 +397,9 @@ class Home:
         del self._flying[write.sequence]
         writing = self.writing[oid]
         writing.remove(write)
-        waits = write.result and write.result == Result.EIO and not write.fresh and self.context.policy_of(oid) is None
-        if waits:  # asks before `quiet`, which may give up at once
+        if write.ordered:
+            self.strips.refusals.ended(write)
+        if waits := self._waits_for_repair(write):  # asks before `quiet`, which may give up at once
             self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
         if not writing:
             del self.writing[oid]
@@ -406,6 +413,16 @@ class Home:
             for call in write.waiting:
                 call()
         self._number_ended()
+
+    def _waits_for_repair(self, write: Write) -> bool:
+        """It is answered when what lacks it, or an earlier one, has been made anew.
+
+        Peering takes back a write that some strip lacks, and all behind it, if nobody remembers that the strip is bad.
+        """
+        if write.ordered:
+            over = write.result or write.fresh or write.submission.flags & Flag.REMOVE
+            return not over and self.recovery.knows(write.submission.oid)
+        return write.result == Result.EIO and not write.fresh
 
     def _number_ended(self) -> None:
         self.strips.stable(self.watermark())

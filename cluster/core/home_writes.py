@@ -80,6 +80,7 @@ class Write:
 
     __slots__ = (
         "end",
+        "failed",
         "fresh",
         "home",
         "ordered",
@@ -87,6 +88,7 @@ class Write:
         "result",
         "sequence",
         "start",
+        "strips",
         "submission",
         "tolerance",
         "version",
@@ -97,6 +99,8 @@ class Write:
         self.version = home.version_of(sequence)
         self.tolerance = 0  # so many may fail (their bytes are rotten), and the write is still where it must be
         self.ordered = False  # answered behind all earlier writes of the object
+        self.strips = 0  # that it was sent to, a bit each; whole copies: 0
+        self.failed: dict[int, int] | None = None  # strips that did not take it, and why
         self.fresh = fresh  # creates an object that was not there: if it fails anywhere, it is undone everywhere
         self.home = home
         self.submission = submission

@@ -66,6 +66,7 @@ class Flag:
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)
     CHANGES: Final = 16  # TABLE: also which blocks changed since versions that the strip had (core.strip_changes)
+    AS_IS: Final = 32  # FETCH of a strip: though it has refused a write (core.refusals)
     CLIENTS: Final = 16  # ANSWER of a FETCH: clients are at work there
     ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 

@@ -145,6 +145,11 @@ class Recovery:
         job = self._jobs.get(oid)
         return job.holders if isinstance(job, StripJob) else None
 
+    def as_is(self, oid: ObjectId) -> bool:
+        """The strips of a coded object can be read that have refused writes."""
+        job = self._jobs.get(oid)
+        return job is not None and job.as_is
+
     def suspect(self, oid: ObjectId, member: int) -> None:
         """The copy of `member` is not right any more: restore it from the others once no write is on its way."""
         self._doubt(oid, member)
@@ -252,7 +257,11 @@ class Recovery:
         self._running += 1
         if job.version == NO_VERSION:
             self._learn(job)
-        elif job.agree:
+        else:
+            self._restore(job)
+
+    def _restore(self, job: Job) -> None:
+        if job.agree:
             # A strip with the new version counts for more than others: who has an old one must know that by then.
             self._home.when_all_know(lambda: self._agree(job))
         else:
@@ -274,7 +283,7 @@ class Recovery:
                 return
             if job.learn(found):
                 self._release(job)  # reads can be answered by others from now on
-                self._pull(job)
+                self._restore(job)
             else:
                 self._running -= 1
                 self._give_up(job)
@@ -293,6 +302,7 @@ class Recovery:
     def _agree(self, job: Job) -> None:
         """Strips become one state of the object before anything is decoded."""
         assert isinstance(job, StripJob)
+        job.agree = dict.fromkeys(job.agree, True)
         for strip, member in list(job.agree):
             message = job.agreement(strip, self._fence)
             agreed = self._agreed(job, strip, member)
@@ -305,9 +315,17 @@ class Recovery:
         def agreed(result: int) -> None:
             if self._context.fence != self._fence:
                 return
-            job.agreed(strip, member, not result)
-            if job.agree:
+            if result == Result.NO_SPACE:
+                job.agree[strip, member] = False
+            else:
+                job.agreed(strip, member, not result)
+            if any(job.agree.values()):
                 return
+            if job.agree:
+                self._has_no_space(job)
+                self._later(job)
+                return
+            job.as_is = job.full = False
             self._release(job)
             if job.targets:
                 self._pull(job)
@@ -353,11 +371,9 @@ class Recovery:
         if result == Result.NO_SPACE and self._skip(job, target):
             return
         job.failures += 1
-        if result == Result.NO_SPACE and not job.full:
-            job.full = True
+        if result == Result.NO_SPACE:
             job.stale.pop(target, None)  # the attempt has spoilt it
-            self._end(job, Result.NO_SPACE)
-            self._release(job)
+            self._has_no_space(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]
             why = "has no space for it" if result == Result.NO_SPACE else f"could not restore it (result {result:#x})"
@@ -366,13 +382,24 @@ class Recovery:
         job.targets[target] = False
         if any(job.targets.values()):
             return  # another target is still being restored; its end decides
-        job.running = False
-        self._running -= 1
         if job.failures >= REPAIR_TRIES and result != Result.NO_SPACE and all(one in job.repair for one in job.targets):
+            job.running = False
+            self._running -= 1
             self._give_up(job)  # the other copies cannot be read either, or this disk takes nothing any more
             self.run()
-            return
+        else:
+            self._later(job)
 
+    def _has_no_space(self, job: Job) -> None:
+        """Changes are refused until there is: whoever waits for that is told."""
+        if not job.full:
+            job.full = True
+            self._end(job, Result.NO_SPACE)
+            self._release(job)
+
+    def _later(self, job: Job) -> None:
+        job.running = False
+        self._running -= 1
         self._context.clock.after(RECOVERY_RETRY_NS, lambda: self._again(job))
         self.run()
 
@@ -402,6 +429,7 @@ class Recovery:
         del self._jobs[job.oid]
         self._running -= 1
         self.finished += 1
+        job.finished()
         self.drop(job.surplus, Flag.SURPLUS)
         self._end(job, Result.SUCCESS)
         self._release(job)

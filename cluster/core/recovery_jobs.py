@@ -21,6 +21,7 @@ class Job:
 
     __slots__ = (
         "agree",
+        "as_is",
         "ended",
         "failures",
         "full",
@@ -53,6 +54,7 @@ class Job:
         self.full = False
         self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
         self.urgent = False  # a client did when the pulls under way were sent
+        self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals)
 
     @classmethod
     def of(cls, decision: Decision) -> Job:
@@ -91,6 +93,9 @@ class Job:
         self.repair[member] = None
         self.stale.pop(member, None)
         self.sources = [source for source in self.sources if source != member]
+
+    def finished(self) -> None:
+        """All is equal again."""
 
     def find_sources(self, context: Context) -> bool:
         """A suspected copy can be restored, no write is on its way; False if nothing is left to restore from.
@@ -169,7 +174,7 @@ class StripJob(Job):
 
     @property
     def rank(self) -> int:
-        return len(self.holders) + len(self.agree) - self._policy.data
+        return self._usable - self._policy.data
 
     @property
     def may_wait(self) -> bool:
@@ -178,10 +183,13 @@ class StripJob(Job):
     def essential(self, replicas: Sequence[int]) -> list[int]:
         if self.rank > 0:
             return []
-        return [*self.holders.values(), *(member for _, member in self.agree)]
+        return list(dict.fromkeys([*self.holders.values(), *(member for _, member in self.agree)]))
 
     def holds_read(self, me: int) -> bool:
-        return bool(self.agree or self.stale) or len(self.holders) < self._policy.data
+        if bool(self.agree or self.stale) and not self.as_is:
+            return True
+        undecided = self.version == NO_VERSION or bool(self.ended)  # what was read must not be taken back
+        return undecided or len(self.holders) < self._policy.data
 
     def copy_on(self, member: int) -> ObjectId:
         return strip_of(self.oid, self._layout.index(member))
@@ -192,17 +200,46 @@ class StripJob(Job):
 
     def find_sources(self, context: Context) -> bool:
         self.version = self._strips.last_version(self.oid, self._policy) or NO_VERSION
+        self._take_as_is()
         return len(self.holders) >= self._policy.data
+
+    def _take_as_is(self) -> None:
+        """Strips that refused writes may still be one state, and then get a common version."""
+        for strip in self._strips.refusals.known(self.oid):
+            if self._layout[strip] != NOBODY:
+                self.suspect(self._layout[strip])
+        sound = self._strips.refusals.sound(self.oid, self._policy, self.holders)
+        self.as_is = bool(sound)
+        if not sound:
+            return
+        self.version = NO_VERSION
+        for strip, member in enumerate(self._layout):
+            if member != NOBODY and strip not in sound:
+                self.suspect(member)
+        self.holders = {strip: self._layout[strip] for strip in sound}
+        for member in self.holders.values():
+            self.targets.pop(member, None)
+            self.repair.pop(member, None)
+
+    def finished(self) -> None:
+        self._strips.refusals.forget(self.oid)
 
     @property
     def hopeless(self) -> bool:
-        return len(self.holders) + len(self.agree) < self._policy.data
+        return self._usable < self._policy.data
+
+    @property
+    def _usable(self) -> int:
+        """Strips that can be read, or could be before they are brought to one state."""
+        return len({*self.holders, *(strip for strip, _ in self.agree)})
 
     def questions(self) -> list[tuple[int, ObjectId]]:
         return [(member, strip_of(self.oid, strip)) for strip, member in self.holders.items()]
 
     def learn(self, found: dict[int, Version]) -> bool:
-        """The newest version that enough strips have."""
+        """The newest version that enough strips have; a new one for strips that are taken as they are."""
+        if self.as_is:
+            return self._learn_as_is(found)
         versions = [found.get(member, NO_VERSION) for member in self.holders.values()]
         enough = [one for one in versions if one != NO_VERSION and versions.count(one) >= self._policy.data]
         self.version = max(enough, default=NO_VERSION)
@@ -210,6 +247,19 @@ class StripJob(Job):
             if found.get(member, NO_VERSION) != self.version:
                 self.suspect(member)
         return self.version != NO_VERSION
+
+    def _learn_as_is(self, found: dict[int, Version]) -> bool:
+        gone = [strip for strip, member in self.holders.items() if found.get(member, NO_VERSION) == NO_VERSION]
+        if gone:
+            for strip in gone:
+                self._strips.refusals.useless(self.oid, strip)
+            self._take_as_is()
+        if not self.as_is:
+            return False
+        self.version = self._strips.next_version()
+        self._states = {strip: found[member] for strip, member in self.holders.items()}
+        self.agree = dict.fromkeys(self.holders.items(), False)
+        return True
 
     def order(self, me: int) -> list[int]:
         return list(self.targets)
@@ -237,7 +287,9 @@ class StripJob(Job):
         del self.agree[strip, member]
         if success:
             self.holders[strip] = member
-        elif self._layout[strip] == member:
+            return
+        self.holders.pop(strip, None)
+        if self._layout[strip] == member:
             self.targets[member] = False
             self.repair[member] = None
 

@@ -24,6 +24,7 @@ from sheepdog.cluster.core.loose_strips import LooseStrips
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
+from sheepdog.cluster.core.refusals import Refusals
 from sheepdog.cluster.core.replica import note_origin, spoilt, touched
 from sheepdog.cluster.core.strip_fetches import Fetches, Pieces
 from sheepdog.cluster.core.strip_levels import Leveled, StripLevels
@@ -72,6 +73,7 @@ class StripHome:
         self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
         self._loose = LooseStrips(context)
         self.levels = StripLevels(context, home)
+        self.refusals = Refusals(self._strip_on)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +98,12 @@ class StripHome:
         """The strip that belongs on this node."""
         layout = self.layout(oid, policy)
         return strip_of(oid, layout.index(self._me)) if self._me in layout else None
+
+    def _strip_on(self, member: int, oid: ObjectId) -> int | None:
+        """The strip that belongs on a member."""
+        policy = self._context.policy_of(oid)
+        layout = () if policy is None else self.layout(oid, policy)
+        return layout.index(member) if member in layout else None
 
     def forget(self, oid: ObjectId) -> None:
         """Too few strips are left of it: it does not exist until it is created."""
@@ -123,6 +131,10 @@ class StripHome:
     def note_version(self, oid: ObjectId, version: Version) -> None:
         """A strip failed: what the others have is more than the store here may say."""
         self._versions[oid] = max(version, self._versions.get(oid, version))
+
+    def next_version(self) -> Version:
+        """For strips that become one state."""
+        return self._home.next_version()
 
     # -- changes ---------------------------------------------------------------------------------------------------
 
@@ -236,6 +248,7 @@ class StripHome:
         mine: tuple[int, Change, int] | None = None
         for strip, member in members:
             change = changes[strip]
+            write.strips |= 1 << strip
             own_flags = flags | Flag.XOR if change.delta and not fresh else flags
             if member == self._me:
                 mine = strip, change, own_flags
@@ -405,13 +418,13 @@ class StripHome:
     ) -> None:
         """Present bytes of a strip; one that cannot be read is going to be repaired."""
         context, fence = self._context, self._context.fence
-        strip_oid = strip_of(oid, strip)
+        strip_oid, as_is = strip_of(oid, strip), self._home.recovery.as_is(oid)
 
         def read(data: Buffer | StoreError) -> None:
             if context.fence != fence:
                 return
             if isinstance(data, StoreError):
-                self._cannot_be_read(oid, member, data, done, repair)
+                self._cannot_be_read(oid, strip, member, data, done, repair)
             else:
                 done(data)
 
@@ -421,19 +434,23 @@ class StripHome:
                 done(answer.body)
             elif answer.result == Result.EIO:
                 error = Corrupt(f"{self._placement.nodes[member]} cannot read its strip")
-                self._cannot_be_read(oid, member, error, done, repair)
+                self._cannot_be_read(oid, strip, member, error, done, repair)
             else:
                 done(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
 
         if member == self._me:
-            self._strips.look(strip_oid, offset, length, read)
+            self._strips.look(strip_oid, offset, length, read, as_is)
         else:
-            message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
+            flags = Flag.AS_IS if as_is else 0
+            message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length, flags=flags)
             context.peers.request(self._placement.nodes[member], message, answered)
 
-    def _cannot_be_read(self, oid: ObjectId, member: int, error: StoreError, done: ReadDone, repair: bool) -> None:
+    def _cannot_be_read(
+        self, oid: ObjectId, strip: int, member: int, error: StoreError, done: ReadDone, repair: bool
+    ) -> None:
         if repair and isinstance(error, Corrupt):
             self._context.probe("strips.corrupt")
+            self.refusals.useless(oid, strip)
             self._home.recovery.suspect(oid, member)
         done(error)
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import DiskError, NoObject, NoWayBack, Result, StoreError
+from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, NoWayBack, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, oid_name, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, LOOKED_BYTES, LOOKED_STRIPS
 from sheepdog.cluster.core.messages import Buffer, Flag, Message
@@ -265,7 +265,7 @@ class StripReplica:
 
     # -- reads -------------------------------------------------------------------------------------------------
 
-    def look(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+    def look(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool = False) -> None:
         """Reads for the home, which mostly wants to change these bytes next: they are kept until a change comes."""
         self._looked[strip] = look = _Look(offset)
         if len(self._looked) > LOOKED_STRIPS:
@@ -276,11 +276,11 @@ class StripReplica:
                 look.data = data  # no use if a change came meanwhile: then nobody finds it any more
             done(data)
 
-        self.read(strip, offset, length, read)
+        self.read(strip, offset, length, read, as_is)
 
-    def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
-        """Sees every change that came before; DiskError if one of them failed."""
-        if strip in self._context.spoilt:
+    def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool = False) -> None:
+        """Sees every change that came before; DiskError if one of them failed, unless the home takes it `as_is`."""
+        if strip in self._context.spoilt and not as_is:
             done(self._context.spoilt[strip])
             return
         queue = self._queues.get(strip)
@@ -301,12 +301,12 @@ class StripReplica:
                 context.counters.peer_tx += len(data)
                 context.peers.answer(sender, message, Result.SUCCESS, data)
 
-        self.look(message.oid, message.offset, message.length, done)
+        self.look(message.oid, message.offset, message.length, done, bool(message.flags & Flag.AS_IS))
 
     # -- going back --------------------------------------------------------------------------------------------
 
     def agree(self, strip: ObjectId, target: Version, version: Version, origins: Buffer, done: Done) -> None:
-        """The strip becomes what it was at `target`, durably, and gets a new version.
+        """The strip becomes what it was at `target`, durably, and gets a new version. NoSpace: it can do so later.
 
         `origins`: the writes that it contains then. Until all strips have come so far it can be told from the steps
         here what it was.
@@ -319,8 +319,8 @@ class StripReplica:
         if steps is None:
             done(NoWayBack(f"strip {oid_name(strip)} cannot go back to {tuple(target)}"))
             return
-        oid = plain_oid(strip)
-        context.origins.forget(oid)
+        if steps:
+            context.origins.forget(plain_oid(strip))
         context.origins.merge(decode_origins(origins))
         self._go_back(strip, steps, target, version, done)
 
@@ -335,7 +335,9 @@ class StripReplica:
             nonlocal left, failed
             left -= 1
             failed = failed or error is not None
-            if not left:
+            if isinstance(error, NoSpace) and not steps:
+                done(error)
+            elif not left:
                 if failed:
                     self.undo.drop(strip)
                 done(NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}") if failed else None)

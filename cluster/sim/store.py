@@ -117,7 +117,7 @@ class SimDisk:
     def __init__(self, world: World, name: str) -> None:
         self.random: Random = world.stream(f"disk {name}")
         self.objects: dict[ObjectId, _Object] = {}
-        self.fault: type[StoreError] | None = None
+        self.fault: Callable[[str], StoreError | None] | None = None
         self.fault_chance = 0.0
         self.slow = 1  # factor of all delays
         self.capacity_bytes = 1 << 40  # as it is told; `fault` says what fails

@@ -1,0 +1,86 @@
+"""Writes of coded objects that strips did not take, and which strips are one state of the object nevertheless.
+
+A strip that refuses a write for want of space is what it was, and takes no later one (core.strip_replica). So
+ * it is as good as the strips that took everything, if none of these took a write that it refused;
+ * all data strips together are a state of the object, whatever the parity strips have: a write that did not get to all
+   strips has not been answered as done (Home), so it may be there in part or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Final
+
+from sheepdog.cluster.core.erasure import Policy
+from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.ids import ObjectId
+from sheepdog.cluster.core.messages import Flag
+
+if TYPE_CHECKING:
+    from sheepdog.cluster.core.home_writes import Write
+
+_UNKNOWN: Final = -1  # as a set of strips: all of them
+
+
+class Refusals:
+    """Of the objects of one home, in one epoch, that are not whole."""
+
+    def __init__(self, strip_on: Callable[[int, ObjectId], int | None]) -> None:
+        """`strip_on` tells which strip of an object belongs on a member."""
+        self._strip_on = strip_on
+        self._missed: dict[ObjectId, dict[int, int]] = {}  # by strip: strips that took what it refused, a bit each
+        self._uneven: dict[ObjectId, dict[int, None]] = {}  # strips that only could not be brought level
+
+    def failed(self, write: Write, member: int, result: int) -> None:
+        """A member could not apply a write to its strip."""
+        strip = self._strip_on(member, write.submission.oid)
+        if strip is not None:
+            if write.failed is None:
+                write.failed = {}
+            write.failed[strip] = result
+
+    def ended(self, write: Write) -> None:
+        """All strips have answered; in the order of writes."""
+        oid, failed = write.submission.oid, write.failed
+        if write.submission.flags & Flag.REMOVE:
+            self.forget(oid)
+        elif failed is not None and not write.fresh:
+            missed = self._missed.setdefault(oid, {})
+            took = write.strips & ~sum(1 << strip for strip in failed)
+            for strip, result in failed.items():
+                if strip in missed:
+                    missed[strip] |= took
+                else:
+                    missed[strip] = took if result == Result.NO_SPACE else _UNKNOWN
+
+    def stayed_behind(self, oid: ObjectId, member: int) -> None:
+        """A strip could not be given the version of a write that did not touch it."""
+        strip = self._strip_on(member, oid)
+        if strip is not None:
+            self._uneven.setdefault(oid, {})[strip] = None
+
+    def useless(self, oid: ObjectId, strip: int) -> None:
+        """The bytes of the strip are gone or rotten."""
+        if oid in self._missed or oid in self._uneven:
+            self._missed.setdefault(oid, {})[strip] = _UNKNOWN
+
+    def forget(self, oid: ObjectId) -> None:
+        """All strips are equal, or the object is gone."""
+        self._missed.pop(oid, None)
+        self._uneven.pop(oid, None)
+
+    def known(self, oid: ObjectId) -> list[int]:
+        """Strips that do not have all, or not its version."""
+        return list({**self._missed.get(oid, {}), **self._uneven.get(oid, {})})
+
+    def sound(self, oid: ObjectId, policy: Policy, whole: Container[int]) -> list[int]:
+        """Strips that are one state of the object, enough of them, if that is more than those that took all (`whole`);
+        else none."""
+        missed, uneven = self._missed.get(oid, {}), self._uneven.get(oid, {})
+        unharmed = [strip for strip in missed if not missed[strip]] + [strip for strip in uneven if strip not in missed]
+        good = [strip for strip in range(policy.strips) if strip in whole or strip in unharmed]
+        if len(good) >= policy.data:
+            return good if any(strip not in whole for strip in good) else []
+        refused = [strip for strip in missed if missed[strip] != _UNKNOWN]
+        data = [strip for strip in range(policy.data) if strip in good or strip in refused]
+        return data if len(data) == policy.data else []

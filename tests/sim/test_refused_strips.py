@@ -1,0 +1,151 @@
+"""Writes of coded objects that strips refuse for want of space: what was answered stays, and the object goes on."""
+
+from __future__ import annotations
+
+import pytest
+from tests.sim.test_directed import holders
+
+from sheepdog.cluster.core.errors import NoSpace, Result
+from sheepdog.cluster.core.home import Home
+from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.sim.audit import audit
+from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
+from sheepdog.cluster.sim.world import SECOND, World
+
+UNIT = 64 * 1024
+SEEDS = 8
+
+
+class Story:
+    """One object, 2:1, on three nodes: two data strips and a parity strip, the home's first."""
+
+    def __init__(self, seed: int) -> None:
+        self.cluster = SimCluster(World(seed), 3)
+        self.cluster.start_all()
+        self.cluster.format(2)
+        self.volume: Volume = make_volume(self.cluster, "coded", 1, (), policy=0x11)
+        self.oid = data_oid(self.volume.vid, 0)
+        self.settle()
+        self.home, self.second, self.parity = holders(self.cluster, self.volume)
+
+    def settle(self) -> None:
+        self.cluster.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health")
+
+    def write(self, offset: int, value: int) -> list[int]:
+        """Begins a durable write of one block; its result comes into the list."""
+        results: list[int] = []
+        self.home.node.gateway.write(
+            self.oid, offset, block_of(value), True, lambda result, _: results.append(int(result))
+        )
+        return results
+
+    def wait(self, *answers: list[int]) -> list[int]:
+        self.cluster.world.run_until(lambda: all(answers), 5 * SECOND, "answers")
+        return [answer[0] for answer in answers]
+
+    def read(self, machine: Machine, offset: int) -> tuple[int, bytes]:
+        answers: list[tuple[int, bytes]] = []
+        machine.node.gateway.read(
+            self.oid, offset, BLOCK_SIZE, lambda result, data: answers.append((int(result), bytes(data)))
+        )
+        self.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
+        return answers[0]
+
+    def blocks(self, *offsets: int) -> list[bytes]:
+        """What every node reads at these offsets: the same, without an error."""
+        found = []
+        for offset in offsets:
+            answers = {self.read(machine, offset) for machine in self.cluster.machines}
+            assert len(answers) == 1
+            result, data = answers.pop()
+            assert result == Result.SUCCESS
+            found.append(data)
+        return found
+
+
+def fill(*machines: Machine) -> None:
+    for machine in machines:
+        machine.disk.fault, machine.disk.fault_chance = NoSpace, 1.0
+
+
+def empty(*machines: Machine) -> None:
+    for machine in machines:
+        machine.disk.fault = None
+
+
+def answered_and_gone(seed: int, offset: int) -> bool:
+    """Two writes at once, while the disk of the parity is full, and then power fails everywhere: is one gone that was
+    answered?"""
+    story = Story(seed)
+    story.wait(story.write(0, 1))
+    story.wait(story.write(offset, 1))
+    fill(story.parity)
+    results = story.wait(story.write(0, 2), story.write(offset, 3))
+    for machine in story.cluster.machines:
+        machine.kill(power=True)
+    empty(story.parity)
+    story.cluster.start_all()
+    story.settle()
+    found = story.blocks(0, offset)
+    return any(
+        not result and data != block_of(value) for result, data, value in zip(results, found, (2, 3), strict=True)
+    )
+
+
+@pytest.mark.parametrize("offset", [BLOCK_SIZE, UNIT])
+def test_what_is_answered_behind_a_refused_write_stays(offset: int) -> None:
+    assert not any(answered_and_gone(seed, offset) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize("offset", [BLOCK_SIZE, UNIT])
+def test_it_would_not_if_it_were_answered_at_once(offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: the write is where it must be, as long as somebody remembers that the parity is bad."""
+    monkeypatch.setattr(Home, "_waits_for_repair", lambda self, write: False)
+    assert any(answered_and_gone(seed, offset) for seed in range(SEEDS))
+
+
+def fill_after(machine: Machine, writes: int) -> None:
+    """The disk takes so many writes, and then no more."""
+    left = iter([None] * writes)
+    machine.disk.fault, machine.disk.fault_chance = lambda text: next(left, NoSpace(text)), 1.0
+
+
+def both_full(story: Story, taken: int, *writes: tuple[int, int]) -> list[int]:
+    """Writes at once while the disks are full: of the three strips' two, of which the parity may take some first."""
+    fill(story.second)
+    fill_after(story.parity, taken)
+    results = story.wait(*(story.write(offset, value) for offset, value in writes))
+    story.cluster.world.run_for(SECOND)
+    return results
+
+
+CASES = {
+    "parity refuses, and the strip that is not written cannot be stamped": (0, [(0, 2)]),
+    "all refuse": (0, [(UNIT, 2)]),
+    "one strip takes its write": (0, [(0, 2), (UNIT, 2), (BLOCK_SIZE, 2)]),
+    "parity has what another refused": (1, [(UNIT, 2), (0, 2)]),
+}
+
+
+@pytest.mark.parametrize(("taken", "writes"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_two_full_disks(seed: int, taken: int, writes: list[tuple[int, int]]) -> None:
+    """More than the parity can stand: it is read meanwhile, and is written and repaired when there is space."""
+    story = Story(seed)
+    offsets = (0, BLOCK_SIZE, UNIT)
+    story.wait(*(story.write(offset, 1) for offset in offsets))
+    results = both_full(story, taken, *writes)
+    assert set(results) <= {Result.NO_SPACE, Result.EIO}
+    assert Result.NO_SPACE in results
+    assert story.wait(story.write(0, 3)) == [Result.NO_SPACE]
+    seen = story.blocks(*offsets)
+    assert set(seen) <= {block_of(1), block_of(2)}
+    empty(story.second, story.parity)
+    story.settle()
+    assert story.blocks(*offsets) == seen
+    assert story.wait(*(story.write(offset, 4) for offset in offsets)) == [0, 0, 0]
+    assert story.blocks(*offsets) == [block_of(4)] * 3
+    story.settle()
+    audit(story.cluster)
