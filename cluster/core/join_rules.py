@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from sheepdog.cluster.core.ids import Member
+from sheepdog.cluster.core.ids import EpochRecord, Member, NodeId
 from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS
 from sheepdog.cluster.core.state import (
     PROTOCOL_VERSION,
@@ -14,6 +15,7 @@ from sheepdog.cluster.core.state import (
     Status,
     member_from_json,
     member_to_json,
+    node_key,
     record_from_json,
     record_to_json,
 )
@@ -47,9 +49,9 @@ def refusal(state: ClusterState, join: Join) -> str | None:
     if state.status == Status.RUNNING and not are_void(state, join):
         if last > state.epoch:
             return f"its epoch {last} is newer than the cluster's {state.epoch}; {_NEWER}"
-        common, _ = parting_of(state, join)
-        if common >= state.forced:  # else an administrator has given up what came after
-            return f"its epochs from {common + 1} on are not the cluster's; {_OTHER}"
+        other = _contradiction(state, join)
+        if other is not None:
+            return other
     storing = member_from_json(join["member"]).vnodes > 0
     automatic = bool(state.flags & ClusterFlag.AUTO_VNODES)
     if state.ctime and storing and join["fixed"] == automatic:
@@ -57,6 +59,19 @@ def refusal(state: ClusterState, join: Join) -> str | None:
     if state.status == Status.SHUTDOWN:
         return "the cluster is shutting down"
     return None
+
+
+def contradiction(state: ClusterState, me: NodeId, remembered: Sequence[EpochRecord]) -> str | None:
+    """Why a node cannot go on in a cluster whose history is another one than what it remembers: both may have been
+    served in. None if it can."""
+    return _contradiction(state, {"member": [node_key(me)], "epochs": [record_to_json(one) for one in remembered]})
+
+
+def _contradiction(state: ClusterState, join: Join) -> str | None:
+    common, _ = parting_of(state, join)
+    if are_void(state, join) or common < state.forced:  # an administrator has given up what came after
+        return None
+    return f"its epochs from {common + 1} on are not the cluster's; {_OTHER}"
 
 
 def _leads(state: ClusterState, join: Join) -> bool:

@@ -26,6 +26,7 @@ from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.inode_writes import InodeWrites
+from sheepdog.cluster.core.join_rules import contradiction
 from sheepdog.cluster.core.limits import CACHE_END_NS, LEASE_NS, UNSETTLED_TICKS
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.operations import Operations
@@ -305,8 +306,9 @@ class Node:
         record = state.epochs[-1]
         if context.epoch:
             self.copies.end_epoch()
+        elif not self._drop_void_epochs():
+            return
         else:
-            self._drop_void_epochs()
             self.part.joined()
         context.epoch = record.epoch
         context.fence = state.era << 32 | record.epoch
@@ -328,10 +330,17 @@ class Node:
         self.dispatch.begin()
         self._exit_if_only_gateways(record.members)
 
-    def _drop_void_epochs(self) -> None:
+    def _drop_void_epochs(self) -> bool:
         """What this node has recorded and the cluster does not know (core.void_epochs) must not be taken, here or after
-        a full stop, for the cluster's epochs of the same numbers."""
+        a full stop, for the cluster's epochs of the same numbers. False if it must not be dropped either.
+
+        Only now is it known which history a cluster goes on with that was waiting for its members.
+        """
         remembered, self._remembered = self._remembered, []
+        reason = contradiction(self.cluster, self.context.me, remembered)
+        if reason is not None:
+            self.refused(reason)
+            return False
         common, after = parting(reversed(remembered), self.cluster.epochs)
         if after:
             self.context.probe("node.void_epochs")
@@ -340,6 +349,7 @@ class Node:
             self._disk.drop_epochs(common, self._must_work)
             mine = [one.epoch for one in remembered if one.epoch <= common and self._was_in(one)]
             self.copies.step_back(max(mine, default=0), common)
+        return True
 
     def _was_in(self, record: EpochRecord) -> bool:
         return any(member.id == self.context.me for member in record.members)

@@ -11,7 +11,7 @@ from tests.sim.test_directed import fresh, read, settle
 
 from sheepdog.cluster.core import join_rules
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import is_data
+from sheepdog.cluster.core.ids import data_oid, is_data
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND
@@ -281,3 +281,32 @@ def test_what_was_noted_in_a_void_epoch_was_so_in_the_one_before() -> None:
     late.start()
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert not any(oid in machine.disk.copies() for machine in cluster.machines)
+
+
+@pytest.mark.parametrize("position", [1, 2, 3])
+def test_of_two_histories_that_were_lived_through_none_is_dropped_unseen(position: int) -> None:
+    """The others have gone further meanwhile, and all start together: who holds what they lack is not one of them."""
+    cluster, volume, last, others = alone_and_active()
+    start(*others)
+    settle(cluster, *others)
+    others[2].kill()
+    settle(cluster, *others[:2])
+    others[2].start()
+    settle(cluster, *others)
+    cluster.world.run_for(SECOND)
+    assert newest(others[0]) >= newest(last)
+    power_fails(cluster)
+    kept = {oid for oid in last.disk.copies() if oid == data_oid(volume.vid, 0)}
+    epochs = dict(last.state.epochs)
+    order = list(others)
+    order.insert(position, last)
+    for machine in order:
+        machine.start()
+        cluster.world.run_for(100 * MILLISECOND)
+    settle(cluster, *others)
+    cluster.world.run_for(SECOND)
+    assert refusals(last)
+    assert all("are not the cluster's" in reason for reason in refusals(last))
+    assert kept
+    assert kept <= set(last.disk.copies())
+    assert last.state.epochs == epochs
