@@ -76,7 +76,9 @@ class Checkpoints:
         def step(error: StoreError | None = None) -> None:
             while batch:
                 copy = batch.pop()
-                if not copy.gone and not copy.home.failed:
+                if _is_open(
+                    copy
+                ):  # else `settle` is done at once: here, or each would be a call inside of the last one's
                     self.settle(copy, step)
                     return
             ended()
@@ -114,7 +116,7 @@ class Checkpoints:
 
     def settle(self, copy: Copy, done: Done) -> None:
         """Trailer and bytes of what is in the copy's file now are on the disk at `done`."""
-        if copy.gone or copy.home.failed or copy.fd < 0:
+        if not _is_open(copy):
             done(None)
             return
         flags = trailer.RESTORING if copy.restoring else 0
@@ -156,3 +158,8 @@ class Checkpoints:
         elif not copy.touched:
             self._applier.touched.pop(copy, None)
         done(error)
+
+
+def _is_open(copy: Copy) -> bool:
+    """Otherwise there is nothing to bring into its file, or nobody to do it: only what is clean is closed."""
+    return not copy.gone and not copy.home.failed and copy.fd >= 0

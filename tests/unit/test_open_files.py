@@ -134,6 +134,31 @@ def test_a_closed_file_is_not_opened_where_too_many_wait_for_a_sync(tmp_path: Pa
     driver.crash()
 
 
+def test_a_checkpoint_ends_whose_files_others_have_closed_meanwhile(tmp_path: Path) -> None:
+    """However many of them: each was a call inside of the last one's once, and after a thousand nothing went on."""
+    many = [data_oid(Vid(3), index) for index in range(700)]
+    driver = StoreDriver(str(tmp_path), nosync=True)
+    for oid in many:
+        driver.create(oid, 4096, 0, b"x" * 4096, V1)
+    slow = driver.store._syncs._workers = SlowSyncs(driver.call_soon)
+    driver.store._journal.switch()
+    driver.store._checkpoints.begin(driver.store._pipeline)
+    driver.settle()
+    assert slow.waiting
+    own = len(slow.waiting)  # what the checkpoint waits for; the rest is settled, and closed, before that
+    files = driver.store.copies.files
+    files._limit = 2
+    for _ in many:
+        files.shrink()
+    slow.waiting = slow.waiting[own:] + slow.waiting[:own]
+    slow.go()
+    while driver.store._checkpoints.running:
+        driver.step()
+    assert driver.store._checkpoints.count == 1
+    assert driver.read(many[-1], 0, 4096) == b"x" * 4096
+    driver.crash()
+
+
 def test_what_waits_for_a_file_of_an_object_that_is_replaced_meets_the_new_one(tmp_path: Path) -> None:
     driver = StoreDriver(str(tmp_path), nosync=True)
     files = driver.store.copies.files
