@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -298,6 +298,15 @@ def _failed(copies: Copies, home: ObjectDirectory, error: OSError) -> None:
     copies.fail(home, error)
 
 
+def gaps(blocks: Iterable[int], count: int) -> Iterator[tuple[int, int]]:
+    """The ranges (first, end) of the `count` blocks that are not among `blocks`."""
+    first = 0
+    for block in (*sorted(block for block in blocks if block < count), count):
+        if first < block:
+            yield first, block
+        first = block + 1
+
+
 class _Redo:
     """Brings one object to its plan."""
 
@@ -399,17 +408,21 @@ class _Redo:
     def _bring_blocks(self, copy: Copy) -> None:
         plan = self._plan
         if plan.base == "holes":
-            count = block_count(plan.size)
             hole = _Candidate(0, 0, ZERO_BLOCK, True)
-            for block in range(count):
-                candidates = plan.blocks.get(block)
-                if candidates is None:
-                    plan.blocks[block] = [hole]
-                elif not candidates[0].certain:
+            for candidates in plan.blocks.values():
+                if not candidates[0].certain:
                     candidates.insert(0, hole)
+            for first, end in gaps(plan.blocks, block_count(plan.size)):
+                if not self._is_hole(copy, first, end):
+                    plan.blocks.update((block, [hole]) for block in range(first, end))
         for block in sorted(plan.blocks):
             if block < block_count(copy.size):
                 self._bring(copy, block, plan.blocks[block])
+
+    def _is_hole(self, copy: Copy, first: int, end: int) -> bool:
+        """Known without reading the blocks: most of a thin object's are not there, and there may be many objects."""
+        entries = copy.entries[FIRST_ENTRY + first : FIRST_ENTRY + end]
+        return not any(entries) and self._disk.is_hole(copy.fd, first << 12, (end - first) << 12)
 
     def _bring(self, copy: Copy, block: int, candidates: list[_Candidate]) -> None:
         """The newest candidate that can be had; then the block as it was."""
