@@ -6,7 +6,8 @@ where the placement puts it, is not current, or has a write on the blocks that m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.blocks import block_map
@@ -17,7 +18,7 @@ from sheepdog.cluster.core.ids import NodeId, ObjectId, oid_name, plain_oid, str
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.replica import Replica
-from sheepdog.cluster.core.striping import UNIT, gather, pieces, spans
+from sheepdog.cluster.core.striping import UNIT, Piece, gather, pieces, spans
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
@@ -48,22 +49,9 @@ class StripReads:
             ((strip, (at, size)),) = wanted.items()
             self._read_one(strip_of(oid, strip), replicas[strip], at, size, found)
             return
-        have: dict[int, tuple[int, Buffer]] = {}
-        left = len(wanted)
-
-        def arrived(strip: int, at: int) -> Found:
-            def got(data: Buffer | None) -> None:
-                nonlocal left
-                left -= 1
-                if data is not None:
-                    have[strip] = at, data
-                if not left:
-                    found(gather(parts, have, length) if len(have) == len(wanted) else None)
-
-            return got
-
+        spread = _Spread(parts, len(wanted), length, found)
         for strip, (at, size) in wanted.items():
-            self._read_one(strip_of(oid, strip), replicas[strip], at, size, arrived(strip, at))
+            self._read_one(strip_of(oid, strip), replicas[strip], at, size, partial(spread.arrived, strip, at))
 
     def _read_one(self, strip: ObjectId, member: int, offset: int, length: int, found: Found) -> None:
         context = self._context
@@ -71,46 +59,23 @@ class StripReads:
             self._read_here(strip, offset, length, found)
             return
 
-        def answered(answer: Message) -> None:
-            assert not isinstance(answer.body, list)
-            found(answer.body if answer.result == Result.SUCCESS else None)
-
         message = Message(Kind.READ, context.fence, oid=strip, offset=offset, length=length)
-        context.peers.request(context.placement.nodes[member], message, answered)
+        context.peers.request(context.placement.nodes[member], message, partial(_answered, found))
 
     def block_map(self, oid: ObjectId, policy: Policy, size: int, found: Found) -> None:
         """Which blocks of the object hold data (core.blocks); what a strip does not tell may be data."""
         context, placement = self._context, self._context.placement
         replicas = placement.replicas(oid)[: policy.data]
-        maps: dict[int, Buffer] = {}
-        left = policy.data
-
-        def arrived(strip: int) -> Found:
-            def got(data: Buffer | None) -> None:
-                nonlocal left
-                left -= 1
-                if data is not None:
-                    maps[strip] = data
-                if not left:
-                    found(_interleaved(policy, size, maps) if maps else None)
-
-            return got
-
-        def asked(got: Found) -> Callable[[Message], None]:
-            def answered(answer: Message) -> None:
-                assert not isinstance(answer.body, list)
-                got(answer.body if answer.result == Result.SUCCESS else None)
-
-            return answered
-
+        maps = _Maps(policy, size, found)
         for strip in range(policy.data):
             if strip >= len(replicas):
-                arrived(strip)(None)
+                maps.arrived(strip, None)
             elif replicas[strip] == placement.me:
-                arrived(strip)(self._map_here(strip_of(oid, strip)))
+                maps.arrived(strip, self._map_here(strip_of(oid, strip)))
             else:
                 message = Message(Kind.READ, context.fence, oid=strip_of(oid, strip), flags=Flag.MAP)
-                context.peers.request(placement.nodes[replicas[strip]], message, asked(arrived(strip)))
+                answered = partial(_answered, partial(maps.arrived, strip))
+                context.peers.request(placement.nodes[replicas[strip]], message, answered)
 
     def _map_here(self, strip: ObjectId) -> Buffer | None:
         """None if the strip here is not current."""
@@ -129,33 +94,35 @@ class StripReads:
             context.peers.answer(sender, message, Result.AGAIN if here is None else Result.SUCCESS, here or b"")
             return
 
-        def found(data: Buffer | None) -> None:
-            if data is None:
-                context.peers.answer(sender, message, Result.AGAIN)
-            else:
-                context.counters.peer_reads += 1
-                context.counters.peer_tx += len(data)
-                context.peers.answer(sender, message, Result.SUCCESS, data)
+        self._read_here(message.oid, message.offset, message.length, partial(self._read_for, sender, message))
 
-        self._read_here(message.oid, message.offset, message.length, found)
+    def _read_for(self, sender: NodeId, message: Message, data: Buffer | None) -> None:
+        context = self._context
+        if data is None:
+            context.peers.answer(sender, message, Result.AGAIN)
+        else:
+            context.counters.peer_reads += 1
+            context.counters.peer_tx += len(data)
+            context.peers.answer(sender, message, Result.SUCCESS, data)
 
     def _read_here(self, strip: ObjectId, offset: int, length: int, found: Found) -> None:
         if not self._readable(strip, offset, length):
             self._context.probe("strips.not_readable_here")
             found(None)
             return
-        fence = self._context.fence
-
-        def read(data: Buffer | StoreError) -> None:
-            if self._context.fence != fence:
-                return  # the gateway asks again in the new epoch
-            if isinstance(data, StoreError):
-                self._context.log(4, f"strip {oid_name(strip)} cannot be read here: {data}")
-                found(None)
-            else:  # a write that came meanwhile may be among the bytes
-                found(data if self._readable(strip, offset, length) else None)
-
+        read = partial(self._read_done, strip, offset, length, found, self._context.fence)
         self._replica.strips.read(strip, offset, length, read)
+
+    def _read_done(
+        self, strip: ObjectId, offset: int, length: int, found: Found, fence: int, data: Buffer | StoreError
+    ) -> None:
+        if self._context.fence != fence:
+            return  # the gateway asks again in the new epoch
+        if isinstance(data, StoreError):
+            self._context.log(4, f"strip {oid_name(strip)} cannot be read here: {data}")
+            found(None)
+        else:  # a write that came meanwhile may be among the bytes
+            found(data if self._readable(strip, offset, length) else None)
 
     def _readable(self, strip: ObjectId, offset: int, length: int) -> bool:
         context, oid = self._context, plain_oid(strip)
@@ -170,6 +137,53 @@ class StripReads:
                 and machine.strips.readable(strip, oid, policy, offset, length)
             )
         return self._replica.readable(strip, home, offset, length)
+
+
+class _Spread:
+    """The parts of a range that is on several strips, as they come; nothing is found when one cannot be read."""
+
+    __slots__ = ("_found", "_have", "_left", "_length", "_parts")
+
+    def __init__(self, parts: Sequence[Piece], strips: int, length: int, found: Found) -> None:
+        self._parts = parts
+        self._left = strips
+        self._length = length
+        self._found = found
+        self._have: dict[int, tuple[int, Buffer]] | None = {}
+
+    def arrived(self, strip: int, at: int, data: Buffer | None) -> None:
+        """`data` of the strip, from `at` on."""
+        self._left -= 1
+        if data is None:
+            self._have = None
+        elif self._have is not None:
+            self._have[strip] = at, data
+        if not self._left:
+            self._found(None if self._have is None else gather(self._parts, self._have, self._length))
+
+
+class _Maps:
+    """The maps of an object's data strips as they come; nothing is found when none can be told."""
+
+    __slots__ = ("_found", "_left", "_maps", "_policy", "_size")
+
+    def __init__(self, policy: Policy, size: int, found: Found) -> None:
+        self._policy = policy
+        self._size = size
+        self._found = found
+        self._left = policy.data
+        self._maps: dict[int, Buffer] = {}
+
+    def arrived(self, strip: int, data: Buffer | None) -> None:
+        self._left -= 1
+        if data is not None:
+            self._maps[strip] = data
+        if not self._left:
+            self._found(_interleaved(self._policy, self._size, self._maps) if self._maps else None)
+
+
+def _answered(found: Found, answer: Message) -> None:
+    found(answer.payload() if answer.result == Result.SUCCESS else None)
 
 
 def _interleaved(policy: Policy, size: int, maps: Mapping[int, Buffer]) -> bytes:

@@ -64,6 +64,9 @@ class UndoFile:
             write_all(self._disk, descriptor, records, 0)
             if not self._nosync:
                 self._disk.fdatasync(descriptor)
+            # ext4 writes a file out at once that is renamed over another, so that makes way before.
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(f"{self._path}.old")
             with contextlib.suppress(FileNotFoundError):
                 self._disk.rename(self._path, f"{self._path}.old")
             self._disk.rename(f"{self._path}.new", self._path)
