@@ -141,16 +141,25 @@ class Gateway:
     def _create_among_others(
         self, oid: ObjectId, content: Buffer, offset: int, data: Buffer, durable: bool, done: IoDone
     ) -> None:
-        """A client behind another gateway may make the object, too: who comes second only writes his range."""
+        """A client behind another gateway may make the object, too: who comes second only writes his range.
+
+        A snapshot that waits for the object waits for that, too; else nobody would name it.
+        """
+        flags = Flag.DURABLE if durable else 0
+
+        def write() -> None:
+            self.context.probe("gateway.created_before_snapshot")
+            self.router.change(oid, flags, offset, 0, data, 0, done)
 
         def made(result: int, _: Buffer) -> None:
             if result:
                 done(result, b"")
-            else:
+            elif not self.router.goes_on(vid_of(oid), write):
                 self.write(oid, offset, data, durable, done)
 
-        flags = Flag.CREATE | Flag.ONLY_NEW | (Flag.DURABLE if durable else 0)
-        self.router.change(oid, flags, 0, self.context.size_of(oid), content, 0, made)
+        if self.may_change(oid, done, lambda: self._create_among_others(oid, content, offset, data, durable, done)):
+            size = self.context.size_of(oid)
+            self.router.change(oid, flags | Flag.CREATE | Flag.ONLY_NEW, 0, size, content, 0, made)
 
     def zero(self, oid: ObjectId, offset: int, length: int, durable: bool, done: IoDone) -> None:
         """Makes a range of an existing object read as zeros; whole blocks of it become holes."""

@@ -285,6 +285,19 @@ class Router:
         else:
             drained()
 
+    def goes_on(self, vid: Vid, change: Callable[[], None]) -> bool:
+        """From the answer to a change, which has a second part: who waits for the first waits for that, too.
+
+        False, and nothing is done, if nobody waits.
+        """
+        waiting = [left for one, left, _ in self.drains if one == vid]
+        if waiting:
+            before = dict.fromkeys(self.pending)
+            change()
+            for left in waiting:
+                left.update((number, None) for number in self.pending if number not in before)
+        return bool(waiting)
+
     def request_ended(self) -> None:
         """Somebody waits for requests to end: see whether all it waits for has ended."""
         for entry in list(self.drains):
