@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import results
+from tests.bench.fio import fio_time
 from tests.bench.run import QEMU_IMG
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
@@ -149,7 +150,7 @@ def fio(target: Path) -> Callable[[Workload, float], tuple[float, int]]:
             [
                 "fio", "--name=bench", f"--filename={target}", "--direct=1", f"--rw={pattern}", f"--bs={work.size}",
                 "--ioengine=libaio", f"--iodepth={work.depth}", f"--size={VOLUME_BYTES}", "--time_based",
-                f"--runtime={seconds}", "--output-format=json",
+                f"--runtime={fio_time(seconds)}", "--output-format=json",
             ]
         ).stdout  # fmt: skip
         job = json.loads(output)["jobs"][0]

@@ -17,6 +17,11 @@ from sheepdog.cluster.client.workload import DURABLE, FRESH_OBJECTS, OBJECT_BYTE
 GRACE_S = 120.0  # what fio may need beside the time of the load itself
 
 
+def fio_time(seconds: float) -> str:
+    """As fio takes it: it cuts fractions of seconds off, and 0 is for ever, or until all of the file has been done."""
+    return f"{1000 * seconds:.0f}ms"
+
+
 @dataclass(frozen=True, slots=True)
 class FioMeasured:
     """What one run gave."""
@@ -42,11 +47,7 @@ class FioLoad:
 
     def run(self, cell: Cell, seconds: float) -> FioMeasured:
         """Drives the cell; CommandFailed."""
-        words = [
-            "fio", "--name=cell", "--output-format=json", f"--bs={cell.size}", f"--iodepth={cell.depth}",
-            f"--numjobs={cell.clients}", "--group_reporting", "--time_based", f"--runtime={seconds}", "--thread",
-            *self._engine(cell), *self._pattern(cell),
-        ]  # fmt: skip
+        words = self.command(cell, seconds)
         output = run(words, seconds=seconds + GRACE_S).stdout
         (job,) = json.loads(output[output.index(b"{") :])["jobs"]  # remarks of its engine come first
         sides = [job["read"], job["write"]]
@@ -57,6 +58,14 @@ class FioLoad:
             self._first += operations + cell.depth * cell.clients
         most = max(sides, key=lambda side: int(side["total_ios"]))
         return FioMeasured(operations, sum(side["iops"] for side in sides), most["clat_ns"]["percentile"])
+
+    def command(self, cell: Cell, seconds: float) -> list[str]:
+        """What starts fio for such a run."""
+        return [
+            "fio", "--name=cell", "--output-format=json", f"--bs={cell.size}", f"--iodepth={cell.depth}",
+            f"--numjobs={cell.clients}", "--group_reporting", "--time_based", f"--runtime={fio_time(seconds)}",
+            "--thread", *self._engine(cell), *self._pattern(cell),
+        ]  # fmt: skip
 
     def _engine(self, cell: Cell) -> list[str]:
         if self._uri:

@@ -29,6 +29,7 @@ class Chart(NamedTuple):
     figure: str
     takes: Callable[[Row], bool]
     note: Callable[[Row], str]
+    least: int = 1  # variants; below that nothing is compared
 
 
 def _spread(row: Row) -> str:
@@ -64,11 +65,11 @@ MATRIX_CHARTS = (
     Chart("native-latency", "Native protocol, 4 KiB: milliseconds, 99th percentile (median)", "p99_ms",
           lambda row: _direct(row) and _small(row), lambda row: f"({row['p50_ms']:.2f})"),
     Chart("doors-4k", "Three copies, 4 KiB, by door: operations per second", "iops",
-          lambda row: _copied(row) and _small(row), _spread),
+          lambda row: _copied(row) and _small(row), _spread, 2),
     Chart("doors-large", "Three copies, 64 KiB to 4 MiB, by door: MB per second", "megabytes_per_second",
-          lambda row: _copied(row) and not _small(row), _spread),
+          lambda row: _copied(row) and not _small(row), _spread, 2),
     Chart("doors-cpu", "Three copies, 4 KiB, by door: CPU microseconds of daemons and door for an operation", "cpu_us",
-          lambda row: _copied(row) and _small(row), lambda row: ""),
+          lambda row: _copied(row) and _small(row), lambda row: "", 2),
 )  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def charts(path: Path, directory: Path) -> list[Path]:
 def _of_matrix(rows: Sequence[Row]) -> Iterable[tuple[str, tuple[str, list[Bar]]]]:
     good = [row for row in rows if "variant" in row and "error" not in row]
     for chart in MATRIX_CHARTS:
-        if mine := [row for row in good if chart.takes(row)]:
+        mine = [row for row in good if chart.takes(row)]
+        if len({row["variant"] for row in mine}) >= chart.least:
             values = [Bar(row["cell"], row["variant"], row[chart.figure], chart.note(row)) for row in mine]
             yield chart.name, (chart.title, values)
 

@@ -9,7 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 from tests.bench import results
+from tests.bench.fio import FioLoad
 from tests.bench.many import Table
+
+from sheepdog.cluster.client.workload import parse_cell
 
 MACHINE = {**results.machine(), "load": (0.5, 1.0, 1.0)}
 
@@ -52,6 +55,8 @@ def test_the_charts_of_a_matrix(directory: Path) -> None:
     assert not {"1,234 \u00b15%", "777 \u00b15%"} & set(drawn["doors-4k"])
     assert "99 \u00b15%" in drawn["native-large"] and "4M read, depth 4" not in drawn["native-large"]
     assert "2 (1.00)" in drawn["native-latency"]
+    (alone,) = results.charts(saved(directory, rows=rows[4:5]), directory / "alone")
+    assert alone.stem == "native-large", "one door is no comparison of doors"
     for chart in drawn.values():
         caption = " ".join(chart)
         assert "load 0.5 before" in caption and "python -m tests.bench.x" in caption
@@ -71,3 +76,9 @@ def test_the_charts_of_what_there_are_many_of(directory: Path, capsys: pytest.Ca
     assert chart.name == "many-volumes.svg"
     assert {"1 volumes", "1,000 volumes", "read, us", "14", "9.88", "27"} <= set(texts(chart))
     assert "64" not in texts(chart), "memory is no time"
+
+
+def test_fio_is_told_parts_of_seconds_in_its_words() -> None:
+    """Of 0.6 seconds it made 0, which ended when all of the volume had been written, and of 1.5 one."""
+    words = FioLoad("nbd://host/v", 2).command(parse_cell("write:4k:16:volatile"), 0.6)
+    assert "--runtime=600ms" in words
