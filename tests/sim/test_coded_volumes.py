@@ -15,7 +15,7 @@ from sheepdog.cluster.core.strip_replica import StripReplica
 from sheepdog.cluster.core.strip_undo import Undo, UndoLog
 from sheepdog.cluster.sim.nemesis import Faults
 from sheepdog.cluster.sim.run import Failure, Run, Scenario
-from sheepdog.cluster.sim.world import SECOND
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
 BLOCKS = (0, 1, 16, 17, 255)  # of two data strips of 4:2, and the last one
 SEEDS = 24
@@ -126,14 +126,34 @@ def _without_a_file(*arguments: Any) -> Node:
     return node
 
 
+class _TakesLateWrites(StripReplica):
+    """Planted bug: the epoch is checked only when a write arrives, not when the old bytes have been read for it."""
+
+    def begin(self) -> None:
+        self._looked = {}
+
+
+def _fenced_at_arrival(*arguments: Any) -> Node:
+    node = Node(*arguments)
+    node.replica.strips = _TakesLateWrites(node.context)
+    return node
+
+
+def churn(make_node: Callable[..., Node] = Node) -> Scenario:
+    scene = scenario("churn", 0x22, 8, make_node)
+    scene.faults = Faults(kill=0.5, leave=1, join=1, hold=1, slow=1, mean_ns=80 * MILLISECOND)
+    return scene
+
+
 @pytest.mark.parametrize(
     "scene",
     [
         scenario("planted", 0x22, 6, _forgetful),
         scenario("planted", 0x22, 6, _with_wrong_parity),
         power_fails_everywhere(_without_a_file),
+        churn(_fenced_at_arrival),
     ],
-    ids=["forgetful", "wrong parity", "without a file"],
+    ids=["forgetful", "wrong parity", "without a file", "fenced at arrival"],
 )
 def test_planted_bugs_are_found(scene: Scenario) -> None:
     for seed in range(SEEDS):
