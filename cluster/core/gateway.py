@@ -148,7 +148,6 @@ class Gateway:
         flags = Flag.DURABLE if durable else 0
 
         def write() -> None:
-            self.context.probe("gateway.created_before_snapshot")
             self.router.change(oid, flags, offset, 0, data, 0, done)
 
         def made(result: int, _: Buffer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from tests.support.cluster import Cluster, formatted
@@ -128,6 +129,37 @@ def test_under_load_while_a_node_dies(cluster: Cluster, before: str, wanted: str
     cluster.wait_recovered()
     assert cluster.dog("vdi", "check", "v") == "finish check&repair v\n"
     assert len(cluster.dog("vdi", "list", "-r").splitlines()) == 1
+
+
+def test_more_and_fewer_copies_under_load(cluster: Cluster) -> None:
+    """Each time all objects have as many copies as wanted, and no byte was wrong in between."""
+    cluster.dog("vdi", "create", "-P", "-c", "2", "v", str(SIZE))
+    writer, over = Writer(bytes(SIZE)), False
+
+    def everything_has(copies: int) -> bool:
+        names = [name for node in range(NODES) for name in cluster.objects(node) if name.startswith("00")]
+        return {names.count(name) for name in names} == {copies}
+
+    async def alter() -> None:
+        nonlocal over
+        try:
+            for wanted in (4, 1, 3):
+                before = writer.operations
+                await asyncio.to_thread(cluster.dog, "vdi", "alter-copy", "-f", "-c", str(wanted), "v")
+                await asyncio.to_thread(wait_until, partial(everything_has, wanted), 30, f"{wanted} copies")
+                assert writer.operations > before
+        finally:
+            over = True
+
+    async def main() -> None:
+        session = await Session.open(str(cluster.socket(0)))
+        volume = await Volume.open(session, "v")
+        await asyncio.gather(alter(), writer.work(volume, lambda: over))
+        await volume.close()
+        await session.close()
+
+    asyncio.run(main())
+    assert {content(cluster, node=node) for node in range(NODES)} == {bytes(writer.model)}
 
 
 def test_a_client_with_the_old_map_reads_and_writes_on(cluster: Cluster) -> None:
