@@ -32,6 +32,10 @@ def short_objects(cluster: SimCluster, volume: Volume, copies: int) -> list[int]
     return [index for index in range(OBJECTS) if len(copies_of(cluster, volume, index)) < copies]
 
 
+def home_of(machine: Machine, volume: Volume, index: int) -> int:
+    return machine.node.context.placement.replicas(data_oid(volume.vid, index))[0]
+
+
 def test_disabled_recovery_moves_only_what_is_written() -> None:
     cluster, volume = fresh(5, 3)
     victim, held = victim_of(cluster, volume)
@@ -123,3 +127,35 @@ def test_members_of_the_last_epoch_decide_in_any_order(missing: int) -> None:
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert {machine.node.context.epoch for machine in cluster.machines} == {epoch}
     assert read(order[-1], volume) == (Result.SUCCESS, block_of(1))
+
+
+def test_what_has_the_fewest_copies_comes_first() -> None:
+    """Two of five nodes have gone, while nothing was restored: some objects have one copy left, others two."""
+    cluster, volume = fresh(5, 3)
+    survivors, dying = cluster.machines[:3], cluster.machines[3:]
+    set_recovery(survivors[0], False)
+    for machine in dying:
+        machine.kill()
+    cluster.world.run_until(lambda: len(survivors[0].node.cluster.members) == 3, SECOND, "deaths noticed")
+    cluster.world.run_for(SECOND)
+    left = {index: len(copies_of(cluster, volume, index)) for index in range(OBJECTS)}
+    homes = {index: home_of(survivors[0], volume, index) for index in range(OBJECTS)}
+    assert any({left[index] for index in range(OBJECTS) if homes[index] == home} >= {1, 2} for home in range(3)), (
+        "no home has both"
+    )
+    for machine in survivors:
+        machine.node.context.throttle = (1, 100 * MILLISECOND)
+    set_recovery(survivors[0], True)
+    restored: list[int] = []
+    for _ in range(20 * OBJECTS):
+        cluster.world.run_for(25 * MILLISECOND)
+        short = short_objects(cluster, volume, 3)
+        restored += [
+            index for index in range(OBJECTS) if index not in short and index not in restored and left[index] < 3
+        ]
+        if not short:
+            break
+    assert short_objects(cluster, volume, 3) == []
+    for home in range(3):
+        order = [left[index] for index in restored if homes[index] == home]
+        assert order == sorted(order)
