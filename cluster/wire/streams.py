@@ -19,6 +19,8 @@ from sheepdog.cluster.core.messages import Buffer
 ARENA_BYTES: Final = 256 * 1024  # one receive buffer: fits the processor's second-level cache, takes 60 writes of 4 KiB
 MIN_RECEIVE_BYTES: Final = 64 * 1024  # less room than this is not worth a system call: go on in another buffer
 DIRECT_BODY_BYTES: Final = 16 * 1024  # larger unfinished bodies get a buffer of their own and are never copied again
+# Behind one of these mostly comes another: copying what a receive brings of its body costs more than another call.
+LARGE_BODY_BYTES: Final = ARENA_BYTES // 2
 BODY_STEP_BYTES: Final = 4 << 20  # memory a header alone can claim; what is longer grows as its bytes arrive
 RETAINED_BYTES: Final = 64 << 20  # buffers remembered for another use: the bodies that a busy node has under way
 RECYCLE_TRIES: Final = 4  # remembered buffers looked at before a new one is made: the last one, then the oldest
@@ -113,6 +115,7 @@ class Intake:
         "_have",
         "_head",
         "_header_size",
+        "_large",
         "_length",
         "_rest",
         "_start",
@@ -131,6 +134,7 @@ class Intake:
         self._body: memoryview | None = None  # ... its body ...
         self._length = 0  # ... which will have this length ...
         self._have = 0  # ... and has this many bytes
+        self._large = False  # the last frame was: the next header comes alone, its body goes where it stays
 
     @property
     def unfinished(self) -> bool:
@@ -147,13 +151,15 @@ class Intake:
         arena = self._arena
         size = len(self._rest)
         arena.reserve(size)
-        return arena.view[arena.position + size :]
+        start = arena.position + size
+        return arena.view[start : start + self._header_size] if self._large else arena.view[start:]
 
     def fill(self, count: int) -> None:
         """`count` bytes (at least one) were received into `space()`."""
         if self._body is not None:
             self._have += count
             return
+        self._large = False
         arena = self._arena
         self._view = view = arena.view
         self._start = start = arena.position
@@ -171,6 +177,7 @@ class Intake:
             if self._have < self._length:
                 return None
             self._body = None
+            self._large = self._length >= LARGE_BODY_BYTES
             return self._head, 0, body[: self._length]
         start = self._start
         view = self._view

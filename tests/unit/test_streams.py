@@ -16,6 +16,7 @@ from sheepdog.cluster.wire.streams import (
     BODY_STEP_BYTES,
     DIRECT_BODY_BYTES,
     IOV_MAX,
+    LARGE_BODY_BYTES,
     MIN_RECEIVE_BYTES,
     Arena,
     BufferPool,
@@ -124,6 +125,25 @@ def test_a_long_body_grows_with_its_bytes() -> None:
     ((number, body),) = take_all(intake)
     assert number == 7
     assert body == data[HEADER.size :]
+
+
+def test_the_header_behind_a_large_frame_comes_alone() -> None:
+    """So the body goes straight where it stays; behind a small frame as much is received as there is."""
+    intake = new_intake(Arena(BufferPool()))
+    lengths = [ARENA_BYTES, LARGE_BODY_BYTES, 100, DIRECT_BODY_BYTES + 1, 0]
+    stream = memoryview(b"".join(frame(number, length) for number, length in enumerate(lengths)))
+    received: list[int] = []
+    found: list[tuple[int, Buffer]] = []
+    while stream:
+        count = receive(intake, stream)
+        stream = stream[count:]
+        received.append(count)
+        found += take_all(intake)
+    assert [(number, len(body)) for number, body in found] == list(enumerate(lengths))
+    assert all(bytes(body) == frame(number, len(body))[HEADER.size :] for number, body in found)
+    head = HEADER.size
+    behind = 100 + head + DIRECT_BODY_BYTES + 1 + head  # all the rest at once
+    assert received == [ARENA_BYTES, head, head, LARGE_BODY_BYTES, head, behind]
 
 
 def test_a_broken_header_is_told() -> None:
