@@ -307,7 +307,9 @@ class Home:
 
     def watermark(self) -> int:
         """All writes up to this number are on all replicas."""
-        return next(iter(self._flying), self.sequence + 1) - 1
+        for oldest in self._flying:
+            return oldest - 1
+        return self.sequence
 
     def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
         context, placement = self.context, self._placement

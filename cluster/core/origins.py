@@ -49,8 +49,13 @@ class Origins:
         """A write was applied here; all writes of the gateway below `floor` are answered."""
         numbers = self._numbers[gateway]
         numbers[number] = oid, version
-        while (oldest := next(iter(numbers))) < floor:
-            del numbers[oldest]
+        answered = []
+        for old in numbers:
+            if old >= floor:
+                break
+            answered.append(old)
+        for old in answered:
+            del numbers[old]
 
     def merge(self, origins: Iterable[Origin]) -> None:
         """What the source of a restored copy knows of it."""

@@ -20,9 +20,9 @@ from sheepdog.cluster.host.loop import describe
 from sheepdog.cluster.wire.peer import (
     HEADER_SIZE,
     HELLO,
-    answers,
     body_length,
     decode,
+    decode_answers,
     decode_hello,
     encode,
     encode_answers,
@@ -216,12 +216,14 @@ class Link:
             if frame is None:
                 return
             buffer, start, body = frame
-            message = decode(buffer, start, body)
-            received[message.kind] += 1
-            if message.kind != _ANSWERS:
+            answers = decode_answers(buffer, start, body)
+            if answers is None:
+                message = decode(buffer, start, body)
+                received[message.kind] += 1
                 self._deliver(node, message)
                 continue
-            for answer in answers(message):
+            received[_ANSWERS] += 1
+            for answer in answers:
                 self._deliver(node, answer)
 
     def _deliver(self, node: NodeId, message: Message) -> None:

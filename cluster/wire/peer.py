@@ -17,8 +17,8 @@ Most of the work for an answer is its frame, at both ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from struct import Struct, pack, unpack
+from array import array
+from struct import Struct
 from typing import Final, NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
@@ -30,6 +30,7 @@ PEER_MAGIC: Final = b"\xf5SHP"
 PEER_VERSION: Final = 5
 HELLO: Final = Struct("<4sHH16sH16s")
 HEADER: Final = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
+_ANSWERS_HEADER: Final = Struct("<B7xQ60xI16x")  # the same without what is 0
 HEADER_SIZE: Final = HEADER.size
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
@@ -102,17 +103,23 @@ def is_success_only(message: Message) -> bool:
     )
 
 
-def encode_answers(fence: int, rids: Sequence[int]) -> list[Buffer]:
+def encode_answers(fence: int, rids: list[int]) -> list[Buffer]:
     """The buffers of one frame that says that these requests succeeded."""
-    return encode(Message(_ANSWERS, fence, body=pack(f"<{len(rids)}Q", *rids)))
+    return [
+        _ANSWERS_HEADER.pack(_ANSWERS, fence, len(rids) * RID_SIZE),
+        array("Q", rids).tobytes(),
+    ]
 
 
-def answers(message: Message) -> list[Message]:
-    """The ANSWERs that an ANSWERS frame stands for. PeerError if it is none."""
-    body = message.payload()
+def decode_answers(buffer: Buffer, start: int, body: Buffer) -> list[Message] | None:
+    """The ANSWERs that the frame with its header at `start` stands for; None for another kind of frame. PeerError."""
+    if buffer[start] != _ANSWERS:
+        return None
     if len(body) % RID_SIZE:
         raise PeerError(f"list of answers of {len(body)} bytes")
-    return [Message(_ANSWER, message.fence, rid) for rid in unpack(f"<{len(body) // RID_SIZE}Q", body)]
+    _, fence, _ = _ANSWERS_HEADER.unpack_from(buffer, start)
+    rids: list[int] = memoryview(body).cast("Q").tolist()
+    return [Message(_ANSWER, fence, rid) for rid in rids]
 
 
 def body_length(buffer: Buffer, start: int = 0) -> int:
