@@ -329,7 +329,7 @@ BUGS = [
     Bug(frozen_node_answers_after_its_lease, FROZEN, 40),
     Bug(replica_always_reads_its_own_copy, KILLS, 40),
     Bug(what_a_cold_start_does_not_find_is_missing, scenario_of(926), 1, first=926),
-    Bug(nobody_is_told_after_a_map_write, PATHS, 20),
+    Bug(nobody_is_told_after_a_map_write, PATHS, 20, first=30),
 ]
 
 
