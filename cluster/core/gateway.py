@@ -146,9 +146,7 @@ class Gateway:
         A snapshot that waits for the object waits for that, too; else nobody would name it.
         """
         flags = Flag.DURABLE if durable else 0
-
-        def write() -> None:
-            self.router.change(oid, flags, offset, 0, data, 0, done)
+        write = partial(self.router.change, oid, flags, offset, 0, data, 0, done)
 
         def made(result: int, _: Buffer) -> None:
             if result:

@@ -496,7 +496,3 @@ class Home:
     def has_been(self, oid: ObjectId) -> bool:
         """The object exists, and a copy of it can be trusted."""
         return oid not in self._lost and self.exists(oid, self.context.policy_of(oid))
-
-
-def _ignore(_: Message) -> None:
-    """Asked only to have the message delivered."""
