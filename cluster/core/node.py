@@ -336,11 +336,11 @@ class Node:
 
         Only now is it known which history a cluster goes on with that was waiting for its members.
         """
-        remembered, self._remembered = self._remembered, []
-        reason = contradiction(self.cluster, self.context.me, remembered)
-        if reason is not None:
+        reason = contradiction(self.cluster, self.context.me, self._remembered)
+        if reason is not None:  # once more for each event that comes before this process has ended
             self.refused(reason)
             return False
+        remembered, self._remembered = self._remembered, []
         common, after = parting(reversed(remembered), self.cluster.epochs)
         if after:
             self.context.probe("node.void_epochs")

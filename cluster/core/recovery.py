@@ -261,6 +261,8 @@ class Recovery:
             self._restore(job)
 
     def _restore(self, job: Job) -> None:
+        if job.in_part:
+            self._end(job, Result.NO_SPACE)  # what waits to be answered may be part of the object, or not
         if job.agree:
             # A strip with the new version counts for more than others: who has an old one must know that by then.
             self._home.when_all_know(lambda: self._agree(job))

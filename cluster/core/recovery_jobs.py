@@ -25,6 +25,7 @@ class Job:
         "ended",
         "failures",
         "full",
+        "in_part",
         "oid",
         "repair",
         "running",
@@ -54,7 +55,8 @@ class Job:
         self.full = False
         self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
         self.urgent = False  # a client did when the pulls under way were sent
-        self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals)
+        self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals) ...
+        self.in_part = False  # ... which other parts took
 
     @classmethod
     def of(cls, decision: Decision) -> Job:
@@ -210,6 +212,7 @@ class StripJob(Job):
                 self.suspect(self._layout[strip])
         sound = self._strips.refusals.sound(self.oid, self._policy, self.holders)
         self.as_is = bool(sound)
+        self.in_part = self._strips.refusals.in_part(self.oid, sound)
         if not sound:
             return
         self.version = NO_VERSION
@@ -254,7 +257,7 @@ class StripJob(Job):
             for strip in gone:
                 self._strips.refusals.useless(self.oid, strip)
             self._take_as_is()
-        if not self.as_is:
+        if not self.as_is or any(member not in found for member in self.holders.values()):
             return False
         self.version = self._strips.next_version()
         self._states = {strip: found[member] for strip, member in self.holders.items()}

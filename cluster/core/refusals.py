@@ -3,7 +3,8 @@
 A strip that refuses a write for want of space is what it was, and takes no later one (core.strip_replica). So
  * it is as good as the strips that took everything, if none of these took a write that it refused;
  * all data strips together are a state of the object, whatever the parity strips have: a write that did not get to all
-   strips has not been answered as done (Home), so it may be there in part or not at all.
+   strips has not been answered as done (Home), so it may be there in part or not at all. Who still waits for the repair
+   is told that it failed (`in_part`).
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Refusals:
     def known(self, oid: ObjectId) -> list[int]:
         """Strips that do not have all, or not its version."""
         return list({**self._missed.get(oid, {}), **self._uneven.get(oid, {})})
+
+    def in_part(self, oid: ObjectId, strips: Container[int]) -> bool:
+        """One of the strips refused what another one took."""
+        return any(missed for strip, missed in self._missed.get(oid, {}).items() if strip in strips)
 
     def sound(self, oid: ObjectId, policy: Policy, whole: Container[int]) -> list[int]:
         """Strips that are one state of the object, enough of them, if that is more than those that took all (`whole`);

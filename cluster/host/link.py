@@ -54,7 +54,7 @@ class State(IntEnum):
 
 
 class Link:
-    """One TCP connection to a peer, or to somebody who says so."""
+    """One connection to a peer, or to somebody who says so."""
 
     __slots__ = (
         "_answered",

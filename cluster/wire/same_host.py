@@ -1,8 +1,8 @@
-"""Where clients on a sheep's own host find it beside 127.0.0.1: an abstract unix socket, named after the port.
+"""Where clients and other sheep on a sheep's own host find it: an abstract unix socket, named after the port.
 
-It carries the same protocol for half of TCP's CPU time. Abstract names belong to a network namespace, as ports do, and
-vanish with their process; so whoever has the name of a port has that port of 127.0.0.1 too. Any user may take a name:
-both sides use such a connection only if the other one runs as the same user, and clients go on to TCP otherwise.
+It carries what the port does, for half of TCP's CPU time. Abstract names belong to a network namespace, as ports do,
+and vanish with their process; so whoever has the name of a port has that port of 127.0.0.1 too. Any user may take a
+name: both sides use such a connection only if the other one runs as the same user, and go on to TCP otherwise.
 """
 
 from __future__ import annotations

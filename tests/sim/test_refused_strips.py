@@ -7,12 +7,14 @@ from tests.sim.test_directed import holders
 
 from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import data_oid
+from sheepdog.cluster.core.ids import ObjectId, Version, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
-from sheepdog.cluster.sim.world import SECOND, World
+from sheepdog.cluster.sim.store import SimStore
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, World
 
 UNIT = 64 * 1024
 SEEDS = 8
@@ -149,3 +151,33 @@ def test_two_full_disks(seed: int, taken: int, writes: list[tuple[int, int]]) ->
     assert story.blocks(*offsets) == [block_of(4)] * 3
     story.settle()
     audit(story.cluster)
+
+
+def refuse_writes(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """The disk has no space for bytes, but it takes versions; it says so when more has been asked meanwhile."""
+    store = machine.node.context.store
+    assert isinstance(store, SimStore)
+
+    def write(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+        machine.cluster.world.after(MILLISECOND, lambda: done(NoSpace("full")))
+
+    patch.setattr(store, "write", write)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_what_was_answered_is_there_when_the_data_strips_are_taken_as_they_are(seed: int) -> None:
+    """Both data strips are full, the parity is not: a tolerated write that only the parity took is not a success."""
+    story = Story(seed)
+    offsets = (0, BLOCK_SIZE, UNIT)
+    story.wait(*(story.write(offset, 1) for offset in offsets))
+    asked = [(0, 2), (BLOCK_SIZE, 3), (UNIT, 4)]
+    with pytest.MonkeyPatch.context() as patch:
+        for machine in (story.home, story.second):
+            refuse_writes(patch, machine)
+        answers = [story.write(offset, value) for offset, value in asked]
+        story.cluster.world.run_for(SECOND)
+    story.settle()
+    results = story.wait(*answers)
+    found = story.blocks(*offsets)
+    for (_, value), result, data in zip(asked, results, found, strict=True):
+        assert result or data == block_of(value), "answered as written"

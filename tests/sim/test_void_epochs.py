@@ -283,8 +283,22 @@ def test_what_was_noted_in_a_void_epoch_was_so_in_the_one_before() -> None:
     assert not any(oid in machine.disk.copies() for machine in cluster.machines)
 
 
+def ends_late(machine: Machine) -> None:
+    """Its process goes on for a while when it has been told to end, and hears of more epochs."""
+    assert machine.process is not None
+    end, told = machine.process.node.on_exit, []
+
+    def exited(status: int, reason: str) -> None:
+        told.append(reason)
+        if len(told) == 1:
+            machine.cluster.world.after(SECOND, lambda: end(status, reason))
+
+    machine.process.node.on_exit = exited
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("position", [1, 2, 3])
-def test_of_two_histories_that_were_lived_through_none_is_dropped_unseen(position: int) -> None:
+def test_of_two_histories_that_were_lived_through_none_is_dropped_unseen(position: int, late: bool) -> None:
     """The others have gone further meanwhile, and all start together: who holds what they lack is not one of them."""
     cluster, volume, last, others = alone_and_active()
     start(*others)
@@ -296,17 +310,23 @@ def test_of_two_histories_that_were_lived_through_none_is_dropped_unseen(positio
     cluster.world.run_for(SECOND)
     assert newest(others[0]) >= newest(last)
     power_fails(cluster)
-    kept = {oid for oid in last.disk.copies() if oid == data_oid(volume.vid, 0)}
+    oid = data_oid(volume.vid, 0)
+    kept = last.disk.copies()[oid].version
     epochs = dict(last.state.epochs)
     order = list(others)
     order.insert(position, last)
     for machine in order:
         machine.start()
+        if late and machine is last:
+            ends_late(machine)
         cluster.world.run_for(100 * MILLISECOND)
+    if late:
+        others[2].kill()
+        cluster.world.run_for(500 * MILLISECOND)
+        others[2].start()
     settle(cluster, *others)
-    cluster.world.run_for(SECOND)
+    cluster.world.run_for(3 * SECOND)
     assert refusals(last)
     assert all("are not the cluster's" in reason for reason in refusals(last))
-    assert kept
-    assert kept <= set(last.disk.copies())
+    assert last.disk.copies()[oid].version == kept
     assert last.state.epochs == epochs
