@@ -52,9 +52,9 @@ def elsewhere(cluster: Cluster, name: str, offset: int, length: int) -> bytes:
 class Shell:
     """A qemu-io that stays: a guest that has its disk open. It takes one command at a time."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, mode: str = "writeback") -> None:
         # by lines, else what it says would come at its end
-        command = ["stdbuf", "-oL", needs.qemu52("qemu-io"), "-f", "raw", "-t", "writeback", target]
+        command = ["stdbuf", "-oL", needs.qemu52("qemu-io"), "-f", "raw", "-t", mode, target]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -89,8 +89,8 @@ class Shell:
 
 
 @contextmanager
-def shell(target: str) -> Iterator[Shell]:
-    started = Shell(target)
+def shell(target: str, mode: str = "writeback") -> Iterator[Shell]:
+    started = Shell(target, mode)
     try:
         yield started
     finally:
@@ -114,10 +114,15 @@ def test_which_modes_use_the_cache(uri: Callable[[str], str], cluster: Cluster, 
     qemu_io(uri("disk"), f"write -P 1 0 {2 * OBJECT}", "flush", cache=mode)
     writes = [f"write -P {pattern} {offset} {length}" for pattern, offset, length in DIRTY]
     reads = [f"read -P {pattern} {offset} {length}" for pattern, offset, length in DIRTY]
-    qemu_io(uri("disk"), *writes, *reads, "read -P 1 4096 4096", "flush", *reads, cache=mode)
+    with shell(uri("disk"), mode) as guest:
+        if cached:
+            begin(guest, cluster)
+        guest.do(*writes, *reads, "read -P 1 4096 4096")
+        guest.say("flush")
+        wait_until(lambda: not info(cluster)["dirty"], ANSWER_S, "the flush")
+    qemu_io(uri("disk"), *reads, cache=mode)
     numbers = info(cluster)
     assert bool(numbers["local_writes"]) == bool(numbers["hits"]) == cached, numbers
-    assert not numbers["dirty"]
     for pattern, offset, length in DIRTY:
         assert elsewhere(cluster, "disk", offset, length) == bytes([pattern]) * length
     qemu_io(uri("disk"), *reads, cache=mode, read_only=True)
