@@ -320,7 +320,7 @@ class Applier:
             self._parked[copy] = None
             self._no_room.wait(copy.home, partial(self._unpark, copy))
             return
-        self._end(record, self._copies.fail(record.copy.home, error))
+        self._end(record, self._copies.fail(record.copy.home, error, promised=True))
 
 
 def _unset(*_: object) -> None:

@@ -147,7 +147,7 @@ class Checkpoints:
                 self._applier.touch(copy)
                 self._no_room.wait(copy.home, lambda: self.settle(copy, done))
             else:
-                self._settled(copy, self._copies.fail(copy.home, error), done)
+                self._settled(copy, self._copies.fail(copy.home, error, promised=True), done)
             return
         self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
 

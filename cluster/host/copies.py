@@ -57,9 +57,10 @@ class Copies:
 
     def add_home(self, home: ObjectDirectory) -> None:
         """A disk and the copies on it. A copy that another disk has too is kept on the disk where the ring wants it."""
+        found = home.load()  # OSError: then the disk is none of the node's
         self.homes = [other for other in self.homes if other.path != home.path] + [home]
         self._arrange()
-        for listed in home.load():
+        for listed in found:
             copy = Copy(listed.oid, listed.size, listed.version, home)
             if home.doubtful:
                 copy.version = copy.applied = NO_VERSION
@@ -318,12 +319,16 @@ class Copies:
             return NoSpace(f"{home.path} is full")
         return self.fail(home, error)
 
-    def fail(self, home: ObjectDirectory, error: OSError) -> StoreError:
-        """The disk is out of service from here on; what it holds may be wrong."""
+    def fail(self, home: ObjectDirectory, error: OSError, promised: bool = False) -> StoreError:
+        """The disk is out of service from here on; what it holds may be wrong.
+
+        A lack of memory or descriptors is not the disk's fault, unless what failed was `promised`: a sync, or a change
+        that somebody was told of.
+        """
         text = f"{home.path}: {error.strerror or error}"
         if home.failed:
             return DiskError(text)
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and not promised:
             self.log(3, text)
             return ExhaustedResources(text)
         home.failed = True
@@ -333,3 +338,7 @@ class Copies:
         self.on_disk_failure(home.path, text, not self._points)
         self.disk_out(home, lost)
         return DiskError(text)
+
+    def sync_failed(self, home: ObjectDirectory, error: OSError) -> StoreError:
+        """Whatever the reason: the kernel tells it once, and a second sync would say that all is well."""
+        return self.fail(home, error, promised=True)

@@ -13,6 +13,7 @@ from functools import partial
 from struct import Struct
 from typing import Final, Protocol
 
+from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import (
     NO_OID,
     NO_VERSION,
@@ -30,6 +31,7 @@ from sheepdog.cluster.host.workers import Workers
 SEGMENT_HEADER: Final = 512
 SEGMENT_MAGIC: Final = b"SHEEPJNL"
 SEGMENT_FORMAT: Final = 1
+MAX_SEGMENT_BYTES: Final = (1 << SEGMENT_SHIFT) - BLOCK_SIZE  # a place in a segment is the lower 32 bits of its lsn
 SEGMENT_RESERVE_BYTES: Final = 64 << 10  # of a segment for the journal's own records: end, checkpoints, done
 VECTORS: Final = 1000  # buffers of one gathered write: below IOV_MAX (1024)
 AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come: 1 ms of a disk's time
@@ -47,15 +49,15 @@ def encode_segment_header(number: int, size: int, node: bytes) -> bytes:
 
 
 def decode_segment_header(data: Buffer) -> tuple[int, int, bytes] | None:
-    """(number, size, node id) of a segment; None when these bytes are none."""
+    """(number, size, node id) of a segment; None when these bytes are none; UsageError for another format."""
     if len(data) < SEGMENT_HEADER:
         return None
     magic, form, number, size, node = _SEGMENT.unpack_from(data)
     view = memoryview(data)[: SEGMENT_HEADER - _CHECKSUM.size]
-    if magic != SEGMENT_MAGIC or form != SEGMENT_FORMAT:
+    if magic != SEGMENT_MAGIC or block_hash(view) != _CHECKSUM.unpack_from(data, len(view))[0]:
         return None
-    if block_hash(view) != _CHECKSUM.unpack_from(data, len(view))[0]:
-        return None
+    if form != SEGMENT_FORMAT:
+        raise UsageError(f"format {form}, this version reads {SEGMENT_FORMAT}")
     return number, size, node
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId
@@ -12,6 +14,9 @@ from sheepdog.cluster.host.directory import ObjectDirectory, is_object_name, mak
 from sheepdog.cluster.host.known_disks import KnownDisks
 from sheepdog.cluster.host.object_file import write_trailer
 from sheepdog.cluster.host.superblock import read_disk_identity
+
+# What the kernel says of a disk that is broken; anything else about a directory is a mistake on the command line.
+_BROKEN: Final = frozenset((errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.EUCLEAN))
 
 
 class Disks:
@@ -40,6 +45,21 @@ class Disks:
         self.on_lost: Callable[[list[ObjectId], Callable[[], None]], None] = lambda oids, told: None
 
     # At start
+
+    def open(self, directories: Iterable[str]) -> None:
+        """Puts into service what can be used and names the rest in the log; UsageError without any (cli.md 1.2)."""
+        for directory in directories:
+            try:
+                self._open_disk(directory)
+            except (UsageError, OSError) as failure:
+                error = failure.__cause__ if isinstance(failure, UsageError) else failure
+                if not isinstance(error, OSError) or (failure is not error and error.errno not in _BROKEN):
+                    raise
+                text = f"{directory}: {error.strerror or error}"
+                self._copies.log(2, f"{text}: the disk cannot be used, the node starts without it")
+                self._copies.on_disk_failure(directory, text, False)
+        if not self._copies.homes:
+            raise UsageError("no disk of this node can be used")
 
     def is_doubtful(self, home: ObjectDirectory) -> bool:
         """The disk was out of service: what is on it may be old."""

@@ -24,7 +24,7 @@ from sheepdog.cluster.host.checkpoint import Checkpoints
 from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
 from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.journal import Journal, WrittenBefore
+from sheepdog.cluster.host.journal import MAX_SEGMENT_BYTES, Journal, WrittenBefore
 from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, write_trailer
@@ -82,8 +82,8 @@ class ObjectStore:
         self._journaled_bytes = JOURNALED_BYTES_NOSYNC if options.nosync else JOURNALED_BYTES
         self._random_bytes = random_bytes
         self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
-        self._syncs = FileSyncs(disk, workers, self.copies.fail, self._synced, self._large_writes_done)
-        self._directory_syncs = DirectorySyncs(workers, self.copies.fail)
+        self._syncs = FileSyncs(disk, workers, self.copies.sync_failed, self._synced, self._large_writes_done)
+        self._directory_syncs = DirectorySyncs(workers, self.copies.sync_failed)
         self._no_room = NoRoom(clock, log)
         self._applier = Applier(self.copies, self._syncs, self._directory_syncs, self._no_room, options.nosync)
         self._journal_directory = options.journal_directory or metadata
@@ -101,8 +101,7 @@ class ObjectStore:
             make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
         self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk, self._forget_proven)
-        for directory in self._directories:
-            self._open_disk(directory)
+        self.disks.open(self._directories)
         found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
         if not self._options.journal_skip:
             replay.replay(self.copies, found, self._log, disk_missing=self.disks.some_missing())
@@ -112,7 +111,7 @@ class ObjectStore:
         size = self._options.journal_bytes or self._default_journal_bytes(found)
         self._journal = Journal(
             self._journal_directory,
-            size // 2 & ~_BLOCK_MASK,
+            min(size // 2 & ~_BLOCK_MASK, MAX_SEGMENT_BYTES),
             self.node,
             self._disk,
             self._workers,

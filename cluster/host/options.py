@@ -20,6 +20,7 @@ DEFAULT_PORT = 7000
 MAX_U16 = 65_535
 MAX_U32 = 4_294_967_295
 MIN_JOURNAL_BYTES = 64 << 20  # smaller ones would be switched all the time
+MAX_JOURNAL_BYTES = 8 << 30  # two segments, in which 32 bits say the place
 MIN_CACHE_BYTES, MAX_CACHE_BYTES = 10 << 20, 4_194_304 << 30  # 2^32 MB
 
 LOG_LEVELS = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
@@ -140,7 +141,9 @@ class Options:
 
     def without_effect(self) -> tuple[str, ...]:
         """One line for each option given that is accepted but changes nothing in this version."""
+        too_large = self.journal is not None and self.journal.size_bytes > MAX_JOURNAL_BYTES
         given = (
+            ("-j", too_large, f"what its size has beyond {MAX_JOURNAL_BYTES >> 30}G is not used"),
             ("-u", self.upgrade, "there is no older store layout to migrate"),
             ("-w", bool(self.threads), "thread numbers are chosen by the daemon"),
             ("-W", self.wildcard_recovery, "recovery always looks at every node"),

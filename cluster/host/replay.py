@@ -62,15 +62,14 @@ def scan(disk: Disk, directory: str, node: bytes, log: Log) -> Found:
     """Reads both segments; UsageError for a journal of another node, OSError."""
     found = Found()
     for index in (0, 1):
-        data = _read(disk, segment_path(directory, index))
-        if data is None:
-            continue
-        header = decode_segment_header(data)
-        if header is None:
+        path = segment_path(directory, index)
+        data = _read(disk, path)
+        header = None if data is None else _read_header(data, path, log)
+        if data is None or header is None:
             continue
         number, size, owner = header
         if owner != node:
-            raise UsageError(f"{segment_path(directory, index)} belongs to another node ({owner.hex()})")
+            raise UsageError(f"{path} belongs to another node ({owner.hex()})")
         if size == len(data):
             found.segments[number] = data
             found.journal_bytes = 2 * size
@@ -78,14 +77,14 @@ def scan(disk: Disk, directory: str, node: bytes, log: Log) -> Found:
     numbers = sorted(found.segments)
     if len(numbers) == 2 and numbers[1] != numbers[0] + 1:
         del numbers[0]  # left from long ago
-    scanned = [_scan_segment(found.segments[number], number, log) for number in numbers]
-    in_place = max(
-        (record.offset for records, _ in scanned for record in records if record.kind == RecordKind.CHECKPOINT),
-        default=0,
-    )
-    for number, (records, ended) in zip(numbers, scanned, strict=True):
+    scanned = [_scan_segment(found.segments[number], number) for number in numbers]
+    everything = [record for records in scanned for record in records]
+    in_place = max((record.offset for record in everything if record.kind == RecordKind.CHECKPOINT), default=0)
+    for number, records in zip(numbers, scanned, strict=True):
         found.records += records
+        ended = bool(records) and records[-1].kind == RecordKind.END
         if not ended and in_place < number + 1 << SEGMENT_SHIFT:
+            _report_damage(found.segments[number], number, everything, segment_path(directory, number & 1), log)
             break  # what the next segment has was never durable
     ignored = (RecordKind.CHECKPOINT, RecordKind.END)
     found.records = [record for record in found.records if record.lsn >= in_place and record.kind not in ignored]
@@ -113,35 +112,50 @@ def _read(disk: Disk, path: str) -> memoryview | None:
     return data
 
 
-def _scan_segment(data: memoryview, number: int, log: Log) -> tuple[list[Parsed], bool]:
-    """Records up to the first that does not fit; True when the journal goes on in the next segment."""
-    records = []
+def _read_header(data: memoryview, path: str, log: Log) -> tuple[int, int, bytes] | None:
+    """None for a segment that was never begun, and for a rotten one: a header is an atom, a crash does not tear it."""
+    try:
+        header = decode_segment_header(data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    if header is None and any(data[:SEGMENT_HEADER]):
+        log(2, f"{path}: it is damaged at byte 0, its header: the writes of this node that it has are lost here")
+    return header
+
+
+def _scan_segment(data: memoryview, number: int) -> list[Parsed]:
+    """Records up to the first that does not fit, or to the end: then the journal goes on in the next segment."""
+    records: list[Parsed] = []
     position = SEGMENT_HEADER
     while (record := parse(data, position, number << SEGMENT_SHIFT | position)) is not None:
         records.append(record)
         position += record.total
         if record.kind == RecordKind.END:
-            return records, True
-    _report_damage(data, number, position, log)
-    return records, False
+            break
+    return records
 
 
-def _report_damage(data: memoryview, number: int, position: int, log: Log) -> None:
-    """Tells rot from a torn tail: a later record that knew this place to be durable proves rot."""
-    raw = bytes(data[position : position + DAMAGE_SEARCH_BYTES])
+def _report_damage(data: memoryview, number: int, valid: list[Parsed], path: str, log: Log) -> None:
+    """Tells rot from a torn tail: a later record, here or in the next segment, that knew this place to be durable
+    proves rot. `valid`: those of both segments that can be reached."""
+    position = SEGMENT_HEADER + sum(record.total for record in valid if record.lsn >> SEGMENT_SHIFT == number)
     lsn = number << SEGMENT_SHIFT | position
+    if any(record.durable_lsn > lsn for record in valid if record.lsn > lsn) or _knew_better(data, position, lsn):
+        log(2, f"{path}: it is damaged at byte {position}: later writes of this node are lost here")
+
+
+def _knew_better(data: memoryview, position: int, lsn: int) -> bool:
+    """Is there a record behind the invalid one at `position` that knew it to be durable?"""
+    raw = bytes(data[position : position + DAMAGE_SEARCH_BYTES])
     at = raw.find(_MAGIC_BYTES, _MAGIC_OFFSET)
     while at >= 0:
         start = position + at - _MAGIC_OFFSET
         if start % 8 == 0:
-            record = parse(data, start, number << SEGMENT_SHIFT | start)
+            record = parse(data, start, lsn - position + start)
             if record is not None and record.durable_lsn > lsn:
-                log(
-                    2,
-                    f"journal segment {number} is damaged at byte {position}: later writes of this node are lost here",
-                )
-                return
+                return True
         at = raw.find(_MAGIC_BYTES, at + 1)
+    return False
 
 
 def torn_version(version: Version, random_number: int) -> Version:
@@ -295,7 +309,7 @@ def _failed(copies: Copies, home: ObjectDirectory, error: OSError) -> None:
     """A full disk must not cost what the journal has: UsageError, and the next start replays it."""
     if is_no_room(error):
         raise UsageError(f"{home.path} has no room for what is in the journal: make some and start again")
-    copies.fail(home, error)
+    copies.fail(home, error, promised=True)
 
 
 def gaps(blocks: Iterable[int], count: int) -> Iterator[tuple[int, int]]:

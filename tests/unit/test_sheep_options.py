@@ -176,6 +176,13 @@ def test_sub_options(tmp_path: Path) -> None:
     assert [line.split()[1] for line in options.without_effect()] == ["-u", "-w", "-W", "-x"]
 
 
+def test_a_journal_larger_than_can_be_used() -> None:
+    assert parsed("-j size=8G").without_effect() == ()
+    assert parsed("-j size=20G").without_effect() == (
+        "option -j has no effect: what its size has beyond 8G is not used",
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "object:"])
 def test_w_with_the_keys_of_the_cache_is_the_cache(prefix: str) -> None:
     options = parsed(f"-w {prefix}size=20T,dir=/ssd,directio")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -415,7 +416,8 @@ def test_the_journal_is_written_once_before_its_records_come(tmp_path: Path, nos
     again.crash()
 
 
-def test_a_failed_sync_of_a_file_takes_the_disk_out_and_is_not_retried(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ENOMEM])
+def test_a_failed_sync_of_a_file_takes_the_disk_out_and_is_not_retried(tmp_path: Path, code: int) -> None:
     disk = FailingDisk()
     driver = StoreDriver(str(tmp_path), disk=disk, disks=[str(tmp_path / name) for name in ("d1", "d2")])
     oids = [data_oid(Vid(1), index) for index in range(20)]
@@ -426,11 +428,11 @@ def test_a_failed_sync_of_a_file_takes_the_disk_out_and_is_not_retried(tmp_path:
     mine = [oid for oid in oids if homes[oid] is first]
     assert 3 < len(mine) < 17
     driver.write(mine[0], 0, b"b" * (SIZE // 2), v(2))
-    disk.file_sync_error = 5
+    disk.file_sync_error = code
     with pytest.raises(DiskError):
         driver.flush()
     disk.file_sync_error = 0
-    assert driver.failed == [f"{first.path}: Input/output error"]
+    assert driver.failed == [f"{first.path}: {os.strerror(code)}"]
     with pytest.raises(DiskError):
         driver.read(mine[0], 0, 4096)
     with pytest.raises(DiskError):

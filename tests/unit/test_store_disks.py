@@ -15,6 +15,7 @@ from sheepdog.cluster.core.errors import DiskError, UsageError
 from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name
 from sheepdog.cluster.host import replay
 from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.disk import RealDisk, Space
 
 SIZE = 64 * 4096
 OIDS = [data_oid(Vid(1), index) for index in range(60)]
@@ -263,3 +264,60 @@ def test_a_disk_that_fails_at_the_start_is_forgotten(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(replay, "replay", failing)
     assert Starts(tmp_path).forgets("d1", "d2")
+
+
+class BrokenDisk(RealDisk):
+    """Nothing can be opened below one directory; directories have the sizes that they are given."""
+
+    def __init__(self, broken: str = "", sizes: dict[str, int] | None = None) -> None:
+        self._broken = broken
+        self._sizes = sizes or {}
+
+    def open(self, path: str, flags: int) -> int:
+        if self._broken and path.startswith(self._broken):
+            raise OSError(errno.EIO, "broken")
+        return super().open(path, flags)
+
+    def space(self, path: str) -> Space:
+        return Space(self._sizes.get(path, 1 << 40), 1 << 39)
+
+
+def test_a_node_starts_without_a_disk_that_cannot_be_read(tmp_path: Path) -> None:
+    """One of several; what was on it is restored, and is not trusted when the disk can be read again."""
+    driver = filled(tmp_path, "d1", "d2")
+    on_first = [oid for oid in OIDS if driver.store.copies.by_oid[oid].home.path == str(tmp_path / "d1")]
+    driver.close()
+    meta, places, forgot = str(tmp_path / "meta"), paths(tmp_path, "d1", "d2"), [0]
+
+    def forget() -> None:
+        forgot[0] += 1
+
+    driver = StoreDriver(meta, disk=BrokenDisk(places[0]), disks=places, forget_proven=forget)
+    assert driver.failed == [f"{places[0]}: broken"]
+    assert forgot == [1], "what was on it is not taken for deleted"
+    assert [path for path, _, _ in driver.store.disks.listed()] == places[1:]
+    assert dict(driver.store.inventory()) == {oid: v(1) for oid in OIDS if oid not in on_first}
+    driver.create(on_first[0], SIZE, 0, b"new", v(2))
+    driver.close()
+    driver = StoreDriver(meta, disks=places)
+    assert driver.store.version(on_first[0]) == v(2)
+    assert {driver.store.version(oid) for oid in on_first[1:]} == {NO_VERSION}
+    driver.close()
+    with pytest.raises(UsageError, match="no disk of this node can be used"):
+        StoreDriver(meta, disk=BrokenDisk(places[0]), disks=places[:1])
+
+
+def test_larger_disks_get_more_and_keep_their_weight(tmp_path: Path) -> None:
+    places = paths(tmp_path, "d1", "d2")
+    disk = BrokenDisk(sizes={places[0]: 1 << 40, places[1]: 3 << 40})
+    driver = StoreDriver(str(tmp_path / "meta"), disk=disk, disks=places)
+    for oid in OIDS:
+        driver.create(oid, SIZE, 0, b"x", v(1))
+    share = files(tmp_path / "d2")
+    assert 35 < share < 55  # of 60
+    driver.close()
+    disk = BrokenDisk(sizes={places[0]: 1 << 40, places[1]: 1 << 40})
+    driver = StoreDriver(str(tmp_path / "meta"), disk=disk, disks=places)
+    homes = {oid: driver.store.copies.home_for(oid) for oid in OIDS}
+    assert all(driver.store.copies.by_oid[oid].home is home for oid, home in homes.items())
+    driver.crash()

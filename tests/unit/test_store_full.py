@@ -33,10 +33,11 @@ class FullDisk(RealDisk):
     def __init__(self) -> None:
         self.full = False
         self.partly = False  # the first half of a write still fits
+        self.code = errno.ENOSPC
 
     def _check(self, path: str) -> None:
         if self.full and "/obj" in path:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.code, os.strerror(self.code))
 
     def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:  # type: ignore[override]
         path = os.readlink(f"/proc/self/fd/{fd}")
@@ -106,6 +107,15 @@ def test_what_was_acknowledged_waits_for_room(
     assert again.store.version(OID) == v(3)
     assert again.read(OID, 0, SIZE) == b"c" * BLOCK + expected[BLOCK:]
     again.close()
+
+
+def test_memory_that_lacks_is_no_excuse_for_what_was_acknowledged(driver: StoreDriver, disk: FullDisk) -> None:
+    """A write that does not reach its file takes the disk out: the journal would be emptied without it."""
+    disk.code, disk.full = errno.ENOMEM, True
+    driver.write(OID, 0, b"b" * BLOCK, v(2), durable=True)
+    driver.flush()
+    assert driver.failed == [f"{driver.store.copies.homes[0].path}: {os.strerror(errno.ENOMEM)}"]
+    driver.crash()
 
 
 @pytest.mark.parametrize("length", [100_000, LARGE])

@@ -1,0 +1,211 @@
+"""The journal's files: where they are and how large, what a start says of them, and what nobody waits for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.support.stores import StoreDriver
+from tests.unit.test_open_files import SlowSyncs
+
+from sheepdog.cluster.core.errors import StoreError, UsageError
+from sheepdog.cluster.core.ids import Version, Vid, data_oid
+from sheepdog.cluster.host.disk import RealDisk, Space
+from sheepdog.cluster.host.journal import SEGMENT_HEADER
+from sheepdog.cluster.host.store_check import check
+from sheepdog.cluster.host.store_options import StoreOptions
+from sheepdog.cluster.host.trailer import block_hash
+
+SIZE = 1 << 20
+BLOCK = 4096
+OID = data_oid(Vid(1), 0)
+MIB, GIB = 1 << 20, 1 << 30
+SMALL = StoreOptions(journal_bytes=MIB)
+
+
+def v(counter: int) -> Version:
+    return Version(1, 1, counter << 16)
+
+
+class SparseDisk(RealDisk):
+    """Takes no room for a journal; says what is free, and counts what is synced."""
+
+    def __init__(self, free: int = 1 << 40) -> None:
+        self.free = free
+        self.synced: list[str] = []
+
+    def allocate(self, fd: int, length: int) -> None:
+        pass
+
+    def space(self, path: str) -> Space:
+        return Space(1 << 40, self.free)
+
+    def fdatasync(self, fd: int, /) -> None:  # type: ignore[override]
+        self.synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        os.fdatasync(fd)
+
+
+def journal_bytes(directory: Path) -> int:
+    return sum((directory / f"journal_file{index}").stat().st_size for index in (0, 1))
+
+
+@pytest.mark.parametrize(("free", "expected"), [(16 * MIB, 8 * MIB), (GIB, 64 * MIB), (1 << 40, 512 * MIB)])
+def test_without_options_it_takes_a_part_of_the_free_space(tmp_path: Path, free: int, expected: int) -> None:
+    StoreDriver(str(tmp_path), disk=SparseDisk(free), options=StoreOptions()).close()
+    assert journal_bytes(tmp_path) == expected
+    StoreDriver(str(tmp_path), disk=SparseDisk(2 * free), options=StoreOptions()).close()
+    assert journal_bytes(tmp_path) == expected, "it stays what it was"
+
+
+def test_places_in_a_segment_fit_into_32_bits(tmp_path: Path) -> None:
+    """Behind 4 GiB a record would pass for one of another segment, and for a durable one."""
+    driver = StoreDriver(str(tmp_path), disk=SparseDisk(), options=StoreOptions(journal_bytes=20 * GIB))
+    assert 7 * GIB < journal_bytes(tmp_path) < 8 * GIB
+    driver.crash()
+
+
+def test_a_journal_in_a_place_of_its_own(tmp_path: Path) -> None:
+    meta, fast = tmp_path / "meta", tmp_path / "fast"
+    options = StoreOptions(journal_bytes=MIB, journal_directory=str(fast))
+    driver = StoreDriver(str(meta), options=options)
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
+    driver.write(OID, 0, b"b" * BLOCK, v(2))  # only the journal has it
+    driver.crash()
+    assert journal_bytes(fast) == MIB
+    assert not list(meta.glob("journal*"))
+    assert check(str(meta), print, str(fast)).clean
+    with pytest.raises(UsageError, match=f"{fast}/journal_file1 belongs to another node"):
+        StoreDriver(str(tmp_path / "other"), options=options, seed=1)
+    driver = StoreDriver(str(meta), options=options)
+    assert driver.read(OID, 0, BLOCK) == b"b" * BLOCK
+    driver.close()
+
+
+def test_a_replay_says_what_it_did_and_does_nothing_the_second_time(tmp_path: Path) -> None:
+    gone = data_oid(Vid(2), 0)
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    for oid in (OID, gone):
+        driver.create(oid, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    driver.close()
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    for oid in (OID, gone):
+        driver.write(oid, 0, b"b" * 3 * BLOCK, v(2))
+    driver.crash()
+    (tmp_path / "obj" / f"{gone:016x}").unlink()
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    said = "journal: 2 records replayed into 1 objects, 3 blocks written, 1 for objects that are gone, 0 objects"
+    assert any(line.startswith(said) for line in driver.logged), driver.logged
+    assert driver.store.version(gone) is None
+    driver.crash()
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    assert not any("replayed" in line for line in driver.logged)
+    assert driver.read(OID, 0, 4 * BLOCK) == b"b" * 3 * BLOCK + b"a" * BLOCK
+    driver.crash()
+
+
+def switched(tmp_path: Path) -> StoreDriver:
+    """A journal that has gone on in its other segment, while the object files cannot be synced."""
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
+    driver.store._syncs._workers = SlowSyncs(driver.call_soon)
+    number, counter = driver.store._journal._number, 1
+    while driver.store._journal._number == number:
+        counter += 1
+        driver.write(OID, 0, b"%08d" % counter * 512, v(counter), durable=True)
+    return driver
+
+
+def test_writers_do_not_wait_for_a_checkpoint(tmp_path: Path) -> None:
+    driver = switched(tmp_path)
+    counter = driver.store.version(OID).counter >> 16  # type: ignore[union-attr]
+    for further in range(100):  # there is room for 110 of them
+        driver.write(OID, 0, b"%08d" % further * 512, v(counter + 1 + further), durable=True)
+    assert driver.store._checkpoints.running
+    slow = driver.store._syncs._workers
+    assert isinstance(slow, SlowSyncs)
+    answers: list[StoreError | None] = []
+    for further in range(100, 200):  # and not for these: they wait, and are not lost
+        driver.store.write(OID, 0, b"%08d" % further * 512, v(counter + 1 + further), True, answers.append)
+    slow.go()
+    while len(answers) < 100:
+        driver.step()
+    assert answers == [None] * 100
+    driver.crash()
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    assert driver.read(OID, 0, BLOCK) == b"00000199" * 512
+    driver.crash()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_rot_at_the_end_of_a_segment_is_told_by_the_next(tmp_path: Path) -> None:
+    driver = switched(tmp_path)
+    older = driver.store._journal._number - 1 & 1
+    driver.write(OID, 0, b"last" * 1024, v(1000), durable=True)
+    driver.crash()
+    path = tmp_path / f"journal_file{older}"
+    position = path.read_bytes().rfind(b"JREC") - 8
+    flip(path, position + 20)
+    summary = check(str(tmp_path), print)
+    assert [damage.path for damage in summary.damaged] == [str(path)]
+    again = StoreDriver(str(tmp_path), options=SMALL)
+    told = f"{path}: it is damaged at byte {position}: later writes of this node are lost here"
+    assert told in again.logged
+    assert again.store.version(OID) != v(1000)
+    again.crash()
+
+
+def test_a_rotten_header_of_a_segment_is_told(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
+    driver.crash()
+    path = tmp_path / "journal_file1"
+    flip(path, 30)
+    assert [damage.path for damage in check(str(tmp_path), print).damaged] == [str(path)]
+    again = StoreDriver(str(tmp_path), options=SMALL)
+    assert any(line.startswith(f"{path}: it is damaged at byte 0") for line in again.logged)
+    again.crash()
+
+
+def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
+    driver.crash()
+    path = tmp_path / "journal_file1"
+    data = bytearray(path.read_bytes())
+    data[8:12] = (2).to_bytes(4, "little")
+    data[SEGMENT_HEADER - 8 : SEGMENT_HEADER] = block_hash(data[: SEGMENT_HEADER - 8]).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=f"{path}: format 2, this version reads 1"):
+        StoreDriver(str(tmp_path), options=SMALL)
+    assert path.read_bytes() == data
+
+
+def test_with_nosync_only_checkpoints_and_the_end_sync(tmp_path: Path) -> None:
+    disk = SparseDisk()
+    driver = StoreDriver(str(tmp_path), disk=disk, options=StoreOptions(nosync=True, journal_bytes=MIB))
+    disk.synced.clear()
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    for counter in range(2, 20):
+        driver.write(OID, 0, b"b" * BLOCK, v(counter), durable=True)
+        driver.write(OID, 0, b"c" * (SIZE // 2), v(counter), durable=True)
+        driver.flush()
+    assert disk.synced == []
+    number = driver.store._journal._number
+    while driver.store._journal._number == number:
+        driver.write(OID, 0, b"d" * BLOCK, v(30), durable=True)
+    while driver.store._checkpoints.running:
+        driver.step()
+    assert f"{OID:016x}" in disk.synced
+    disk.synced.clear()
+    driver.write(OID, 0, b"e" * BLOCK, v(31))
+    driver.close()
+    assert f"{OID:016x}" in disk.synced
+    assert any(name.startswith("journal") for name in disk.synced)
