@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeAlias
 
-from sheepdog.cluster.core.errors import StoreError, UsageError
+from sheepdog.cluster.core.errors import Corrupt, StoreError, UsageError
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.host import replay, trailer
 from sheepdog.cluster.host.copies import Copies
@@ -17,7 +17,7 @@ from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.node_state import DirectoryLock
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.scratch_disk import ScratchDisk
-from sheepdog.cluster.host.superblock import node_identity, read_disk_identity
+from sheepdog.cluster.host.superblock import DiskIdentity, node_identity, read_disk_identity
 from sheepdog.cluster.host.trailer import FIRST_ENTRY
 from sheepdog.cluster.host.workers import ThreadWorkers
 
@@ -27,15 +27,22 @@ Say: TypeAlias = Callable[[str], None]
 
 
 class BareStore:
-    """`path` is META[,DISK...] as on the daemon's command line. `failures`: what was wrong with the store itself."""
+    """`path` is META[,DISK...] as on the daemon's command line, or the disks alone where META is lost.
+
+    `failures`: what was wrong with the store itself.
+    """
 
     def __init__(self, path: str, say: Say, journal_directory: str | None = None) -> None:
         """UsageError when a daemon uses the store, or when there is none; OSError."""
         self.metadata, *disks = path.split(",")
-        if not os.path.exists(f"{self.metadata}/superblock"):
+        self._has_metadata = os.path.exists(f"{self.metadata}/superblock")
+        if self._has_metadata:
+            directories = disks or [f"{self.metadata}/obj"]
+        elif os.path.exists(f"{self.metadata}/.disk"):
+            directories = [self.metadata, *disks]
+        else:
             raise UsageError(f"{self.metadata} is not the metadata directory of a sheep")
-        directories = disks or [f"{self.metadata}/obj"]
-        self._lock = DirectoryLock(self.metadata)
+        self._lock = DirectoryLock(self.metadata) if self._has_metadata else None
         self.disk = ScratchDisk()
         self.failures: list[str] = []
 
@@ -56,19 +63,33 @@ class BareStore:
             self.release(copy)
 
     def _node(self, directories: Sequence[str], log: Callable[[int, str], None]) -> bytes:
-        """The node's id; if the superblock is damaged, as the disks remember it."""
+        """The node's id; if the superblock is damaged or lost, as the disks remember it."""
         try:
-            return node_identity(self.disk, self.metadata)
+            if self._has_metadata:
+                return node_identity(self.disk, self.metadata)
+            failure = UsageError(f"{self.metadata}: nothing tells which node it belongs to")
         except UsageError as error:
+            if not _is_damaged(error):
+                raise
             log(3, str(error))
-            for directory in directories:
+            failure = error
+        for directory in directories:
+            try:
                 identity = read_disk_identity(self.disk, directory)
-                if identity is not None:
-                    return identity.node
-            raise
+            except UsageError:
+                continue  # told when the disk is added
+            if identity is not None:
+                return identity.node
+        raise failure
 
     def _add(self, directory: str, node: bytes, log: Callable[[int, str], None]) -> None:
-        identity = read_disk_identity(self.disk, directory)
+        try:
+            identity = read_disk_identity(self.disk, directory)
+        except UsageError as error:
+            if not _is_damaged(error):
+                raise
+            log(3, str(error))
+            identity = DiskIdentity(node, b"", 0)  # as whoever named it says
         if identity is None or identity.node != node:
             raise UsageError(f"{directory} is not a disk of this node")
         home = ObjectDirectory(self.disk, directory, log)
@@ -77,7 +98,8 @@ class BareStore:
 
     def close(self) -> None:
         self.copies.files.close_all()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def opened(self, copy: Copy) -> str | None:
         """None when the copy's file can be read, else what is wrong with it. `release` closes it."""
@@ -111,6 +133,11 @@ class BareStore:
         except (OSError, StoreError):
             return None
         return None if trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + offset // BLOCK_SIZE) else bytes(data)
+
+
+def _is_damaged(error: UsageError) -> bool:
+    """A file with a wrong checksum; not one of a newer format."""
+    return isinstance(error.__cause__, Corrupt)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from sheepdog.cluster.host.bare_store import BareStore, Say, ranges
 from sheepdog.cluster.host.directory import read_file
 from sheepdog.cluster.host.object_file import Copy
 
-_SEALED = ("config", "settled", "disks", "scrub")  # the superblock and .disk are read anyway
+_SEALED = ("config", "settled", "stale", "disks", "scrub")  # the superblock and .disk are read anyway
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -144,6 +145,24 @@ def test_in_the_foreground(single: Cluster, number: signal.Signals, style: str) 
         said = [line.partition(") ")[2] for line in lines]
     assert said[0].startswith(STARTED) and said[-1] == ENDED
     assert not single.log(0).exists()
+
+
+def test_the_last_disk_gone_is_status_1_and_one_line(single: Cluster) -> None:
+    process = subprocess.Popen([*single.command(0), "-f"], stderr=subprocess.DEVNULL, env=environment())
+    try:
+        wait_until(lambda: bool(single.pids(0)), WAIT_S, "the daemon")
+        single.wait_members(1)
+        single.format("-c", "1")
+        shutil.rmtree(single.store(0) / "obj")
+        assert process.wait(WAIT_S) == 1
+    finally:
+        process.kill()
+        process.wait()
+    lines = messages(single.log(0)).splitlines()
+    (told,) = [line for line in lines if "leaving the cluster" in line]
+    assert f"{single.store(0)}/obj failed and is out of service: " in told
+    assert lines[-1].endswith(ENDED)
+    assert sum("-n: writes are acknowledged before they are on the disk" in line for line in lines) == 1
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from math import prod
 from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.core.ports import Buffer
@@ -199,12 +201,14 @@ class SimDisk:
 class Crashes:
     """State of a `SimDisk` after each effect of its log, and the images a crash may leave there."""
 
-    def __init__(self, log: list[Effect], directories: dict[str, None]) -> None:
+    def __init__(self, log: list[Effect], directories: dict[str, None], start: SimDisk | None = None) -> None:
+        """`start`: what was durable before the log's first effect."""
         self._log = log
         self._directories = directories
         self.position = 0
-        self._names: dict[str, int] = {}
-        self._data: dict[int, bytearray] = {}  # durable bytes
+        names = {} if start is None else start.names
+        self._names = {path: inode.number for path, inode in names.items()}
+        self._data = {inode.number: bytearray(inode.data) for inode in names.values()}  # durable bytes
         self._pending: dict[int, list[Write | Truncate]] = {}
         self._pending_names: dict[str, list[Name]] = {}
 
@@ -235,27 +239,62 @@ class Crashes:
             changes: list[tuple[Write | Truncate, list[bool] | None]] = []
             for change in self._pending.get(inode, ()):
                 if isinstance(change, Write):
-                    count = (change.offset % ATOM + len(change.data) + ATOM - 1) // ATOM
-                    changes.append((change, [rng.random() < keep_rate for _ in range(count)]))
+                    changes.append((change, [rng.random() < keep_rate for _ in range(_atom_count(change))]))
                 elif rng.random() < keep_rate:
                     changes.append((change, None))
             return changes
 
-        return self._image(chosen, rng)
+        return self._image(chosen, lambda directory: rng.randint(0, len(self._pending_names[directory])))
+
+    def every_subset(self, limit: int) -> Iterator[SimDisk]:
+        """All images that a power failure may leave here, with every atom there or not; none if there are more than
+        `limit`: then, if they are few enough, those with every write there or not as a whole."""
+        named = set(self._names.values())
+        for changes in self._pending_names.values():
+            named.update(name.inode for name in changes)
+        inodes = [inode for inode in self._pending if inode in named]
+        sizes = [_atom_count(change) for inode in inodes for change in self._pending[inode]]
+        prefixes = [range(len(changes) + 1) for changes in self._pending_names.values()]
+        for parts in (sizes, [1] * len(sizes)):
+            if prod(map(len, prefixes)) << sum(parts) <= limit:
+                break
+        else:
+            return
+        for prefix in product(*prefixes):
+            lengths = dict(zip(self._pending_names, prefix, strict=True))
+            for flags in product((False, True), repeat=sum(parts)):
+                kept = iter(flags)
+                atoms = [
+                    [next(kept)] * size if part == 1 else [next(kept) for _ in range(size)]
+                    for part, size in zip(parts, sizes, strict=True)
+                ]
+                yield self._subset(inodes, iter(atoms), lengths)
+
+    def _subset(self, inodes: list[int], atoms: Iterator[list[bool]], lengths: dict[str, int]) -> SimDisk:
+        changes = {
+            inode: [
+                (change, kept if isinstance(change, Write) else None)
+                for change in self._pending[inode]
+                if any(kept := next(atoms))
+            ]
+            for inode in inodes
+        }
+        return self._image(lambda inode: changes.get(inode, []), lengths.__getitem__)
 
     def _image(
         self,
         chosen: Callable[[int], list[tuple[Write | Truncate, list[bool] | None]]],
-        rng: random.Random | None,
+        prefix: Callable[[str], int] | None,
     ) -> SimDisk:
+        """`prefix` of a directory: so many of its changes are there; None: all, in the order of all directories."""
         names = dict(self._names)
-        if rng is None:
+        if prefix is None:
             for effect in self._log[: self.position]:  # in the order of all directories
                 if isinstance(effect, Name) and effect in self._pending_names.get(effect.directory, ()):
                     _rename(names, effect)
         else:
-            for changes in self._pending_names.values():
-                for name in changes[: rng.randint(0, len(changes))]:
+            for directory, changes in self._pending_names.items():
+                for name in changes[: prefix(directory)]:
                     _rename(names, name)
         image = SimDisk(self.position)
         image.directories = dict(self._directories)
@@ -280,6 +319,10 @@ def _apply(data: bytearray, change: Write | Truncate, atoms: list[bool] | None =
             if len(data) < start:
                 data.extend(bytes(start - len(data)))
             data[start:stop] = change.data[start - change.offset : stop - change.offset]
+
+
+def _atom_count(change: Write | Truncate) -> int:
+    return (change.offset % ATOM + len(change.data) + ATOM - 1) // ATOM if isinstance(change, Write) else 1
 
 
 def _atoms(offset: int, length: int) -> Iterator[tuple[int, int, int]]:

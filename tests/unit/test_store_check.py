@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from array import array
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import MAP_OFFSET, InodeHeader, pack_map
 from sheepdog.cluster.core.limits import BTREE_NODE_SIZE, INODE_SIZE
+from sheepdog.cluster.host.directory import write_file
+from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.salvage import Salvage
 from sheepdog.cluster.host.store_check import check
+from sheepdog.cluster.host.trailer import block_hash
 from sheepdog.tools.dog.store import StreamImage
 
 SIZE = 1 << 20
@@ -149,6 +153,52 @@ def test_what_no_store_has_is_named(tmp_path: Path) -> None:
     expected = bytearray(content[: 4 * SIZE]) + bytes(SIZE - 1000)
     expected[3 * SIZE + 9 * 4096 : 3 * SIZE + 10 * 4096] = bytes(4096)
     assert (tmp_path / "image").read_bytes() == bytes(expected)
+
+
+@pytest.mark.parametrize("lost", ["d1/.disk", "meta/superblock", "meta"])
+def test_what_says_whose_a_directory_is_may_be_lost(tmp_path: Path, lost: str) -> None:
+    """Rotten it is a finding; without META the disks are enough."""
+    meta, disks = str(tmp_path / "meta"), [str(tmp_path / name) for name in ("d1", "d2")]
+    driver = StoreDriver(meta, disks=disks)
+    content = random.Random(3).randbytes(5 * SIZE)
+    volume(driver, content, [VID] * 5)
+    driver.close()
+    path = ",".join([meta, *disks])
+    if lost == "meta":
+        shutil.rmtree(meta)
+        path = ",".join(disks)
+    else:
+        flip(tmp_path / lost, 20)
+    before = contents(tmp_path)
+    summary = check(path, print)
+    assert summary.objects == 6
+    assert [damage.path for damage in summary.damaged] == ([] if lost == "meta" else [str(tmp_path / lost)])
+    salvage = Salvage([path], lambda text: None)
+    assert write_image(salvage, tmp_path / "image")
+    salvage.close()
+    assert (tmp_path / "image").read_bytes() == content[:VOLUME_BYTES]
+    (tmp_path / "image").unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["superblock", "obj/.disk"])
+def test_a_newer_format_is_not_read(tmp_path: Path, name: str) -> None:
+    StoreDriver(str(tmp_path)).close()
+    data = (tmp_path / name).read_bytes()
+    newer = data[:8] + (2).to_bytes(4, "little") + data[12:-8]
+    (tmp_path / name).write_bytes(newer + block_hash(newer).to_bytes(8, "little"))
+    with pytest.raises(UsageError, match="format 2, this version reads 1"):
+        check(str(tmp_path), print)
+
+
+@pytest.mark.parametrize("name", ["config", "settled", "stale", "disks", "scrub", "epoch/00000001"])
+def test_every_sealed_file_is_looked_at(tmp_path: Path, name: str) -> None:
+    StoreDriver(str(tmp_path)).close()
+    (tmp_path / "epoch").mkdir()
+    write_file(RealDisk(), str((tmp_path / name).parent), Path(name).name, b"sealed" * 10)
+    assert check(str(tmp_path), print).clean
+    flip(tmp_path / name, 9)
+    assert [damage.path for damage in check(str(tmp_path), print).damaged] == [str(tmp_path / name)]
 
 
 @pytest.mark.parametrize("limit", [100, 3], ids=["in the inode", "leaves of their own"])

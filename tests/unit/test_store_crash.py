@@ -31,7 +31,9 @@ OPERATIONS = 45
 OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
 NEVER = 1 << 60
 WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes about 560 images
-SOAK_WORKLOADS = 105  # 50,000 images
+SOAK_WORKLOADS = 112  # 50,000 images
+SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 8, 256
+REPLAY_WORKLOADS, REPLAYS = 3, 6
 SEED = int(os.environ.get("STORE_CRASH_SEED", "0"))
 
 
@@ -52,7 +54,7 @@ class Operation:
 class Workload:
     """Random operations on a few objects, and what was promised when."""
 
-    def __init__(self, seed: int, nosync: bool) -> None:
+    def __init__(self, seed: int, nosync: bool, operations: int = OPERATIONS) -> None:
         self.rng = random.Random(seed)
         self.disk = SimDisk(seed, miss_rate=0.2)
         options = StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES)
@@ -62,7 +64,7 @@ class Workload:
         self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}
         self.restoring: dict[ObjectId, None] = {}
         self.waiting = 0
-        for counter in range(1, OPERATIONS):
+        for counter in range(1, operations):
             self._operate(counter)
             for _ in range(self.rng.choice((0, 0, 1, 3, 10))):
                 self._step()
@@ -235,7 +237,11 @@ class Workload:
             assert got[start:stop] in allowed, f"block {block} was never so"
 
 
+IMAGES: list[int] = []  # of each workload that has run
+
+
 def run(number: int, nosync: bool) -> None:
+    images = 0
     workload = Workload(SEED + number, nosync)
     crashes = Crashes(workload.disk.log, workload.disk.directories)
     rng = random.Random(SEED + number)
@@ -244,9 +250,49 @@ def run(number: int, nosync: bool) -> None:
         if crashes.position < workload.started:
             continue
         workload.check(crashes.killed(), crashes.position, killed=True)
+        images += 1 if nosync else 3
         if not nosync:  # with -n a power failure may take anything
             workload.check(crashes.powerless(rng), crashes.position, killed=False)
             workload.check(crashes.powerless(rng), crashes.position, killed=False)
+    IMAGES.append(images)
+
+
+@pytest.mark.parametrize("number", range(SUBSET_WORKLOADS))
+def test_every_subset_of_what_was_not_synced(number: int) -> None:
+    """Wherever there are few enough of them."""
+    workload = Workload(SEED + number, False, SUBSET_OPERATIONS)
+    crashes = Crashes(workload.disk.log, workload.disk.directories)
+    images = 0
+    while crashes.position < len(workload.disk.log):
+        crashes.advance()
+        if crashes.position < workload.started:
+            continue
+        for image in crashes.every_subset(SUBSETS):
+            workload.check(image, crashes.position, killed=False)
+            images += 1
+    assert images > SUBSETS
+
+
+@pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
+@pytest.mark.parametrize("number", range(REPLAY_WORKLOADS))
+def test_a_crash_in_a_replay_loses_nothing(number: int, nosync: bool) -> None:
+    """After any effect of a replay, it begins again with what is there then."""
+    workload = Workload(SEED + number, nosync)
+    rng = random.Random(SEED + number)
+    crashes = Crashes(workload.disk.log, workload.disk.directories)
+    places = sorted(rng.sample(range(workload.started, len(workload.disk.log) + 1), REPLAYS))
+    for place in places:
+        while crashes.position < place:
+            crashes.advance()
+        killed = nosync or rng.random() < 0.5
+        image = crashes.killed() if killed else crashes.powerless(rng)
+        again = Crashes(image.log, image.directories, image)
+        workload.check(image, place, killed)
+        assert image.log, "it was a replay"
+        while again.position < len(image.log):
+            again.advance()
+            workload.check(again.killed(), place, killed)
+            workload.check(again.powerless(rng), place, killed)
 
 
 @pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
@@ -265,3 +311,9 @@ def test_a_large_write_is_not_answered_before_what_replaced_its_object() -> None
 @pytest.mark.parametrize("number", range(WORKLOADS, SOAK_WORKLOADS))
 def test_many_more_crashes_leave_what_was_promised(number: int, nosync: bool) -> None:
     run(number, nosync)
+
+
+def test_there_were_as_many_images_as_promised() -> None:
+    if len(IMAGES) < 2 * WORKLOADS:
+        pytest.skip("only some of the workloads have run")
+    assert sum(IMAGES) >= 10_000 * WORKLOADS // 20
