@@ -87,7 +87,7 @@ demo: setup $(MARK)-demo-packages
 
 bench: setup compile qemu52
 	@$(BIN)/python -m tests.bench.run $(ARGS)
-	@[ -n "$(ARGS)" ] || { echo; $(BIN)/python -m tests.bench.doors; }
+	@[ -n "$(ARGS)" ] || { echo; $(BIN)/python -m tests.bench.doors; echo; $(BIN)/python -m tests.bench.verified; }
 
 bench-matrix: setup compile
 	@$(BIN)/python -m tests.bench.matrix $(ARGS)

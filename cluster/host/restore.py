@@ -65,9 +65,12 @@ class Restores:
         self._directories = directories
         self._files = files
         self._nosync = nosync
+        self._unpunched: dict[Copy, StoreError] = {}  # holes that found no room: such a restore does not end well
 
     def begin(self, oid: ObjectId, size: int) -> None:
         copy = self._copies.by_oid.get(oid)
+        if copy is not None:
+            self._unpunched.pop(copy, None)
         if copy is not None and copy.size == size and self._copies.open_now(copy) is None:
             self.trust(copy)
             if not copy.restoring:
@@ -181,7 +184,8 @@ class Restores:
             try:
                 self._disk.punch(copy.fd, first << 12, count << 12)
             except OSError as error:
-                self._copies.fail(copy.home, error)
+                self._unpunched[copy] = self._copies.write_failed(copy.home, error)
+                copy.trusted = False  # its table says more than is true
             self._applier.touch(copy)
             self._syncs.mark_dirty(copy)
 
@@ -210,6 +214,10 @@ class Restores:
         def action(copy: Copy) -> None:
             if not copy.restoring:
                 done(NoRestore(f"no restore of {oid:016x} has begun"))
+                return
+            unpunched = self._unpunched.pop(copy, None)
+            if unpunched is not None:
+                done(unpunched)
                 return
             self._copies.close_gate(copy)
             copy.pins += 1
@@ -245,7 +253,7 @@ class Restores:
                 try:
                     write_trailer(self._disk, copy)
                 except OSError as failure:
-                    error = self._copies.fail(copy.home, failure)
+                    error = self._copies.write_failed(copy.home, failure)
             then(error, lambda after: self._syncs.sync(copy, after), trailer_synced)
 
         def trailer_synced(error: StoreError | None) -> None:

@@ -118,6 +118,24 @@ def test_memory_that_lacks_is_no_excuse_for_what_was_acknowledged(driver: StoreD
     driver.crash()
 
 
+def test_a_restore_that_finds_no_room_for_its_holes_costs_no_disk(driver: StoreDriver, disk: FullDisk) -> None:
+    driver.store.restore_begin(OID, SIZE)
+    driver.settle()
+    driver.flush()
+    disk.full = True
+    driver.store.restore_punch(OID, BLOCK, 2 * BLOCK)
+    with pytest.raises(NoSpace):
+        driver.restore_finish(OID, v(2))
+    assert driver.failed == []
+    disk.full = False
+    driver.store.restore_begin(OID, SIZE)
+    assert any(driver.store.table(OID)[8:24]), "what is there shows again"
+    driver.store.restore_punch(OID, BLOCK, 2 * BLOCK)
+    driver.restore_finish(OID, v(3))
+    assert driver.read(OID, 0, 4 * BLOCK) == b"a" * BLOCK + bytes(2 * BLOCK) + b"a" * BLOCK
+    driver.close()
+
+
 @pytest.mark.parametrize("length", [100_000, LARGE])
 def test_a_large_write_is_answered_when_there_is_room(driver: StoreDriver, disk: FullDisk, length: int) -> None:
     disk.full, disk.partly = True, True
