@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from tests.support.sim_disk import SimDisk
 from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid, inode_oid
-from sheepdog.cluster.host.disk import RealDisk, Space
+from sheepdog.cluster.host.disk import Disk, RealDisk, Space
 from sheepdog.cluster.host.journal import AHEAD_BYTES, AHEAD_LEAST_BYTES
 
 SIZE = 64 * 4096
@@ -31,12 +32,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreDrive
     driver.crash()
 
 
-def reopened(driver: StoreDriver, path: Path, crash: bool = False) -> StoreDriver:
+def reopened(driver: StoreDriver, path: Path, crash: bool = False, disk: Disk | None = None) -> StoreDriver:
     if crash:
         driver.crash()
     else:
         driver.close()
-    return StoreDriver(str(path))
+    return StoreDriver(str(path), disk=disk)
 
 
 def test_create_write_read(store: StoreDriver) -> None:
@@ -522,10 +523,13 @@ def test_more_objects_than_open_files(store: StoreDriver) -> None:
     assert len(store.store.copies.files) <= 4
 
 
+@pytest.mark.parametrize("simulated", [False, True], ids=["real", "simulated"])
 @pytest.mark.parametrize("seed", (*range(6), 19))
-def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
+def test_random_operations_equal_the_model(tmp_path: Path, seed: int, simulated: bool) -> None:
+    """On a real disk and on the one whose crashes tests/unit/test_store_crash.py looks through."""
     rng = random.Random(seed)
-    driver = StoreDriver(str(tmp_path), nosync=bool(seed & 1))
+    place, disk = (Path("/meta"), SimDisk(seed, miss_rate=0.2)) if simulated else (tmp_path, None)
+    driver = StoreDriver(str(place), nosync=bool(seed & 1), disk=disk)
     driver.store.copies.files._limit = 3
     model: dict[ObjectId, tuple[bytearray, Version]] = {}
     oids = [data_oid(Vid(vid), index) for vid in (1, 2) for index in range(4)]
@@ -562,7 +566,7 @@ def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
         else:
             while len(pending) < expected:
                 driver.step()
-            driver = reopened(driver, tmp_path, crash=kind < 0.98)
+            driver = reopened(driver, place, crash=kind < 0.98, disk=disk)
             driver.store.copies.files._limit = 3
             expected -= 1
         expected += 1
@@ -570,7 +574,7 @@ def test_random_operations_equal_the_model(tmp_path: Path, seed: int) -> None:
         driver.step()
     assert not any(pending)
     driver.crash()
-    driver = StoreDriver(str(tmp_path))
+    driver = StoreDriver(str(place), disk=disk)
     assert dict(driver.store.inventory()) == {oid: version for oid, (_, version) in model.items()}
     for oid, (content, _) in model.items():
         assert driver.read(oid, 0, len(content)) == content
