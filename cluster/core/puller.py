@@ -197,9 +197,9 @@ class _Pull:
         self._table = bytes(answer.body[:table_size])
         self._origins = decode_origins(answer.body[table_size:])
         try:
-            mine = store.table(self.oid) if store.size(self.oid) == size else b""
+            mine = store.table(self.oid) if store.size(self.oid) == size else bytes(table_size)
         except NoObject:
-            mine = b""
+            mine = bytes(table_size)  # a new one is all holes
         if self._repair:
             if mine == self._table and store.version(self.oid) == self._version:
                 _, used = difference(b"", mine, size)
@@ -297,7 +297,7 @@ class _Pull:
 def difference(mine: Buffer, theirs: Buffer, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(holes to make, ranges to fetch) that turn a copy with table `mine` into one with `theirs`; bytes.
 
-    `mine` empty: nothing is here yet. Ranges are cut at PULL_CHUNK_BYTES and at the object's size.
+    `mine` empty: nothing that is here is to be trusted. Ranges are cut at PULL_CHUNK_BYTES and at the object's size.
     """
     old = memoryview(mine).cast("Q") if mine else None
     new = memoryview(theirs).cast("Q")
@@ -306,8 +306,7 @@ def difference(mine: Buffer, theirs: Buffer, size: int) -> tuple[list[tuple[int,
     if mine == theirs:
         return holes, ranges
     for block, entry in enumerate(new):
-        before = old[block] if old is not None else 0
-        if before == entry:
+        if old is not None and old[block] == entry:
             continue
         offset = block * BLOCK_SIZE
         length = min(BLOCK_SIZE, size - offset)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tests.sim.test_directed import holders, read, write
 
-from sheepdog.cluster.core.errors import Result
+from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.health import findings, report
 from sheepdog.cluster.core.ids import data_oid
-from sheepdog.cluster.core.limits import RECOVERY_SKIP_NS
+from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_SKIP_NS
 from sheepdog.cluster.core.state import ClusterFlag
+from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
-from sheepdog.cluster.sim.cluster import Machine, SimCluster
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
 from sheepdog.cluster.sim.world import SECOND, World
 
 OBJECTS = 24
@@ -60,3 +61,21 @@ def test_without_it_there_is_no_such_limit() -> None:
     _, volume, staying, lacking = nearly_full(0)
     assert not skipped(staying)
     assert all(data_oid(volume.vid, index) in lacking.disk.copies() for index in range(OBJECTS))
+
+
+def test_a_copy_that_could_not_be_cleared_is_made_anew() -> None:
+    """What is a hole elsewhere must be one here, too: nothing that a bad copy holds counts."""
+    cluster = SimCluster(World(1), 3)
+    cluster.start_all()
+    cluster.format(2)
+    volume = make_volume(cluster, "v", 1, (0,))
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    home, oid, answers = holders(cluster, volume)[0], data_oid(volume.vid, 0), []
+    home.disk.fault, home.disk.fault_chance = NoSpace, 1.0
+    home.node.gateway.zero(oid, 0, BLOCK_SIZE, True, lambda result, _: answers.append(int(result)))
+    cluster.world.run_until(lambda: bool(answers), SECOND, "answer")
+    home.disk.fault = None
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert answers == [Result.NO_SPACE]
+    audit(cluster)
+    assert read(cluster.machines[0], volume) == (Result.SUCCESS, bytes(BLOCK_SIZE))

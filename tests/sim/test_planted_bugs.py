@@ -255,7 +255,7 @@ def reconciled_block_by_block(patch: pytest.MonkeyPatch) -> None:
     difference = puller_module.difference
 
     def partial(mine: Any, theirs: Any, size: int) -> Any:
-        return tuple(found[:1] if mine else found for found in difference(mine, theirs, size))
+        return tuple(found[:1] if any(mine) else found for found in difference(mine, theirs, size))
 
     def trusting(self: Any) -> None:
         self._context.origins.merge(self._origins)
