@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 
 import pytest
@@ -84,6 +84,19 @@ class Writer:
                 assert await volume.read(offset, length) == self.model[offset : offset + length]
             self.operations += 1
 
+    def work_during(self, cluster: Cluster, change: Coroutine[None, None, None]) -> None:
+        """Uses the volume until the change is over, and reads it whole then."""
+        asyncio.run(self._work_during(cluster, change))
+
+    async def _work_during(self, cluster: Cluster, change: Coroutine[None, None, None]) -> None:
+        session = await Session.open(str(cluster.socket(0)))
+        volume = await Volume.open(session, "v")
+        changing = asyncio.create_task(change)
+        await asyncio.gather(changing, self.work(volume, changing.done))
+        assert await volume.read(0, SIZE) == self.model
+        await volume.close()
+        await session.close()
+
 
 @pytest.mark.parametrize(("before", "wanted"), [("3", "4:2"), ("4:2", "3")])
 def test_under_load_while_a_node_dies(cluster: Cluster, before: str, wanted: str) -> None:
@@ -91,35 +104,23 @@ def test_under_load_while_a_node_dies(cluster: Cluster, before: str, wanted: str
     cluster.dog("vdi", "create", "-z", "20", "-c", before, "v", str(SIZE))
     data = random.Random(2).randbytes(SIZE)
     cluster.dog("vdi", "write", "v", "0", str(SIZE), stdin=data)
-    writer, over = Writer(data), False
+    writer = Writer(data)
 
     async def alter() -> None:
-        nonlocal over
-        try:
-            first = asyncio.create_task(
-                asyncio.to_thread(cluster.try_dog, "vdi", "alter-copy", "-f", "-c", wanted, "v", node=5)
-            )
-            await asyncio.sleep(1.2)
-            await asyncio.to_thread(cluster.kill, 5)
-            await first
-            for _ in range(3):
-                done = await asyncio.to_thread(cluster.try_dog, "vdi", "alter-copy", "-f", "-c", wanted, "v", node=1)
-                if "redundancy level is" in done.stderr.decode():
-                    break
-            text = done.stderr.decode()
-            assert f"set to {wanted}" in text, text
-        finally:
-            over = True
+        first = asyncio.create_task(
+            asyncio.to_thread(cluster.try_dog, "vdi", "alter-copy", "-f", "-c", wanted, "v", node=5)
+        )
+        await asyncio.sleep(1.2)
+        await asyncio.to_thread(cluster.kill, 5)
+        await first
+        for _ in range(3):
+            done = await asyncio.to_thread(cluster.try_dog, "vdi", "alter-copy", "-f", "-c", wanted, "v", node=1)
+            if "redundancy level is" in done.stderr.decode():
+                break
+        text = done.stderr.decode()
+        assert f"set to {wanted}" in text, text
 
-    async def main() -> None:
-        session = await Session.open(str(cluster.socket(0)))
-        volume = await Volume.open(session, "v")
-        await asyncio.gather(alter(), writer.work(volume, lambda: over))
-        assert await volume.read(0, SIZE) == writer.model
-        await volume.close()
-        await session.close()
-
-    asyncio.run(main())
+    writer.work_during(cluster, alter())
     assert writer.operations > 10
     cluster.wait_recovered()
     assert content(cluster, node=2) == writer.model
@@ -134,31 +135,20 @@ def test_under_load_while_a_node_dies(cluster: Cluster, before: str, wanted: str
 def test_more_and_fewer_copies_under_load(cluster: Cluster) -> None:
     """Each time all objects have as many copies as wanted, and no byte was wrong in between."""
     cluster.dog("vdi", "create", "-P", "-c", "2", "v", str(SIZE))
-    writer, over = Writer(bytes(SIZE)), False
+    writer = Writer(bytes(SIZE))
 
     def everything_has(copies: int) -> bool:
         names = [name for node in range(NODES) for name in cluster.objects(node) if name.startswith("00")]
         return {names.count(name) for name in names} == {copies}
 
     async def alter() -> None:
-        nonlocal over
-        try:
-            for wanted in (4, 1, 3):
-                before = writer.operations
-                await asyncio.to_thread(cluster.dog, "vdi", "alter-copy", "-f", "-c", str(wanted), "v")
-                await asyncio.to_thread(wait_until, partial(everything_has, wanted), 30, f"{wanted} copies")
-                assert writer.operations > before
-        finally:
-            over = True
+        for wanted in (4, 1, 3):
+            before = writer.operations
+            await asyncio.to_thread(cluster.dog, "vdi", "alter-copy", "-f", "-c", str(wanted), "v")
+            await asyncio.to_thread(wait_until, partial(everything_has, wanted), 30, f"{wanted} copies")
+            assert writer.operations > before
 
-    async def main() -> None:
-        session = await Session.open(str(cluster.socket(0)))
-        volume = await Volume.open(session, "v")
-        await asyncio.gather(alter(), writer.work(volume, lambda: over))
-        await volume.close()
-        await session.close()
-
-    asyncio.run(main())
+    writer.work_during(cluster, alter())
     assert {content(cluster, node=node) for node in range(NODES)} == {bytes(writer.model)}
 
 

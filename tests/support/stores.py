@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tests.support.sim_disk import SimDisk, SimWorkers
 
@@ -167,3 +168,12 @@ class StoreDriver(Driver):
     def crash(self) -> None:
         """Ends without a word, as kill -9 would: threads finish their call, nothing else happens."""
         self.workers.stop()
+
+
+def flip(path: Path, offset: int) -> None:
+    """One bit of the file becomes another."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.sim_disk import SimDisk
-from tests.support.stores import StoreDriver
+from tests.support.stores import StoreDriver, flip
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid, inode_oid
@@ -223,12 +223,6 @@ def test_the_index_is_believed_once_and_only_for_files_that_are_there(tmp_path: 
     assert len(list(driver.store.inventory())) == 3
     assert any("reading all objects" in line for line in driver.logged)
     driver.crash()
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def test_rotten_blocks_are_never_returned(store: StoreDriver, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from array import array
 from pathlib import Path
 
 import pytest
-from tests.support.stores import StoreDriver
+from tests.support.stores import StoreDriver, flip
 
 from sheepdog.cluster.client.btree import Leaf, Tree
 from sheepdog.cluster.core.errors import UsageError
@@ -33,14 +33,6 @@ def v(counter: int) -> Version:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and file.name != "lock"}
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
 
 
 @pytest.mark.parametrize("crash", [False, True], ids=["stopped", "killed"])

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.support.stores import StoreDriver
+from tests.support.stores import StoreDriver, flip
 from tests.unit.test_open_files import SlowSyncs
 
 from sheepdog.cluster.core.errors import StoreError, UsageError
@@ -118,7 +118,9 @@ def switched(tmp_path: Path) -> StoreDriver:
 
 def test_writers_do_not_wait_for_a_checkpoint(tmp_path: Path) -> None:
     driver = switched(tmp_path)
-    counter = driver.store.version(OID).counter >> 16  # type: ignore[union-attr]
+    version = driver.store.version(OID)
+    assert version is not None
+    counter = version.counter >> 16
     for further in range(100):  # there is room for 110 of them
         driver.write(OID, 0, b"%08d" % further * 512, v(counter + 1 + further), durable=True)
     assert driver.store._checkpoints.running
@@ -135,14 +137,6 @@ def test_writers_do_not_wait_for_a_checkpoint(tmp_path: Path) -> None:
     driver = StoreDriver(str(tmp_path), options=SMALL)
     assert driver.read(OID, 0, BLOCK) == b"00000199" * 512
     driver.crash()
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_rot_at_the_end_of_a_segment_is_told_by_the_next(tmp_path: Path) -> None:
@@ -162,11 +156,16 @@ def test_rot_at_the_end_of_a_segment_is_told_by_the_next(tmp_path: Path) -> None
     again.crash()
 
 
-def test_a_rotten_header_of_a_segment_is_told(tmp_path: Path) -> None:
-    driver = StoreDriver(str(tmp_path), options=SMALL)
+def crashed(directory: Path) -> Path:
+    """A segment of the journal of a store that holds an object and has crashed."""
+    driver = StoreDriver(str(directory), options=SMALL)
     driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
     driver.crash()
-    path = tmp_path / "journal_file1"
+    return directory / "journal_file1"
+
+
+def test_a_rotten_header_of_a_segment_is_told(tmp_path: Path) -> None:
+    path = crashed(tmp_path)
     flip(path, 30)
     assert [damage.path for damage in check(str(tmp_path), print).damaged] == [str(path)]
     again = StoreDriver(str(tmp_path), options=SMALL)
@@ -175,10 +174,7 @@ def test_a_rotten_header_of_a_segment_is_told(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
-    driver = StoreDriver(str(tmp_path), options=SMALL)
-    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1), durable=True)
-    driver.crash()
-    path = tmp_path / "journal_file1"
+    path = crashed(tmp_path)
     data = bytearray(path.read_bytes())
     data[8:12] = (2).to_bytes(4, "little")
     data[SEGMENT_HEADER - 8 : SEGMENT_HEADER] = block_hash(data[: SEGMENT_HEADER - 8]).to_bytes(8, "little")
