@@ -169,11 +169,17 @@ class Cache:
     def create(self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """As the gateway's. What this cache has of the object that is copied must be in the cluster first; it is a
         snapshot's, which has been pushed."""
+        create = partial(self._create, oid, cow_oid, offset, data, durable, done)
+        # Before the volume is in use by this: an operation on it waits until nothing uses it.
+        if not self._gateway.moved_first(oid, create, partial(self.write, oid, offset, data, durable, done), done):
+            create()
+
+    def _create(self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         entry = self._entry(oid, lambda: self.create(oid, cow_oid, offset, data, durable, done), done)
         if entry is not None:
 
             def request(ended: IoDone) -> None:
-                self._gateway.create(oid, cow_oid, offset, data, durable, ended)
+                self._gateway.create_next(oid, cow_oid, offset, data, durable, ended)
 
             if entry.volume.serving and not entry.volume.frozen:
                 self._alone(entry, False, request, durable, done)

@@ -1,4 +1,4 @@
-"""Copy on write of a large object, piece by piece."""
+"""Copies of large objects, piece by piece: copy on write, and moves to another redundancy (core.moves)."""
 
 from __future__ import annotations
 
@@ -8,41 +8,53 @@ from typing import TYPE_CHECKING
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home_writes import IoDone
 from sheepdog.cluster.core.ids import ObjectId
-from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES
+from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, COPY_PARALLEL
 from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.ports import Buffer
-from sheepdog.cluster.core.script import Script, Step, run
+from sheepdog.cluster.core.script import Script, Step, gather, run
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.gateway import Gateway
+    from sheepdog.cluster.core.router import Router
 
 
 def copy_large(
     gateway: Gateway, oid: ObjectId, source: ObjectId, size: int, offset: int, data: Buffer, flags: int, done: IoDone
 ) -> None:
     """Makes `oid` a copy of `source` with `data` laid over it; `flags` as of the SUBMIT that would create it."""
-    run(_chunks(gateway, oid, source, flags, size), _copied(gateway, oid, offset, data, flags, done))
+    script = copied_in_pieces(gateway.router, oid, source, flags & ~Flag.CREATE, size)
+    run(script, _copied(gateway, oid, offset, data, flags, done))
 
 
-def _chunks(gateway: Gateway, oid: ObjectId, cow_oid: ObjectId, flags: int, size: int) -> Script[int]:
-    """A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named."""
-    result, _ = yield lambda done: gateway.change(oid, flags, 0, size, b"", 0, done)
-    for start in range(0, size, COPY_CHUNK_BYTES):
+def copied_in_pieces(router: Router, oid: ObjectId, source: ObjectId, flags: int, size: int) -> Script[int]:
+    """Makes `oid` anew, a copy of `source`; `flags` of each change.
+
+    A large object is not held in memory as a whole. Nobody reads the copy before it is answered and named, so what is
+    there of it is left from a copy that was interrupted.
+    """
+    for flag, length in ((Flag.REMOVE, 0), (Flag.CREATE, size)):
+        result, _ = yield _change(router, oid, flags | flag, 0, length)
         if result:
-            break
-        length = min(COPY_CHUNK_BYTES, size - start)
-        result, chunk = yield _read_step(gateway, cow_oid, start, length)
-        if not result and bytes(chunk).count(0) != length:
-            result, _ = yield _write_step(gateway, oid, flags & ~Flag.CREATE, start, chunk)
+            return int(result)
+    starts = range(0, size, COPY_CHUNK_BYTES)
+    steps = [_copying(router, oid, source, flags, start, min(COPY_CHUNK_BYTES, size - start)) for start in starts]
+    results: list[int] = yield gather(steps, COPY_PARALLEL)
+    return next((result for result in results if result), int(Result.SUCCESS))
+
+
+def _copying(router: Router, oid: ObjectId, source: ObjectId, flags: int, start: int, length: int) -> Step:
+    return lambda done: run(_copy_piece(router, oid, source, flags, start, length), done)
+
+
+def _copy_piece(router: Router, oid: ObjectId, source: ObjectId, flags: int, start: int, length: int) -> Script[int]:
+    result, piece = yield lambda done: router.read(source, start, length, done)
+    if not result and bytes(piece).count(0) != length:
+        result, _ = yield _change(router, oid, flags, start, 0, piece)
     return int(result)
 
 
-def _read_step(gateway: Gateway, oid: ObjectId, offset: int, length: int) -> Step:
-    return lambda done: gateway.raw_read(oid, offset, length, done)
-
-
-def _write_step(gateway: Gateway, oid: ObjectId, flags: int, offset: int, data: Buffer) -> Step:
-    return lambda done: gateway.change(oid, flags, offset, 0, data, 0, done)
+def _change(router: Router, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer = b"") -> Step:
+    return lambda done: router.change(oid, flags, offset, length, data, 0, done)
 
 
 def _copied(

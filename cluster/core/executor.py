@@ -398,9 +398,12 @@ class Executor:
         return {"result": int(Result.SUCCESS), "changes": changes}
 
     def _move(self, operation: Values) -> Script[Values]:
-        vid = Vid(operation["vid"])
-        result = yield from self._gateway.router.moves.move(vid, self._freeze(vid, operation))
-        return {"result": result}
+        vid, moves = Vid(operation["vid"]), self._gateway.router.moves
+        freeze = self._freeze(vid, operation)
+        if "index" not in operation:
+            return {"result": (yield from moves.move(vid, freeze))}
+        result, owner = yield from moves.move_one(vid, operation["index"], freeze)
+        return {"result": result, "vid": owner}
 
     # -- late map writes -------------------------------------------------------------------------------------------
 

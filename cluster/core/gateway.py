@@ -16,10 +16,11 @@ from sheepdog.cluster.core.copying import copy_large
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.everyone import Everyone
 from sheepdog.cluster.core.gate import Gate
-from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid, is_data, is_inode, is_vmstate, vid_of
+from sheepdog.cluster.core.ids import ObjectId, Vid, index_of, inode_oid, is_data, is_inode, is_vmstate, vid_of
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES
 from sheepdog.cluster.core.messages import Flag, Kind
+from sheepdog.cluster.core.moves import is_moving
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.repair_order import repair
 from sheepdog.cluster.core.replica import Replica
@@ -45,6 +46,7 @@ class Gateway:
         self._everyone = everyone
         self.inode_write: ClientWrite | None = None  # set by the node: core.inode_writes
         self.inode_create: ClientWrite | None = None
+        self.move_object: Callable[[Vid, int, Callable[[Result, Vid], None]], None] | None = None  # core.operations
         self.coherence: Coherence | None = None  # set by the node
         self.claims: Claims | None = None  # set by the node
         self.push: Callable[[Vid, Callable[[int], None]], None] | None = None  # the cache's part of a flush
@@ -88,6 +90,36 @@ class Gateway:
 
     def create(self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         """A new object of its nominal size: zeros, or a copy of `cow_oid`, with the data laid over it."""
+        create = partial(self.create_next, oid, cow_oid, offset, data, durable, done)
+        if not self.moved_first(oid, create, partial(self.write, oid, offset, data, durable, done), done):
+            create()
+
+    def moved_first(self, oid: ObjectId, create: Callable[[], None], write: Callable[[], None], done: IoDone) -> bool:
+        """Before a client makes a large object of a volume whose redundancy changes (core.moves). False for all others.
+
+        The volume gets it as it was before, and a `write` follows; if its map names none, a `create`.
+        """
+        vid, order = vid_of(oid), self.move_object
+        large = is_data(oid) and self.context.size_of(oid) > COPY_CHUNK_BYTES
+        if order is None or not large or not is_moving(self.context.state.vdis, vid):
+            return False
+
+        def moved(result: Result, owner: Vid) -> None:
+            if result:
+                done(result, b"")
+            elif owner == vid:
+                write()
+            else:
+                create()
+
+        self.context.probe("gateway.moved_first")
+        order(vid, index_of(oid), moved)
+        return True
+
+    def create_next(
+        self, oid: ObjectId, cow_oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone
+    ) -> None:
+        """`create`, of an object that nothing else makes."""
         if not self.may_change(oid, done, lambda: self.create(oid, cow_oid, offset, data, durable, done)):
             return
         counters = self.context.counters

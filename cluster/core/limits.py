@@ -86,6 +86,7 @@ SWEEP_DELAY_NS: Final = 1_000_000_000  # after a deletion or a change of members
 RECLAIM_PARALLEL: Final = 64  # objects freed at a time: deleting a volume must not starve its neighbours
 ATTRIBUTE_PROBES: Final = 64  # places an attribute may move to when ids collide: 32-bit ids make even two rare
 COPY_CHUNK_BYTES: Final = 1 << 22  # of an object copied on write: one of the usual size at once, 2 GiB not
+COPY_PARALLEL: Final = 4  # pieces of a larger one at a time: the next are read while one is written, 16 MiB in memory
 
 CACHE_GROUP_BLOCKS: Final = 16  # a mark for 64 KiB: a random write marks once, a restart pushes little too much
 CACHE_PUSH_BYTES: Final = 1 << 20  # of one push: neighbours leave together, and no single one delays clients for long

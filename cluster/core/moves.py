@@ -4,6 +4,11 @@ The volume is snapshotted, and goes on under a vid of the new redundancy; a writ
 copies it, as after every snapshot. The moves copy the rest, a few objects at a time, each at any time and by anybody.
 When the volume owns all its objects, dog deletes the snapshot. It is known by its tag.
 
+An object that is copied in one piece exists when its copy is whole: who comes second, of a move and a client's write,
+finds it. One that is copied in several does not tell whether it is whole until the map names it. So in a volume with
+such objects all that are not in its map yet are made in the order of operations, those that clients write, too: each
+is copied and named, and then the client's data is laid over it (`Gateway.moved_first`).
+
 A client that has not read the map since may ask for an object that went with that snapshot, and gets the one that the
 volume has instead of it; what it writes of its old map does not bring that back.
 """
@@ -14,8 +19,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from sheepdog.cluster.core.context import Context
+from sheepdog.cluster.core.copying import copied_in_pieces
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, index_of, inode_oid, is_data, vid_of
+from sheepdog.cluster.core.ids import NO_VID, ObjectId, Vid, data_oid, index_of, inode_oid, is_data, vid_of
 from sheepdog.cluster.core.inode import map_offset, objects_of, unpack_map
 from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, MAX_MAP_ENTRIES, MOVE_BATCH, MOVE_PARALLEL
 from sheepdog.cluster.core.messages import Buffer, Flag
@@ -49,6 +55,12 @@ def went_back(vdis: VdiTable, record: VdiRecord, old: array[int], new: array[int
     ]
 
 
+def is_moving(vdis: VdiTable, vid: Vid) -> bool:
+    """Some objects of the volume may still be those of a snapshot that was taken to change its redundancy."""
+    ancestors = (vdis.get(ancestor) for ancestor in vdis.ancestors(vid))
+    return any(one is not None and one.tag == MOVED_TAG and not one.deleted for one in ancestors)
+
+
 class Moves:
     """Of one node."""
 
@@ -66,15 +78,39 @@ class Moves:
 
         `freeze` holds the volume's writes to the end of the operation. NO_SUPPORT for volumes that cannot be moved.
         """
-        record = self._context.state.vdis.get(vid)
+        vdis = self._context.state.vdis
+        record = vdis.get(vid)
         if record is None or record.deleted:
             return int(Result.NO_VDI)
-        if record.is_snapshot or record.store_policy or self._context.size_of(data_oid(vid, 0)) > COPY_CHUNK_BYTES:
+        large = self._is_large(vid)
+        if record.is_snapshot or record.store_policy or (large and not is_moving(vdis, vid)):
             return int(Result.NO_SUPPORT)
         result, entries = yield from self._map(record)
         if result:
             return int(result)
-        batch = [(index, Vid(owner)) for index, owner in enumerate(entries) if owner not in (0, vid)][:MOVE_BATCH]
+        count = 1 if large else MOVE_BATCH
+        batch = [(index, Vid(owner)) for index, owner in enumerate(entries) if owner not in (0, vid)][:count]
+        return (yield from self._move(vid, batch, freeze))
+
+    def move_one(self, vid: Vid, index: int, freeze: Step) -> Script[tuple[int, Vid]]:
+        """Gives the volume this large object. Also says whose it is then: the volume's, or nobody's.
+
+        It stays another's if the change of redundancy is over.
+        """
+        vdis = self._context.state.vdis
+        record = vdis.get(vid)
+        if record is None or record.deleted or record.is_snapshot:
+            return int(Result.NO_VDI if record is None or record.deleted else Result.READONLY), NO_VID
+        result, owner = yield from self._owner(vid, index)
+        if result or owner in (NO_VID, vid) or not is_moving(vdis, vid):
+            return result, owner
+        result = yield from self._move(vid, [(index, owner)], freeze)
+        return (result, NO_VID) if result else (yield from self._owner(vid, index))
+
+    def _is_large(self, vid: Vid) -> bool:
+        return self._context.size_of(data_oid(vid, 0)) > COPY_CHUNK_BYTES
+
+    def _move(self, vid: Vid, batch: list[tuple[int, Vid]], freeze: Step) -> Script[int]:
         results: list[int] = yield gather([self._copying(vid, index, owner) for index, owner in batch], MOVE_PARALLEL)
         if any(results) or not batch:
             return next((result for result in results if result), int(Result.SUCCESS))
@@ -87,8 +123,17 @@ class Moves:
         result, data = yield self._read(inode_oid(record.vid), map_offset(0), 4 * count)
         return int(result), unpack_map(b"" if result else data)
 
+    def _owner(self, vid: Vid, index: int) -> Script[tuple[int, Vid]]:
+        """Whose object the volume's map names."""
+        result, entry = yield self._read(inode_oid(vid), map_offset(index), 4)
+        return (int(result), NO_VID) if result else (int(Result.SUCCESS), Vid(unpack_map(entry)[0]))
+
     def _copying(self, vid: Vid, index: int, owner: Vid) -> Step:
-        return lambda done: run(self._copy(data_oid(vid, index), data_oid(owner, index)), done)
+        target, source = data_oid(vid, index), data_oid(owner, index)
+        if self._is_large(vid):
+            size = self._context.size_of(target)
+            return lambda done: run(copied_in_pieces(self._router, target, source, Flag.DURABLE, size), done)
+        return lambda done: run(self._copy(target, source), done)
 
     def _copy(self, target: ObjectId, source: ObjectId) -> Script[int]:
         """The source belongs to a snapshot, so it stays as it is. A client may make the target at the same time: it
@@ -106,15 +151,20 @@ class Moves:
 
     def _name(self, vid: Vid, index: int, owner: Vid) -> Script[int]:
         """The map names the own object where it still has the old one; nobody writes meanwhile."""
-        oid, offset = inode_oid(vid), map_offset(index)
-        result, entry = yield self._read(oid, offset, 4)
-        if result or unpack_map(entry)[0] != owner:
+        oid, own = inode_oid(vid), data_oid(vid, index)
+        result, named = yield from self._owner(vid, index)
+        if result:
+            return result
+        if named != owner:
+            if named == NO_VID and self._is_large(vid):  # it was discarded while it was copied
+                self._context.probe("moves.discarded")
+                result, _ = yield lambda done: self._router.change(own, Flag.REMOVE, 0, 0, b"", 0, done)
             return int(result)
-        result, _ = yield self._read(data_oid(vid, index), 0, 1)
+        result, _ = yield self._read(own, 0, 1)
         if result:
             return int(result)
         data = (vid).to_bytes(4, "little")
-        result, _ = yield lambda done: self._router.change(oid, Flag.DURABLE, offset, 0, data, 0, done)
+        result, _ = yield lambda done: self._router.change(oid, Flag.DURABLE, map_offset(index), 0, data, 0, done)
         return int(result)
 
     # -- reads of what was moved -------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class Node:
         self.operations = Operations(self.context)
         self.copies = Copies(self.context, state, self._must_work, self.operations.settled)
         self.gateway = Gateway(self.context, self.copies.replica, self.everyone)
+        self.gateway.move_object = self.operations.move_object
         self.coherence = self.gateway.coherence = Coherence(self.context, self.everyone, self.operations)
         self.cache_disk = cache_disk
         identity = "" if cache_disk is None else cache_disk.identity

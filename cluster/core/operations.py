@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import policy_of
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import Vid
+from sheepdog.cluster.core.ids import NO_VID, Vid
 from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT, RETRY_DELAY_NS
 from sheepdog.cluster.core.state import STORE_NAMES, Status, node_key
 from sheepdog.cluster.core.vdi import VdiRecord
 
 VdiDone: TypeAlias = Callable[[Result, VdiRecord | None], None]
 ResultDone: TypeAlias = Callable[[Result], None]
+MoveDone: TypeAlias = Callable[[Result, Vid], None]
 AttributeDone: TypeAlias = Callable[[Result, int, int], None]
 Values: TypeAlias = dict[str, Any]
 
@@ -158,6 +159,11 @@ class Operations:
     def move_objects(self, vid: Vid, done: ResultDone) -> None:
         """Gives a volume some objects of its own in place of those that snapshots share with it (core.moves)."""
         self._queue({"op": "move", "vid": vid}, lambda values: done(Result(values["result"])))
+
+    def move_object(self, vid: Vid, index: int, done: MoveDone) -> None:
+        """Gives a volume this large object of its own, if others' are being replaced; whose it is then (core.moves)."""
+        operation = {"op": "move", "vid": vid, "index": index}
+        self._queue(operation, lambda values: done(Result(values["result"]), Vid(values.get("vid", NO_VID))))
 
     def late_map_write(self, vid: Vid, made: list[tuple[int, int]], done: ResultDone) -> None:
         """A client wrote its own objects into the map of the frozen `vid`: the volume that goes on gets those entries

@@ -27,6 +27,8 @@ ELSEWHERE = {
     "cache.read_pushed": "tests/sim/test_cache.py",
     "cache.unreadable_clean": "tests/sim/test_cache.py",
     "claims.revoke": "tests/sim/test_cache.py",
+    "gateway.moved_first": "tests/sim/test_moves.py",
+    "moves.discarded": "tests/sim/test_moves.py",
     "recovery.delay_ended": "tests/sim/test_recovery_delay.py",
     "recovery.skipped": "tests/sim/test_full_nodes.py",
     "replica.own_bytes_gone": "tests/sim/test_own_bytes.py",

@@ -10,7 +10,7 @@ from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import Vid, inode_oid
 from sheepdog.cluster.core.inode import InodeHeader
-from sheepdog.cluster.core.limits import COPY_CHUNK_BYTES, DEFAULT_COPIES
+from sheepdog.cluster.core.limits import DEFAULT_COPIES
 from sheepdog.cluster.core.moves import MOVED_TAG
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
@@ -102,8 +102,8 @@ def _convert(
     if unfinished is None:
         if same:
             raise Failure(f"{word}'s redundancy level is already set to {wanted}, nothing changed.")
-        if inode.store_policy or inode.object_size > COPY_CHUNK_BYTES:
-            raise Failure(f"{word} is a hyper volume or has objects above 4 MB: its redundancy level stays.")
+        if inode.store_policy:
+            raise Failure(f"{word} is a hyper volume: its redundancy level stays.")
         _ask(
             context,
             copies,
