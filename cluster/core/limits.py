@@ -100,3 +100,13 @@ CACHE_READ_AHEAD_MIN_BYTES: Final = 64 << 10  # the window when a second read co
 CACHE_READ_AHEAD_MAX_BYTES: Final = 1 << 20  # ... up to this
 CACHE_QUIET_NS: Final = 10_000_000_000  # a volume that another gateway wanted is not cached again for so long
 CACHE_END_NS: Final = 20_000_000_000  # an orderly end pushes for so long; the rest stays for the next start
+
+JOURNALED_BYTES: Final = 64 << 10  # a larger write goes to its file at once: the journal would take as long again
+JOURNALED_NOSYNC_BYTES: Final = 16 << 10  # without syncs it saves no wait: writing twice pays for small ones only
+JOURNAL_READ_BYTES: Final = 4 << 20  # larger than any record: reading a mostly empty segment whole took seconds
+JOURNAL_DAMAGE_BYTES: Final = 16 << 20  # looked at behind it: what is not synced is less, so a later record is nearer
+OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the journal is synced although nobody waits
+OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
+OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
+NO_ROOM_RETRY_NS: Final = 1_000_000_000  # between tries: a few failing writes, and people wait for seconds anyway
+CHECKPOINT_PARALLEL: Final = 2  # copies brought up to date at a time: the journal's syncs must find a free thread

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.limits import CHECKPOINT_PARALLEL
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.applier import Applier
@@ -22,8 +22,6 @@ from sheepdog.cluster.host.object_file import Copy, seal_trailer, write_sealed
 from sheepdog.cluster.host.pipeline import Pipeline
 from sheepdog.cluster.host.records import RecordKind
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
-
-PARALLEL: Final = 2  # copies brought up to date at a time: the journal's syncs must find a free thread
 
 
 class Checkpoints:
@@ -64,7 +62,7 @@ class Checkpoints:
         batch = list(self._applier.touched)
         self._applier.touched.clear()
         batch.reverse()
-        left = min(PARALLEL, len(batch)) + 1
+        left = min(CHECKPOINT_PARALLEL, len(batch)) + 1
 
         def ended(error: StoreError | None = None) -> None:
             # A failed disk is out of service; the others' copies do not need the segment any more.
@@ -76,9 +74,7 @@ class Checkpoints:
         def step(error: StoreError | None = None) -> None:
             while batch:
                 copy = batch.pop()
-                if _is_open(
-                    copy
-                ):  # else `settle` is done at once: here, or each would be a call inside of the last one's
+                if _is_open(copy):  # else `settle` would be done at once, each a call inside of the last one's
                     self.settle(copy, step)
                     return
             ended()

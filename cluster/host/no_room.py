@@ -8,15 +8,13 @@ be emptied any more, all but what makes room: removals, and inodes, which name w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 from sheepdog.cluster.core.ids import is_inode, plain_oid
+from sheepdog.cluster.core.limits import NO_ROOM_RETRY_NS
 from sheepdog.cluster.core.ports import Clock, Log
 from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.journal import Journal
 from sheepdog.cluster.host.object_file import Copy
-
-RETRY_NS: Final = 1_000_000_000  # between tries: a few failing writes, and people wait for seconds anyway
 
 
 class NoRoom:
@@ -36,7 +34,7 @@ class NoRoom:
         self._calls.append((home, again))
         if not self.waiting:
             self.waiting = True
-            self._clock.after(RETRY_NS, self._try_again)
+            self._clock.after(NO_ROOM_RETRY_NS, self._try_again)
 
     def _try_again(self) -> None:
         calls, self._calls = self._calls, []
@@ -49,7 +47,7 @@ class NoRoom:
                 home.full = False
                 self._log(5, f"{home.path}: there is room again")
         if self._calls:
-            self._clock.after(RETRY_NS, self._try_again)
+            self._clock.after(NO_ROOM_RETRY_NS, self._try_again)
         else:
             self.waiting = False
 

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
+from sheepdog.cluster.core.limits import OVERLAY_AGE_NS, OVERLAY_LIMIT_BYTES, OVERLAY_SYNC_BYTES
 from sheepdog.cluster.core.ports import Clock, Done
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.journal import Journal
@@ -22,10 +23,6 @@ from sheepdog.cluster.host.records import Record, RecordKind, record_size
 
 AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
 """Calls once at the end of the loop's present turn, on the loop's thread."""
-
-OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the journal is synced although nobody waits
-OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
-OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
 
 _ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE))
 
