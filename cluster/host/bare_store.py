@@ -14,6 +14,8 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.host import replay, trailer
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.directory import ObjectDirectory
+from sheepdog.cluster.host.journal_scan import Found, scan
+from sheepdog.cluster.host.last_journal import LastJournal
 from sheepdog.cluster.host.node_state import DirectoryLock
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.scratch_disk import ScratchDisk
@@ -58,7 +60,7 @@ class BareStore:
         self.copies = Copies(self.disk, ThreadWorkers(call_soon), log, lambda *_: None, lambda _: None)
         for directory in directories:
             self._add(directory, node, log)
-        replay.replay(self.copies, replay.scan(self.disk, journal_directory or self.metadata, node, log), log)
+        replay.replay(self.copies, self._journal(journal_directory, node, log), log)
         for copy in self.copies.by_oid.values():
             self.release(copy)
 
@@ -81,6 +83,19 @@ class BareStore:
             if identity is not None:
                 return identity.node
         raise failure
+
+    def _journal(self, directory: str | None, node: bytes, log: Callable[[int, str], None]) -> Found:
+        last = LastJournal(self.disk, self.metadata, directory, log)
+        try:
+            found = last.look(node)
+        except UsageError as error:
+            if not _is_damaged(error):
+                raise
+            log(3, str(error))
+            found = scan(self.disk, last.directory, node, log)
+        if found.missing:
+            log(3, found.missing)
+        return found
 
     def _add(self, directory: str, node: bytes, log: Callable[[int, str], None]) -> None:
         try:

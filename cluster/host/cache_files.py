@@ -85,7 +85,7 @@ class CacheFiles:
                 self._log(4, f"object cache in {self._path}: the host has failed since; it begins empty")
             if (self._path / "obj").exists():  # the identity is replaced, and stays until everything else has gone
                 shutil.rmtree(self._path / "obj")
-            for path in self._path.glob("journal_file*"):
+            for path in self._path.glob("journal*"):
                 path.unlink()
             identity = uuid.uuid4().hex
         self._note(identity, boot)

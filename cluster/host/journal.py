@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from struct import Struct
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import (
@@ -30,35 +30,45 @@ from sheepdog.cluster.host.workers import Workers
 
 SEGMENT_HEADER: Final = 512
 SEGMENT_MAGIC: Final = b"SHEEPJNL"
-SEGMENT_FORMAT: Final = 1
+SEGMENT_FORMAT: Final = 2
+NO_JOURNAL: Final = bytes(16)  # the id of those of format 1, which had none
 MAX_SEGMENT_BYTES: Final = (1 << SEGMENT_SHIFT) - BLOCK_SIZE  # a place in a segment is the lower 32 bits of its lsn
 SEGMENT_RESERVE_BYTES: Final = 64 << 10  # of a segment for the journal's own records: end, checkpoints, done
 VECTORS: Final = 1000  # buffers of one gathered write: below IOV_MAX (1024)
 AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come: 1 ms of a disk's time
 AHEAD_LEAST_BYTES: Final = 256 << 10  # what is ready for the records that come while a sync runs
 
-_SEGMENT = Struct("<8sIIQ16s")  # magic, format, number, bytes of the segment, the node's id
+_SEGMENT = Struct("<8sIIQ16s16s")  # magic, format, then as SegmentHeader
 _CHECKSUM = Struct("<Q")
 _PADS: Final = [bytes(count) for count in range(8)]
 
 
-def encode_segment_header(number: int, size: int, node: bytes) -> bytes:
-    head = _SEGMENT.pack(SEGMENT_MAGIC, SEGMENT_FORMAT, number, size, node)
+class SegmentHeader(NamedTuple):
+    """What a segment begins with. `journal` is the id of the pair of files that it is in."""
+
+    number: int
+    size: int  # of the file, in bytes
+    node: bytes
+    journal: bytes
+
+
+def encode_segment_header(header: SegmentHeader) -> bytes:
+    head = _SEGMENT.pack(SEGMENT_MAGIC, SEGMENT_FORMAT, *header)
     head += bytes(SEGMENT_HEADER - len(head) - _CHECKSUM.size)
     return head + _CHECKSUM.pack(block_hash(head))
 
 
-def decode_segment_header(data: Buffer) -> tuple[int, int, bytes] | None:
-    """(number, size, node id) of a segment; None when these bytes are none; UsageError for another format."""
+def decode_segment_header(data: Buffer) -> SegmentHeader | None:
+    """None when these bytes are none; UsageError for another format. Format 1 has zeros where the journal's id is."""
     if len(data) < SEGMENT_HEADER:
         return None
-    magic, form, number, size, node = _SEGMENT.unpack_from(data)
+    magic, form, *fields = _SEGMENT.unpack_from(data)
     view = memoryview(data)[: SEGMENT_HEADER - _CHECKSUM.size]
     if magic != SEGMENT_MAGIC or block_hash(view) != _CHECKSUM.unpack_from(data, len(view))[0]:
         return None
-    if form != SEGMENT_FORMAT:
+    if form not in (1, SEGMENT_FORMAT):
         raise UsageError(f"format {form}, this version reads {SEGMENT_FORMAT}")
-    return number, size, node
+    return SegmentHeader(*fields)
 
 
 def segment_path(directory: str, index: int) -> str:
@@ -92,16 +102,18 @@ class Journal:
         directory: str,
         segment_bytes: int,
         node: bytes,
+        identity: bytes,
         disk: Disk,
         workers: Workers,
         failed: Callable[[OSError], None],
         before: WrittenBefore | None = None,
     ) -> None:
-        """`before`: what must not be lost when a record is there."""
+        """`identity`: the journal's id; `before`: what must not be lost when a record is there."""
         self._before = before
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._node = node
+        self.identity = identity
         self._disk = disk
         self._workers = workers
         self._failed = failed
@@ -149,13 +161,18 @@ class Journal:
     def _begin(self, number: int) -> None:
         self._number = number
         self._offset = SEGMENT_HEADER
-        self._queue = [encode_segment_header(number, self._segment_bytes, self._node)]
+        self._queue = [encode_segment_header(SegmentHeader(number, self._segment_bytes, self._node, self.identity))]
         self._queue_start = 0
 
     @property
     def position(self) -> int:
         """lsn of the next record."""
         return self._number << SEGMENT_SHIFT | self._offset
+
+    @property
+    def number(self) -> int:
+        """Of the segment that is written."""
+        return self._number
 
     @property
     def segment_start(self) -> int:

@@ -7,7 +7,7 @@
     stale     strips that are to be made anew
     undo      what strips need to go back, appended (undo_file.py)
     undo.old  the same, of some time before: what led from it to here may be durable only now
-    reserve   room for all these, given up when the disk is full
+    reserve   room for all these, given up when the disk is full (reserve.py)
 
 Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
 order, also with `-n`: they are rare, and a cold start depends on them. With `-n` undo is not synced.
@@ -25,8 +25,9 @@ from typing import Final
 from sheepdog.cluster.core.errors import Corrupt, DiskError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Done, Log, Proven
-from sheepdog.cluster.host.directory import is_no_room, make_directory, read_file, write_file
+from sheepdog.cluster.host.directory import make_directory, read_file, write_file
 from sheepdog.cluster.host.disk import Disk
+from sheepdog.cluster.host.reserve import Reserve
 from sheepdog.cluster.host.undo_file import UndoFile
 from sheepdog.cluster.host.workers import Workers
 
@@ -40,8 +41,6 @@ _EPOCH = struct.Struct("<8sIQQI")  # magic, format, epoch, began (Unix seconds),
 _EPOCH_MAGIC: Final = b"SHEEPEPO"
 _MEMBER = struct.Struct("<16sHIIQQ")  # address, port, zone, vnodes, space, incarnation
 _FORMAT: Final = 1
-RESERVE_BYTES: Final = 128 << 10  # epochs of 200 nodes for a dozen changes: then somebody has made room, or noticed
-_RESERVE: Final = "reserve"
 
 
 class DirectoryLock:
@@ -82,6 +81,7 @@ class NodeStateFiles:
         self._log = log
         self._queue: deque[tuple[Callable[[], None], Done]] = deque()
         self._running = False
+        self._reserve = Reserve(disk, directory)
         self.undo = UndoFile(directory, disk, log, nosync)
 
     def open(self) -> None:
@@ -162,7 +162,7 @@ class NodeStateFiles:
     def forget_settled(self) -> None:
         """A disk is not here any more: nothing is proven, not all is remembered. Before the node starts; OSError."""
         data = _SETTLED.pack(_SETTLED_MAGIC, _SETTLED_FORMAT, *Proven())
-        self._with_room(lambda: write_file(self._disk, self._directory, "settled", data))
+        self._reserve.with_room(lambda: write_file(self._disk, self._directory, "settled", data))
 
     def load_proven(self) -> Proven:
         """Nothing when nothing was ever proven, or when the file is damaged: then everything is compared again."""
@@ -209,37 +209,7 @@ class NodeStateFiles:
                 done(None)
             self._next()
 
-        self._workers.run(lambda: self._with_room(change), finished)
-
-    def _with_room(self, change: Callable[[], None]) -> None:
-        """A full disk must not keep a node from following its cluster: what was set aside is used."""
-        try:
-            change()
-        except OSError as error:
-            if not is_no_room(error):
-                raise
-            try:
-                self._disk.unlink(f"{self._directory}/{_RESERVE}")
-            except FileNotFoundError:
-                raise error from None
-            change()
-        else:
-            self._set_room_aside()
-
-    def _set_room_aside(self) -> None:
-        """If there is any."""
-        path = f"{self._directory}/{_RESERVE}"
-        try:
-            fd = self._disk.open(path, os.O_RDWR | os.O_CREAT)
-        except OSError:
-            return
-        try:
-            if self._disk.info(fd).length < RESERVE_BYTES:
-                self._disk.allocate(fd, RESERVE_BYTES)
-        except OSError:
-            pass
-        finally:
-            self._disk.close(fd)
+        self._workers.run(lambda: self._reserve.with_room(change), finished)
 
 
 def encode_epoch(record: EpochRecord) -> bytes:

@@ -16,7 +16,7 @@ from typing import Final
 
 from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, OutOfRange, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
-from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.limits import BLOCK_SIZE, JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
 from sheepdog.cluster.host import replay, trailer
 from sheepdog.cluster.host.applier import Applier
@@ -24,7 +24,9 @@ from sheepdog.cluster.host.checkpoint import Checkpoints
 from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
 from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
 from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.journal import MAX_SEGMENT_BYTES, Journal, WrittenBefore
+from sheepdog.cluster.host.journal import Journal, WrittenBefore
+from sheepdog.cluster.host.journal_scan import Found
+from sheepdog.cluster.host.last_journal import LastJournal
 from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, write_trailer
@@ -33,7 +35,7 @@ from sheepdog.cluster.host.reading import Reads, in_range
 from sheepdog.cluster.host.rebalance import Rebalance
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind, cut_blocks
 from sheepdog.cluster.host.restore import Restores
-from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions, default_journal_bytes
+from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash, block_hashes
@@ -42,10 +44,6 @@ from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
-# Larger writes go to the file at once and leave only their hashes in the journal. Without syncs the journal saves no
-# wait for the disk, so that writing twice pays for small ones only.
-JOURNALED_BYTES: Final = 64 << 10
-JOURNALED_BYTES_NOSYNC: Final = 16 << 10
 
 
 class ObjectStore:
@@ -79,14 +77,14 @@ class ObjectStore:
         self._on_disk_failure = on_disk_failure
         self._options = options
         self._nosync = options.nosync
-        self._journaled_bytes = JOURNALED_BYTES_NOSYNC if options.nosync else JOURNALED_BYTES
+        self._journaled_bytes = JOURNALED_NOSYNC_BYTES if options.nosync else JOURNALED_BYTES
         self._random_bytes = random_bytes
         self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
         self._syncs = FileSyncs(disk, workers, self.copies.sync_failed, self._synced, self._large_writes_done)
         self._directory_syncs = DirectorySyncs(workers, self.copies.sync_failed)
         self._no_room = NoRoom(clock, log)
         self._applier = Applier(self.copies, self._syncs, self._directory_syncs, self._no_room, options.nosync)
-        self._journal_directory = options.journal_directory or metadata
+        self._last_journal = LastJournal(disk, metadata, options.journal_directory, log)
         self._by_oid = self.copies.by_oid
         self._reads = Reads(self.copies)
         self._verifying = Verifying(self.copies, self._rewrite)
@@ -97,28 +95,15 @@ class ObjectStore:
         """Makes the directories, learns what is there and replays the journal; blocks. UsageError, OSError."""
         make_directory(self._disk, self._metadata)
         make_directory(self._disk, f"{self._metadata}/obj")  # empty when other directories are named (cli.md 1.2)
-        if self._journal_directory != self._metadata:
-            make_directory(self._disk, self._journal_directory)
         self.node = node_identity(self._disk, self._metadata, self._random_bytes)
         self.disks = Disks(self.copies, self._metadata, self.node, self._open_disk, self._forget_proven)
         self.disks.open(self._directories)
-        found = replay.scan(self._disk, self._journal_directory, self.node, self._log)
-        if not self._options.journal_skip:
-            replay.replay(self.copies, found, self._log, disk_missing=self.disks.some_missing())
-        elif found.records:
-            self._log(4, f"{len(found.records)} records of the journal are skipped, as -j skip asks")
+        found = self._last_journal.find(self.node, self._options.journal_skip)
+        replay.replay(self.copies, found, self._log, disk_missing=self.disks.some_missing())
+        if found.incomplete:  # what it created or removed is not known here
+            self._forget_proven()
         self.disks.settle()
-        size = self._options.journal_bytes or self._default_journal_bytes(found)
-        self._journal = Journal(
-            self._journal_directory,
-            min(size // 2 & ~_BLOCK_MASK, MAX_SEGMENT_BYTES),
-            self.node,
-            self._disk,
-            self._workers,
-            self._journal_failed,
-            self._before,
-        )
-        self._journal.start(found.next_number)
+        self._open_journal(found)
         self._pipeline = Pipeline(
             self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
         )
@@ -134,6 +119,23 @@ class ObjectStore:
             Uncached(self.copies, self._clock).begin()
         self.rebalance = Rebalance(self.copies, self._clock, lambda done: self._pipeline.flush(None, done))
 
+    def _open_journal(self, found: Found) -> None:
+        """Begins a new segment, and notes where; what was found is in place."""
+        last = self._last_journal
+        make_directory(self._disk, last.directory)
+        self._journal = Journal(
+            last.directory,
+            last.segment_bytes(found, self._options.journal_bytes),
+            self.node,
+            last.identity(found, self._random_bytes),
+            self._disk,
+            self._workers,
+            self._journal_failed,
+            self._before,
+        )
+        self._journal.start(found.next_number)
+        last.started(self._journal)
+
     def _open_disk(self, directory: str) -> ObjectDirectory:
         home = ObjectDirectory(self._disk, directory, self._log)
         home.prepare()
@@ -142,12 +144,6 @@ class ObjectStore:
         home.doubtful = self.disks.is_doubtful(home)
         self.copies.add_home(home)
         return home
-
-    def _default_journal_bytes(self, found: replay.Found) -> int:
-        """What is there already, else by the free space."""
-        if found.journal_bytes:
-            return found.journal_bytes
-        return default_journal_bytes(self._disk.space(self._journal_directory).free)
 
     def close(self, done: Callable[[], None]) -> None:
         """Brings everything into the files, durably, and leaves the journal empty; writes the index for the next start.
@@ -168,6 +164,8 @@ class ObjectStore:
                 except OSError as failure:
                     self._log(4, f"{home.path}: no index written: {failure}")
             self.copies.files.close_all()
+            if self._pipeline.error is None:
+                self._last_journal.emptied(self._journal)
             self._journal.close()
             done()
 
@@ -489,10 +487,11 @@ class ObjectStore:
         self._checkpoints.begin(self._pipeline)
 
     def _journal_failed(self, error: OSError) -> None:
-        text = f"journal in {self._journal_directory}: {error.strerror or error}"
+        directory = self._last_journal.directory
+        text = f"journal in {directory}: {error.strerror or error}"
         self._log(2, f"{text}: this node cannot store any more")
         self._pipeline.fail(DiskError(text))
-        self._on_disk_failure(self._journal_directory, text, True)
+        self._on_disk_failure(directory, text, True)
 
 
 def ignore(error: StoreError | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading the journal after a crash, and making its records true in the object files.
+"""Making the records of the journal true in the object files, after a crash.
 
 Replaying twice gives the same as once, and a crash in the middle of it changes nothing: the journal is written again
 only when everything is on the disk. For each block the newest record counts. A large write whose bytes did not get to
@@ -8,7 +8,6 @@ bytes are equal to no other copy's.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,141 +20,12 @@ from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room, write_all
-from sheepdog.cluster.host.disk import Disk
-from sheepdog.cluster.host.journal import SEGMENT_HEADER, decode_segment_header, segment_path
+from sheepdog.cluster.host.journal_scan import Found
 from sheepdog.cluster.host.object_file import Copy, write_trailer
-from sheepdog.cluster.host.records import (
-    RECORD_MAGIC,
-    SEGMENT_SHIFT,
-    Parsed,
-    RecordKind,
-    cut_blocks,
-    parse,
-)
+from sheepdog.cluster.host.records import Parsed, RecordKind, cut_blocks
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, ZERO_BLOCK, block_count, hash_of
 
 VERSION_GAP: Final = 1 << VERSION_STEP_BITS  # home counts in these steps; what lies between belongs to torn copies
-
-READ_STEP_BYTES: Final = 4 << 20  # larger than any record: reading a mostly empty segment whole took seconds
-DAMAGE_SEARCH_BYTES: Final = 16 << 20  # what the journal lets be unsynced is less: a later record is nearer
-_NOTHING: Final = memoryview(bytes(READ_STEP_BYTES))
-_MAGIC_BYTES: Final = RECORD_MAGIC.to_bytes(4, "little")
-_MAGIC_OFFSET: Final = 8  # in a record
-
-
-@dataclass(slots=True)
-class Found:
-    """What the journal holds: the records that may not be in place, in order."""
-
-    records: list[Parsed] = field(default_factory=list)
-    segments: dict[int, memoryview] = field(default_factory=dict)
-    next_number: int = 1
-    journal_bytes: int = 0  # size of the journal as it is; 0: there is none
-
-    def payload(self, record: Parsed) -> memoryview:
-        segment = self.segments[record.lsn >> SEGMENT_SHIFT]
-        start = (record.lsn & (1 << SEGMENT_SHIFT) - 1) + record.payload_offset
-        return segment[start : start + record.payload_length]
-
-
-def scan(disk: Disk, directory: str, node: bytes, log: Log) -> Found:
-    """Reads both segments; UsageError for a journal of another node, OSError."""
-    found = Found()
-    for index in (0, 1):
-        path = segment_path(directory, index)
-        data = _read(disk, path)
-        header = None if data is None else _read_header(data, path, log)
-        if data is None or header is None:
-            continue
-        number, size, owner = header
-        if owner != node:
-            raise UsageError(f"{path} belongs to another node ({owner.hex()})")
-        if size == len(data):
-            found.segments[number] = data
-            found.journal_bytes = 2 * size
-        found.next_number = max(found.next_number, number + 1)
-    numbers = sorted(found.segments)
-    if len(numbers) == 2 and numbers[1] != numbers[0] + 1:
-        del numbers[0]  # left from long ago
-    scanned = [_scan_segment(found.segments[number], number) for number in numbers]
-    everything = [record for records in scanned for record in records]
-    in_place = max((record.offset for record in everything if record.kind == RecordKind.CHECKPOINT), default=0)
-    for number, records in zip(numbers, scanned, strict=True):
-        found.records += records
-        ended = bool(records) and records[-1].kind == RecordKind.END
-        if not ended and in_place < number + 1 << SEGMENT_SHIFT:
-            _report_damage(found.segments[number], number, everything, segment_path(directory, number & 1), log)
-            break  # what the next segment has was never durable
-    ignored = (RecordKind.CHECKPOINT, RecordKind.END)
-    found.records = [record for record in found.records if record.lsn >= in_place and record.kind not in ignored]
-    return found
-
-
-def _read(disk: Disk, path: str) -> memoryview | None:
-    try:
-        fd = disk.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        length = disk.info(fd).length
-        if not length:
-            return memoryview(b"")
-        data = memoryview(mmap.mmap(-1, length))  # zeros that take no memory until they are touched
-        for start in range(0, length, READ_STEP_BYTES):
-            piece = data[start : start + READ_STEP_BYTES]
-            if disk.preadv(fd, [piece], start) < len(piece):
-                return data[:start]  # cut short: no segment of ours
-            if piece == _NOTHING[: len(piece)]:
-                break  # no record has so many zeros: what follows was never written in this segment's time
-    finally:
-        disk.close(fd)
-    return data
-
-
-def _read_header(data: memoryview, path: str, log: Log) -> tuple[int, int, bytes] | None:
-    """None for a segment that was never begun, and for a rotten one: a header is an atom, a crash does not tear it."""
-    try:
-        header = decode_segment_header(data)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    if header is None and any(data[:SEGMENT_HEADER]):
-        log(2, f"{path}: it is damaged at byte 0, its header: the writes of this node that it has are lost here")
-    return header
-
-
-def _scan_segment(data: memoryview, number: int) -> list[Parsed]:
-    """Records up to the first that does not fit, or to the end: then the journal goes on in the next segment."""
-    records: list[Parsed] = []
-    position = SEGMENT_HEADER
-    while (record := parse(data, position, number << SEGMENT_SHIFT | position)) is not None:
-        records.append(record)
-        position += record.total
-        if record.kind == RecordKind.END:
-            break
-    return records
-
-
-def _report_damage(data: memoryview, number: int, valid: list[Parsed], path: str, log: Log) -> None:
-    """Tells rot from a torn tail: a later record, here or in the next segment, that knew this place to be durable
-    proves rot. `valid`: those of both segments that can be reached."""
-    position = SEGMENT_HEADER + sum(record.total for record in valid if record.lsn >> SEGMENT_SHIFT == number)
-    lsn = number << SEGMENT_SHIFT | position
-    if any(record.durable_lsn > lsn for record in valid if record.lsn > lsn) or _knew_better(data, position, lsn):
-        log(2, f"{path}: it is damaged at byte {position}: later writes of this node are lost here")
-
-
-def _knew_better(data: memoryview, position: int, lsn: int) -> bool:
-    """Is there a record behind the invalid one at `position` that knew it to be durable?"""
-    raw = bytes(data[position : position + DAMAGE_SEARCH_BYTES])
-    at = raw.find(_MAGIC_BYTES, _MAGIC_OFFSET)
-    while at >= 0:
-        start = position + at - _MAGIC_OFFSET
-        if start % 8 == 0:
-            record = parse(data, start, lsn - position + start)
-            if record is not None and record.durable_lsn > lsn:
-                return True
-        at = raw.find(_MAGIC_BYTES, at + 1)
-    return False
 
 
 def torn_version(version: Version, random_number: int) -> Version:

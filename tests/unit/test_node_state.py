@@ -15,7 +15,8 @@ from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
 from sheepdog.cluster.core.ports import Buffer, Proven
 from sheepdog.cluster.host.directory import write_file
 from sheepdog.cluster.host.disk import RealDisk
-from sheepdog.cluster.host.node_state import RESERVE_BYTES, DirectoryLock, NodeStateFiles
+from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
+from sheepdog.cluster.host.reserve import RESERVE_BYTES
 from sheepdog.cluster.host.workers import ThreadWorkers
 
 

@@ -18,8 +18,8 @@ from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid
+from sheepdog.cluster.core.limits import JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Done
-from sheepdog.cluster.host.object_store import JOURNALED_BYTES, JOURNALED_BYTES_NOSYNC
 from sheepdog.cluster.host.replay import VERSION_GAP
 from sheepdog.cluster.host.store_options import StoreOptions
 
@@ -58,7 +58,7 @@ class Workload:
         self.rng = random.Random(seed)
         self.disk = SimDisk(seed, miss_rate=0.2)
         options = StoreOptions(nosync=nosync, journal_bytes=JOURNAL_BYTES)
-        self._journaled = JOURNALED_BYTES_NOSYNC if nosync else JOURNALED_BYTES
+        self._journaled = JOURNALED_NOSYNC_BYTES if nosync else JOURNALED_BYTES
         self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
         self.started = len(self.disk.log)
         self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}

@@ -73,7 +73,7 @@ def test_a_journal_in_a_place_of_its_own(tmp_path: Path) -> None:
     driver.write(OID, 0, b"b" * BLOCK, v(2))  # only the journal has it
     driver.crash()
     assert journal_bytes(fast) == MIB
-    assert not list(meta.glob("journal*"))
+    assert not list(meta.glob("journal_file*"))
     assert check(str(meta), print, str(fast)).clean
     with pytest.raises(UsageError, match=f"{fast}/journal_file1 belongs to another node"):
         StoreDriver(str(tmp_path / "other"), options=options, seed=1)
@@ -176,10 +176,10 @@ def test_a_rotten_header_of_a_segment_is_told(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = crashed(tmp_path)
     data = bytearray(path.read_bytes())
-    data[8:12] = (2).to_bytes(4, "little")
+    data[8:12] = (3).to_bytes(4, "little")
     data[SEGMENT_HEADER - 8 : SEGMENT_HEADER] = block_hash(data[: SEGMENT_HEADER - 8]).to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(UsageError, match=f"{path}: format 2, this version reads 1"):
+    with pytest.raises(UsageError, match=f"{path}: format 3, this version reads 2"):
         StoreDriver(str(tmp_path), options=SMALL)
     assert path.read_bytes() == data
 
