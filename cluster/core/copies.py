@@ -132,7 +132,15 @@ class Copies:
 
     def end_epoch(self) -> None:
         """Keeps what is known of the copies at the end of the epoch that is over."""
-        self._standing.advance(self._context.epoch, self.replica, self._context.store.inventory())
+        context = self._context
+        nodes, home_of = context.placement.nodes, context.placement.home
+        in_flight = [*self.replica.unstable(), *self.at_home().writing]
+
+        def equal(oid: ObjectId) -> bool:
+            home = home_of(oid)
+            return home is not None and nodes[home] in self._complete
+
+        self._standing.advance(context.epoch, self.replica, context.store.inventory(), in_flight, equal)
 
     def begin(self) -> None:
         """A new epoch: what is here is settled anew. `home` is set before the first message of it."""
@@ -184,6 +192,7 @@ class Copies:
             home = placement.home(oid)
             if home is not None and not (version == NO_VERSION and oid in self._standing.lacking):
                 by_home[home].append(Holding(oid, version, self._standing.as_of(oid, version)))
+                by_home[home].extend(self._standing.unsettled(oid, version))
                 if oid >> STRIP_SHIFT:
                     steps = self.replica.strips.undo.steps(oid, version)
                     by_home[home].extend(

@@ -13,6 +13,9 @@ should have held then and does not list was deleted.
  deleted             some member, complete beyond all those epochs, was a replica then and has no copy
  superseded          in an epoch after the best copy's as_of all of the object's replicas were nodes that are away now:
                      they may have written it, so nothing here can be trusted until one of them is back (core.past)
+ unsettled           a copy may have a write that was under way when the epoch ended. Copies of nodes that are away may
+                     lack it, so nobody reads it before all replicas have it: those that are given the object only now
+                     would witness, once the others are gone, that nothing happened to it
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _OIDS = Struct("<QB")
 _OID_MASK = (1 << STRIP_SHIFT) - 1
 _MEMBERS = Struct("<H")
 _KNOWN = Struct("<I")
-FIRM, UNDOABLE, BLIND, UNSURE = 1, 2, 3, 4
+FIRM, UNDOABLE, BLIND, UNSURE, UNSETTLED = 1, 2, 3, 4, 5
 _NOBODY_BLIND: Mapping[int, int] = {}
 NO_MEMBER = 0xFFFF  # in a list of members by strip: nobody has it
 
@@ -50,12 +53,13 @@ class Holding(NamedTuple):
     Of a step `version` is where it began, `as_of` the strips that it touched, a bit each. BLIND is neither: the
     member's copy was current and went bad, so that it does not know what was written up to the epoch `as_of`. UNSURE:
     the copy was being made when the member ended, by then the epoch was `as_of`; the object may be gone since long.
+    UNSETTLED: the member's copy may have a write that was not on all replicas; all were proven equal in `as_of`.
     """
 
     oid: ObjectId
     version: Version
     as_of: int
-    earlier: int = 0  # 0: a copy; FIRM: a step that cannot be gone back; UNDOABLE: one that can; BLIND; UNSURE
+    earlier: int = 0  # 0: a copy; FIRM: a step that cannot be gone back; UNDOABLE: one that can; BLIND and so on
 
 
 class Decision(NamedTuple):
@@ -68,6 +72,7 @@ class Decision(NamedTuple):
     surplus: tuple[int, ...]  # holders that are no replicas, or of a deleted object
     stale: tuple[int, ...] = ()  # those of `missing` that hold another version
     known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
+    unsettled: bool = False  # what the sources have may be more than nodes that are away know of
 
     def known_of(self, member: int, oid: ObjectId) -> int:
         """What a member is told of a lost copy: in which epoch the object existed."""
@@ -78,8 +83,8 @@ class Decision(NamedTuple):
         return [(member, self.oid) for member in self.missing]
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
-        """(member, id) of current copies that must be asked for through the home, because another one is older."""
-        return [(member, self.oid) for member in self.sources] if self.stale else []
+        """(member, id) of current copies that must be asked for through the home, which lets reads wait."""
+        return [(member, self.oid) for member in self.sources] if self.stale or self.unsettled else []
 
     def surplus_copies(self) -> list[tuple[int, ObjectId]]:
         return [(member, self.oid) for member in self.surplus]
@@ -189,6 +194,7 @@ class Inventories:
         self._ended = [False] * members
         self._parts: list[int] = [0] * members
         self._origins: list[list[Origin]] = [[] for _ in range(members)]
+        self._unsettled: dict[tuple[ObjectId, int], None] = {}  # copies or strips, and their members
         self._unsure: dict[tuple[ObjectId, int], int] = {}  # as_of of what may never have been, by object and member
         self._blind: dict[ObjectId, dict[int, int]] = {}  # by object and member: up to which epoch
 
@@ -224,6 +230,9 @@ class Inventories:
                     blind = self._blind.setdefault(plain_oid(oid), {})
                     blind[member] = max(as_of, blind.get(member, 0))
                     continue
+                if earlier == UNSETTLED:
+                    self._unsettled[oid, member] = None
+                    continue
                 if earlier == UNSURE:
                     earlier = 0
                     if knows_all:  # then it exists only if somebody here has it
@@ -243,7 +252,7 @@ class Inventories:
             if policy is not None:
                 decision = decide_strips(oid, policy, strips[oid], placement.replicas(oid), facts)
                 if decision is not None:
-                    decisions.append(decision)
+                    decisions.append(decision._replace(unsettled=self._is_unsettled(decision, strips[oid])))
         for oid in sorted(copies):
             held = copies[oid]
             replicas = placement.replicas(oid)
@@ -260,6 +269,12 @@ class Inventories:
                 continue
             decisions.append(self._decide_one(oid, held, replicas, placement, former, past))
         return decisions
+
+    def _is_unsettled(self, decision: StripDecision, held: Sequence[Held]) -> bool:
+        """As of a copy, where those that are away may be enough to decode."""
+        if not decision.missing or decision.policy.parity < decision.policy.data:
+            return False
+        return any((strip_of(decision.oid, one.strip), one.member) in self._unsettled for one in held)
 
     def blind(self, oid: ObjectId) -> Mapping[int, int]:
         """By member: up to which epoch it cannot tell what happened to the object (once `decide` has begun)."""
@@ -339,7 +354,8 @@ class Inventories:
         missing = tuple(member for member in replicas if member not in sources)
         surplus = tuple(sorted(member for member in holders if member not in replicas))
         stale = tuple(member for member, version, _ in held if version not in (best, NO_VERSION) and member in replicas)
-        return Decision(oid, best, sources, missing, surplus, stale)
+        unsettled = bool(missing) and any((oid, member) in self._unsettled for member in sources)
+        return Decision(oid, best, sources, missing, surplus, stale, unsettled=unsettled)
 
     def deleted(self, oid: ObjectId, known: int, holders: set[int], placement: Placement, former: Former) -> bool:
         """Some member that would have the object, had it lived on after epoch `known`, has none."""

@@ -375,6 +375,7 @@ class Recovery:
         job.failures += 1
         if result == Result.NO_SPACE:
             job.stale.pop(target, None)  # the attempt has spoilt it
+            job.unsettled = False  # a full disk shall not keep anybody from reading
             self._has_no_space(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]

@@ -34,6 +34,7 @@ class Job:
         "stale",
         "surplus",
         "targets",
+        "unsettled",
         "urgent",
         "version",
         "waiting",
@@ -57,6 +58,7 @@ class Job:
         self.urgent = False  # a client did when the pulls under way were sent
         self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals) ...
         self.in_part = False  # ... which other parts took
+        self.unsettled = False  # nodes that are away may lack a write that the sources have
 
     @classmethod
     def of(cls, decision: Decision) -> Job:
@@ -65,6 +67,7 @@ class Job:
         job.targets = dict.fromkeys(decision.missing, False)
         job.surplus = decision.surplus_copies()
         job.stale = dict.fromkeys(decision.stale)
+        job.unsettled = decision.unsettled
         return job
 
     @property
@@ -84,7 +87,7 @@ class Job:
 
     def holds_read(self, me: int) -> bool:
         """A read must wait: for the home's own copy, and until no replica has an older one (see Recovery.holds)."""
-        return me in self.targets or bool(self.stale)
+        return me in self.targets or bool(self.stale) or (self.unsettled and bool(self.targets))
 
     def copy_on(self, member: int) -> ObjectId:
         return self.oid
@@ -172,6 +175,7 @@ class StripJob(Job):
         job._states = {strip: state for strip, _, state in decision.agree}
         job.surplus = decision.surplus_copies()
         job.stale = dict.fromkeys(decision.stale)
+        job.unsettled = decision.unsettled
         return job
 
     @property
@@ -189,6 +193,8 @@ class StripJob(Job):
 
     def holds_read(self, me: int) -> bool:
         if bool(self.agree or self.stale) and not self.as_is:
+            return True
+        if self.unsettled and self.targets:
             return True
         undecided = self.version == NO_VERSION or bool(self.ended)  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data

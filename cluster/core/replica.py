@@ -8,7 +8,7 @@ A copy is readable here without asking its home when, in this epoch,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
@@ -170,6 +170,10 @@ class Replica:
             return True
         end = offset + length
         return not any(start < end and offset < stop for _, start, stop in unstable)
+
+    def unstable(self) -> Iterable[ObjectId]:
+        """Copies here with a write that some other replica may lack."""
+        return self._unstable
 
     def on_apply(self, sender: NodeId, message: Message) -> None:
         """A home's write. One that comes a second time (the link broke) is answered, not applied again."""

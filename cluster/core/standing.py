@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
-from sheepdog.cluster.core.peering import BLIND, UNSURE, Holding
+from sheepdog.cluster.core.peering import BLIND, UNSETTLED, UNSURE, Holding
 from sheepdog.cluster.core.replica import Replica
 
 
@@ -42,6 +42,8 @@ class Standing:
         """
         self.default = settled  # as_of of every copy not named below
         self.complete = settled
+        self._settled = settled  # the newest epoch in which every copy was proven current
+        self._unsettled: dict[ObjectId, None] | None = None  # None, before the first epoch: whatever was written since
         self._older: dict[ObjectId, int] = {}
         lack = Lack(last, broken) if broken else Lack(0, 0, last)
         self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, lack)
@@ -52,10 +54,23 @@ class Standing:
             return 0
         return max(self._older.get(oid, self.default), version.epoch)
 
-    def advance(self, epoch: int, replica: Replica, copies: Iterable[tuple[ObjectId, Version]]) -> None:
+    def unsettled(self, oid: ObjectId, version: Version) -> Iterator[Holding]:
+        """What an inventory says beside the copy if it may have a write that copies on nodes which are away lack."""
+        if oid in self._unsettled if self._unsettled is not None else version.epoch >= self._settled:
+            yield Holding(oid, version, self._settled, UNSETTLED)
+
+    def advance(
+        self,
+        epoch: int,
+        replica: Replica,
+        copies: Iterable[tuple[ObjectId, Version]],
+        in_flight: Iterable[ObjectId],
+        equal: Callable[[ObjectId], bool],
+    ) -> None:
         """Epoch `epoch` is over: copies that were current in it are as of it, the others stay as they were.
 
         So do strips that were about to become one state with others, of which some may have gone in between.
+        `in_flight`: what was being written at its end. `equal`: all copies of the object were proven equal in it.
         """
         settled, before = replica.all_settled(), self.lacking
         lacking = {} if settled else dict(before)
@@ -68,7 +83,10 @@ class Standing:
         for oid in replica.broken:
             lacking[oid] = Lack(epoch, epoch)
         older = {}
+        self._unsettled = dict.fromkeys(in_flight)
         for oid, version in copies:
+            if version.epoch >= self._settled and not equal(oid):
+                self._unsettled[oid] = None
             if oid in replica.broken or not replica.is_current(oid) or replica.awaits_agreement(oid):
                 older[oid] = self.as_of(oid, version)
                 if version == NO_VERSION and oid in before:
@@ -82,11 +100,12 @@ class Standing:
     def step_back(self, epoch: int) -> None:
         """Later epochs, of which this tells, never were: what it says of them was so in this one. At the start."""
         self.default, self.complete = min(self.default, epoch), min(self.complete, epoch)
+        self._settled = min(self._settled, epoch)
         self.lacking = {oid: Lack(*(min(one, epoch) for one in lack)) for oid, lack in self.lacking.items()}
 
     def settle(self, epoch: int) -> None:
         """Every copy of this node was proven current in `epoch`."""
-        self.default = self.complete = epoch
+        self.default = self.complete = self._settled = epoch
         self._older.clear()
         self.lacking = {}
 

@@ -77,6 +77,7 @@ class StripDecision(NamedTuple):
     lost: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id): not enough is here to decode
     held: tuple[tuple[int, ObjectId], ...] = ()  # those of `lost` that have bytes, which still count
     known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
+    unsettled: bool = False  # what is here may be more than nodes that are away, and can decode the object, know of
 
     def lacking(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that must not be read until recovery says so."""
@@ -92,7 +93,7 @@ class StripDecision(NamedTuple):
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that are current, but must be asked for through the home for now."""
-        if not (self.stale or self.agree):
+        if not (self.stale or self.agree or self.unsettled):
             return []
         strips = [*self.holders, *(entry[:2] for entry in self.agree)]
         return [(member, strip_of(self.oid, strip)) for strip, member in strips]

@@ -27,7 +27,7 @@ from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 
 PEER_MAGIC: Final = b"\xf5SHP"
-PEER_VERSION: Final = 5
+PEER_VERSION: Final = 6
 HELLO: Final = Struct("<4sHH16sH16s")
 HEADER: Final = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
 _ANSWERS_HEADER: Final = Struct("<B7xQ60xI16x")  # the same without what is 0
