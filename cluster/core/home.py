@@ -119,7 +119,7 @@ class Home:
         complete = self._inventories.complete
         self._complete = complete
         self._knows_all = self.past.knows_all(complete)
-        verdicts = [Verdict([], [], [], self._knows_all) for _ in self._placement.members]
+        verdicts = [Verdict([], [], [], [], self._knows_all) for _ in self._placement.members]
         decisions = self._inventories.decide(self._placement, self._former, self.past, self.context.policy_of)
         self._contained = self._inventories.contained(decisions)
         surplus: list[tuple[int, ObjectId]] = []
@@ -131,7 +131,7 @@ class Home:
                 else:
                     verdicts[member].missing.append(oid)
             for member, oid in decision.unequal():
-                verdicts[member].unequal.append(oid)
+                (verdicts[member].undecided if decision.is_undecided else verdicts[member].unequal).append(oid)
             if isinstance(decision, StripDecision) and decision.layout:
                 self.strips.assign(decision.oid, decision.layout)
             if decision.needs_recovery:

@@ -90,6 +90,11 @@ class Decision(NamedTuple):
         return [(member, self.oid) for member in self.surplus]
 
     @property
+    def is_undecided(self) -> bool:
+        """What is current has yet to become one version."""
+        return False
+
+    @property
     def is_lost(self) -> bool:
         return self.version == NO_VERSION and bool(self.missing)
 
@@ -104,6 +109,7 @@ class Verdict(NamedTuple):
     missing: list[ObjectId]  # it has no current copy of these; another member has
     lost: list[tuple[ObjectId, int]]  # nobody here has; known to have existed in that epoch, 0: in none
     unequal: list[ObjectId]  # its copy is current, but another replica has an older one yet
+    undecided: list[ObjectId]  # its strip is one of a state that all of them have yet to be brought to
     complete: bool  # the home knows of all its objects that exist
 
     def encode(self, fence: int) -> Message:
@@ -112,8 +118,9 @@ class Verdict(NamedTuple):
             fence,
             offset=len(self.missing),
             length=len(self.lost),
+            sequence=len(self.unequal),
             flags=Flag.COMPLETE if self.complete else 0,
-            body=encode_oids([*self.missing, *(oid for oid, _ in self.lost), *self.unequal])
+            body=encode_oids([*self.missing, *(oid for oid, _ in self.lost), *self.unequal, *self.undecided])
             + b"".join([_KNOWN.pack(known) for _, known in self.lost]),
         )
 
@@ -125,12 +132,14 @@ class Verdict(NamedTuple):
             raise PeerError("verdict of odd length")
         oids, known = decode_oids(body[:end]), [one for (one,) in _KNOWN.iter_unpack(body[end:])]
         missing, lost = message.offset, message.offset + message.length
-        if len(oids) < lost:
+        unequal = lost + message.sequence
+        if len(oids) < unequal:
             raise PeerError("verdict of odd length")
         return cls(
             oids[:missing],
             list(zip(oids[missing:lost], known, strict=True)),
-            oids[lost:],
+            oids[lost:unequal],
+            oids[unequal:],
             bool(message.flags & Flag.COMPLETE),
         )
 

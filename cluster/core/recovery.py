@@ -263,8 +263,9 @@ class Recovery:
     def _restore(self, job: Job) -> None:
         if job.in_part:
             self._end(job, Result.NO_SPACE)  # what waits to be answered may be part of the object, or not
-        if job.agree:
-            # A strip with the new version counts for more than others: who has an old one must know that by then.
+        if isinstance(job, StripJob):
+            # What the others are is read from now on, or gets a version that counts for more: who has an old strip must
+            # have noted that by then.
             self._home.when_all_know(lambda: self._agree(job))
         else:
             self._pull(job)
@@ -301,9 +302,13 @@ class Recovery:
                 message = Message(Kind.TABLE, self._fence, oid=oid)
                 self._context.peers.request(self._placement.nodes[member], message, answered(member))
 
-    def _agree(self, job: Job) -> None:
-        """Strips become one state of the object before anything is decoded."""
-        assert isinstance(job, StripJob)
+    def _agree(self, job: StripJob) -> None:
+        """Strips become one state of the object before anything is decoded; those that are one already can be read."""
+        job.stale.clear()
+        if not job.agree:
+            self._release(job)
+            self._pull(job)
+            return
         job.agree = dict.fromkeys(job.agree, True)
         for strip, member in list(job.agree):
             message = job.agreement(strip, self._fence)

@@ -84,6 +84,7 @@ class Replica:
         self.lost: dict[ObjectId, int] = {}  # those of them that are not current anywhere; known to exist in that epoch
         self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
+        self.undecided: list[dict[ObjectId, None]] = []  # by home: those of them that have yet to become one version
         self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
         self._levels: list[deque[tuple[int, list[Leveled]]]] = []  # by home, ascending sequence
@@ -97,6 +98,7 @@ class Replica:
         self.settled = [False] * count
         self.complete = [False] * count
         self.unequal = [{} for _ in range(count)]
+        self.undecided = [{} for _ in range(count)]
         self.missing = {}
         self.lost = {}
         self.broken = {}
@@ -115,7 +117,8 @@ class Replica:
         self.missing.update(dict.fromkeys(verdict.missing))
         self.missing.update((oid, None) for oid, _ in verdict.lost)
         self.lost.update(verdict.lost)
-        self.unequal[home] = dict.fromkeys(verdict.unequal)
+        self.undecided[home] = dict.fromkeys(verdict.undecided)
+        self.unequal[home] = {**dict.fromkeys(verdict.unequal), **self.undecided[home]}
         self.complete[home] = verdict.complete
         self.settled[home] = True
         self.strips.settled(home, {**self.missing, **self.unequal[home]})
@@ -144,6 +147,7 @@ class Replica:
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
         self.unequal[home] = {}
+        self.undecided[home] = {}
 
     def all_settled(self) -> bool:
         """What this node lacks, or should not have, is known."""
@@ -160,7 +164,7 @@ class Replica:
     def awaits_agreement(self, strip: ObjectId) -> bool:
         """The strip here is one of a state that the strips are to be brought to, or was when its home began."""
         home = self._context.placement.home(strip)
-        return bool(strip >> STRIP_SHIFT) and home is not None and strip in self.unequal[home]
+        return home is not None and strip in self.undecided[home]
 
     def readable(self, oid: ObjectId, home: int, offset: int, length: int) -> bool:
         if not self.settled[home] or oid in self.missing or oid in self.unequal[home]:

@@ -102,6 +102,10 @@ class StripDecision(NamedTuple):
         return list(self.surplus)
 
     @property
+    def is_undecided(self) -> bool:
+        return bool(self.agree)
+
+    @property
     def is_lost(self) -> bool:
         return bool(self.lost)
 
