@@ -187,11 +187,14 @@ class Recovery:
             job.ended.append(ended)
 
     def elsewhere(self, oid: ObjectId) -> tuple[Version, list[int]] | None:
-        """The home's own copy is bad or gone, and is being repaired: where reads are answered meanwhile."""
+        """The home's own copy is bad or gone, and is being repaired, or has no space: where reads are answered
+        meanwhile."""
         job = self._jobs.get(oid)
-        if job is None or job.stale or not job.sources or job.version == NO_VERSION or self._home.me not in job.repair:
+        if job is None or job.stale or not job.sources or job.version == NO_VERSION:
             return None
-        if not job.running:
+        if self._home.me not in (job.targets if job.full else job.repair):
+            return None
+        if not job.running and not job.full:
             self._start(job)
         return job.version, list(job.sources)
 
@@ -252,6 +255,9 @@ class Recovery:
         elif job.hopeless:
             self._give_up(job)
             return
+        if job.again is not None:
+            job.again.cancel()
+            job.again = None
         job.running = True
         job.skipped = False
         self._running += 1
@@ -399,17 +405,20 @@ class Recovery:
             self._later(job)
 
     def _has_no_space(self, job: Job) -> None:
-        """Changes are refused until there is: whoever waits for that is told."""
-        if not job.full:
-            job.full = True
-            self._end(job, Result.NO_SPACE)
-            self._release(job)
+        """Changes are refused until there is: whoever waits for that is told. Reads look whether they must wait on."""
+        job.full = True
+        self._end(job, Result.NO_SPACE)
+        self._release(job)
 
     def _later(self, job: Job) -> None:
+        self._pause(job, RECOVERY_RETRY_NS)
+        self.run()
+
+    def _pause(self, job: Job, pause_ns: int) -> None:
+        """It is tried again then; a client that needs it has it tried before."""
         job.running = False
         self._running -= 1
-        self._context.clock.after(RECOVERY_RETRY_NS, lambda: self._again(job))
-        self.run()
+        job.again = self._context.clock.after(pause_ns, lambda: self._again(job))
 
     def _skip(self, job: Job, target: int) -> bool:
         """With format -F: the node is nearly full, and nobody waited when it was asked. Tried again much later."""
@@ -419,13 +428,11 @@ class Recovery:
         job.targets[target] = False
         if any(job.targets.values()):
             return True
-        job.running = False
-        self._running -= 1
+        self._pause(job, RECOVERY_SKIP_NS)
         if job.waiting:  # for it by now
             self._start(job)
             return True
         job.skipped = True
-        self._context.clock.after(RECOVERY_SKIP_NS, lambda: self._again(job))
         self.run()
         return True
 

@@ -10,6 +10,7 @@ from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.peering import NO_MEMBER, Decision, encode_members
+from sheepdog.cluster.core.ports import Timer
 from sheepdog.cluster.core.strip_peering import NOBODY, StripDecision
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Job:
     """An object kept as whole copies."""
 
     __slots__ = (
+        "again",
         "agree",
         "as_is",
         "ended",
@@ -52,6 +54,7 @@ class Job:
         self.waiting: list[Callable[[], None]] = []
         self.ended: list[Callable[[int], None]] = []  # told once: restored everywhere, or why not
         self.running = False
+        self.again: Timer | None = None  # it failed, and is tried again then
         self.failures = 0
         self.full = False
         self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
@@ -192,12 +195,16 @@ class StripJob(Job):
         return list(dict.fromkeys([*self.holders.values(), *(member for _, member in self.agree)]))
 
     def holds_read(self, me: int) -> bool:
-        if bool(self.agree or self.stale) and not self.as_is:
+        if bool(self.agree or self.stale) and not (self.as_is or self._is_firm()):
             return True
         if self.unsettled and self.targets:
             return True
         undecided = self.version == NO_VERSION or bool(self.ended)  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data
+
+    def _is_firm(self) -> bool:
+        """Some strips have no space for the version agreed upon; of those that have it one stays, whatever is lost."""
+        return self.full and not self.stale and len(self.holders) > self._policy.parity
 
     def copy_on(self, member: int) -> ObjectId:
         return strip_of(self.oid, self._layout.index(member))

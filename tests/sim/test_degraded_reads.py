@@ -1,4 +1,4 @@
-"""Coded objects are read while a strip is rebuilt: what the others tell is enough, and the rebuild may take its time."""
+"""Coded objects are read while a strip is rebuilt: what the others tell is enough, the rebuild may take its time."""
 
 from __future__ import annotations
 

@@ -79,3 +79,27 @@ def test_a_copy_that_could_not_be_cleared_is_made_anew() -> None:
     assert answers == [Result.NO_SPACE]
     audit(cluster)
     assert read(cluster.machines[0], volume) == (Result.SUCCESS, bytes(BLOCK_SIZE))
+
+
+def test_a_home_without_space_for_its_copy_has_others_read() -> None:
+    """Whoever waits for the copy would wait until somebody makes room."""
+    cluster = SimCluster(World(1), 3)
+    cluster.start_all()
+    cluster.format(3)
+    volume = make_volume(cluster, "v", 1, (0,))
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    home = holders(cluster, volume)[0]
+    home.kill()
+    home.replace_disk()
+    home.disk.fault, home.disk.fault_chance = NoSpace, 1.0
+    home.start()
+    cluster.world.run_until(cluster.all_joined, HEALTH_LIMIT_NS, "the return")
+    assert holders(cluster, volume)[0] is home
+    for machine in cluster.machines:
+        assert read(machine, volume) == (Result.SUCCESS, block_of(1))
+    assert write(cluster.machines[0], volume, 2) == Result.NO_SPACE
+    home.disk.fault = None
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    assert write(cluster.machines[0], volume, 2) == Result.SUCCESS
+    assert read(home, volume) == (Result.SUCCESS, block_of(2))
+    audit(cluster)

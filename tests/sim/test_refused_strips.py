@@ -7,8 +7,9 @@ from tests.sim.test_directed import holders
 
 from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import ObjectId, Version, data_oid
-from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid
+from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_RETRY_NS
+from sheepdog.cluster.core.messages import Kind
 from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
@@ -181,3 +182,65 @@ def test_what_was_answered_is_there_when_the_data_strips_are_taken_as_they_are(s
     found = story.blocks(*offsets)
     for (_, value), result, data in zip(asked, results, found, strict=True):
         assert result or data == block_of(value), "answered as written"
+
+
+def disagree(story: Story, *full: Machine) -> None:
+    """A cold start with strips of different versions, some of which have no space."""
+    story.wait(*(story.write(offset, 1) for offset in (0, BLOCK_SIZE, UNIT)))
+    story.settle()
+    story.wait(story.write(0, 2))  # which the second strip does not hear of before all end
+    for machine in story.cluster.machines:
+        machine.kill()
+    fill(*full)
+    story.cluster.start_all()
+    machines = story.cluster.machines
+    story.cluster.world.run_until(lambda: all(one.serves() for one in machines), 10 * SECOND, "a cold start")
+
+
+def agreements(story: Story, retries: int) -> int:
+    """How many strips are asked to become one state with the others, in the time of so many retries."""
+    asked = [0]
+
+    def trap(sender: NodeId, receiver: NodeId, kind: int) -> None:
+        asked[0] += kind == Kind.ROLLBACK
+
+    story.cluster.fabric.trap = trap
+    story.cluster.world.run_for(retries * RECOVERY_RETRY_NS)
+    story.cluster.fabric.trap = None
+    return asked[0]
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_strip_has_no_space_for_the_version_that_all_agree_upon(seed: int) -> None:
+    """The others have it: they are read, and it is asked again now and then, however many come to read."""
+    story, offsets = Story(seed), (0, BLOCK_SIZE, UNIT)
+    disagree(story, story.second)
+    for _ in range(4):
+        assert story.blocks(*offsets) == [block_of(2), block_of(1), block_of(1)]
+    assert story.wait(story.write(0, 3)) == [Result.NO_SPACE]
+    assert 0 < agreements(story, 20) <= 21
+    empty(story.second)
+    story.settle()
+    assert story.blocks(*offsets) == [block_of(2), block_of(1), block_of(1)]
+    assert story.wait(story.write(0, 3)) == [Result.SUCCESS]
+    audit(story.cluster)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_strips_have_no_space_than_may_be_lost(seed: int) -> None:
+    """It is not read before some of them have: after further losses nobody might know what was read."""
+    story, answers = Story(seed), list[tuple[int, bytes]]()
+    disagree(story, story.second, story.parity)
+    for _ in range(10):
+        story.cluster.world.run_for(RECOVERY_RETRY_NS // 3)
+        story.home.node.gateway.read(
+            story.oid, 0, BLOCK_SIZE, lambda result, data: answers.append((int(result), bytes(data)))
+        )
+    assert agreements(story, 20) <= 2 * 21, "each read is no chain of tries of its own"
+    assert not answers
+    empty(story.second)
+    story.cluster.world.run_until(lambda: len(answers) == 10, 2 * SECOND, "reads")
+    assert set(answers) == {(0, block_of(2))}
+    empty(story.parity)
+    story.settle()
+    audit(story.cluster)
