@@ -285,23 +285,24 @@ class StripReplica:
             return
         queue = self._queues.get(strip)
         if queue is not None:
-            queue.append(lambda: self._context.store.read(strip, offset, length, done))
+            queue.append(lambda: self.read(strip, offset, length, done, as_is))  # a change before it may fail
         else:
             self._context.store.read(strip, offset, length, done)
 
     def on_fetch(self, sender: NodeId, message: Message) -> None:
-        """The home wants bytes as they are now, whatever their version."""
-        context = self._context
+        """The home wants the present bytes, whatever their version. STALE_OBJ: they lack a write, but are not bad."""
+        context, as_is = self._context, bool(message.flags & Flag.AS_IS)
 
         def done(data: Buffer | StoreError) -> None:
             if isinstance(data, StoreError):
-                context.peers.answer(sender, message, data.result)
+                lacks = message.oid in context.spoilt and not as_is
+                context.peers.answer(sender, message, Result.STALE_OBJ if lacks else data.result)
             else:
                 context.counters.peer_reads += 1
                 context.counters.peer_tx += len(data)
                 context.peers.answer(sender, message, Result.SUCCESS, data)
 
-        self.look(message.oid, message.offset, message.length, done, bool(message.flags & Flag.AS_IS))
+        self.look(message.oid, message.offset, message.length, done, as_is)
 
     # -- going back --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_RETRY_NS
 from sheepdog.cluster.core.messages import Kind
-from sheepdog.cluster.core.ports import Buffer, Done
+from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
@@ -243,4 +243,35 @@ def test_more_strips_have_no_space_than_may_be_lost(seed: int) -> None:
     assert set(answers) == {(0, block_of(2))}
     empty(story.parity)
     story.settle()
+    audit(story.cluster)
+
+
+def read_slowly(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """The disk takes its time, so that what is asked of a strip queues."""
+    store, world = machine.node.context.store, machine.cluster.world
+    read = store.read
+
+    def later(oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        world.after(MILLISECOND, lambda: read(oid, offset, length, done))
+
+    patch.setattr(store, "read", later)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_write_behind_one_that_is_refused_makes_no_bytes_of_its_own(seed: int) -> None:
+    """It looks at the old bytes while the one before it waits at the strip, which then refuses both; the parity takes
+    them. That a strip lacks a write is no rot."""
+    story = Story(seed)
+    offsets = (UNIT, UNIT + BLOCK_SIZE)
+    story.wait(*(story.write(offset, 1) for offset in offsets))
+    story.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        read_slowly(patch, story.second)
+        refuse_writes(patch, story.second)
+        answers = [story.write(offset, value) for offset, value in ((UNIT, 2), (UNIT + BLOCK_SIZE, 3), (UNIT, 4))]
+        story.cluster.world.run_for(SECOND)
+    story.settle()
+    story.wait(*answers)
+    assert {block[0] for block in story.blocks(UNIT)} <= {1, 2, 4}
+    assert "strips.corrupt" not in story.cluster.probes()
     audit(story.cluster)
