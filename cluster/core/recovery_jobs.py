@@ -312,6 +312,8 @@ class StripJob(Job):
     def restored(self, target: int) -> None:
         del self.targets[target]
         self.repair.pop(target, None)
-        self.holders[self._layout.index(target)] = target
+        strip = self._layout.index(target)
+        self.holders[strip] = target
+        self._strips.refusals.restored(self.oid, strip)
         if not self.targets:
             self.stale.clear()

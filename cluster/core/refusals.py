@@ -65,6 +65,12 @@ class Refusals:
         if oid in self._missed or oid in self._uneven:
             self._missed.setdefault(oid, {})[strip] = _UNKNOWN
 
+    def restored(self, oid: ObjectId, strip: int) -> None:
+        """The strip has all that the object is."""
+        for strips in (self._missed.get(oid), self._uneven.get(oid)):
+            if strips is not None:
+                strips.pop(strip, None)
+
     def forget(self, oid: ObjectId) -> None:
         """All strips are equal, or the object is gone."""
         self._missed.pop(oid, None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tests.sim.test_directed import holders
 
-from sheepdog.cluster.core.errors import NoSpace, Result
+from sheepdog.cluster.core.errors import DiskError, NoSpace, Result
 from sheepdog.cluster.core.home import Home
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_RETRY_NS
 from sheepdog.cluster.core.messages import Kind
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
@@ -274,4 +274,24 @@ def test_a_write_behind_one_that_is_refused_makes_no_bytes_of_its_own(seed: int)
     story.wait(*answers)
     assert {block[0] for block in story.blocks(UNIT)} <= {1, 2, 4}
     assert "strips.corrupt" not in story.cluster.probes()
+    audit(story.cluster)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_strip_that_was_made_anew_counts_again(seed: int) -> None:
+    """Of two parity strips that lack a write one is restored, the other one cannot be; then a data strip rots."""
+    story, offsets = Story(seed, 4), (0, UNIT)
+    story.wait(*(story.write(offset, 1) for offset in offsets))
+    (broken,) = story.more
+    fill(story.parity)
+    broken.disk.fault, broken.disk.fault_chance = DiskError, 1.0
+    assert story.wait(story.write(0, 2)) == [Result.NO_SPACE]
+    empty(story.parity)
+    home = story.home.node.copies.at_home()
+    story.cluster.world.run_until(lambda: not home.recovery.knows(story.oid), 10 * SECOND, "giving the other one up")
+    empty(broken)
+    story.second.disk.copies()[strip_of(story.oid, 1)].rotten[0] = None
+    assert story.blocks(*offsets) == [block_of(2), block_of(1)]
+    story.settle()
+    assert story.blocks(*offsets) == [block_of(2), block_of(1)]
     audit(story.cluster)
