@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from tests.sim.test_directed import settle
+from tests.sim.test_directed import holders, settle
 from tests.sim.test_refused_strips import UNIT, Story
 
 from sheepdog.cluster.core.ids import ObjectId, Version, strip_of
@@ -78,16 +78,16 @@ def test_a_strip_rots_just_after_a_write(seed: int) -> None:
 def test_what_was_read_meanwhile_is_not_taken_back(seed: int) -> None:
     """A write is on the data strips only, and read so, while one parity strip is old; then the node of the other one
     returns, which had been there when the write began: it must not seem to know as much as the data strips."""
-    story = Story(seed, 4)
-    world, (late,) = story.cluster.world, story.more
-    data = b"".join(block_of(value) for value in range(2 * UNIT // BLOCK_SIZE))
+    story = Story(seed, 6)
+    world = story.cluster.world
+    *data_nodes, old, late = holders(story.cluster, story.volume)
+    data = b"".join(block_of(value) for value in range(len(data_nodes) * UNIT // BLOCK_SIZE))
     story.wait(*(story.write(offset, 1) for offset in OFFSETS))
-    story.parity.kill()
-    settle(story.cluster, story.home, story.second, late)
-    strips = ((story.home, 0), (story.second, 1))
+    old.kill()
+    settle(story.cluster, *data_nodes, late)
 
     def versions() -> list[Version]:
-        return [machine.disk.copies()[strip_of(story.oid, strip)].version for machine, strip in strips]
+        return [one.disk.copies()[strip_of(story.oid, strip)].version for strip, one in enumerate(data_nodes)]
 
     before = versions()
     story.cluster.fabric.hold((story.home.id, late.id), SECOND)
@@ -95,10 +95,10 @@ def test_what_was_read_meanwhile_is_not_taken_back(seed: int) -> None:
     world.run_until(lambda: not any(version in before for version in versions()), SECOND, "the write")
     late.kill()
     pair = min(story.home.id, story.second.id), max(story.home.id, story.second.id)
-    story.cluster.fabric.break_link(pair, SECOND)  # the two alone come to no conclusion
+    story.cluster.fabric.break_link(pair, SECOND)  # the data nodes alone come to no conclusion
     with pytest.MonkeyPatch.context() as patch:
         held = held_restores(patch)
-        story.parity.start()
+        old.start()
         world.run_until(lambda: bool(held), 5 * SECOND, "the rebuild")
         seen = {story.read(machine, UNIT) for machine in story.cluster.machines if machine.up}
         assert seen == {(0, data[UNIT : UNIT + BLOCK_SIZE])}
