@@ -22,7 +22,7 @@ SEEDS = 8
 
 
 class Story:
-    """One object, 2:1, on three nodes: two data strips and a parity strip, the home's first; on four 2:2, on six 4:2."""
+    """One object, 2:1 on three nodes: two data strips and a parity strip, the home first; on four 2:2, on six 4:2."""
 
     def __init__(self, seed: int, nodes: int = 3) -> None:
         self.cluster = SimCluster(World(seed), nodes)
