@@ -95,6 +95,7 @@ class Order:
         self._attempt = 0
         self._turn = 0  # how many members did not answer
         self._asked_ns: int | None = None  # when an answer was asked for last
+        self._returned_ns = 0  # when the latest JOIN of ours that has come back was sent
         # the order
         self._roster: dict[Process, Seat] = {}
         self._sequence = 0
@@ -297,6 +298,7 @@ class Order:
         values = {
             **seat_values(Seat(self.me, self._lease_ns, False)),
             "turn": self._turn,
+            "asked": self._asked_ns,  # for us alone, when it comes back
             "ring": self._ring.sequence,
             "present": sorted(self._present),
         }
@@ -352,8 +354,10 @@ class Order:
             if values["ring"] == self._ring.sequence and values["present"] == [[*one] for one in sorted(self._present)]:
                 # Sent by one that knew this ring to be quorate, and was pending when the group was as it is now.
                 self._announced[message.process] = seat_of(values)
-            if message.process == self._process and attempt == self._attempt:
-                self._clear_queue()
+            if message.process == self._process:
+                self._returned_ns = values["asked"]
+                if attempt == self._attempt:
+                    self._clear_queue()
             if self._process in self._present and all(process in self._announced for process in self._present):
                 self._found()
                 return True
@@ -386,10 +390,11 @@ class Order:
         self.resume()
 
     def _establish(self) -> None:
-        """The first lease, of the JOIN that came back, is there before the first view: without one nothing is held."""
+        """The first lease is there before the first view: without one nothing is held. It counts from a JOIN that came
+        back, not from the latest one: where the daemon is late, that was sent when the ring was over."""
         self.established = self._clear = True
         self.quorum.gone_on(self._ring)
-        self._emit_event(Leased((self._asked_ns or 0) + self._lease_ns))
+        self._emit_event(Leased(self._returned_ns + self._lease_ns))
 
     def _adopt(self, values: dict[str, Any]) -> None:
         """The roster as of our JOIN; what came after it follows from the queue."""

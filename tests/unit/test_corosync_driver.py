@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from operator import methodcaller
 from random import Random
 
@@ -439,6 +440,32 @@ def test_a_newcomer_is_let_in_while_the_oldest_member_is_stopped(stopped: tuple[
     check(world)
     assert len({tuple(world.there(node).members()) for node in everybody}) == 1
     assert not any(attachment.lost for attachment in world.all)
+
+
+def test_the_first_lease_counts_from_the_announcement_that_came_back() -> None:
+    """A process that hears late of the ring that it is founded in has asked again when the others had replaced it."""
+    world = World(Random(1))
+    for node in (1, 3):
+        world.start(node)
+    for step in (world.receive, partial(world.handle, verdicts=True), partial(world.handle, verdicts=False)):
+        for node in (1, 3):
+            while step(node):
+                pass
+    for step in (world.send, world.receive):  # both daemons have what both processes announce, and have not told it
+        for node in (1, 3):
+            while step(node):
+                pass
+    world.reform((1, 2), (3,))
+    world.announce_verdict(1)
+    world.run((1, 2))
+    replaced = [event for _, event in world.there(1).events if isinstance(event, View) and event.grace_ns]
+    assert [len(view.left) for view in replaced] == [1]
+    late = world.there(3)
+    assert not late.events
+    world.tick(3)
+    world.run((3,))
+    assert any(isinstance(event, Leased) for _, event in late.events)
+    check(world)
 
 
 def test_a_newcomer_tells_what_it_waits_for() -> None:
