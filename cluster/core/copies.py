@@ -132,13 +132,15 @@ class Copies:
 
     def end_epoch(self) -> None:
         """Keeps what is known of the copies at the end of the epoch that is over."""
-        context = self._context
+        context, complete, all_done = self._context, self._complete, self.all_done()
         nodes, home_of = context.placement.nodes, context.placement.home
         in_flight = [*self.replica.unstable(), *self.at_home().writing]
 
         def equal(oid: ObjectId) -> bool:
+            if all_done:
+                return True
             home = home_of(oid)
-            return home is not None and nodes[home] in self._complete
+            return home is not None and nodes[home] in complete
 
         self._standing.advance(context.epoch, self.replica, context.store.inventory(), in_flight, equal)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.peering import BLIND, UNSETTLED, UNSURE, Holding
 from sheepdog.cluster.core.replica import Replica
 
@@ -43,7 +43,7 @@ class Standing:
         self.default = settled  # as_of of every copy not named below
         self.complete = settled
         self._settled = settled  # the newest epoch in which every copy was proven current
-        self._unsettled: dict[ObjectId, None] | None = None  # None, before the first epoch: whatever was written since
+        self._unsettled: dict[ObjectId, None] | None = None  # whole objects; None at first: whatever was written since
         self._older: dict[ObjectId, int] = {}
         lack = Lack(last, broken) if broken else Lack(0, 0, last)
         self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, lack)
@@ -56,7 +56,7 @@ class Standing:
 
     def unsettled(self, oid: ObjectId, version: Version) -> Iterator[Holding]:
         """What an inventory says beside the copy if it may have a write that copies on nodes which are away lack."""
-        if oid in self._unsettled if self._unsettled is not None else version.epoch >= self._settled:
+        if plain_oid(oid) in self._unsettled if self._unsettled is not None else version.epoch >= self._settled:
             yield Holding(oid, version, self._settled, UNSETTLED)
 
     def advance(
@@ -83,10 +83,10 @@ class Standing:
         for oid in replica.broken:
             lacking[oid] = Lack(epoch, epoch)
         older = {}
-        self._unsettled = dict.fromkeys(in_flight)
+        self._unsettled = dict.fromkeys(map(plain_oid, in_flight))
         for oid, version in copies:
             if version.epoch >= self._settled and not equal(oid):
-                self._unsettled[oid] = None
+                self._unsettled[plain_oid(oid)] = None
             if oid in replica.broken or not replica.is_current(oid) or replica.awaits_agreement(oid):
                 older[oid] = self.as_of(oid, version)
                 if version == NO_VERSION and oid in before:
