@@ -415,6 +415,7 @@ class ObjectStore:
         old = self.copies.replace(oid, copy)
         if old is not None:
             self._syncs.forget(old)
+            self._restores.forget(old)
             self._applier.unnamed.pop(old, None)
             self._applier.unnamed_intents.pop(old, None)
         return old

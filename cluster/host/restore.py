@@ -95,6 +95,10 @@ class Restores:
         self._pipeline.submit(record)
         self._submit(copy, RecordKind.RESTORE, NO_VERSION, _ignore)
 
+    def forget(self, copy: Copy) -> None:
+        """It is removed or replaced."""
+        self._unpunched.pop(copy, None)
+
     def trust(self, copy: Copy) -> None:
         """Hashes what a restore before the last crash left, so that only the rest is fetched; blocks for some ms."""
         if copy.trusted:

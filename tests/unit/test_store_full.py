@@ -136,6 +136,26 @@ def test_a_restore_that_finds_no_room_for_its_holes_costs_no_disk(driver: StoreD
     driver.close()
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_copy_that_goes_in_such_a_restore_leaves_nothing_behind(
+    driver: StoreDriver, disk: FullDisk, replaced: bool
+) -> None:
+    driver.store.restore_begin(OID, SIZE)
+    driver.restore_write(OID, 0, b"a" * BLOCK)
+    disk.full = True
+    driver.store.restore_punch(OID, BLOCK, 2 * BLOCK)
+    driver.settle()
+    assert driver.store._restores._unpunched
+    disk.full = False
+    if replaced:
+        driver.store.restore_begin(OID, SIZE // 2)
+        driver.flush()
+    else:
+        driver.remove(OID)
+    assert not driver.store._restores._unpunched
+    driver.crash()
+
+
 @pytest.mark.parametrize("length", [100_000, LARGE])
 def test_a_large_write_is_answered_when_there_is_room(driver: StoreDriver, disk: FullDisk, length: int) -> None:
     disk.full, disk.partly = True, True
