@@ -31,7 +31,7 @@ Say: TypeAlias = Callable[[str], None]
 class BareStore:
     """`path` is META[,DISK...] as on the daemon's command line, or the disks alone where META is lost.
 
-    `failures`: what was wrong with the store itself.
+    `failures`: what was wrong with the store itself; `orderly`: so its daemon ended.
     """
 
     def __init__(self, path: str, say: Say, journal_directory: str | None = None) -> None:
@@ -60,7 +60,9 @@ class BareStore:
         self.copies = Copies(self.disk, ThreadWorkers(call_soon), log, lambda *_: None, lambda _: None)
         for directory in directories:
             self._add(directory, node, log)
-        replay.replay(self.copies, self._journal(journal_directory, node, log), log)
+        found = self._journal(journal_directory, node, log)
+        self.orderly = found.orderly
+        replay.replay(self.copies, found, log)
         for copy in self.copies.by_oid.values():
             self.release(copy)
 

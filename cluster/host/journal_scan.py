@@ -30,6 +30,7 @@ class Found:
     directory: str = ""  # where it is
     journal: bytes = NO_JOURNAL  # its id
     incomplete: bool = False  # it is damaged, or was given up: this node has forgotten writes; the log says so
+    orderly: bool = False  # the last run noted that everything is in the object files
     missing: str = ""  # why it cannot be read where one must be
 
     def payload(self, record: Parsed) -> memoryview:

@@ -76,6 +76,11 @@ class LastJournal:
         note = self._read()
         if note is None:
             return scan(self._disk, self.directory, node, self._log)
+        found = self._search(note, node)
+        found.orderly = note.empty
+        return found
+
+    def _search(self, note: Note, node: bytes) -> Found:
         noted = note.directory or self._metadata
         for place in dict.fromkeys((noted, self.directory)):
             found = scan(self._disk, place, node, self._log, note.journal)

@@ -37,6 +37,9 @@ _SETTLED = struct.Struct("<8sIQQqQ")  # magic, format, epochs: settled, broken, 
 _SETTLED_2 = struct.Struct("<8sIQQ")  # of format 2, which did not know what was forgotten
 _SETTLED_FORMAT: Final = 3
 _SETTLED_MAGIC: Final = b"SHEEPSET"
+_STALE = struct.Struct("<8sI")  # magic, format; the entries follow
+_STALE_MAGIC: Final = b"SHEEPSTL"
+_STALE_FORMAT: Final = 2  # in format 1 the entries had nothing before them
 _EPOCH = struct.Struct("<8sIQQI")  # magic, format, epoch, began (Unix seconds), members that follow
 _EPOCH_MAGIC: Final = b"SHEEPEPO"
 _MEMBER = struct.Struct("<16sHIIQQ")  # address, port, zone, vnodes, space, incarnation
@@ -109,14 +112,21 @@ class NodeStateFiles:
             return None
 
     def save_stale(self, data: bytes, done: Done) -> None:
-        self._change(lambda: write_file(self._disk, self._directory, "stale", data), done)
+        head = _STALE.pack(_STALE_MAGIC, _STALE_FORMAT)
+        self._change(lambda: write_file(self._disk, self._directory, "stale", head + data), done)
 
     def load_stale(self) -> bytes:
+        """UsageError for a newer format; nothing when the file is damaged."""
+        path = f"{self._directory}/stale"
         try:
-            return self._read(f"{self._directory}/stale") or b""
+            data = self._read(path) or b""
         except UsageError as error:
             self._log(4, str(error))
             return b""
+        if data[:8] != _STALE_MAGIC:
+            return data
+        _parse_head(_STALE, _STALE_MAGIC, data, path, _STALE_FORMAT)
+        return data[_STALE.size :]
 
     def save_config(self, config: bytes, done: Done) -> None:
         data = _CONFIG.pack(_CONFIG_MAGIC, _FORMAT, len(config)) + config

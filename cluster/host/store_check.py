@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from sheepdog.cluster.core.errors import Corrupt
 from sheepdog.cluster.core.ids import ObjectId, oid_name
 from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.strip_undo import decode, encode
 from sheepdog.cluster.host.bare_store import BareStore, Say, ranges
 from sheepdog.cluster.host.directory import read_file
 from sheepdog.cluster.host.object_file import Copy
+from sheepdog.cluster.host.undo_file import read_undo
 
 _SEALED = ("config", "settled", "stale", "disks", "scrub")  # the superblock and .disk are read anyway
 
@@ -89,7 +91,16 @@ def _own_files(store: BareStore) -> list[Damage]:
                 read_file(store.disk, path)
             except Corrupt as error:
                 found.append(Damage(path, str(error)))
-    return found
+    return found + _undo(store)
+
+
+def _undo(store: BareStore) -> list[Damage]:
+    """What strips need to go back: after an orderly end, not a byte of what was added last may be torn."""
+    path = f"{store.metadata}/undo"
+    data = read_undo(store.disk, path)
+    read_undo(store.disk, f"{path}.old")
+    good = sum(len(encode(strip, undo)) for strip, steps in decode(data).items() for undo in steps)
+    return [Damage(path, f"damaged behind {good} bytes of records")] if store.orderly and good < len(data) else []
 
 
 def _check_copy(store: BareStore, copy: Copy, summary: Summary) -> Damage | None:

@@ -8,10 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+from struct import Struct
+from typing import Final
 
+from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host.directory import write_all
 from sheepdog.cluster.host.disk import Disk
+
+_HEAD = Struct("<8sI")  # magic, format
+_MAGIC: Final = b"SHEEPUND"
+_FORMAT: Final = 2  # in format 1 the records had nothing before them
+_NEW: Final = _HEAD.pack(_MAGIC, _FORMAT)
+
+
+def read_undo(disk: Disk, path: str) -> bytes:
+    """The records of undo or undo.old, as they are; UsageError for a newer format, OSError."""
+    try:
+        descriptor = disk.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return b""
+    try:
+        data = bytearray(disk.info(descriptor).length)
+        disk.preadv(descriptor, [data], 0)
+    finally:
+        disk.close(descriptor)
+    if len(data) < _HEAD.size or data[:8] != _MAGIC:
+        return bytes(data)
+    form = _HEAD.unpack_from(data)[1]
+    if form != _FORMAT:
+        raise UsageError(f"{path}: format {form}, this version reads {_FORMAT}")
+    return bytes(data[_HEAD.size :])
 
 
 class UndoFile:
@@ -42,6 +69,8 @@ class UndoFile:
             if self._fd < 0:
                 self._fd = self._disk.open(self._path, os.O_RDWR | os.O_CREAT)
                 self._end = self._disk.info(self._fd).length
+            if not self._end:
+                records = _NEW + records
             write_all(self._disk, self._fd, records, self._end)
             self._end += len(records)
             self._dirty = True
@@ -61,7 +90,7 @@ class UndoFile:
         self.write_out()
         try:
             descriptor = self._disk.open(f"{self._path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            write_all(self._disk, descriptor, records, 0)
+            write_all(self._disk, descriptor, _NEW + records, 0)
             if not self._nosync:
                 self._disk.fdatasync(descriptor)
             # ext4 writes a file out at once that is renamed over another, so that makes way before.
@@ -74,25 +103,14 @@ class UndoFile:
                 self._disk.sync_directory(self._directory)
             if self._retired >= 0:
                 self._disk.close(self._retired)
-            self._retired, self._fd, self._end = self._fd, descriptor, len(records)
+            self._retired, self._fd, self._end = self._fd, descriptor, len(_NEW) + len(records)
         except OSError as error:
             self._failed(error)
 
     def load(self) -> list[bytes]:
-        """What was added before the last `replace`, and since."""
+        """What was added before the last `replace`, and since; UsageError for a newer format."""
         self.write_out()
-        return [self._read(f"{self._path}.old"), self._read(self._path)]
+        return [read_undo(self._disk, f"{self._path}.old"), read_undo(self._disk, self._path)]
 
     def _failed(self, error: OSError) -> None:
         self._log(3, f"{self._path}: {error.strerror}; a kill of all nodes may cost coded objects")
-
-    def _read(self, path: str) -> bytes:
-        try:
-            descriptor = self._disk.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return b""
-        try:
-            data = bytearray(self._disk.info(descriptor).length)
-            return bytes(data[: self._disk.preadv(descriptor, [data], 0)]) if data else b""
-        finally:
-            self._disk.close(descriptor)

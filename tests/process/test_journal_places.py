@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tests.support.cluster import Cluster, formatted
+from tests.support.cluster import RUNNING, Cluster, formatted
 from tests.support.processes import wait_until
 
 SIZE = 24 << 20
@@ -70,6 +70,7 @@ def test_a_journal_whose_disk_is_missing_and_comes_back(cluster: Journals) -> No
 
     cluster.start(2, extra={2: ("-j", f"size=64M,dir={cluster.fast(2)},skip")})
     cluster.wait_members(3)
+    cluster.wait_status(RUNNING)
     cluster.wait_recovered()
     assert all(read(cluster, node) == data for node in range(3))
     data[:4096] = newest = rng.randbytes(4096)
@@ -84,5 +85,6 @@ def test_a_journal_whose_disk_is_missing_and_comes_back(cluster: Journals) -> No
     (cluster.directory / "under").rename(cluster.fast(2))
     cluster.start(2)
     cluster.wait_members(3)
+    cluster.wait_status(RUNNING)
     cluster.wait_recovered()
     assert all(read(cluster, node) == data for node in range(3))

@@ -140,3 +140,35 @@ def test_one_daemon_a_directory(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         DirectoryLock(str(tmp_path / "a" / "b"))
     assert str(caught.value) == f"cannot create the directory {tmp_path}/a/b (No such file or directory)"
+
+
+def test_the_marks_of_stale_strips_have_a_format(tmp_path: Path) -> None:
+    entries = bytes(range(72))
+    driver = StateDriver(tmp_path)
+    assert driver.wait(lambda done: driver.state.save_stale(entries, done)) is None
+    assert (tmp_path / "stale").read_bytes()[:12] == b"SHEEPSTL\2\0\0\0"
+    assert StateDriver(tmp_path).state.load_stale() == entries
+    write_file(RealDisk(), str(tmp_path), "stale", entries)  # as before there was one
+    assert driver.state.load_stale() == entries
+    write_file(RealDisk(), str(tmp_path), "stale", b"SHEEPSTL\3\0\0\0" + entries)
+    with pytest.raises(UsageError, match="stale: format 3, this version reads 2"):
+        driver.state.load_stale()
+
+
+def test_undo_has_a_format(tmp_path: Path) -> None:
+    path = tmp_path / "undo"
+    undo = StateDriver(tmp_path).state.undo
+    undo.append(b"one")
+    undo.write_out()
+    undo.append(b"two")
+    assert undo.load() == [b"", b"onetwo"]
+    undo.replace(b"three")
+    undo.append(b"four")
+    assert undo.load() == [b"onetwo", b"threefour"]
+    assert path.read_bytes() == b"SHEEPUND\2\0\0\0threefour"
+    path.write_bytes(b"five")  # as before there was one
+    again = StateDriver(tmp_path).state.undo
+    assert again.load() == [b"onetwo", b"five"]
+    path.write_bytes(b"SHEEPUND\3\0\0\0five")
+    with pytest.raises(UsageError, match="undo: format 3, this version reads 2"):
+        again.load()

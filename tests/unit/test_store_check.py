@@ -12,14 +12,16 @@ from tests.support.stores import StoreDriver, flip
 
 from sheepdog.cluster.client.btree import Leaf, Tree
 from sheepdog.cluster.core.errors import UsageError
-from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid
+from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid, strip_of
 from sheepdog.cluster.core.inode import MAP_OFFSET, InodeHeader, pack_map
 from sheepdog.cluster.core.limits import BTREE_NODE_SIZE, INODE_SIZE
+from sheepdog.cluster.core.strip_undo import Undo, encode
 from sheepdog.cluster.host.directory import write_file
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.salvage import Salvage
 from sheepdog.cluster.host.store_check import check
 from sheepdog.cluster.host.trailer import block_hash
+from sheepdog.cluster.host.undo_file import UndoFile
 from sheepdog.tools.dog.store import StreamImage
 
 SIZE = 1 << 20
@@ -71,6 +73,27 @@ def test_a_check_finds_planted_damage_and_changes_nothing(tmp_path: Path, crash:
     assert found[f"{data_oid(VID, 3):016x}"] == "blocks 50 do not match their hashes"
     assert f"{data_oid(VID, 4):016x}" in found
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["stopped", "killed"])
+def test_what_strips_need_to_go_back_is_checked(tmp_path: Path, crash: bool) -> None:
+    """After a crash its end may be torn: a start takes what is before that."""
+    undo = UndoFile(str(tmp_path), RealDisk(), lambda level, text: None, False)
+    driver = StoreDriver(str(tmp_path), before=undo)
+    strip = strip_of(data_oid(VID, 0), 2)
+    records = [encode(strip, Undo(v(number), v(number + 1), 0, b"old")) for number in range(1, 4)]
+    for record in records:
+        undo.append(record)
+    driver.create(strip, SIZE, 0, b"a" * 4096, v(4), durable=True)
+    if crash:
+        driver.crash()
+    else:
+        driver.close()
+    assert check(str(tmp_path), print).clean
+    flip(tmp_path / "undo", 12 + len(records[0]) + 30)
+    found = [(damage.path, damage.problem) for damage in check(str(tmp_path), print).damaged]
+    damage = (str(tmp_path / "undo"), f"damaged behind {len(records[0])} bytes of records")
+    assert found == ([] if crash else [damage])
 
 
 def test_a_store_in_use_or_none_at_all_is_refused(tmp_path: Path) -> None:
