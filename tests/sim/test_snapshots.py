@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from tests.sim.test_directed import settle
-from tests.sim.test_late_map_writes import NAME, OBJECTS, new_vdi, running, wait_for
+from tests.sim.test_late_map_writes import NAME, OBJECTS, create, new_vdi, running, wait_for, write_map
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
-from sheepdog.cluster.core.ids import NO_VID, inode_oid
+from sheepdog.cluster.core.ids import NO_VID, data_oid, inode_oid
 from sheepdog.cluster.core.inode import InodeHeader, map_offset
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.part import frozen_by
-from sheepdog.cluster.sim.clients import OBJECT_BYTES
+from sheepdog.cluster.sim.clients import OBJECT_BYTES, block_of
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
 from sheepdog.cluster.sim.world import SECOND
 
@@ -58,6 +59,32 @@ def test_everybody_gets_the_snapshot_that_was_asked_for() -> None:
     assert sorted(before) == [(tag, SIZE) for tag in (b"", b"", b"one", b"three", b"two")]
     cold_start(cluster)
     assert line(cluster, 1) == before
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["snapshot", "flush"])
+def test_what_was_written_before_a_snapshot_is_durable_with_it(explicit: bool) -> None:
+    """Unflushed writes of several gateways; so does a flush of the volume that goes on, which depends on them."""
+    cluster = running(9)
+    world, gateways = cluster.world, [machine.node.gateway for machine in cluster.machines]
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0, 1, 2)
+    write_map(cluster, vid, 0, vid, vid, vid)
+    for index, gateway in enumerate(gateways):
+        result, _ = wait_for(world, partial(gateway.write, data_oid(vid, index), 0, block_of(index + 7), False))
+        assert not result
+    answers: list[Any] = []
+    snapshot(cluster, b"one", answers)
+    world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the snapshot")
+    if explicit:
+        heir = cluster.machines[1].node.cluster.vdis.named(NAME)[-1].vid
+        assert heir != vid
+        assert not wait_for(world, partial(gateways[1].flush, heir))[0]
+    cold_start(cluster)
+    gateway = cluster.machines[2].node.gateway
+    for index in range(3):
+        oid = data_oid(vid, index)
+        result, data = wait_for(world, partial(gateway.raw_read, oid, 0, BLOCK_SIZE))
+        assert (result, bytes(data)) == (0, block_of(index + 7)), index
 
 
 def test_a_node_that_joins_meanwhile_holds_writes_too(monkeypatch: pytest.MonkeyPatch) -> None:
