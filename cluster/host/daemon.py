@@ -378,8 +378,8 @@ class Daemon:
     def _disk_failed(self, directory: str, reason: str, last: bool) -> None:
         self._failed_disks.append(directory)
         if last:
-            self._log(2, f"{directory} failed and is out of service: {reason}; leaving the cluster")
-            self._end(1, "the disk failed")
+            self._log(2, f"{directory} is out of service: {reason}; leaving the cluster")
+            self._end(1, "nothing can be stored here any more")
 
     def _end(self, status: int, reason: str) -> None:
         if not self._ending.done():

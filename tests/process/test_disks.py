@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.support.cluster import Cluster, formatted
 from tests.support.errors import DeathInjection
-from tests.support.processes import wait_until
+from tests.support.processes import environment, wait_until
 
 MIB = 1 << 20
 OBJECT = 4 * MIB
@@ -173,6 +175,30 @@ def test_the_last_disk_gone_ends_the_node_and_nothing_else(cluster: Cluster, tmp
         load.wait_turns(2)
     load.check()
     assert "leaving the cluster" in cluster.log(0).read_text()
+
+
+def test_unplugging_the_last_disk_ends_the_node_and_nothing_else(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.kill(0, signal.SIGTERM)
+    cluster.wait_members(2, [1, 2])
+    command = [*cluster.command(0), "-f"]
+    sheep = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
+    try:
+        cluster.wait_members(3)
+        load = Load(cluster, node=1)
+        with load:
+            done = cluster.try_dog("node", "md", "unplug", "-f", f"{tmp_path}/d1,{tmp_path}/d2")
+            assert done.returncode == 0, done.stderr
+            assert sheep.wait(timeout=STALL_SECONDS) == 1
+            cluster.wait_members(2, [1, 2])
+            load.wait_turns(2)
+        load.check()
+    finally:
+        sheep.kill()
+        sheep.wait()
+    said = [line for line in cluster.log(0).read_text().splitlines() if "last disk" in line]
+    assert len(said) == 1 and said[0].endswith(
+        f"{tmp_path}/d2 is out of service: the last disk was unplugged; leaving the cluster"
+    ), said
 
 
 def test_a_volume_with_one_copy_keeps_its_disk(cluster: Cluster, tmp_path: Path) -> None:

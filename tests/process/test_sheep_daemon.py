@@ -160,7 +160,7 @@ def test_the_last_disk_gone_is_status_1_and_one_line(single: Cluster) -> None:
         process.wait()
     lines = messages(single.log(0)).splitlines()
     (told,) = [line for line in lines if "leaving the cluster" in line]
-    assert f"{single.store(0)}/obj failed and is out of service: " in told
+    assert f"{single.store(0)}/obj is out of service: " in told
     assert lines[-1].endswith(ENDED)
     assert sum("-n: writes are acknowledged before they are on the disk" in line for line in lines) == 1
 
