@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -341,6 +342,36 @@ def test_a_second_map_write_waits_for_those_that_have_not_heard_of_the_first() -
     assert late.wait(reader.read(1)) == block_of(2)
     late.until(first)
     assert late.wait(reader.read(0)) == block_of(1)
+
+
+def is_told_after_a_map_write() -> bool:
+    """Whether a reader finds what was written, though it read the map anew just before the entry came into it."""
+    late, held = Late(), list[Callable[[], None]]()
+    writer, reader = late.paths[:2]
+    gateway, inode = late.cluster.machines[writer.node].node.gateway, inode_oid(late.vid)
+    change = gateway.change
+
+    def later(which: ObjectId, *rest: Any) -> None:
+        if which == inode:
+            held.append(partial(change, which, *rest))
+        else:
+            change(which, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway, "change", later)
+        writing = late.begin(writer.write(0, 1))
+        late.cluster.world.run_until(partial(bool, held), HEALTH_LIMIT_NS, "the entry")
+        assert late.wait(reader.read(0)) == bytes(BLOCK_SIZE)
+    for call in held:
+        call()
+    late.until(writing)
+    found: bytes = late.wait(reader.read(0))
+    return found == block_of(1)
+
+
+def test_others_are_told_after_a_map_write() -> None:
+    """Who has read the map since they were told before it goes on with an old one else."""
+    assert is_told_after_a_map_write()
 
 
 def test_what_was_given_back_does_not_come_back_when_its_gateway_dies(monkeypatch: pytest.MonkeyPatch) -> None:
