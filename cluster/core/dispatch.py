@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.copies import Copies
@@ -14,6 +15,9 @@ from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.peering import Verdict, decode_oids
 
+_ANSWER: Final = int(Kind.ANSWER)
+_APPLY: Final = int(Kind.APPLY)
+
 
 class Dispatch:
     """Of one node. Another epoch's message is not obeyed: an older one is dropped (its sender will notice and ask
@@ -23,10 +27,9 @@ class Dispatch:
         self._context = context
         self._gateway = gateway
         self._copies = copies
+        self._replica = copies.replica
         self._early: list[tuple[NodeId, Message]] = []
         self._handlers: dict[int, Callable[[NodeId, Message], None]] = {
-            Kind.ANSWER: context.peers.on_answer,
-            Kind.APPLY: copies.replica.on_apply,
             Kind.STABLE: copies.replica.on_stable,
             Kind.LEVEL: copies.replica.on_level,
             Kind.TABLE: copies.puller.on_table,
@@ -64,7 +67,13 @@ class Dispatch:
             return
         if sender not in context.placement.index_of:
             return
-        self._handlers[message.kind](sender, message)
+        kind = message.kind
+        if kind == _ANSWER:  # most are one of these two
+            context.peers.on_answer(sender, message)
+        elif kind == _APPLY:
+            self._replica.on_apply(sender, message)
+        else:
+            self._handlers[kind](sender, message)
 
     # -- for the home of this node ---------------------------------------------------------------------------------
 

@@ -424,7 +424,8 @@ class Home:
         if write.ordered:
             over = write.result or write.fresh or write.submission.flags & Flag.REMOVE
             return not over and self.recovery.knows(write.submission.oid)
-        return write.result == Result.EIO and not write.fresh
+        failed = bool(write.result)  # asked first: nearly always False, and looking up EIO costs more than all of this
+        return failed and write.result == Result.EIO and not write.fresh
 
     def _number_ended(self) -> None:
         self.strips.stable(self.watermark())

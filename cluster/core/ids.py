@@ -116,17 +116,18 @@ class Version(NamedTuple):
 
 NO_VERSION: Final = Version(0, 0, 0)
 VERSION_STEP_BITS: Final = 16
-_new_tuple = tuple.__new__
+_new_tuple: Final = tuple.__new__
+_VERSION: Final[type[Version]] = Version
 
 
 def make_version(epoch: int, term: int, counter: int) -> Version:
     """As `Version(...)`, which costs a Python call more: three times in a replicated write."""
-    return _new_tuple(Version, (epoch, term, counter))
+    return _new_tuple(_VERSION, (epoch, term, counter))
 
 
 def version_of(epoch: int, term: int, sequence: int) -> Version:
     """The version that write number `sequence` of a home gives."""
-    return _new_tuple(Version, (epoch, term, sequence << VERSION_STEP_BITS))
+    return _new_tuple(_VERSION, (epoch, term, sequence << VERSION_STEP_BITS))
 
 
 class NodeId(NamedTuple):

@@ -89,8 +89,8 @@ class Replica:
         self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
         self._levels: list[deque[tuple[int, list[Leveled]]]] = []  # by home, ascending sequence
         self._applied: list[int] = []  # by home: highest sequence seen
-        self._unanswered: dict[tuple[int, int], None] = {}  # (home, sequence) being applied
-        self._failed: dict[tuple[int, int], int] = {}
+        self._unanswered: list[dict[int, None]] = []  # by home: sequences being applied
+        self._failed: dict[tuple[int, int], int] = {}  # by home and sequence
 
     def begin(self) -> None:
         """A new epoch: nothing is readable until the homes have settled with this node."""
@@ -108,7 +108,7 @@ class Replica:
         self._order = [deque() for _ in range(count)]
         self._levels = [deque() for _ in range(count)]
         self._applied = [0] * count
-        self._unanswered = {}
+        self._unanswered = [{} for _ in range(count)]
         self._failed = {}
         self.strips.begin()
 
@@ -184,14 +184,14 @@ class Replica:
         context = self._context
         home = context.placement.index_of[sender]
         sequence = message.sequence
-        key = (home, sequence)
+        unanswered = self._unanswered[home]
         if sequence <= self._applied[home]:
             context.probe("replica.apply_repeated")
-            if key not in self._unanswered:
-                context.peers.answer(sender, message, self._failed.get(key, Result.SUCCESS))
+            if sequence not in unanswered:
+                context.peers.answer(sender, message, self._failed.get((home, sequence), Result.SUCCESS))
             return
         self._applied[home] = sequence
-        self._unanswered[key] = None
+        unanswered[sequence] = None
         self._stable(home, message.watermark)
         oid, flags = message.oid, message.flags
         body = message.body
@@ -210,7 +210,7 @@ class Replica:
         else:
             counters.peer_writes += 1
             counters.peer_rx += 0 if own else len(body)
-        answer = self._answering(sender, message, key, context.fence)
+        answer = self._answering(sender, message, home, context.fence)
         if own and not body:
             context.probe("replica.own_bytes_gone")
             answer(NoObject("the bytes of a write are not here any more"))
@@ -228,20 +228,20 @@ class Replica:
                 note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
 
     def _answering(
-        self, sender: NodeId, message: Message, key: tuple[int, int], fence: int
+        self, sender: NodeId, message: Message, home: int, fence: int
     ) -> Callable[[StoreError | None], None]:
         def applied(error: StoreError | None) -> None:
             context = self._context
             if context.fence != fence:
                 return  # fenced: that home does not count any more
-            self._unanswered.pop(key, None)
+            self._unanswered[home].pop(message.sequence, None)
             result = _SUCCESS
             if error is not None:
                 context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
                 self.spoil(message.oid)
                 if message.oid >> STRIP_SHIFT:
                     context.spoilt.setdefault(message.oid, error)
-                result = self._failed[key] = error.result
+                result = self._failed[home, message.sequence] = error.result
             elif message.flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
                 self.restored(message.oid)
             context.peers.answer(sender, message, result)
@@ -261,9 +261,8 @@ class Replica:
             ranges = self._unstable.get(oid)
             if ranges is None:
                 continue
-            left = [entry for entry in ranges if entry[0] != sequence]
-            if left:
-                self._unstable[oid] = left
+            if len(ranges) > 1:
+                self._unstable[oid] = [entry for entry in ranges if entry[0] != sequence]
             else:
                 del self._unstable[oid]
             if self._failed:
@@ -277,13 +276,13 @@ class Replica:
         """A home brings strips level; as APPLY, once."""
         context, sequence = self._context, message.sequence
         home = context.placement.index_of[sender]
-        key, fence = (home, sequence), context.fence
+        fence, unanswered = context.fence, self._unanswered[home]
         if sequence <= self._applied[home]:
-            if key not in self._unanswered:
+            if sequence not in unanswered:
                 context.peers.answer(sender, message, Result.SUCCESS)
             return
         self._applied[home] = sequence
-        self._unanswered[key] = None
+        unanswered[sequence] = None
         self._stable(home, message.watermark)
         assert not isinstance(message.body, list)
         levels = decode_levels(message.body)
@@ -293,7 +292,7 @@ class Replica:
         def done(failed: list[ObjectId]) -> None:
             if context.fence != fence:
                 return
-            self._unanswered.pop(key, None)
+            unanswered.pop(sequence, None)
             for strip in failed:
                 self.spoil(strip)
             body = encode_levels((strip, version_of_level[strip]) for strip in failed)

@@ -8,7 +8,7 @@ segment are never durable before those of the older one. The journal knows nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from struct import Struct
 from typing import Final, NamedTuple, Protocol
@@ -212,11 +212,13 @@ class Journal:
         offset: int = 0,
         length: int = 0,
         version: Version = NO_VERSION,
-        hashes: Sequence[int] = (),
+        hashes: list[int] | None = None,
         payload: Buffer = b"",
     ) -> int:
         """Queues a record; returns the lsn behind it. The caller has asked `has_room`."""
         payload_length = len(payload)
+        if hashes is None:
+            hashes = []
         queue = self._queue
         queue.append(pack(kind, self.position, self.synced, oid, size, offset, length, version, hashes, payload_length))
         if payload_length:

@@ -18,9 +18,8 @@ from sheepdog.cluster.core.ids import NodeId, format_address
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.host.loop import describe
 from sheepdog.cluster.wire.peer import (
-    HEADER_SIZE,
     HELLO,
-    body_length,
+    PeerIntake,
     decode,
     decode_answers,
     decode_hello,
@@ -29,7 +28,7 @@ from sheepdog.cluster.wire.peer import (
     encode_hello,
     is_success_only,
 )
-from sheepdog.cluster.wire.streams import Intake, Outbox
+from sheepdog.cluster.wire.streams import Outbox
 
 if TYPE_CHECKING:
     from sheepdog.cluster.host.links import Links
@@ -82,7 +81,7 @@ class Link:
         self.state = state
         self.target = target  # the address dialled: the node's own, or its I/O address
         self.greeting = b""  # bytes of the other side's hello
-        self.intake = Intake(links.arena, HEADER_SIZE, body_length)
+        self.intake = PeerIntake(links.arena)
         self.outbox = Outbox()
         self.since = 0.0  # time of the loop at which the link came up
         self._answered: list[int] = []  # requests of the peer that have succeeded, to be told in one frame

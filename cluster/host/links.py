@@ -79,6 +79,13 @@ class _Peer:
             self.timer.cancel()
             self.timer = None
 
+    def rename(self, node: NodeId) -> None:
+        """Calls it by the object that core has for it now: dictionaries find that one without comparing it."""
+        self.node = node
+        for link in (self.link, self.better):
+            if link is not None:
+                link.node = node
+
     def close(self) -> None:
         self.stop_timer()
         for link in (self.link, self.better):
@@ -127,8 +134,13 @@ class Links:
         wanted = dict.fromkeys(node for node in nodes if node != self.me)
         for node in [node for node in self._peers if node not in wanted]:
             self._peers.pop(node).close()
+        known, self._peers = self._peers, {}
         for node in wanted:
-            if node not in self._peers and not self._closed:
+            peer = known.get(node)
+            if peer is not None:
+                self._peers[node] = peer
+                peer.rename(node)
+            elif not self._closed:
                 self._peers[node] = peer = _Peer(node)
                 if self.me < node:
                     # Not at once: core is in the middle of an event, and on_link must not come from within.
@@ -239,6 +251,7 @@ class Links:
         assert link.node is not None
         del self._waiting[link]
         peer = self._peers[link.node]
+        link.node = peer.node
         old = peer.link
         if old is not None:
             old.fail("replaced by a new one")

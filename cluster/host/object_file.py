@@ -115,6 +115,11 @@ class Copy:
         record = self.pending.get(block)
         return not (self.entries[trailer.FIRST_ENTRY + block] if record is None else record.hash(block))
 
+    def is_filled(self, first: int, count: int) -> bool:
+        """So many blocks from the first one on have their places in the file."""
+        entries, start = self.entries, trailer.FIRST_ENTRY + first
+        return bool(entries[start]) if count == 1 else all(entries[start : start + count])
+
     def attach(self, fd: int, header_and_table: bytearray) -> None:
         self.fd = fd
         self.trailer = header_and_table

@@ -255,11 +255,7 @@ class ObjectStore:
             length = len(data)
         first = offset >> 12
         count = (length + _BLOCK_MASK) >> 12
-        if (
-            not all(copy.entries[FIRST_ENTRY + first : FIRST_ENTRY + first + count])
-            and not copy.gone
-            and not copy.home.has_room(length)
-        ):
+        if not copy.is_filled(first, count) and not copy.gone and not copy.home.has_room(length):
             done(NoSpace(f"{copy.home.path} is full"))
             return
         copy.version = version
@@ -269,7 +265,7 @@ class ObjectStore:
             kind = RecordKind.WRITE
             if type(data) is not bytes:
                 data = bytes(data)  # it stays in memory after `done`
-        hashes = (block_hash(data) or 1,) if length == BLOCK_SIZE else block_hashes(data)
+        hashes = [block_hash(data) or 1] if length == BLOCK_SIZE else block_hashes(data)
         self._pipeline.submit(Record(kind, copy, first, count, length, hashes, data, version, durable, done))
 
     def _unless_superseded(self, durable: bool, done: Done) -> Done:
@@ -278,7 +274,7 @@ class ObjectStore:
         def failed(error: StoreError | None) -> None:
             if isinstance(error, Superseded):
                 copy = error.copy
-                self._pipeline.submit(Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", copy.version, durable, done))
+                self._pipeline.submit(Record(RecordKind.DONE, copy, 0, 0, 0, [], b"", copy.version, durable, done))
             else:
                 done(error)
 
@@ -322,7 +318,7 @@ class ObjectStore:
         if not self._may_write(copy, 0, copy.size, done):
             return
         copy.version = version
-        self._pipeline.submit(Record(RecordKind.WRITE, copy, 0, 0, 0, (), b"", version, durable, done))
+        self._pipeline.submit(Record(RecordKind.WRITE, copy, 0, 0, 0, [], b"", version, durable, done))
 
     # Creating and removing
 
@@ -425,7 +421,7 @@ class ObjectStore:
         if copy is None:
             done(None)
             return
-        self._pipeline.submit(Record(RecordKind.REMOVE, copy, 0, 0, 0, (), b"", copy.version, True, done))
+        self._pipeline.submit(Record(RecordKind.REMOVE, copy, 0, 0, 0, [], b"", copy.version, True, done))
 
     # Restoring (restore.py)
 

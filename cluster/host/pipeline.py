@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
@@ -23,8 +23,6 @@ from sheepdog.cluster.host.records import Record, RecordKind, record_size
 
 AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
 """Calls once at the end of the loop's present turn, on the loop's thread."""
-
-_ACKED_BY_JOURNAL: Final = frozenset((RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE))
 
 
 class Pipeline:
@@ -123,7 +121,7 @@ class Pipeline:
         Earlier would be too early: a crash could bring the object back as it was before both.
         """
         done, record.done = record.done, None
-        self.submit(Record(RecordKind.DONE, record.copy, 0, 0, 0, (), b"", NO_VERSION, record.durable, done))
+        self.submit(Record(RecordKind.DONE, record.copy, 0, 0, 0, [], b"", NO_VERSION, record.durable, done))
 
     def note_done(self, copy: Copy, lsn: int, done: Done | None = None) -> None:
         """The large write of `lsn` (0: none) is on the disk; durable at `done`, as everything submitted before.
@@ -134,7 +132,7 @@ class Pipeline:
         if done is not None and copy.size < 0:
             done(DiskError(f"{copy.home.path}: the disk has gone out of service"))
             return
-        record = Record(RecordKind.DONE, copy, 0, 0, 0, (), b"", NO_VERSION, done is not None, done)
+        record = Record(RecordKind.DONE, copy, 0, 0, 0, [], b"", NO_VERSION, done is not None, done)
         record.offset = lsn
         self.submit(record)
 
@@ -167,7 +165,7 @@ class Pipeline:
         wanted, self._sync_wanted = self._sync_wanted, False  # who comes from here on is not in what was just written
         nosync = self._nosync
         for record in written:
-            if record.done is not None and (nosync or not record.durable) and record.kind in _ACKED_BY_JOURNAL:
+            if record.done is not None and (nosync or not record.durable) and record.acked_by_journal:
                 done, record.done = record.done, None
                 done(None)
         if nosync:
@@ -183,7 +181,7 @@ class Pipeline:
         for record in self._unapplied:
             if record.end > synced:
                 break
-            if record.done is not None and record.kind in _ACKED_BY_JOURNAL:
+            if record.done is not None and record.acked_by_journal:
                 answers.append(record.done)
                 record.done = None
         for done in answers:

@@ -9,8 +9,7 @@ it and of the hashes; the payload is covered by the hashes, one per 4 KiB block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from enum import IntEnum
+from collections.abc import Iterator
 from struct import Struct
 from struct import pack as pack_values
 from typing import Final, NamedTuple
@@ -26,6 +25,8 @@ _HEADER: Final = Struct("<IBB2xQQQQQQQQQII")
 _WITH_ONE_HASH: Final = Struct(_HEADER.format + "Q")
 _CHECKSUM: Final = Struct("<Q")
 _FULL: Final = Struct("<QIBB2xQQQQQQQQQII")
+_pack_with_one_hash: Final = _WITH_ONE_HASH.pack  # looked up once, not for each record
+_pack_checksum: Final = _CHECKSUM.pack
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 RECORD_HEADER: Final = _FULL.size
 assert RECORD_HEADER == 96
@@ -34,20 +35,23 @@ assert RECORD_HEADER == 96
 SEGMENT_SHIFT: Final = 32
 
 
-class RecordKind(IntEnum):
-    """What a record says. Blocks are whole, offsets multiples of 4096; an object's last block may be short."""
+class RecordKind:
+    """What a record says. Blocks are whole, offsets multiples of 4096; an object's last block may be short.
 
-    WRITE = 1  # payload: the bytes of `length` at `offset`
-    INTENT = 2  # the bytes go straight to the object's file; here are their hashes
-    DONE = 3  # the intent at lsn `offset` is on the disk
-    PUNCH = 4  # `length` at `offset` (any bytes) become zeros: whole blocks holes; payload: the blocks at the edges
-    CREATE = 5  # a new object of `size` bytes: holes, and the payload at `offset`; a zero hash is a hole
-    CREATE_LARGE = 6  # the same, its bytes in the file, here their hashes
-    REMOVE = 7
-    RESTORE = 8  # a restore begins: what came before is void, the file alone counts
-    RESTORED = 9  # it is complete: the file has `version`
-    CHECKPOINT = 10  # everything before lsn `offset` is in place
-    END = 11  # the journal goes on in the next segment
+    Plain integers: comparing with a member of an enumeration is a call.
+    """
+
+    WRITE: Final = 1  # payload: the bytes of `length` at `offset`
+    INTENT: Final = 2  # the bytes go straight to the object's file; here are their hashes
+    DONE: Final = 3  # the intent at lsn `offset` is on the disk
+    PUNCH: Final = 4  # `length` at `offset` (any bytes) become zeros: holes, and at the edges the blocks of the payload
+    CREATE: Final = 5  # a new object of `size` bytes: holes, and the payload at `offset`; a zero hash is a hole
+    CREATE_LARGE: Final = 6  # the same, its bytes in the file, here their hashes
+    REMOVE: Final = 7
+    RESTORE: Final = 8  # a restore begins: what came before is void, the file alone counts
+    RESTORED: Final = 9  # it is complete: the file has `version`
+    CHECKPOINT: Final = 10  # everything before lsn `offset` is in place
+    END: Final = 11  # the journal goes on in the next segment
 
 
 class Parsed(NamedTuple):
@@ -71,6 +75,7 @@ class Record:
     """One change on its way from the journal to the object's file."""
 
     __slots__ = (
+        "acked_by_journal",
         "carries_data",
         "copy",
         "count",
@@ -96,7 +101,7 @@ class Record:
         first: int,
         count: int,
         length: int,
-        hashes: Sequence[int],
+        hashes: list[int],
         data: Buffer,
         version: Version,
         durable: bool,
@@ -115,6 +120,7 @@ class Record:
         self.done = done
         self.offset = first << 12
         self.carries_data = kind in (RecordKind.WRITE, RecordKind.CREATE, RecordKind.PUNCH)  # into the journal
+        self.acked_by_journal = kind in (RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE)  # else by its effect
         self.path = ""  # CREATE: where the file is until then
         self.lsn = 0
         self.end = 0  # lsn behind the record
@@ -190,7 +196,7 @@ def pack(
     offset: int,
     length: int,
     version: Version,
-    hashes: Sequence[int],
+    hashes: list[int],
     payload_length: int,
 ) -> bytes:
     """Header and hashes of a record; the payload and `padding` follow."""
@@ -199,7 +205,7 @@ def pack(
     strip = oid >> STRIP_SHIFT
     plain = oid & _OID_MASK if strip else oid
     if count == 1:  # most records by far
-        body = _WITH_ONE_HASH.pack(
+        body = _pack_with_one_hash(
             RECORD_MAGIC, kind, strip, lsn, plain, size, offset, length, epoch, term, counter, durable_lsn, 1,
             payload_length, hashes[0],
         )  # fmt: skip
@@ -209,7 +215,7 @@ def pack(
             payload_length,
         )  # fmt: skip
         body += pack_values(f"<{count}Q", *hashes)
-    return _CHECKSUM.pack(block_hash(body)) + body
+    return _pack_checksum(block_hash(body)) + body
 
 
 def padding(payload_length: int) -> int:

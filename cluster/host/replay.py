@@ -78,7 +78,7 @@ class _Plan:
             self._bytes(record, found)
         elif kind in (RecordKind.REMOVE, RecordKind.RESTORE, RecordKind.RESTORED):
             names = {RecordKind.REMOVE: "none", RecordKind.RESTORE: "restoring", RecordKind.RESTORED: "restored"}
-            self.base = names[RecordKind(kind)]
+            self.base = names[kind]
             self.blocks.clear()
             self.version = record.version
         elif kind in (RecordKind.WRITE, RecordKind.INTENT):

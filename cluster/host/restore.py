@@ -89,7 +89,7 @@ class Restores:
             self._files.discard_file(copy, path)
             return
         self._files.install(copy)
-        record = Record(RecordKind.CREATE_LARGE, copy, 0, 0, 0, (), b"", NO_VERSION, True, None)
+        record = Record(RecordKind.CREATE_LARGE, copy, 0, 0, 0, [], b"", NO_VERSION, True, None)
         record.path = path
         record.wants_data = False
         self._pipeline.submit(record)
@@ -151,8 +151,8 @@ class Restores:
 
         self._submit(copy, RecordKind.RESTORE, NO_VERSION, recorded)
 
-    def _submit(self, copy: Copy, kind: RecordKind, version: Version, done: Done) -> None:
-        self._pipeline.submit(Record(kind, copy, 0, 0, 0, (), b"", version, True, done))
+    def _submit(self, copy: Copy, kind: int, version: Version, done: Done) -> None:
+        self._pipeline.submit(Record(kind, copy, 0, 0, 0, [], b"", version, True, done))
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
         def action(copy: Copy) -> None:

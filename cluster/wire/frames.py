@@ -16,8 +16,8 @@ from sheepdog.cluster.wire.header import HEADER_SIZE
 from sheepdog.cluster.wire.opcodes import OBJECT_IO, Flags
 from sheepdog.cluster.wire.streams import Arena, Intake
 
-_OPCODE_FLAGS_LENGTH: Final = Struct("<xBH8xI")
-_LENGTH: Final = Struct("<12xI")
+_unpack_request: Final = Struct("<xBH8xI").unpack_from  # opcode, flags, length
+_unpack_response: Final = Struct("<12xI").unpack_from  # length
 
 
 def request_payload_length(buffer: Buffer, start: int = 0) -> int:
@@ -25,20 +25,21 @@ def request_payload_length(buffer: Buffer, start: int = 0) -> int:
 
     PeerError for more than any request of its kind can have.
     """
-    opcode, flags, length = _OPCODE_FLAGS_LENGTH.unpack_from(buffer, start)
+    fields: tuple[int, int, int] = _unpack_request(buffer, start)
+    opcode, flags, length = fields
     if not flags & Flags.WRITE:
         return 0  # the length is the room that the client has for the answer
     if length > MAX_ADMIN_PAYLOAD_BYTES and (length > MAX_REQUEST_BYTES or opcode not in OBJECT_IO):
         raise PeerError(f"request {opcode:#04x} with a payload of {length} bytes")
-    return int(length)
+    return length
 
 
 def response_payload_length(buffer: Buffer, start: int = 0) -> int:
     """Bytes that follow the response's header at `start`, whatever its result. PeerError for more than an object."""
-    (length,) = _LENGTH.unpack_from(buffer, start)
+    length: int = _unpack_response(buffer, start)[0]
     if length > MAX_REQUEST_BYTES:
         raise PeerError(f"response with a payload of {length} bytes")
-    return int(length)
+    return length
 
 
 class RequestParser(Intake):
@@ -51,6 +52,9 @@ class RequestParser(Intake):
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena, HEADER_SIZE, request_payload_length)
+
+    def length_at(self, buffer: Buffer, start: int) -> int:
+        return request_payload_length(buffer, start)
 
 
 class ResponseParser(Intake):

@@ -197,7 +197,7 @@ CLUSTER_DEFAULT_RESPONSE: Final = Layout(ClusterDefaultResponse._make, _COMMON +
 NODE_RESPONSE: Final = Layout(NodeResponse._make, _COMMON + "II8xQQ")
 HASH_RESPONSE: Final = Layout(HashResponse._make, _COMMON + "I4x20s4x")
 
-_pack_response = RESPONSE.struct.pack
+_pack_response: Final = RESPONSE.struct.pack
 
 
 def response(opcode: int, request_id: int, epoch: int, result: int = Result.SUCCESS, data_length: int = 0) -> bytes:

@@ -162,6 +162,7 @@ INTERNAL: Final = frozenset(
 )
 """Spoken only between the original daemons; ours have a protocol of their own and refuse these."""
 
+_SUCCESS: Final = Result.SUCCESS  # looked up once, not for each request
 _SERVED: Final = frozenset(int(op) for op in Opcode) - INTERNAL
 
 
@@ -195,4 +196,4 @@ def admit(opcode: int, version: int) -> Result:
     """
     if version != ADMIN_VERSION if opcode >= ADMINISTRATION else version > GATEWAY_VERSION:
         return Result.VER_MISMATCH
-    return Result.SUCCESS if opcode in _SERVED else Result.INVALID_PARMS
+    return _SUCCESS if opcode in _SERVED else Result.INVALID_PARMS

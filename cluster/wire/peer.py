@@ -25,6 +25,7 @@ from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, make_version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.wire.streams import Arena, Intake
 
 PEER_MAGIC: Final = b"\xf5SHP"
 PEER_VERSION: Final = 6
@@ -32,6 +33,9 @@ HELLO: Final = Struct("<4sHH16sH16s")
 HEADER: Final = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
 _ANSWERS_HEADER: Final = Struct("<B7xQ60xI16x")  # the same without what is 0
 HEADER_SIZE: Final = HEADER.size
+_pack_header: Final = HEADER.pack  # looked up once, not for each frame
+_unpack_header: Final = HEADER.unpack_from
+_unpack_length: Final = Struct("<76xI").unpack_from  # body_length alone
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 _ANSWER: Final = int(Kind.ANSWER)
@@ -70,7 +74,7 @@ def encode(message: Message) -> list[Buffer]:
     version = message.version
     oid = message.oid
     strip = oid >> STRIP_SHIFT
-    header = HEADER.pack(
+    header = _pack_header(
         message.kind,
         message.flags,
         message.copies,
@@ -124,14 +128,22 @@ def decode_answers(buffer: Buffer, start: int, body: Buffer) -> list[Message] | 
 
 def body_length(buffer: Buffer, start: int = 0) -> int:
     """Length of the body that follows the header at `start`; PeerError if it cannot be."""
-    (length,) = _LENGTH.unpack_from(buffer, start + _LENGTH_OFFSET)
+    length: int = _unpack_length(buffer, start)[0]
     if length > MAX_PEER_BODY_BYTES:
         raise PeerError(f"peer message of {length} bytes")
-    return int(length)
+    return length
 
 
-_LENGTH: Final = Struct("<I")
-_LENGTH_OFFSET: Final = 76
+class PeerIntake(Intake):
+    """What a link receives, cut into frames."""
+
+    __slots__ = ()
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena, HEADER_SIZE, body_length)
+
+    def length_at(self, buffer: Buffer, start: int) -> int:
+        return body_length(buffer, start)
 
 
 def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
@@ -156,7 +168,7 @@ def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
         _,
         origin,
         floor,
-    ) = HEADER.unpack_from(buffer, start)
+    ) = _unpack_header(buffer, start)
     if kind not in _KINDS:
         raise PeerError(f"unknown kind of peer message: {kind}")
     return Message(

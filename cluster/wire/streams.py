@@ -170,6 +170,10 @@ class Intake:
             self._rest = b""
         self._end = arena.position = start + count
 
+    def length_at(self, buffer: Buffer, start: int) -> int:
+        """As `body_length`; a method that is replaced costs a compiled caller a fifth of a function that is kept."""
+        return self._body_length(buffer, start)
+
     def next(self) -> Frame | None:
         """The next complete frame, or None. PeerError (of `body_length`): the stream is broken, nothing can follow."""
         body = self._body
@@ -183,7 +187,7 @@ class Intake:
         view = self._view
         body_at = start + self._header_size
         if body_at <= self._end:
-            length = self._body_length(view, start)
+            length = self.length_at(view, start)
             end = body_at + length
             if end <= self._end:
                 self._start = end
@@ -191,7 +195,8 @@ class Intake:
             if length > DIRECT_BODY_BYTES:
                 self._begin_body(length, body_at)
                 return None
-        self._rest = bytes(view[start : self._end])
+        if start < self._end:
+            self._rest = bytes(view[start : self._end])
         self._forget()
         return None
 
@@ -244,8 +249,11 @@ class Outbox:
                 first = self._taken(first, sent) if self.size else len(buffers)
         except (BlockingIOError, InterruptedError):
             pass
+        if first == len(buffers):
+            self._buffers = []
+            return True
         del buffers[:first]
-        return not buffers
+        return False
 
     def _taken(self, first: int, sent: int) -> int:
         """The kernel took `sent` bytes from buffer `first` on: the first buffer that still has some."""

@@ -29,7 +29,7 @@ CALL_BYTES: Final = 512  # what a call costs beside its data
 SEND_AT_ONCE_BYTES: Final = 256 << 10  # answers that wait: more is still in the processor's cache, and no call is saved
 CALLS_PER_TURN: Final = 256  # of one connection, 2-5 ms of work; then others get their turn
 _WARNING: Final = 4
-_unpack_request = REQUEST.struct.unpack_from
+_unpack_request: Final = REQUEST.struct.unpack_from
 
 
 class AtEnd(Protocol):

@@ -31,7 +31,7 @@ from sheepdog.frontends.qemu.connection import Call
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 Handler: TypeAlias = Callable[[Call], None]
-_unpack_object = OBJECT_REQUEST.struct.unpack_from
+_unpack_object: Final = OBJECT_REQUEST.struct.unpack_from
 
 HOLD_CHECK_S: Final = 0.1  # how often held requests look whether the members are there: a guest does not notice
 _UNUSED_BITS: Final = 0x7 << 56  # protocol.md 6.1

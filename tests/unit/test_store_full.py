@@ -299,3 +299,13 @@ def test_a_disk_that_is_full_now_and_then(tmp_path: Path, disk: FullDisk, seed: 
     for one, content in model.items():
         assert again.read(one, 0, SIZE) == content
     again.close()
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_only_what_needs_room_is_refused(driver: StoreDriver, blocks: int) -> None:
+    driver.create(OID, SIZE, 0, b"a" * (2 * BLOCK), v(2), durable=True)  # holes from the third block on
+    driver.store.copies.homes[0].full = True
+    with pytest.raises(NoSpace):
+        driver.write(OID, 2 * BLOCK if blocks == 1 else 0, b"b" * (blocks * BLOCK), v(3))
+    driver.write(OID, BLOCK, b"c" * BLOCK, v(3))
+    driver.write(OTHER, 0, b"d" * (blocks * BLOCK), v(2))
