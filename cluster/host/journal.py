@@ -133,16 +133,24 @@ class Journal:
     # Life
 
     def start(self, number: int) -> None:
-        """Begins segment `number` in its file (number modulo 2), the other is free; blocks. OSError."""
-        for index in (0, 1):
+        """Begins segment `number` in its file (number modulo 2), the other is free; blocks. OSError.
+
+        All records that are there are in place. Its header comes first, alone: a crash must not leave the first ones of
+        the older segment, which would be replayed without those behind them. Those of the newer one alone do no harm.
+        """
+        self._begin(number)
+        for index in (number & 1, number + 1 & 1):
             path = segment_path(self._directory, index)
             fd = self._disk.open(path, os.O_RDWR | os.O_CREAT)
             self._fds[index] = fd
+            if index == number & 1:
+                write_all(self._disk, fd, self._queue[0], 0)
             if self._disk.info(fd).length != self._segment_bytes:
                 self._disk.truncate(fd, self._segment_bytes)
                 self._disk.allocate(fd, self._segment_bytes)
+            if index == number & 1:
+                self._disk.fdatasync(fd)
             self._laid[index] = self._disk.written_from_start(fd)
-        self._begin(number)
         self.append(RecordKind.CHECKPOINT, offset=self.position)
         self.write_out()
         self._write_ahead()

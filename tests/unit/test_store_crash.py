@@ -34,6 +34,7 @@ WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes abo
 SOAK_WORKLOADS = 112  # 50,000 images
 SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 8, 256
 REPLAY_WORKLOADS, REPLAYS = 3, 6
+BOTH_SEGMENTS = (1402, 1802)  # were needed when the crash came
 SEED = int(os.environ.get("STORE_CRASH_SEED", "0"))
 
 
@@ -274,7 +275,7 @@ def test_every_subset_of_what_was_not_synced(number: int) -> None:
 
 
 @pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
-@pytest.mark.parametrize("number", range(REPLAY_WORKLOADS))
+@pytest.mark.parametrize("number", [*range(REPLAY_WORKLOADS), *BOTH_SEGMENTS])
 def test_a_crash_in_a_replay_loses_nothing(number: int, nosync: bool) -> None:
     """After any effect of a replay, it begins again with what is there then."""
     workload = Workload(SEED + number, nosync)
