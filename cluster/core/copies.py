@@ -266,6 +266,22 @@ class Copies:
     def spoilt_locally(self, oid: ObjectId) -> None:
         self.replica.spoil(oid)
 
+    def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
+        """If the strip here lacks a write, that is remembered until it is made anew; `noted`, in this epoch, when that
+        is durable."""
+        context = self._context
+        if strip not in context.spoilt:
+            noted()
+            return
+        fence = context.fence
+
+        def saved(error: StoreError | None) -> None:
+            self._must_work(error)
+            if error is None and context.fence == fence:
+                noted()
+
+        self._stale.lacks_write(strip, context.epoch, context.store.version, saved)
+
     def pull(self, message: Message, pulled: Callable[[int], None]) -> None:
         """Restores a copy or a strip here; or only hurries, and then never calls `pulled`."""
         placement, oid = self._context.placement, message.oid

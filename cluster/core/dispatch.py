@@ -41,6 +41,7 @@ class Dispatch:
             Kind.PULL: self._on_pull,
             Kind.DROP: self._on_drop,
             Kind.ROLLBACK: self._on_roll_back,
+            Kind.BAD: self._on_bad,
             Kind.LOST: self._on_lost_copies,
             Kind.COMPLETE: self._on_complete,
             Kind.FLUSH: part.on_flush,
@@ -122,6 +123,9 @@ class Dispatch:
 
     def _on_roll_back(self, sender: NodeId, message: Message) -> None:
         self._copies.agree(message, lambda result: self._context.peers.answer(sender, message, result))
+
+    def _on_bad(self, sender: NodeId, message: Message) -> None:
+        self._copies.note_bad(message.oid, lambda: self._acknowledge(sender, message))
 
     def _on_fetch(self, sender: NodeId, message: Message) -> None:
         if message.oid >> STRIP_SHIFT and message.version == NO_VERSION:

@@ -21,16 +21,7 @@ from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.home_reads import HomeReads
 from sheepdog.cluster.core.home_requests import HomeRequests
 from sheepdog.cluster.core.home_writes import HomeHooks, Submission, Write
-from sheepdog.cluster.core.ids import (
-    NO_VERSION,
-    NodeId,
-    ObjectId,
-    Version,
-    plain_oid,
-    strip_of,
-    version_of,
-    vid_of,
-)
+from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, plain_oid, strip_of, version_of, vid_of
 from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
@@ -116,8 +107,7 @@ class Home:
 
     def _settle(self) -> None:
         """All inventories are here: tell everybody which of its copies are not current, and begin."""
-        complete = self._inventories.complete
-        self._complete = complete
+        complete = self._complete = self._inventories.complete
         self._knows_all = self.past.knows_all(complete)
         verdicts = [Verdict([], [], [], [], self._knows_all) for _ in self._placement.members]
         decisions = self._inventories.decide(self._placement, self._former, self.past, self.context.policy_of)
@@ -396,7 +386,9 @@ class Home:
 
     def _complete_one(self, write: Write) -> None:
         oid = write.submission.oid
-        del self._flying[write.sequence]
+        noted = write.failed is None or write.fresh
+        if noted:
+            del self._flying[write.sequence]
         writing = self.writing[oid]
         writing.remove(write)
         if write.ordered:
@@ -414,7 +406,10 @@ class Home:
         if write.waiting is not None:
             for call in write.waiting:
                 call()
-        self._number_ended()
+        if noted:
+            self._number_ended()
+        else:  # a strip that lacks the write could have it taken back until then (core.bad_strips)
+            self.recovery.when_noted(oid, lambda: self.close_number(write.sequence))
 
     def _waits_for_repair(self, write: Write) -> bool:
         """It is answered when what lacks it, or an earlier one, has been made anew.

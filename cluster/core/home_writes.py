@@ -31,6 +31,9 @@ class HomeHooks(Protocol):
     def spoilt_locally(self, oid: ObjectId) -> None:
         """This node's copy lacks a write."""
 
+    def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
+        """BAD to this node."""
+
     def completed_locally(self) -> None:
         """Everything this home is home of is recovered."""
 

@@ -42,6 +42,7 @@ class Kind(IntEnum):
     ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
     LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
     LOST = 19  # member -> home: these copies went with a disk (body: oids)
+    BAD = 21  # home -> holder of a strip: if it lacks a write, remember durably that it does not count
     ANSWERS = 20  # between links only: success, and no more, of several requests (body: rids; wire.peer)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from sheepdog.cluster.core.bad_strips import BadStrips
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
@@ -41,6 +42,7 @@ class Recovery:
         self._home = home
         self._placement = context.placement
         self._fence = context.fence
+        self._bad = BadStrips(context, home)
         self._jobs: dict[ObjectId, Job] = {}
         self._queue: deque[ObjectId] = deque()
         self._delayed: list[ObjectId] = []  # begun when the nodes that are away have had their time
@@ -186,6 +188,14 @@ class Recovery:
         else:
             job.ended.append(ended)
 
+    def when_noted(self, oid: ObjectId, noted: Callable[[], None]) -> None:
+        """Calls when a write of the object that some strip lacks may be seen, for it is not taken back any more."""
+        job = self._jobs.get(oid)
+        if job is None or job.noted:
+            noted()
+        else:
+            job.when_noted.append(noted)
+
     def elsewhere(self, oid: ObjectId) -> tuple[Version, list[int]] | None:
         """The home's own copy is bad or gone, and is being repaired, or has no space: where reads are answered
         meanwhile."""
@@ -203,6 +213,7 @@ class Recovery:
         self._context.log(3, f"object {job.oid:016x}: a bad copy cannot be made anew")
         del self._jobs[job.oid]
         self._home.given_up(job.oid)
+        job.is_noted()
         self._end(job, Result.EIO)
         self._release(job)
         self._report()
@@ -270,9 +281,9 @@ class Recovery:
         if job.in_part:
             self._end(job, Result.NO_SPACE)  # what waits to be answered may be part of the object, or not
         if isinstance(job, StripJob):
-            # What the others are is read from now on, or gets a version that counts for more: who has an old strip must
-            # have noted that by then.
-            self._home.when_all_know(lambda: self._agree(job))
+            # What the others are is read from now on, or gets a version that counts for more: who has an old strip, or
+            # one that lacks a write, must have noted that by then.
+            self._home.when_all_know(lambda: self._bad.note(job, lambda: self._agree(job)))
         else:
             self._pull(job)
 

@@ -28,6 +28,7 @@ class Job:
         "failures",
         "full",
         "in_part",
+        "noted",
         "oid",
         "repair",
         "running",
@@ -40,6 +41,7 @@ class Job:
         "urgent",
         "version",
         "waiting",
+        "when_noted",
     )
 
     def __init__(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
@@ -62,6 +64,8 @@ class Job:
         self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals) ...
         self.in_part = False  # ... which other parts took
         self.unsettled = False  # nodes that are away may lack a write that the sources have
+        self.noted = False  # what lacks a write is known as that (core.bad_strips); then `when_noted` is called
+        self.when_noted: list[Callable[[], None]] = []
 
     @classmethod
     def of(cls, decision: Decision) -> Job:
@@ -91,6 +95,13 @@ class Job:
     def holds_read(self, me: int) -> bool:
         """A read must wait: for the home's own copy, and until no replica has an older one (see Recovery.holds)."""
         return me in self.targets or bool(self.stale) or (self.unsettled and bool(self.targets))
+
+    def is_noted(self) -> None:
+        """What lacks a write of the object counts no more, whatever comes; or there is nothing that can be done."""
+        self.noted = True
+        calls, self.when_noted = self.when_noted, []
+        for call in calls:
+            call()
 
     def copy_on(self, member: int) -> ObjectId:
         return self.oid
@@ -170,6 +181,7 @@ class StripJob(Job):
         """`version` is new where strips agree; `origins`: the writes that the agreed state contains."""
         job = cls(decision.oid, decision.policy, strips)
         job.version = version
+        job.noted = True  # those that lack something have heard it with the verdict
         job._origins = origins
         job._layout = decision.layout
         job.holders = dict(decision.holders)
@@ -199,7 +211,7 @@ class StripJob(Job):
             return True
         if self.unsettled and self.targets:
             return True
-        undecided = self.version == NO_VERSION or bool(self.ended)  # what was read must not be taken back
+        undecided = self.version == NO_VERSION or not self.noted  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data
 
     def _is_firm(self) -> bool:

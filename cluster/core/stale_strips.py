@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import NamedTuple
 
+from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.ports import Done, NodeState
 
-_ENTRY = Struct("<QB3xIIQI4x")  # oid, strip + 1, version, epoch
+_ENTRY = Struct("<QB3xIIQII")  # oid, strip + 1, version, epoch, 1: lacks a write of it
 VersionOf = Callable[[ObjectId], Version | None]
 
 
 class _Mark(NamedTuple):
     version: Version  # of the strip then; with another one it is another strip
     epoch: int
+    lacks_write: bool = False  # that all was proven current at the start of the epoch does not make it right
 
 
 class StaleStrips:
@@ -29,6 +31,7 @@ class StaleStrips:
     def __init__(self, state: NodeState) -> None:
         self._state = state
         self._marks: dict[ObjectId, _Mark] = {}
+        self._saved: dict[ObjectId, _Mark] = {}  # on the disk
 
     def load(self, version_of: VersionOf, settled: int) -> dict[ObjectId, int]:
         """The strips that are still to be made anew, with the epoch in which that was last known.
@@ -37,8 +40,9 @@ class StaleStrips:
         """
         data = self._state.load_stale()
         whole = len(data) - len(data) % _ENTRY.size
-        for oid, strip, epoch, term, counter, marked in _ENTRY.iter_unpack(data[:whole]):
-            self._marks[ObjectId(oid | strip << STRIP_SHIFT)] = _Mark(Version(epoch, term, counter), marked)
+        for oid, strip, epoch, term, counter, marked, lacks_write in _ENTRY.iter_unpack(data[:whole]):
+            mark = _Mark(Version(epoch, term, counter), marked, bool(lacks_write))
+            self._marks[ObjectId(oid | strip << STRIP_SHIFT)] = mark
         self._marks = self._valid(version_of, settled)
         return {strip: mark.epoch for strip, mark in self._marks.items()}
 
@@ -46,7 +50,7 @@ class StaleStrips:
         return {
             strip: mark
             for strip, mark in self._marks.items()
-            if mark.epoch > settled and version_of(strip) == mark.version
+            if (mark.epoch > settled or mark.lacks_write) and version_of(strip) == mark.version
         }
 
     def settle(
@@ -64,15 +68,31 @@ class StaleStrips:
             version = version_of(strip) if strip >> STRIP_SHIFT else None
             if version is not None and version != NO_VERSION:
                 marks[strip] = _Mark(version, epoch)
-        if marks == self._marks:
+        self._save(marks, done)
+
+    def lacks_write(self, strip: ObjectId, epoch: int, version_of: VersionOf, done: Done) -> None:
+        """In `epoch` the strip could not take a write: it is not current until it has another version."""
+        marks, version = self._valid(version_of, 0), version_of(strip)
+        if version is not None and version != NO_VERSION:
+            marks[strip] = _Mark(version, epoch, True)
+        self._save(marks, done)
+
+    def _save(self, marks: dict[ObjectId, _Mark], done: Done) -> None:
+        if marks == self._marks == self._saved:
             done(None)
             return
         self._marks = marks
+
+        def saved(error: StoreError | None) -> None:
+            if error is None:
+                self._saved = marks
+            done(error)
+
         entries = [
-            _ENTRY.pack(plain_oid(strip), strip >> STRIP_SHIFT, *mark.version, mark.epoch)
+            _ENTRY.pack(plain_oid(strip), strip >> STRIP_SHIFT, *mark.version, mark.epoch, mark.lacks_write)
             for strip, mark in marks.items()
         ]
-        self._state.save_stale(b"".join(entries), done)
+        self._state.save_stale(b"".join(entries), saved)
 
     def clear(self) -> None:
         """The cluster was formatted: epochs begin again."""

@@ -2,7 +2,8 @@
 
 current     strips that were proven current in the newest epoch known to any of them; and where that is the epoch of the
             last write itself, also the strips of that epoch's replicas: they were made current before it was written;
-            but not those of which a member knows that it was to make them anew: an agreement gives a version, too
+            but not those of which a member knows that it was to make them anew, for an agreement gives a version, too;
+            nor those that could not take a write, as long as the others make up the object
 unfinished  a write that some strip has and another proven one lacks which it touches: it was not answered, nor was
             any later one of the object, so it is undone with all that came after. The *cut* is the first such write
 state       what a strip was before the cut: it goes back to that (core.strip_undo)
@@ -174,23 +175,38 @@ def decide(
             and facts.was_replica(oid, entry.member, best.epoch)
         )
     ]
-    proven = [entry for entry in real if entry.as_of == best_as_of]
-    # Where it is not proven that a strip should have a write, as little as possible is undone.
-    cuts: list[Version | None] = [*_unfinished(policy, proven), None, *reversed(_unfinished(policy, current))]
-    for cut in cuts:
-        good = _fitting(policy, real, current, proven, cut)
-        if len({entry.strip for entry, _ in good}) >= policy.data:
-            return _arrange(oid, policy, good, cut, held, replicas)
-    for cut in cuts:
-        data = [(entry, state) for entry in current if entry.strip < policy.data and (state := entry.before(cut))]
-        if len({entry.strip for entry, _ in data}) == policy.data:
-            return _arrange(oid, policy, _newest(data), cut, held, replicas)
+    for bad in (lacking, ()):  # what is known to lack a write counts only where the others do not make up the object
+        states, cut = _one_state(policy, _without(bad, real), _without(bad, current), best_as_of)
+        if states:
+            return _arrange(oid, policy, states, cut, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
         before = decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
         return is_lost if before is not None and before.is_lost else before  # that the object was there, stays true
     return is_lost
+
+
+def _without(bad: Container[tuple[int, int]], held: Sequence[Held]) -> list[Held]:
+    return [entry for entry in held if (entry.member, entry.strip) not in bad]
+
+
+def _one_state(
+    policy: Policy, real: Sequence[Held], current: Sequence[Held], best_as_of: int
+) -> tuple[list[tuple[Held, Version]], Version | None]:
+    """Strips that make up the object, each with its version there, and the cut; none if there are not enough."""
+    proven = [entry for entry in real if entry.as_of == best_as_of]
+    # Where it is not proven that a strip should have a write, as little as possible is undone.
+    cuts: list[Version | None] = [*_unfinished(policy, proven), None, *reversed(_unfinished(policy, current))]
+    for cut in cuts:
+        good = _fitting(policy, real, current, proven, cut)
+        if len({entry.strip for entry, _ in good}) >= policy.data:
+            return good, cut
+    for cut in cuts:
+        data = [(entry, state) for entry in current if entry.strip < policy.data and (state := entry.before(cut))]
+        if len({entry.strip for entry, _ in data}) == policy.data:
+            return _newest(data), cut
+    return [], None
 
 
 def _is_agreement(real: Sequence[Held], version: Version) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.sim.test_directed import holders
 
-from sheepdog.cluster.core.errors import DiskError, NoSpace, Result
+from sheepdog.cluster.core.copies import Copies
+from sheepdog.cluster.core.errors import DiskError, NoSpace, Result, StoreError
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_RETRY_NS
@@ -295,3 +296,45 @@ def test_a_strip_that_was_made_anew_counts_again(seed: int) -> None:
     story.settle()
     assert story.blocks(*offsets) == [block_of(2), block_of(1)]
     audit(story.cluster)
+
+
+def refused_by_the_parity(seed: int, error: type[StoreError]) -> tuple[Story, list[tuple[int, bytes]]]:
+    """A write that the parity does not take, and what all nodes read for a while then."""
+    story, seen = Story(seed), list[tuple[int, bytes]]()
+    story.wait(story.write(0, 1), story.write(UNIT, 1))
+    story.settle()
+    story.parity.disk.fault, story.parity.disk.fault_chance = error, 1.0
+    story.write(UNIT, 2)
+    for _ in range(20):
+        story.cluster.world.run_for(10 * MILLISECOND)
+        for machine in story.cluster.machines:
+            machine.node.gateway.read(
+                story.oid, UNIT, BLOCK_SIZE, lambda result, data: seen.append((int(result), bytes(data)))
+            )
+    story.cluster.world.run_for(10 * MILLISECOND)
+    return story, seen
+
+
+@pytest.mark.parametrize("error", [NoSpace, DiskError])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_write_that_was_read_though_a_strip_lacks_it_stays(seed: int, error: type[StoreError]) -> None:
+    """Power fails everywhere before the strip is made anew."""
+    story, seen = refused_by_the_parity(seed, error)
+    for machine in story.cluster.machines:
+        machine.kill(power=True)
+    empty(story.parity)
+    story.cluster.start_all()
+    story.settle()
+    assert set(seen) == {(0, block_of(2))}
+    assert story.blocks(UNIT) == [block_of(2)]
+    audit(story.cluster)
+
+
+@pytest.mark.parametrize("error", [NoSpace, DiskError])
+def test_it_is_not_read_before_the_strip_is_known_to_lack_it(
+    error: type[StoreError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither through the home nor from the strip that has it."""
+    monkeypatch.setattr(Copies, "note_bad", lambda self, strip, noted: None)
+    _, seen = refused_by_the_parity(2, error)
+    assert not seen
