@@ -214,6 +214,7 @@ class _Redo:
         self._disk_missing = disk_missing
         self._torn: list[int] = []
         self._absent = False  # bytes that were on the disk are not in the file
+        self._found_there = False  # bytes that count are in the file alone
         self._unknown: list[int] = []
 
     def run(self) -> bool:
@@ -325,10 +326,12 @@ class _Redo:
             elif found != candidate.hash and doubted:
                 break  # cut by the newer write
             self._absent |= candidate.data is None and found != candidate.hash
+            self._found_there |= candidate.data is None
             copy.entries[entry] = candidate.hash
             return
         if found != copy.entries[entry] and (copy.entries[entry] or present != ZERO_BLOCK):
             self._unknown.append(block)
+            self._found_there = True
             copy.entries[entry] = found
 
     def _write(self, copy: Copy, block: int, present: bytearray, candidate: _Candidate) -> None:
@@ -351,7 +354,8 @@ class _Redo:
             # Neither the old nor the new bytes of an unfinished large write: whole sectors of both (design: P4 above
             # 512 bytes). Another copy is preferred; without one these bytes are what is left.
             self._log(4, f"{copy.path}: blocks {self._unknown} hold parts of an unfinished write, hashed anew")
-        self._disk.fdatasync(copy.fd)
+        if self._found_there:  # after a further crash the table must not name what is not there; the rest comes again
+            self._disk.fdatasync(copy.fd)
         copy.version = copy.applied = version
         copy.restoring = False
         write_trailer(self._disk, copy)

@@ -104,6 +104,21 @@ def test_a_replay_says_what_it_did_and_does_nothing_the_second_time(tmp_path: Pa
     driver.crash()
 
 
+@pytest.mark.parametrize(("length", "syncs"), [(BLOCK, 1), (SIZE, 2)], ids=["in the journal", "in the file"])
+def test_a_replay_syncs_a_file_once_unless_its_bytes_are_nowhere_else(tmp_path: Path, length: int, syncs: int) -> None:
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.create(OID, SIZE, 0, b"a" * SIZE, v(1), durable=True)
+    driver.close()
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.write(OID, 0, b"b" * length, v(2))
+    driver.crash()
+    disk = SparseDisk()
+    driver = StoreDriver(str(tmp_path), options=SMALL, disk=disk)
+    assert disk.synced.count(f"{OID:016x}") == syncs
+    assert driver.read(OID, 0, length) == b"b" * length
+    driver.crash()
+
+
 def switched(tmp_path: Path) -> StoreDriver:
     """A journal that has gone on in its other segment, while the object files cannot be synced."""
     driver = StoreDriver(str(tmp_path), options=SMALL)
