@@ -51,7 +51,7 @@ available=$(($(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' /proc/meminfo) >> 1
 timeout 400 dd if=/dev/urandom of=/run/m/heavy bs=1M count=$heavy conv=fsync 2>/dev/null
 echo available $available written $heavy
 grep oom_kill /proc/vmstat; echo score $(cat /proc/$(pidof nbdkit)/oom_score_adj)
-# A new process reads directories over 9p: the guest's kernel wants contiguous memory for each, and does not wait for it.
+# A new process reads directories over 9p: the guest's kernel wants contiguous memory for each, at once.
 used() { echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory; dog vdi list -r v | cut -d' ' -f5; }
 full=$(used); [ -n "$full" ]; rm /run/m/heavy; sync; fstrim /run/m; echo freed $((full - $(used)))
 umount /run/m; e2fsck -fn /dev/nbd0 >/dev/null 2>&1 && echo clean
