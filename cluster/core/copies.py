@@ -253,9 +253,10 @@ class Copies:
             if error is None and context.fence == fence:
                 known()
 
-        self._stale.settle(
-            lambda strip: placement.home(strip) == home, verdict.missing, context.epoch, context.store.version, saved
-        )
+        def decided(strip: ObjectId) -> bool:
+            return placement.home(strip) == home and strip not in self.replica.lost
+
+        self._stale.settle(decided, verdict.missing, context.epoch, context.store.version, saved)
 
     def completed_locally(self) -> None:
         self.home_done(self._context.me)

@@ -55,15 +55,15 @@ class StaleStrips:
 
     def settle(
         self,
-        told: Callable[[ObjectId], bool],
+        decided: Callable[[ObjectId], bool],
         missing: Iterable[ObjectId],
         epoch: int,
         version_of: VersionOf,
         done: Done,
     ) -> None:
-        """In `epoch` those of `missing` are not current, of all strips here that `told` is true of; `done` when that is
-        durable. Whole copies do not matter."""
-        marks = {strip: mark for strip, mark in self._valid(version_of, 0).items() if not told(strip)}
+        """In `epoch` those of `missing` are not current, of all strips here that `decided` is true of; `done` when that
+        is durable. Of lost objects nothing new is known: what is noted stays. Whole copies do not matter."""
+        marks = {strip: mark for strip, mark in self._valid(version_of, 0).items() if not decided(strip)}
         for strip in missing:
             version = version_of(strip) if strip >> STRIP_SHIFT else None
             if version is not None and version != NO_VERSION:

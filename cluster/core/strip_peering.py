@@ -61,6 +61,14 @@ class Held(NamedTuple):
                 return version
         return None
 
+    def trimmed(self, cut: Version) -> Held | None:
+        """The strip as it was before the write `cut`; None if it cannot go back there."""
+        state = self.before(cut)
+        if state is None:
+            return None
+        known = sum(version > state for version, _ in self.writes())
+        return self._replace(version=state, steps=self.steps[known:])
+
 
 class StripDecision(NamedTuple):
     """What a home decided for one coded object that is not simply equal everywhere and in place."""
@@ -197,7 +205,7 @@ def _one_state(
     """Strips that make up the object, each with its version there, and the cut; none if there are not enough."""
     proven = [entry for entry in real if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.
-    cuts: list[Version | None] = [*_unfinished(policy, proven), None, *reversed(_unfinished(policy, current))]
+    cuts: list[Version | None] = [*_hidden(policy, proven), None, *reversed(_unfinished(policy, current))]
     for cut in cuts:
         good = _fitting(policy, real, current, proven, cut)
         if len({entry.strip for entry, _ in good}) >= policy.data:
@@ -252,6 +260,18 @@ def _unfinished(policy: Policy, current: Sequence[Held]) -> list[Version]:
         for version, touched in writes.items()
         if any((touched | parity) >> strip & 1 and has < version for strip, has in newest.items())
     )
+
+
+def _hidden(policy: Policy, current: Sequence[Held]) -> list[Version]:
+    """As `_unfinished`, and what shows when the first of these is undone: an agreement that did not get everywhere
+    hides a write that it had undone where it got."""
+    found = _unfinished(policy, current)
+    deeper = found
+    while deeper:
+        current = [before for entry in current if (before := entry.trimmed(deeper[0])) is not None]
+        deeper = _unfinished(policy, current)
+        found = deeper + found
+    return found
 
 
 def _fitting(
