@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.sim.test_directed import holders, read, write
+from tests.sim.test_directed import fresh, holders, read, write
 
 from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.health import findings, report
@@ -65,10 +65,7 @@ def test_without_it_there_is_no_such_limit() -> None:
 
 def test_a_copy_that_could_not_be_cleared_is_made_anew() -> None:
     """What is a hole elsewhere must be one here, too: nothing that a bad copy holds counts."""
-    cluster = SimCluster(World(1), 3)
-    cluster.start_all()
-    cluster.format(2)
-    volume = make_volume(cluster, "v", 1, (0,))
+    cluster, volume = fresh(3, 2)
     assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
     home, oid, answers = holders(cluster, volume)[0], data_oid(volume.vid, 0), []
     home.disk.fault, home.disk.fault_chance = NoSpace, 1.0
@@ -83,10 +80,7 @@ def test_a_copy_that_could_not_be_cleared_is_made_anew() -> None:
 
 def test_a_home_without_space_for_its_copy_has_others_read() -> None:
     """Whoever waits for the copy would wait until somebody makes room."""
-    cluster = SimCluster(World(1), 3)
-    cluster.start_all()
-    cluster.format(3)
-    volume = make_volume(cluster, "v", 1, (0,))
+    cluster, volume = fresh(3, 3)
     assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
     home = holders(cluster, volume)[0]
     home.kill()

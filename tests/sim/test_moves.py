@@ -80,9 +80,12 @@ class Administrator:
         )
         assert not result, Result(result)
         for _ in range(3 * OBJECTS):
-            _, record = yield from self._ask(lambda p, done: p.node.operations.find_vdi(NAME, b"", 0, done))
-            result, _ = yield from self._ask(lambda p, done: p.node.operations.move_objects(record.vid, done))  # noqa: B023
-            assert not result, Result(result)
+            yield from self._move()
+
+    def _move(self) -> Script[None]:
+        _, record = yield from self._ask(lambda p, done: p.node.operations.find_vdi(NAME, b"", 0, done))
+        result, _ = yield from self._ask(lambda p, done: p.node.operations.move_objects(record.vid, done))
+        assert not result, Result(result)
 
 
 def altered(cluster: SimCluster, policy: int, copies: int, kills: bool) -> None:
