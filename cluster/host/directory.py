@@ -200,11 +200,18 @@ def make_directory(disk: Disk, path: str) -> None:
         raise UsageError(f"cannot create the directory {path} ({os.strerror(error.errno or errno.EIO)})") from error
 
 
+def open_if_there(disk: Disk, path: str, flags: int = os.O_RDONLY) -> int | None:
+    """A descriptor of the file, None without one; OSError."""
+    try:
+        return disk.open(path, flags)
+    except FileNotFoundError:
+        return None
+
+
 def read_file(disk: Disk, path: str) -> bytes | None:
     """Contents of a file sealed by `write_file`, without its seal; None without a file; Corrupt."""
-    try:
-        fd = disk.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    fd = open_if_there(disk, path)
+    if fd is None:
         return None
     try:
         data = bytearray(disk.info(fd).length)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import os
 from dataclasses import dataclass, field
 from typing import Final
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.limits import JOURNAL_DAMAGE_BYTES, JOURNAL_READ_BYTES
 from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.host.directory import open_if_there
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.journal import NO_JOURNAL, SEGMENT_HEADER, SegmentHeader, decode_segment_header, segment_path
 from sheepdog.cluster.host.records import RECORD_MAGIC, SEGMENT_SHIFT, Parsed, RecordKind, parse
@@ -91,9 +91,8 @@ def _find_records(found: Found, log: Log) -> None:
 
 
 def _read(disk: Disk, path: str) -> memoryview | None:
-    try:
-        fd = disk.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    fd = open_if_there(disk, path)
+    if fd is None:
         return None
     try:
         length = disk.info(fd).length

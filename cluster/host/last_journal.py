@@ -135,6 +135,8 @@ class LastJournal:
         if len(data) < _HEAD.size or data[:8] != _MAGIC:
             raise UsageError(f"{path}: not a file of this system")
         _, form, empty, journal, segment, length = _HEAD.unpack_from(data)
-        if form != _FORMAT or len(data) != _HEAD.size + length:
+        if form != _FORMAT:
             raise UsageError(f"{path}: format {form}, this version reads {_FORMAT}")
+        if len(data) != _HEAD.size + length:
+            raise UsageError(f"{path}: a note of the wrong length")
         return Note(os.fsdecode(data[_HEAD.size :]), journal, segment, bool(empty))

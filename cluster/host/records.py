@@ -3,8 +3,8 @@
 header (96 bytes, little-endian): u64 checksum, u32 magic, u8 kind, u8 strip + 1, 2 zero bytes, u64 lsn, u64 oid,
 u64 size, u64 offset, u64 length, u64 version.epoch, u64 version.term, u64 version.counter, u64 durable lsn, u32 hashes,
 u32 payload bytes; then `hashes` x u64, then the payload, then zeros up to a multiple of 8.
-The checksum is XXH3-64 of the header behind
-it and of the hashes; the payload is covered by the hashes, one per 4 KiB block.
+The checksum is XXH3-64 of the header behind it and of the hashes; the payload is covered by the hashes, one per 4 KiB
+block.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.copies import Copies
-from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room, write_all
+from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room, open_if_there, write_all
 from sheepdog.cluster.host.journal_scan import Found
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.records import Parsed, RecordKind, cut_blocks
@@ -253,9 +253,8 @@ class _Redo:
         if old is None:
             return None
         size = self._plan.size
-        try:
-            fd = self._disk.open(old.path, os.O_RDWR)
-        except FileNotFoundError:
+        fd = open_if_there(self._disk, old.path, os.O_RDWR)
+        if fd is None:
             return None
         if self._disk.info(fd).length != trailer.trailer_offset(size) + trailer.trailer_size(size):
             self._disk.close(fd)

@@ -13,7 +13,7 @@ from typing import Final
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Log
-from sheepdog.cluster.host.directory import write_all
+from sheepdog.cluster.host.directory import open_if_there, write_all
 from sheepdog.cluster.host.disk import Disk
 
 _HEAD = Struct("<8sI")  # magic, format
@@ -24,9 +24,8 @@ _NEW: Final = _HEAD.pack(_MAGIC, _FORMAT)
 
 def read_undo(disk: Disk, path: str) -> bytes:
     """The records of undo or undo.old, as they are; UsageError for a newer format, OSError."""
-    try:
-        descriptor = disk.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    descriptor = open_if_there(disk, path)
+    if descriptor is None:
         return b""
     try:
         data = bytearray(disk.info(descriptor).length)
@@ -88,6 +87,7 @@ class UndoFile:
     def replace(self, records: bytes) -> None:
         """These are all that is needed, once what the store has now is durable."""
         self.write_out()
+        descriptor = -1
         try:
             descriptor = self._disk.open(f"{self._path}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             write_all(self._disk, descriptor, _NEW + records, 0)
@@ -105,6 +105,8 @@ class UndoFile:
                 self._disk.close(self._retired)
             self._retired, self._fd, self._end = self._fd, descriptor, len(_NEW) + len(records)
         except OSError as error:
+            if descriptor >= 0:
+                self._disk.close(descriptor)
             self._failed(error)
 
     def load(self) -> list[bytes]:

@@ -172,3 +172,20 @@ def test_undo_has_a_format(tmp_path: Path) -> None:
     path.write_bytes(b"SHEEPUND\3\0\0\0five")
     with pytest.raises(UsageError, match="undo: format 3, this version reads 2"):
         again.load()
+
+
+def test_undo_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
+    disk = FullDisk()
+    driver = StateDriver(tmp_path, disk)
+    undo = driver.state.undo
+    undo.append(b"one")
+    undo.write_out()
+    disk.left = 0
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        undo.replace(b"two")
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(driver.logged) == 5
+    disk.left = 1 << 30
+    undo.append(b"four")
+    assert undo.load() == [b"", b"onefour"]
