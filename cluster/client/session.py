@@ -70,8 +70,8 @@ class _Request:
         self.since = since
 
 
-def _answer_length(buffer: Buffer, start: int) -> int:
-    return int(_LENGTH.unpack_from(buffer, start)[0])
+def _answer_length(header: bytes) -> int:
+    return int(_LENGTH.unpack(header)[0])
 
 
 class Session:
@@ -240,8 +240,8 @@ class Session:
             self._heard_at = self._loop.time()
             intake.fill(got)
             while frame := intake.next():
-                buffer, start, data = frame
-                number, result = _ANSWER.unpack_from(buffer, start)
+                header, data = frame
+                number, result = _ANSWER.unpack(header)
                 request = flight.get(number)
                 if request is None or len(data) > request.limit:
                     self._broken()  # not what we asked for: the stream cannot be trusted any more
@@ -251,7 +251,7 @@ class Session:
                     return
                 self._lost_at = None
                 self._delay = 0.0
-                self._finish(number, result, data, bytes(buffer[start : start + HEADER_SIZE]))
+                self._finish(number, result, data, header)
                 if self._socket is not sock:
                     return  # the callback closed the session
             if got < len(space):

@@ -26,6 +26,7 @@ from sheepdog.cluster.wire.peer import (
     encode,
     encode_answers,
     encode_hello,
+    fence_of,
     is_success_only,
 )
 from sheepdog.cluster.wire.streams import Outbox
@@ -42,6 +43,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3  # a peer wit
 USER_TIMEOUT_MS: Final = 11_000  # ... also while bytes to it are under way
 _ERROR: Final = 3
 _WARNING: Final = 4
+_ANSWER: Final = int(Kind.ANSWER)
 _ANSWERS: Final = int(Kind.ANSWERS)
 
 
@@ -214,16 +216,15 @@ class Link:
             frame = intake.next()
             if frame is None:
                 return
-            buffer, start, body = frame
-            answers = decode_answers(buffer, start, body)
-            if answers is None:
-                message = decode(buffer, start, body)
-                received[message.kind] += 1
-                self._deliver(node, message)
-                continue
-            received[_ANSWERS] += 1
-            for answer in answers:
-                self._deliver(node, answer)
+            header, body = frame
+            kind = header[0]
+            received[kind] += 1
+            if kind == _ANSWERS:
+                fence = fence_of(header)
+                for rid in decode_answers(body):
+                    self._deliver(node, Message(_ANSWER, fence, rid))
+            else:
+                self._deliver(node, decode(header, body))
 
     def _deliver(self, node: NodeId, message: Message) -> None:
         if self.state is not State.UP:

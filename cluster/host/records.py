@@ -9,24 +9,22 @@ block.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from struct import Struct
-from struct import pack as pack_values
 from typing import Final, NamedTuple
+
+from librt.strings import BytesWriter, write_i64_le
 
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash, hash_of
+from sheepdog.cluster.wire.words import write_u32, write_u64
 
 RECORD_MAGIC: Final = 0x4345524A  # "JREC"
-_HEADER: Final = Struct("<IBB2xQQQQQQQQQII")
-_WITH_ONE_HASH: Final = Struct(_HEADER.format + "Q")
-_CHECKSUM: Final = Struct("<Q")
 _FULL: Final = Struct("<QIBB2xQQQQQQQQQII")
-_pack_with_one_hash: Final = _WITH_ONE_HASH.pack  # looked up once, not for each record
-_pack_checksum: Final = _CHECKSUM.pack
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 RECORD_HEADER: Final = _FULL.size
 assert RECORD_HEADER == 96
@@ -200,22 +198,30 @@ def pack(
     payload_length: int,
 ) -> bytes:
     """Header and hashes of a record; the payload and `padding` follow."""
-    epoch, term, counter = version
-    count = len(hashes)
     strip = oid >> STRIP_SHIFT
-    plain = oid & _OID_MASK if strip else oid
-    if count == 1:  # most records by far
-        body = _pack_with_one_hash(
-            RECORD_MAGIC, kind, strip, lsn, plain, size, offset, length, epoch, term, counter, durable_lsn, 1,
-            payload_length, hashes[0],
-        )  # fmt: skip
+    record = BytesWriter()
+    write_u32(record, RECORD_MAGIC)
+    record.append(kind)
+    record.append(strip)
+    record.append(0)
+    record.append(0)
+    write_i64_le(record, lsn)
+    write_u64(record, oid & _OID_MASK if strip else oid)
+    write_i64_le(record, size)
+    write_i64_le(record, offset)
+    write_i64_le(record, length)
+    write_i64_le(record, version[0])
+    write_i64_le(record, version[1])
+    write_i64_le(record, version[2])
+    write_i64_le(record, durable_lsn)
+    write_u32(record, len(hashes))
+    write_u32(record, payload_length)
+    if len(hashes) == 1:  # most records by far
+        write_u64(record, hashes[0])
     else:
-        body = _HEADER.pack(
-            RECORD_MAGIC, kind, strip, lsn, plain, size, offset, length, epoch, term, counter, durable_lsn, count,
-            payload_length,
-        )  # fmt: skip
-        body += pack_values(f"<{count}Q", *hashes)
-    return _pack_checksum(block_hash(body)) + body
+        record.write(array("Q", hashes).tobytes())
+    body = record.getvalue()
+    return block_hash(body).to_bytes(8, "little") + body
 
 
 def padding(payload_length: int) -> int:

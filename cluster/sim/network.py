@@ -116,7 +116,7 @@ class _Link:
             world = self.fabric.world
             world.note(world.now_ns.to_bytes(8, "little") + data[:HEADER_SIZE])
             self.fabric.messages += 1
-            end.on_message(sender, decode(data, 0, memoryview(data)[HEADER_SIZE:]))
+            end.on_message(sender, decode(data[:HEADER_SIZE], memoryview(data)[HEADER_SIZE:]))
 
     def cut(self, tell: SimNetwork | None = None) -> None:
         """The connection ends; `tell` (default: both ends) hears of it a little later."""

@@ -6,37 +6,30 @@ Server and clients cut their streams with these two parsers. Both are an `Intake
 
 from __future__ import annotations
 
-from struct import Struct
-from typing import Final
-
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.limits import MAX_ADMIN_PAYLOAD_BYTES, MAX_REQUEST_BYTES
-from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.wire.header import HEADER_SIZE
 from sheepdog.cluster.wire.opcodes import OBJECT_IO, Flags
 from sheepdog.cluster.wire.streams import Arena, Intake
-
-_unpack_request: Final = Struct("<xBH8xI").unpack_from  # opcode, flags, length
-_unpack_response: Final = Struct("<12xI").unpack_from  # length
+from sheepdog.cluster.wire.words import read_u32
 
 
-def request_payload_length(buffer: Buffer, start: int = 0) -> int:
-    """Bytes that follow the request's header at `start`: the WRITE flag decides, never the opcode.
+def request_payload_length(header: bytes) -> int:
+    """Bytes that follow the request's header: the WRITE flag decides, never the opcode.
 
     PeerError for more than any request of its kind can have.
     """
-    fields: tuple[int, int, int] = _unpack_request(buffer, start)
-    opcode, flags, length = fields
-    if not flags & Flags.WRITE:
+    if not header[2] & Flags.WRITE:  # in the lower byte of the flags
         return 0  # the length is the room that the client has for the answer
+    opcode, length = header[1], read_u32(header, 12)
     if length > MAX_ADMIN_PAYLOAD_BYTES and (length > MAX_REQUEST_BYTES or opcode not in OBJECT_IO):
         raise PeerError(f"request {opcode:#04x} with a payload of {length} bytes")
     return length
 
 
-def response_payload_length(buffer: Buffer, start: int = 0) -> int:
-    """Bytes that follow the response's header at `start`, whatever its result. PeerError for more than an object."""
-    length: int = _unpack_response(buffer, start)[0]
+def response_payload_length(header: bytes) -> int:
+    """Bytes that follow the response's header, whatever its result. PeerError for more than an object."""
+    length = read_u32(header, 12)
     if length > MAX_REQUEST_BYTES:
         raise PeerError(f"response with a payload of {length} bytes")
     return length
@@ -53,8 +46,8 @@ class RequestParser(Intake):
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena, HEADER_SIZE, request_payload_length)
 
-    def length_at(self, buffer: Buffer, start: int) -> int:
-        return request_payload_length(buffer, start)
+    def length_of(self, header: bytes) -> int:
+        return request_payload_length(header)
 
 
 class ResponseParser(Intake):

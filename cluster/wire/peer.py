@@ -2,42 +2,42 @@
 
 A link starts with a hello (42 bytes: magic, version, port, address, and port and address for traffic between nodes, 0
 if that is the same), then carries frames in both directions:
-a 96-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
+a 104-byte little-endian header and `body_length` bytes. The magic's first byte is no protocol version
 that a client could send, so peers and clients share one port.
 
-header: u8 kind, u8 flags, u8 copies, u8 strip (0: a whole object, else number + 1), u16 gateway, u16 0,
-        u64 fence, u64 rid, u64 oid, u32 offset, u32 length,
-        u32 version.epoch, u32 version.term, u64 version.counter, u64 sequence, u64 watermark,
-        u32 result, u32 body_length, u64 origin, u64 floor
+header: u8 kind, u8 flags, u8 copies, u8 strip (0: a whole object, else number + 1), u32 body_length,
+        i64 fence, i64 rid, u64 oid, i64 offset, i64 length,
+        i32 version.epoch, i32 version.term, i64 version.counter, i64 sequence, i64 watermark,
+        i32 result, i32 gateway, i64 origin, i64 floor
+
+What is signed is never negative. Compiled code has such numbers at hand, where `struct` makes an object of each.
 
 An ANSWER that says no more than that its request succeeded waits for the next ones of the same turn: they go together,
-as the ids of their requests (u64 each) in the body of one ANSWERS frame.
+as the ids of their requests (i64 each) in the body of one ANSWERS frame.
 Most of the work for an answer is its frame, at both ends.
 """
 
 from __future__ import annotations
 
-from array import array
 from struct import Struct
 from typing import Final, NamedTuple
+
+from librt.strings import BytesWriter, read_i32_le, read_i64_le, write_i32_le, write_i64_le
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, make_version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.wire.streams import Arena, Intake
+from sheepdog.cluster.wire.words import read_u32, read_u64, write_u32, write_u64
 
 PEER_MAGIC: Final = b"\xf5SHP"
-PEER_VERSION: Final = 6
+PEER_VERSION: Final = 7
 HELLO: Final = Struct("<4sHH16sH16s")
-HEADER: Final = Struct("<BBBBH2xQQQIIIIQQQIIQQ")
-_ANSWERS_HEADER: Final = Struct("<B7xQ60xI16x")  # the same without what is 0
-HEADER_SIZE: Final = HEADER.size
-_pack_header: Final = HEADER.pack  # looked up once, not for each frame
-_unpack_header: Final = HEADER.unpack_from
-_unpack_length: Final = Struct("<76xI").unpack_from  # body_length alone
+HEADER_SIZE: Final = 104
+_AFTER_FENCE: Final = bytes(HEADER_SIZE - 16)  # of a header that says no more
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
-_KINDS: Final = frozenset(int(kind) for kind in Kind)
+_IS_KIND: Final = bytes(int(number in set(Kind)) for number in range(256))
 _ANSWER: Final = int(Kind.ANSWER)
 _ANSWERS: Final = int(Kind.ANSWERS)
 RID_SIZE: Final = 8
@@ -74,30 +74,29 @@ def encode(message: Message) -> list[Buffer]:
     version = message.version
     oid = message.oid
     strip = oid >> STRIP_SHIFT
-    header = _pack_header(
-        message.kind,
-        message.flags,
-        message.copies,
-        strip,
-        message.gateway,
-        message.fence,
-        message.rid,
-        oid & _OID_MASK if strip else oid,
-        message.offset,
-        message.length,
-        version[0],
-        version[1],
-        version[2],
-        message.sequence,
-        message.watermark,
-        message.result,
-        length,
-        message.origin,
-        message.floor,
-    )
+    header = BytesWriter()
+    header.append(message.kind)
+    header.append(message.flags)
+    header.append(message.copies)
+    header.append(strip)
+    write_u32(header, length)
+    write_i64_le(header, message.fence)
+    write_i64_le(header, message.rid)
+    write_u64(header, oid & _OID_MASK if strip else oid)
+    write_i64_le(header, message.offset)
+    write_i64_le(header, message.length)
+    write_i32_le(header, version[0])
+    write_i32_le(header, version[1])
+    write_i64_le(header, version[2])
+    write_i64_le(header, message.sequence)
+    write_i64_le(header, message.watermark)
+    write_i32_le(header, message.result)
+    write_i32_le(header, message.gateway)
+    write_i64_le(header, message.origin)
+    write_i64_le(header, message.floor)
     if not length:
-        return [header]
-    return [header, *body] if isinstance(body, list) else [header, body]
+        return [header.getvalue()]
+    return [header.getvalue(), *body] if isinstance(body, list) else [header.getvalue(), body]
 
 
 def is_success_only(message: Message) -> bool:
@@ -109,26 +108,31 @@ def is_success_only(message: Message) -> bool:
 
 def encode_answers(fence: int, rids: list[int]) -> list[Buffer]:
     """The buffers of one frame that says that these requests succeeded."""
-    return [
-        _ANSWERS_HEADER.pack(_ANSWERS, fence, len(rids) * RID_SIZE),
-        array("Q", rids).tobytes(),
-    ]
+    frame = BytesWriter()
+    write_i32_le(frame, _ANSWERS)  # no flags, copies or strip
+    write_i32_le(frame, len(rids) * RID_SIZE)
+    write_i64_le(frame, fence)
+    frame.write(_AFTER_FENCE)
+    for rid in rids:
+        write_i64_le(frame, rid)
+    return [frame.getvalue()]
 
 
-def decode_answers(buffer: Buffer, start: int, body: Buffer) -> list[Message] | None:
-    """The ANSWERs that the frame with its header at `start` stands for; None for another kind of frame. PeerError."""
-    if buffer[start] != _ANSWERS:
-        return None
+def fence_of(header: bytes) -> int:
+    return read_i64_le(header, 8)
+
+
+def decode_answers(body: Buffer) -> list[int]:
+    """The requests that an ANSWERS frame with this body says have succeeded. PeerError."""
     if len(body) % RID_SIZE:
         raise PeerError(f"list of answers of {len(body)} bytes")
-    _, fence, _ = _ANSWERS_HEADER.unpack_from(buffer, start)
-    rids: list[int] = memoryview(body).cast("Q").tolist()
-    return [Message(_ANSWER, fence, rid) for rid in rids]
+    ids = bytes(body)
+    return [read_i64_le(ids, start) for start in range(0, len(ids), RID_SIZE)]
 
 
-def body_length(buffer: Buffer, start: int = 0) -> int:
-    """Length of the body that follows the header at `start`; PeerError if it cannot be."""
-    length: int = _unpack_length(buffer, start)[0]
+def body_length(header: bytes) -> int:
+    """Length of the body that follows the header; PeerError if it cannot be."""
+    length = read_u32(header, 4)
     if length > MAX_PEER_BODY_BYTES:
         raise PeerError(f"peer message of {length} bytes")
     return length
@@ -142,50 +146,39 @@ class PeerIntake(Intake):
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena, HEADER_SIZE, body_length)
 
-    def length_at(self, buffer: Buffer, start: int) -> int:
-        return body_length(buffer, start)
+    def length_of(self, header: bytes) -> int:
+        return body_length(header)
 
 
-def decode(buffer: Buffer, start: int, body: Buffer) -> Message:
-    """The message whose header is at `start`; `body` is kept, not copied. PeerError for an unknown kind."""
-    (
-        kind,
-        flags,
-        copies,
-        strip,
-        gateway,
-        fence,
-        rid,
-        oid,
-        offset,
-        length,
-        version_epoch,
-        term,
-        counter,
-        sequence,
-        watermark,
-        result,
-        _,
-        origin,
-        floor,
-    ) = _unpack_header(buffer, start)
-    if kind not in _KINDS:
+def decode(header: bytes, body: Buffer) -> Message:
+    """The message of one frame; `body` is kept, not copied. PeerError for an unknown kind or an impossible range."""
+    kind = header[0]
+    if not _IS_KIND[kind]:
         raise PeerError(f"unknown kind of peer message: {kind}")
+    strip = header[3]
+    oid = read_u64(header, 24)
+    offset = read_i64_le(header, 32)
+    length = read_i64_le(header, 40)
+    if offset < 0 or length < 0:
+        raise PeerError(f"peer message of a range {offset}+{length}")
+    epoch = read_i32_le(header, 48)
+    term = read_i32_le(header, 52)
+    counter = read_i64_le(header, 56)
     return Message(
         kind,
-        fence,
-        rid,
-        ObjectId(oid | strip << STRIP_SHIFT) if strip else oid,
+        read_i64_le(header, 8),
+        read_i64_le(header, 16),
+        ObjectId(oid | strip << STRIP_SHIFT if strip else oid),
         offset,
         length,
-        flags,
-        make_version(version_epoch, term, counter) if counter or version_epoch or term else NO_VERSION,
-        sequence,
-        watermark,
-        copies,
-        result,
+        header[1],
+        make_version(epoch, term, counter) if counter or epoch or term else NO_VERSION,
+        read_i64_le(header, 64),
+        read_i64_le(header, 72),
+        header[2],
+        read_i32_le(header, 80),
         body,
-        origin,
-        floor,
-        gateway,
+        read_i64_le(header, 88),
+        read_i64_le(header, 96),
+        read_i32_le(header, 84),
     )

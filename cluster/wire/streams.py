@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from struct import Struct
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.messages import Buffer
@@ -27,10 +28,10 @@ RECYCLE_TRIES: Final = 4  # remembered buffers looked at before a new one is mad
 IOV_MAX: Final = 1024  # buffers one sendmsg takes (Linux)
 _EMPTY: Final = memoryview(b"")
 
-Frame: TypeAlias = tuple[Buffer, int, Buffer]
-"""(buffer, where in it the header starts, body)."""
-BodyLength: TypeAlias = Callable[[Buffer, int], int]
-"""Length of the body that follows the header at this place of the buffer; PeerError when it cannot be."""
+Frame: TypeAlias = tuple[bytes, Buffer]
+"""(header, body)."""
+BodyLength: TypeAlias = Callable[[bytes], int]
+"""Length of the body that follows this header; PeerError when it cannot be."""
 
 
 def unpinned(buffer: bytearray) -> bool:
@@ -119,6 +120,7 @@ class Intake:
         "_length",
         "_rest",
         "_start",
+        "_take_header",
         "_view",
     )
 
@@ -126,6 +128,7 @@ class Intake:
         self._arena = arena
         self._header_size = header_size
         self._body_length = body_length
+        self._take_header = Struct(f"{header_size}s").unpack_from  # half the work of bytes(view[start:end])
         self._view: memoryview = _EMPTY  # received and not taken: view[start:end]
         self._start = 0
         self._end = 0
@@ -170,9 +173,9 @@ class Intake:
             self._rest = b""
         self._end = arena.position = start + count
 
-    def length_at(self, buffer: Buffer, start: int) -> int:
+    def length_of(self, header: bytes) -> int:
         """As `body_length`; a method that is replaced costs a compiled caller a fifth of a function that is kept."""
-        return self._body_length(buffer, start)
+        return self._body_length(header)
 
     def next(self) -> Frame | None:
         """The next complete frame, or None. PeerError (of `body_length`): the stream is broken, nothing can follow."""
@@ -182,29 +185,30 @@ class Intake:
                 return None
             self._body = None
             self._large = self._length >= LARGE_BODY_BYTES
-            return self._head, 0, body[: self._length]
+            return self._head, body[: self._length]
         start = self._start
         view = self._view
         body_at = start + self._header_size
         if body_at <= self._end:
-            length = self.length_at(view, start)
+            header: bytes = self._take_header(view, start)[0]
+            length = self.length_of(header)
             end = body_at + length
             if end <= self._end:
                 self._start = end
-                return view, start, view[body_at:end] if length else b""
+                return header, view[body_at:end] if length else b""
             if length > DIRECT_BODY_BYTES:
-                self._begin_body(length, body_at)
+                self._begin_body(header, length, body_at)
                 return None
         if start < self._end:
             self._rest = bytes(view[start : self._end])
         self._forget()
         return None
 
-    def _begin_body(self, length: int, body_at: int) -> None:
+    def _begin_body(self, header: bytes, length: int, body_at: int) -> None:
         have = self._end - body_at
         body = self._arena.pool.take(max(min(length, BODY_STEP_BYTES), have))
         body[:have] = self._view[body_at : self._end]
-        self._head = bytes(self._view[self._start : body_at])
+        self._head = header
         self._body = body
         self._length = length
         self._have = have

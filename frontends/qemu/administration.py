@@ -145,7 +145,7 @@ class Administration:
     def _epoch_log(self, call: Call) -> None:
         """STAT_CLUSTER: the one answer that carries data with an error code (protocol.md 12.3)."""
         cluster = self._node.cluster
-        slots = CLUSTER_REQUEST.unpack(call.buffer, call.start).nodes_nr
+        slots = CLUSTER_REQUEST.unpack(call.header).nodes_nr
         if call.flags & Flags.WRITE or slots > MAX_NODES:
             call.fail(Result.INVALID_PARMS)
             return
@@ -199,7 +199,7 @@ class Administration:
         return 0 if self._node.machine.fixed_vnodes else ClusterFlag.AUTO_VNODES
 
     def _format(self, call: Call) -> None:
-        fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
+        fields = CLUSTER_REQUEST.unpack(call.header)
         shift = fields.block_size_shift
         if fields.copies > MAX_COPIES or not valid_shift(shift) or not fields.ctime:
             call.fail(Result.INVALID_PARMS)
@@ -241,7 +241,7 @@ class Administration:
             self._node.operations.force_recover(started)
 
     def _alter_copies(self, call: Call) -> None:
-        fields = CLUSTER_REQUEST.unpack(call.buffer, call.start)
+        fields = CLUSTER_REQUEST.unpack(call.header)
         copies, policy = fields.copies, fields.copy_policy
         if policy_of(policy) is not None or (not policy and 0 < copies <= MAX_COPIES):
             self._node.operations.new_epoch(call.written, copies, policy)

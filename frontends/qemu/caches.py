@@ -93,4 +93,4 @@ class CacheOperations:
 
 
 def _object_of(call: Call) -> ObjectId:
-    return ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+    return ObjectId(OBJECT_REQUEST.unpack(call.header).oid)

@@ -52,11 +52,11 @@ class Copies:
         return self._store.version(oid) not in (None, NO_VERSION)
 
     def _exists(self, call: Call) -> None:
-        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.header).oid)
         call.done(Result.SUCCESS if self._has(oid) else Result.NO_OBJ)
 
     def _details(self, call: Call) -> None:
-        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.header).oid)
         data = json.dumps(object_report(self._node, oid)).encode()
         if call.flags & Flags.WRITE or call.length < len(data):
             call.fail(Result.INVALID_PARMS)
@@ -77,14 +77,14 @@ class Copies:
 
     def _repair(self, call: Call) -> None:
         """The node that dog would fetch from does not matter: core knows which copies are good."""
-        self._node.gateway.repair(ObjectId(REPAIR_REQUEST.unpack(call.buffer, call.start).oid), call.written)
+        self._node.gateway.repair(ObjectId(REPAIR_REQUEST.unpack(call.header).oid), call.written)
 
     def _repair_strip(self, call: Call) -> None:
         """The bytes that dog made are not needed (and cut otherwise): core makes the strip anew from the others."""
-        self._node.gateway.repair(ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid), call.written)
+        self._node.gateway.repair(ObjectId(OBJECT_REQUEST.unpack(call.header).oid), call.written)
 
     def _hash(self, call: Call) -> None:
-        oid = ObjectId(OBJECT_REQUEST.unpack(call.buffer, call.start).oid)
+        oid = ObjectId(OBJECT_REQUEST.unpack(call.header).oid)
 
         def hashed(result: Result, digest: bytes) -> None:
             if result:
@@ -99,7 +99,7 @@ class Copies:
 
     def _read_strip(self, call: Call) -> None:
         """A replicated object is its own single strip; its size is the client's room."""
-        fields = OBJECT_REQUEST.unpack(call.buffer, call.start)
+        fields = OBJECT_REQUEST.unpack(call.header)
         oid = ObjectId(fields.oid)
         policy = self._node.context.policy_of(oid)
         if call.epoch > fields.epoch:

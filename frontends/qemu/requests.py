@@ -25,13 +25,13 @@ from sheepdog.cluster.core.ids import (
 from sheepdog.cluster.core.limits import ATTRIBUTE_SIZE, BTREE_NODE_SIZE, DEFAULT_SHIFT, INODE_SIZE, LEDGER_SIZE
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.state import ClusterState
-from sheepdog.cluster.wire.header import OBJECT_REQUEST
+from sheepdog.cluster.wire.header import COW_OID_AT, OFFSET_AT, OID_AT
 from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, SERVED_WHILE_WAITING, Flags, Opcode, admit
+from sheepdog.cluster.wire.words import read_u32, read_u64
 from sheepdog.frontends.qemu.connection import Call
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 Handler: TypeAlias = Callable[[Call], None]
-_unpack_object: Final = OBJECT_REQUEST.struct.unpack_from
 
 HOLD_CHECK_S: Final = 0.1  # how often held requests look whether the members are there: a guest does not notice
 _UNUSED_BITS: Final = 0x7 << 56  # protocol.md 6.1
@@ -179,15 +179,14 @@ class Requests:
         self._gateway.read(oid, 0, 1, call.written)
 
     def _create(self, call: Call) -> None:
-        values = _unpack_object(call.buffer, call.start)
-        oid, cow_oid, offset = ObjectId(values[6]), ObjectId(values[7]), values[12]
+        oid, offset = _object_of(call)
         data = call.payload
         if len(data) != call.length or offset + len(data) > self._size_of(oid):
             call.fail(Result.INVALID_PARMS)
             return
         if call.flags & Flags.TGT and self._is_old(call, oid, offset, 0, call.written):
             return
-        source = cow_oid if call.flags & Flags.COW else ObjectId(0)
+        source = ObjectId(read_u64(call.header, COW_OID_AT) if call.flags & Flags.COW else 0)
         self._gateway.create(oid, source, offset, data, _durable(call), call.written)
 
     def _discard(self, call: Call) -> None:
@@ -234,8 +233,8 @@ class Requests:
 
 
 def _object_of(call: Call) -> tuple[ObjectId, int]:
-    values = _unpack_object(call.buffer, call.start)
-    return ObjectId(values[6]), values[12]
+    header = call.header
+    return ObjectId(read_u64(header, OID_AT)), read_u32(header, OFFSET_AT)
 
 
 def _durable(call: Call) -> bool:

@@ -70,7 +70,7 @@ class VdiOperations:
         }
 
     def _new(self, call: Call) -> None:
-        fields = VDI_REQUEST.unpack(call.buffer, call.start)
+        fields = VDI_REQUEST.unpack(call.header)
         name = until_nul(call.payload[:NAME_SIZE])
         shift = fields.block_size_shift
         tagged = len(call.payload) == 2 * NAME_SIZE and fields.snap_id and not fields.base_vdi_id
@@ -148,14 +148,14 @@ class VdiOperations:
         call.reply(VDI_RESPONSE.pack(head))
 
     def _release(self, call: Call) -> None:
-        fields = VDI_REQUEST.unpack(call.buffer, call.start)
+        fields = VDI_REQUEST.unpack(call.header)
         # Success in any case: a lock that is not held is no reason for a client to fail its close.
         self._node.operations.release_vdi(
             Vid(fields.base_vdi_id), fields.lock_type == _SHARED, lambda _: call.done(Result.SUCCESS)
         )
 
     def _attribute(self, call: Call) -> None:
-        fields = VDI_REQUEST.unpack(call.buffer, call.start)
+        fields = VDI_REQUEST.unpack(call.header)
         if len(call.payload) != ATTRIBUTE_SIZE:
             call.fail(Result.INVALID_PARMS)
             return
@@ -220,7 +220,7 @@ class VdiOperations:
         call.done(Result.SUCCESS, b"".join(pack_vdi_state(_state_of(record)) for record in records[:room]))
 
     def _add(self, call: Call) -> None:
-        fields = VDI_STATE_REQUEST.unpack(call.buffer, call.start)
+        fields = VDI_STATE_REQUEST.unpack(call.header)
         shift = fields.block_size_shift
         if not 0 < fields.new_vid < VID_COUNT or fields.copies > MAX_COPIES or not valid_shift(shift):
             call.fail(Result.INVALID_PARMS)
@@ -236,7 +236,7 @@ class VdiOperations:
 
     def _alter(self, call: Call) -> None:
         """dog has written the new number into the inode's header as well, which alone would change nothing."""
-        fields = VDI_STATE_REQUEST.unpack(call.buffer, call.start)
+        fields = VDI_STATE_REQUEST.unpack(call.header)
         if fields.set_bitmap:
             self._move(call, Vid(fields.new_vid))
         elif fields.copy_policy or not 0 < fields.copies <= MAX_COPIES:
@@ -269,7 +269,7 @@ def _target(call: Call) -> tuple[VdiRequest, bytes, bytes] | None:
         return None
     payload = memoryview(call.payload)
     return (
-        VDI_REQUEST.unpack(call.buffer, call.start),
+        VDI_REQUEST.unpack(call.header),
         until_nul(payload[:NAME_SIZE]),
         until_nul(payload[NAME_SIZE:]),
     )

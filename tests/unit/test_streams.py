@@ -28,8 +28,8 @@ from sheepdog.cluster.wire.streams import (
 HEADER = Struct("<4sII")  # a mark, a number, the body's length
 
 
-def length_of(buffer: Buffer, start: int) -> int:
-    mark, _, length = HEADER.unpack_from(buffer, start)
+def length_of(header: bytes) -> int:
+    mark, _, length = HEADER.unpack(header)
     if mark != b"head":
         raise PeerError("no header")
     return int(length)
@@ -56,8 +56,8 @@ def receive(intake: Intake, stream: memoryview) -> int:
 def take_all(intake: Intake) -> list[tuple[int, Buffer]]:
     frames = []
     while (taken := intake.next()) is not None:
-        buffer, start, body = taken
-        _, number, length = HEADER.unpack_from(buffer, start)
+        header, body = taken
+        _, number, length = HEADER.unpack(header)
         assert len(body) == length
         frames.append((number, body))
     return frames
