@@ -50,5 +50,6 @@ class BadStrips:
                 self._context.peers.request(self._context.placement.nodes[member], message, answered)
 
     def _noted(self, job: StripJob, noted: Callable[[], None]) -> None:
+        job.choose()
         job.is_noted()
         noted()

@@ -333,7 +333,8 @@ class Copies:
             agreed(Result.SUCCESS if error is None else error.result)
 
         state = Version(message.offset, message.length, message.sequence)
-        self.replica.strips.agree(strip, state, message.version, message.payload(), done)
+        as_is = bool(message.flags & Flag.AS_IS)
+        self.replica.strips.agree(strip, state, message.version, message.payload(), as_is, done)
 
     def drop(self, oid: ObjectId, flags: int) -> None:
         """Removes a copy that does not belong here any more.

@@ -171,7 +171,7 @@ class Home:
         if decision.agree:
             self.context.probe("home.strips_agree")
             version = self.next_version()
-            origins = encode_origins(self._inventories.origins_of(decision.oid, decision.cut))
+            origins = encode_origins(self._inventories.origins_of(decision))
         return StripJob.decided(decision, self.strips, version, origins)
 
     def new_job(self, oid: ObjectId) -> Job:

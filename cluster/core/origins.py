@@ -69,6 +69,12 @@ class Origins:
             for number in [number for number, (of, _) in numbers.items() if of == oid]:
                 del numbers[number]
 
+    def disown(self, origins: Iterable[Origin]) -> None:
+        """These writes are not done, though something of them may be here."""
+        for origin in origins:
+            if origin.gateway < len(self._numbers):
+                self._numbers[origin.gateway].pop(origin.number, None)
+
     def clear(self) -> None:
         self._processes, self._numbers = [], []
 

@@ -293,14 +293,14 @@ class Inventories:
         """The newest epoch of what was said for sure: (copy or strip, member, as of which epoch)."""
         return max((as_of for oid, member, as_of in said if self._unsure.get((oid, member)) != as_of), default=0)
 
-    def origins_of(self, oid: ObjectId, cut: Version | None) -> list[Origin]:
-        """The writes before `cut` that strips of the object contain."""
+    def origins_of(self, decision: StripDecision) -> list[Origin]:
+        """The writes that the agreed state of the object contains."""
         return list(
             dict.fromkeys(
                 origin
                 for origins in self._origins
                 for origin in origins
-                if origin.oid == oid and (cut is None or origin.version < cut)
+                if origin.oid == decision.oid and decision.contains(origin.version)
             )
         )
 
@@ -308,14 +308,14 @@ class Inventories:
         """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
 
         The origins that a member tells are those of its own copy, so they count if that is the current one. Of strips
-        that go back to one state, those before it count; of an object that is gone, those of members that know it is:
-        what the others still hold may be of a creation that never was done.
+        that come to one state, those count that it contains; of an object that is gone, those of members that know it
+        is: what the others still hold may be of a creation that never was done.
         """
         asked = dict.fromkeys(origin.oid for origins in self._origins for origin in origins)
         if not asked:
             return {}
         decided = {decision.oid: decision.version for decision in decisions if decision.oid in asked}
-        agreed = {one.oid: one.cut for one in decisions if isinstance(one, StripDecision) and one.agree}
+        agreed = {one.oid: one for one in decisions if isinstance(one, StripDecision) and one.agree}
         lost = {decision.oid for decision in decisions if decision.is_lost}  # nobody knows what comes back
         held: list[dict[ObjectId, list[Version]]] = [{} for _ in self._holdings]
         for member, holdings in enumerate(self._holdings):
@@ -328,8 +328,7 @@ class Inventories:
                 if oid in lost:
                     continue
                 if oid in agreed:
-                    cut = agreed[oid]
-                    if cut is None or version < cut:
+                    if agreed[oid].contains(version):
                         found[gateway, number] = None
                     continue
                 current = decided.get(oid)

@@ -122,12 +122,12 @@ class Puller:
             return
 
         def done(data: Buffer | StoreError) -> None:
-            if isinstance(data, StoreError):
-                context.log(4, f"object {message.oid:016x}: cannot be fetched from here: {data}")
-                context.peers.answer(sender, message, data.result)
-            elif context.store.version(message.oid) != message.version:
+            if context.store.version(message.oid) != message.version:
                 context.probe("puller.written_while_read")
                 context.peers.answer(sender, message, Result.STALE_OBJ)
+            elif isinstance(data, StoreError):
+                context.log(4, f"object {message.oid:016x}: cannot be fetched from here: {data}")
+                context.peers.answer(sender, message, data.result)
             else:
                 context.counters.peer_reads += 1
                 context.counters.peer_tx += len(data)

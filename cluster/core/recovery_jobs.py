@@ -9,6 +9,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
+from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.peering import NO_MEMBER, Decision, encode_members
 from sheepdog.cluster.core.ports import Timer
 from sheepdog.cluster.core.strip_peering import NOBODY, StripDecision
@@ -165,7 +166,7 @@ class Job:
 class StripJob(Job):
     """An erasure-coded object. `holders`: member by strip, of those that can be read."""
 
-    __slots__ = ("_layout", "_origins", "_policy", "_states", "_strips", "holders")
+    __slots__ = ("_half_done", "_layout", "_origins", "_policy", "_states", "_strips", "holders")
 
     def __init__(self, oid: ObjectId, policy: Policy, strips: StripHome) -> None:
         super().__init__(oid)
@@ -173,7 +174,8 @@ class StripJob(Job):
         self._strips = strips
         self._layout: Sequence[int] = strips.layout(oid, policy)
         self._states: dict[int, Version] = {}  # by strip: what it goes back to before it gets the new version
-        self._origins: Buffer = b""
+        self._half_done = False  # with `as_is`: should the epoch end before they agree, something is taken back
+        self._origins: Buffer = b""  # of the writes that the agreed state contains; with `as_is`: that it lacks
         self.holders: dict[int, int] = {strip: member for strip, member in enumerate(self._layout) if member != NOBODY}
 
     @classmethod
@@ -207,16 +209,20 @@ class StripJob(Job):
         return list(dict.fromkeys([*self.holders.values(), *(member for _, member in self.agree)]))
 
     def holds_read(self, me: int) -> bool:
-        if bool(self.agree or self.stale) and not (self.as_is or self._is_firm()):
+        if bool(self.agree or self.stale) and not (self._is_readable_as_is() or self._is_firm()):
             return True
         if self.unsettled and self.targets:
             return True
         undecided = self.version == NO_VERSION or not self.noted  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data
 
+    def _is_readable_as_is(self) -> bool:
+        return self.as_is and not self._half_done
+
     def _is_firm(self) -> bool:
         """Some strips have no space for the version agreed upon; of those that have it one stays, whatever is lost."""
-        return self.full and not self.stale and len(self.holders) > self._policy.parity
+        agreed = self.holders.keys() - {strip for strip, _ in self.agree}
+        return self.full and not self.stale and len(agreed) > self._policy.parity
 
     def copy_on(self, member: int) -> ObjectId:
         return strip_of(self.oid, self._layout.index(member))
@@ -238,6 +244,7 @@ class StripJob(Job):
         sound = self._strips.refusals.sound(self.oid, self._policy, self.holders)
         self.as_is = bool(sound)
         self.in_part = self._strips.refusals.in_part(self.oid, sound)
+        self._half_done = self._strips.refusals.half_done(self.oid)
         if not sound:
             return
         self.version = NO_VERSION
@@ -248,6 +255,10 @@ class StripJob(Job):
         for member in self.holders.values():
             self.targets.pop(member, None)
             self.repair.pop(member, None)
+
+    def choose(self) -> None:
+        """What the holders are is read from now on."""
+        self._strips.refusals.chosen(self.oid, self._policy, self.holders)
 
     def finished(self) -> None:
         self._strips.refusals.forget(self.oid)
@@ -286,6 +297,7 @@ class StripJob(Job):
             return False
         self.version = self._strips.next_version()
         self._states = {strip: found[member] for strip, member in self.holders.items()}
+        self._origins = encode_origins(self._strips.refusals.undone(self.oid))
         self.agree = dict.fromkeys(self.holders.items(), False)
         return True
 
@@ -297,7 +309,7 @@ class StripJob(Job):
         return self._pull(target, fence, encode_members(sources))
 
     def agreement(self, strip: int, fence: int) -> Message:
-        """ROLLBACK of one strip."""
+        """ROLLBACK of one strip; AS_IS: it goes back behind nothing."""
         epoch, term, counter = self._states[strip]
         return Message(
             Kind.ROLLBACK,
@@ -307,6 +319,7 @@ class StripJob(Job):
             length=term,
             sequence=counter,
             version=self.version,
+            flags=Flag.AS_IS if self.as_is else 0,
             body=self._origins,
         )
 

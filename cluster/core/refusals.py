@@ -4,18 +4,20 @@ A strip that refuses a write for want of space is what it was, and takes no late
  * it is as good as the strips that took everything, if none of these took a write that it refused;
  * all data strips together are a state of the object, whatever the parity strips have: a write that did not get to all
    strips has not been answered as done (Home), so it may be there in part or not at all. Who still waits for the repair
-   is told that it failed (`in_part`).
+   is told that it failed (`in_part`), and if he does not hear of that and asks again, it is done again (`undone`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import ObjectId
 from sheepdog.cluster.core.messages import Flag
+from sheepdog.cluster.core.origins import Origin
+from sheepdog.cluster.core.striping import pieces, spans
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home_writes import Write
@@ -23,14 +25,26 @@ if TYPE_CHECKING:
 _UNKNOWN: Final = -1  # as a set of strips: all of them
 
 
+class _Torn(NamedTuple):
+    """A write whose bytes some data strips did not take."""
+
+    origin: Origin
+    lacking: list[int]  # these strips
+    begun: bool  # another one has
+
+
 class Refusals:
     """Of the objects of one home, in one epoch, that are not whole."""
 
-    def __init__(self, strip_on: Callable[[int, ObjectId], int | None]) -> None:
+    def __init__(
+        self, strip_on: Callable[[int, ObjectId], int | None], policy_of: Callable[[ObjectId], Policy | None]
+    ) -> None:
         """`strip_on` tells which strip of an object belongs on a member."""
         self._strip_on = strip_on
+        self._policy_of = policy_of
         self._missed: dict[ObjectId, dict[int, int]] = {}  # by strip: strips that took what it refused, a bit each
         self._uneven: dict[ObjectId, dict[int, None]] = {}  # strips that only could not be brought level
+        self._torn: dict[ObjectId, list[_Torn]] = {}
 
     def failed(self, write: Write, member: int, result: int) -> None:
         """A member could not apply a write to its strip."""
@@ -53,6 +67,19 @@ class Refusals:
                     missed[strip] |= took
                 else:
                     missed[strip] = took if result == Result.NO_SPACE else _UNKNOWN
+            written, by = self._written(write), write.submission
+            if lacking := [strip for strip in written if strip in failed]:
+                torn = _Torn(Origin(oid, by.number, by.gateway, write.version), lacking, len(lacking) < len(written))
+                self._torn.setdefault(oid, []).append(torn)
+
+    def _written(self, write: Write) -> Sequence[int]:
+        """The data strips that have bytes of the write; other strips got no more than its version."""
+        submission, policy = write.submission, self._policy_of(write.submission.oid)
+        if policy is None:
+            return ()
+        if submission.flags & Flag.CREATE:  # what was there before is gone
+            return range(policy.data)
+        return list(spans(pieces(policy, submission.offset, len(submission.data))))
 
     def stayed_behind(self, oid: ObjectId, member: int) -> None:
         """A strip could not be given the version of a write that did not touch it."""
@@ -65,6 +92,12 @@ class Refusals:
         if oid in self._missed or oid in self._uneven:
             self._missed.setdefault(oid, {})[strip] = _UNKNOWN
 
+    def chosen(self, oid: ObjectId, policy: Policy, strips: Container[int]) -> None:
+        """These strips are read from now on: the object is never again what others make of it."""
+        for strip in range(policy.strips):
+            if strip not in strips:
+                self.useless(oid, strip)
+
     def restored(self, oid: ObjectId, strip: int) -> None:
         """The strip has all that the object is."""
         for strips in (self._missed.get(oid), self._uneven.get(oid)):
@@ -75,6 +108,7 @@ class Refusals:
         """All strips are equal, or the object is gone."""
         self._missed.pop(oid, None)
         self._uneven.pop(oid, None)
+        self._torn.pop(oid, None)
 
     def known(self, oid: ObjectId) -> list[int]:
         """Strips that do not have all, or not its version."""
@@ -83,6 +117,18 @@ class Refusals:
     def in_part(self, oid: ObjectId, strips: Container[int]) -> bool:
         """One of the strips refused what another one took."""
         return any(missed for strip, missed in self._missed.get(oid, {}).items() if strip in strips)
+
+    def undone(self, oid: ObjectId) -> list[Origin]:
+        """The writes of which the data strips, as they are, lack something, or all."""
+        return [torn.origin for torn in self._still_torn(oid)]
+
+    def half_done(self, oid: ObjectId) -> bool:
+        """One of the data strips, as they are, has its part of a write of which another one lacks its own."""
+        return any(torn.begun for torn in self._still_torn(oid))
+
+    def _still_torn(self, oid: ObjectId) -> list[_Torn]:
+        missed = self._missed.get(oid, {})
+        return [torn for torn in self._torn.get(oid, ()) if any(strip in missed for strip in torn.lacking)]
 
     def sound(self, oid: ObjectId, policy: Policy, whole: Container[int]) -> list[int]:
         """Strips that are one state of the object, enough of them, if that is more than those that took all (`whole`);

@@ -73,7 +73,7 @@ class StripHome:
         self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
         self._loose = LooseStrips(context)
         self.levels = StripLevels(context, home)
-        self.refusals = Refusals(self._strip_on)
+        self.refusals = Refusals(self._strip_on, context.policy_of)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 

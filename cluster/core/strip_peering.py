@@ -11,7 +11,8 @@ fitting     every write touches the parity, so the steps of a parity strip tell 
             strips were equal: for each strip the last one that touched it. A strip fits that has that write, at a
             version that the object really had. Any D strips that fit are the object; the others are rebuilt from them
 adopted     after an end of all processes there may be nothing to go by, and strips may be at any version. If all data
-            strips are there, each is right as it is (a block is on one strip only): the parity is made anew
+            strips are there, each is right as it is (a block is on one strip only): the parity is made anew. A write
+            that some of them lack is *half done*: it is nobody's answer, and done again if it is asked for again
 interrupted where an agreement came to too few strips, and enough replicas of its epoch are here to know that nothing
             was written then, it does not count: what members were to make anew is left out, the others are as before
 never done  a creation that did not get to all strips, and cannot be decoded, never was answered: what is there goes
@@ -83,6 +84,7 @@ class StripDecision(NamedTuple):
     surplus: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id) that go at the end
     stale: tuple[int, ...] = ()  # members that hold an older state as if it were good
     cut: Version | None = None  # the first write that is undone
+    half_done: tuple[Version, ...] = ()  # writes before that which some data strips lack
     lost: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id): not enough is here to decode
     held: tuple[tuple[int, ObjectId], ...] = ()  # those of `lost` that have bytes, which still count
     known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
@@ -99,6 +101,10 @@ class StripDecision(NamedTuple):
         Bytes that are as of an older epoch could else seem to be superseded by that word.
         """
         return 0 if (member, strip) in self.held else self.known
+
+    def contains(self, version: Version) -> bool:
+        """The agreed state has all of this write, which some strip has."""
+        return (self.cut is None or version < self.cut) and version not in self.half_done
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that are current, but must be asked for through the home for now."""
@@ -184,9 +190,9 @@ def decide(
         )
     ]
     for bad in (lacking, ()):  # what is known to lack a write counts only where the others do not make up the object
-        states, cut = _one_state(policy, _without(bad, real), _without(bad, current), best_as_of)
-        if states:
-            return _arrange(oid, policy, states, cut, held, replicas)
+        state = _one_state(policy, _without(bad, real), _without(bad, current), best_as_of)
+        if state.strips:
+            return _arrange(oid, policy, state, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
@@ -199,22 +205,29 @@ def _without(bad: Container[tuple[int, int]], held: Sequence[Held]) -> list[Held
     return [entry for entry in held if (entry.member, entry.strip) not in bad]
 
 
-def _one_state(
-    policy: Policy, real: Sequence[Held], current: Sequence[Held], best_as_of: int
-) -> tuple[list[tuple[Held, Version]], Version | None]:
-    """Strips that make up the object, each with its version there, and the cut; none if there are not enough."""
+class _State(NamedTuple):
+    """Strips that make up the object, each with its version there; none if there are not enough."""
+
+    strips: Sequence[tuple[Held, Version]]
+    cut: Version | None
+    half_done: tuple[Version, ...] = ()
+
+
+def _one_state(policy: Policy, real: Sequence[Held], current: Sequence[Held], best_as_of: int) -> _State:
     proven = [entry for entry in real if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.
     cuts: list[Version | None] = [*_hidden(policy, proven), None, *reversed(_unfinished(policy, current))]
     for cut in cuts:
         good = _fitting(policy, real, current, proven, cut)
         if len({entry.strip for entry, _ in good}) >= policy.data:
-            return good, cut
+            return _State(good, cut)
     for cut in cuts:
         data = [(entry, state) for entry in current if entry.strip < policy.data and (state := entry.before(cut))]
         if len({entry.strip for entry, _ in data}) == policy.data:
-            return _newest(data), cut
-    return [], None
+            adopted = _newest(data)
+            unfinished = _unfinished(policy, [entry for entry, _ in adopted])
+            return _State(adopted, cut, tuple(version for version in unfinished if cut is None or version < cut))
+    return _State([], None)
 
 
 def _is_agreement(real: Sequence[Held], version: Version) -> bool:
@@ -317,14 +330,13 @@ def _newest(data: Sequence[tuple[Held, Version]]) -> list[tuple[Held, Version]]:
 def _arrange(
     oid: ObjectId,
     policy: Policy,
-    states: Sequence[tuple[Held, Version]],
-    cut: Version | None,
+    state: _State,
     held: Sequence[Held],
     replicas: tuple[int, ...],
 ) -> StripDecision:
     """Good strips stay on replicas that hold them; the other replicas get what is missing."""
-    good = [entry for entry, _ in states]
-    state_of = {(entry.member, entry.strip): state for entry, state in states}
+    good = [entry for entry, _ in state.strips]
+    state_of = {(entry.member, entry.strip): version for entry, version in state.strips}
     layout, kept = _keep(policy, good, replicas)
     extra: dict[int, Held] = {}  # on members that will not keep it, but it can be read there meanwhile
     for entry in good:
@@ -354,7 +366,8 @@ def _arrange(
         missing=tuple(missing),
         surplus=surplus,
         stale=tuple(dict.fromkeys(entry.member for entry in old)),
-        cut=cut,
+        cut=state.cut,
+        half_done=state.half_done,
     )
 
 

@@ -306,11 +306,13 @@ class StripReplica:
 
     # -- going back --------------------------------------------------------------------------------------------
 
-    def agree(self, strip: ObjectId, target: Version, version: Version, origins: Buffer, done: Done) -> None:
+    def agree(
+        self, strip: ObjectId, target: Version, version: Version, origins: Buffer, as_is: bool, done: Done
+    ) -> None:
         """The strip becomes what it was at `target`, durably, and gets a new version. NoSpace: it can do so later.
 
-        `origins`: the writes that it contains then. Until all strips have come so far it can be told from the steps
-        here what it was.
+        `origins`: the writes that it contains then; `as_is`: of those it knows the ones that it does not contain whole.
+        Until all strips have come so far it can be told from the steps here what it was.
         """
         context = self._context
         if context.store.version(strip) == version:  # asked again, in a later epoch
@@ -320,9 +322,11 @@ class StripReplica:
         if steps is None:
             done(NoWayBack(f"strip {oid_name(strip)} cannot go back to {tuple(target)}"))
             return
-        if steps:
-            context.origins.forget(plain_oid(strip))
-        context.origins.merge(decode_origins(origins))
+        if as_is:
+            context.origins.disown(decode_origins(origins))
+        else:
+            context.origins.forget(plain_oid(strip))  # also writes that only some strips have
+            context.origins.merge(decode_origins(origins))
         self._go_back(strip, steps, target, version, done)
 
     def _go_back(self, strip: ObjectId, steps: Sequence[Undo], target: Version, version: Version, done: Done) -> None:

@@ -57,6 +57,28 @@ def test_another_copy_answers(which: str, error: StoreError) -> None:
     audit(cluster)
 
 
+def test_a_copy_that_is_written_while_it_is_fetched_is_old_whatever_became_of_the_read() -> None:
+    cluster, volume = fresh(2, 2)
+    home, replica = holders(cluster, volume)
+    oid = data_oid(volume.vid, 0)
+    assert write(home, volume, 7) == Result.SUCCESS
+    context, store = replica.node.context, home.node.context.store
+    version = store.version(oid)
+    assert version is not None
+
+    def written_first(one: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        assert write(home, volume, 8) == Result.SUCCESS
+        done(DiskError("no such sector"))
+
+    answers: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "read", written_first)
+        fetch = Message(Kind.FETCH, context.fence, oid=oid, length=BLOCK_SIZE, version=version)
+        context.peers.request(home.id, fetch, lambda answer: answers.append(answer.result))
+        cluster.world.run_until(lambda: bool(answers), SECOND, "an answer")
+    assert answers == [Result.STALE_OBJ]
+
+
 def rot(machine: Machine, oid: ObjectId, block: int) -> None:
     """The bytes of a block change on the disk, whatever was written to it."""
     machine.disk.copies()[oid].rotten[block] = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, Version
 from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.origins import Origin, Origins, decode_origins, encode_origins
 from sheepdog.cluster.core.peering import Decision, Holding, Inventories, encode_holdings
+from sheepdog.cluster.core.strip_peering import StripDecision
 from sheepdog.cluster.sim.run import Run, Scenario
 
 OID = ObjectId(0xABC00000001)
@@ -55,6 +57,18 @@ def test_only_the_current_copy_tells_what_it_contains() -> None:
         inventories.add(index, 1, encode_holdings([Holding(OID, version, 3)]), 3, Flag.LAST)
     decided = [Decision(OID, new, (1, 2), (0,), ())]
     assert list(inventories.contained(decided)) == [(0, 2)]
+
+
+def test_of_data_strips_that_are_taken_as_they_are_all_must_have_a_write() -> None:
+    """What only some have is asked for again; it cannot be undone any more, and no parity strip is there."""
+    done, half_done = V1, Version(3, 1, 7)
+    agree = (0, 0, done), (1, 1, half_done)
+    decision = StripDecision(OID, Policy(2, 2), NO_VERSION, agree=agree, half_done=(half_done,))
+    inventories = Inventories(4)
+    told = [Origin(OID, 1, 0, done), Origin(OID, 2, 0, half_done)]
+    inventories.add(1, 0, encode_origins(told), 3, Flag.ORIGINS | Flag.LAST)
+    assert list(inventories.contained([decision])) == [(0, 1)]
+    assert inventories.origins_of(decision) == told[:1]
 
 
 def test_of_a_deleted_object_those_tell_who_have_deleted_it() -> None:

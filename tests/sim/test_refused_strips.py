@@ -25,11 +25,13 @@ SEEDS = 8
 class Story:
     """One object, 2:1 on three nodes: two data strips and a parity strip, the home first; on four 2:2, on six 4:2."""
 
-    def __init__(self, seed: int, nodes: int = 3) -> None:
+    def __init__(self, seed: int, nodes: int = 3, policy: int = 0) -> None:
         self.cluster = SimCluster(World(seed), nodes)
         self.cluster.start_all()
         self.cluster.format(nodes // 2 + 1)
-        self.volume: Volume = make_volume(self.cluster, "coded", 1, (), policy={3: 0x11, 4: 0x12, 6: 0x22}[nodes])
+        self.volume: Volume = make_volume(
+            self.cluster, "coded", 1, (), policy=policy or {3: 0x11, 4: 0x12, 6: 0x22}[nodes]
+        )
         self.oid = data_oid(self.volume.vid, 0)
         self.settle()
         self.home, self.second, self.parity, *self.more = holders(self.cluster, self.volume)

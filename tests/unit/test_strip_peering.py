@@ -130,6 +130,14 @@ def test_without_parity_the_data_strips_stand_for_themselves() -> None:
     assert (decision.missing, states(decision)) == ((2, 3), {0: V[2], 1: V[1]})
 
 
+def test_of_data_strips_that_stand_for_themselves_some_may_lack_a_write() -> None:
+    """It cannot be taken back, so it is there in part: nobody may be told that it is done."""
+    both = FIRST | SECOND
+    decision = decided(held(0, V[2], (V[1], both), back=False), held(1, V[3], (V[2], both), (V[1], both), back=False))
+    assert states(decision) == {0: V[2], 1: V[3]}
+    assert [decision.contains(version) for version in (V[2], V[3])] == [True, False]
+
+
 def test_strips_that_were_brought_level_on_the_way() -> None:
     decision = decided(
         held(0, V[2], (V[1], FIRST)),
