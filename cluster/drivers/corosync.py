@@ -36,14 +36,6 @@ STOP_PATIENCE_S = 5.0  # for a daemon that does not answer at the end
 _logger = logging.getLogger(__name__)
 
 
-class _Verdict(NamedTuple):
-    """What the daemon says of a ring."""
-
-    quorate: bool
-    sequence: int
-    nodes: tuple[int, ...]
-
-
 class _Connected(NamedTuple):
     """The connections to the daemon, and the number of its node."""
 
@@ -72,7 +64,7 @@ class CorosyncDriver:
         self._group: cpg.Group | None = None
         self._quorum: cpg.Quorum | None = None
         self._readers: list[int] = []
-        self._verdicts: deque[_Verdict] = deque()  # not told to the order yet
+        self._verdicts: deque[cpg.Verdict] = deque()  # not told to the order yet
         self._judging: asyncio.Task[None] | None = None
         self._node = 0
         self._votes: Votes | None = None  # as of the latest quorate ring
@@ -124,8 +116,8 @@ class CorosyncDriver:
             raise UsageError(f"corosync driver: {error}") from error
         self._readable(quorum)
 
-    def _on_quorum(self, quorate: bool, sequence: int, nodes: tuple[int, ...]) -> None:
-        self._verdicts.append(_Verdict(quorate, sequence, nodes))
+    def _on_quorum(self, verdict: cpg.Verdict) -> None:
+        self._verdicts.append(verdict)
         if self._judging is None:
             self._judging = self._loop.create_task(self._judge())
 
@@ -139,13 +131,13 @@ class CorosyncDriver:
                 verdict = self._verdicts.popleft()
                 if verdict.quorate:
                     await self._learn_votes(verdict.nodes)
-                self._there.on_quorum(verdict.quorate, verdict.sequence)
+                self._there.on_quorum(verdict)
                 self._advance()
         finally:
             self._judging = None
 
     async def _learn_votes(self, nodes: tuple[int, ...]) -> None:
-        """They also tell about rings that are over before there is a verdict."""
+        """They tell who could have gone on without whom."""
         quorum = self._there.quorum
         while True:
             try:

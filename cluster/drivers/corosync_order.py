@@ -4,9 +4,9 @@ The group (CPG) gives every process of a ring the same stream of messages and ch
 and each side of a broken network gets a valid stream of its own. So:
 
 * What comes after a change of ring waits for the quorum's verdict about that ring, which arrives on another way.
-  Not quorate: suspended while the ring lasts, and lost with the next one, since others may have gone on meanwhile,
-  or begun anew. A ring that was over before there was a verdict is judged by the votes of its nodes; with enough of
-  them it counts as what followed it, unless a member that was gone in it is back: whose order is right then?
+  Not quorate, or over before there was a verdict: suspended while the ring lasts, and lost with the next one, since
+  others may have gone on meanwhile, or begun anew. So they may in a ring that this node's daemon has missed, because
+  it stood still: corosync_quorum. Of nodes that were apart at most one side goes on, so a member that is back is lost.
 * A message is delivered when a process of each member's node has acknowledged it (CPG would deliver a sender's own
   message before any other node has it, and a power failure could take it away again), or when the members that have
   not are gone: the ring that follows has the same messages everywhere. A node whose processes are stopped is not
@@ -40,8 +40,8 @@ from sheepdog.cluster.drivers.corosync_messages import (
     seat_of,
     seat_values,
 )
-from sheepdog.cluster.drivers.corosync_quorum import Quorum, Ring, Verdict
-from sheepdog.cluster.drivers.cpg import Change, Process, Reason
+from sheepdog.cluster.drivers.corosync_quorum import Quorum, Right, Ring
+from sheepdog.cluster.drivers.cpg import Change, Process, Reason, Verdict
 
 ANSWER_NS = 2_000_000_000  # a member answers in milliseconds; twice ROUNDS_NS if the node of another one is silent
 MAX_PATIENCE = 5  # times ANSWER_NS: an answer to an earlier turn does not count, so a slow group is asked less often
@@ -124,11 +124,11 @@ class Order:
             self._newest = sequence
             self._inbox.append(Ring(sequence, nodes))
 
-    def on_quorum(self, quorate: bool, sequence: int) -> None:
-        """The verdict about a ring; it may change while the ring lasts."""
-        self.quorum.tell(sequence, quorate)
-        if sequence == self._ring.sequence:
-            if self.established and not quorate:
+    def on_quorum(self, verdict: Verdict) -> None:
+        """Told in the order of the rings; it may change while the ring lasts."""
+        self.quorum.tell(verdict)
+        if verdict.sequence == self._ring.sequence:
+            if self.established and not verdict.quorate:
                 self._clear = False
             elif not self.established:
                 self._announce()
@@ -210,13 +210,13 @@ class Order:
 
     def _decide(self) -> bool:
         """Whether this order goes on in the present ring."""
-        verdict = self._verdict()
-        if verdict is Verdict.LOST:
-            self.lose(Verdict.LOST.value)
-        elif verdict is Verdict.NO:
+        right = self._right()
+        if right is Right.LOST:
+            self.lose(right.value)
+        elif right is Right.NO:
             nodes = ", ".join(map(str, self._ring.nodes))
             self.suspend(f"no quorum: only nodes {nodes} are in reach")
-        elif verdict is Verdict.YES:
+        elif right is Right.YES:
             self._clear = True
             self.quorum.gone_on(self._ring)
             if self._undecided:
@@ -226,22 +226,11 @@ class Order:
             self.resume()
         return self._clear
 
-    def _verdict(self) -> Verdict:
-        """About the present ring. One that was over before its verdict came may be judged by what followed."""
-        undecided = dict(self._undecided)
-        ring, known = self._ring, self.quorum.of(self._ring, bool(undecided))
-        for item in self._inbox:
-            if known is Verdict.YES:
-                break
-            if isinstance(item, Change):
-                if any(process in undecided for process, _ in item.joined):
-                    return Verdict.LOST
-                undecided.update(dict.fromkeys(p for p, reason in item.left if self._went_with_node(p, reason)))
-            elif isinstance(item, Ring):
-                if known is Verdict.NO or not self.quorum.has_votes(ring):
-                    return Verdict.LOST
-                ring, known = item, self.quorum.of(item, bool(undecided))
-        return known
+    def _right(self) -> Right:
+        right = self.quorum.right_of(self._ring, bool(self._undecided))
+        if right is Right.NO and any(isinstance(item, Ring) for item in self._inbox):
+            return Right.LOST
+        return right
 
     def _went_with_node(self, process: Process, reason: int) -> bool:
         return reason == Reason.NODEDOWN and self._is_known(process)
@@ -257,9 +246,6 @@ class Order:
         if not self.established:
             self._announced.clear()
             self._announce()
-            return
-        if any(process in self._undecided for process, _ in change.joined):
-            self.lose(Verdict.LOST.value)
             return
         proven = []
         for process, reason in change.left:
@@ -287,9 +273,9 @@ class Order:
         self._asked_ns = None
         if self._process not in self._present or self.lost:
             return
-        verdict = self.quorum.of(self._ring, broken=False)
-        if verdict is not Verdict.YES:
-            if verdict is Verdict.NO:
+        right = self.quorum.of(self._ring)
+        if right is not Right.YES:
+            if right is Right.NO:
                 self.suspend("no quorum yet")
             return
         if not self._turn:  # else it is still told why it waits

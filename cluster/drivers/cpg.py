@@ -39,6 +39,7 @@ LIBRARIES = {
 MAX_ADDRESSES = 8  # rings of one node; knet knows eight links
 _NAME_BYTES = 128
 _CPG_MODEL_V1, _INITIAL_TOTEM_CONF = 1, 1
+_QUORUM_MODEL_V1 = 1
 _TYPE_AGREED = 2
 _DISPATCH_ALL = 2
 _TRACK_CURRENT_AND_CHANGES = 1 | 2
@@ -130,8 +131,10 @@ class _VoteQuorumInfo(Structure):
 _Addresses = POINTER(_Address)
 _OnMessage = CFUNCTYPE(None, c_uint64, POINTER(_Name), c_uint32, c_uint32, c_void_p, c_size_t)
 _OnChange = CFUNCTYPE(None, c_uint64, POINTER(_Name), _Addresses, c_size_t, _Addresses, c_size_t, _Addresses, c_size_t)
-_OnRing = CFUNCTYPE(None, c_uint64, _RingId, c_uint32, POINTER(c_uint32))
-_OnQuorum = CFUNCTYPE(None, c_uint64, c_uint32, c_uint64, c_uint32, POINTER(c_uint32))
+_Nodes = POINTER(c_uint32)
+_OnRing = CFUNCTYPE(None, c_uint64, _RingId, c_uint32, _Nodes)
+_OnQuorum = CFUNCTYPE(None, c_uint64, c_uint32, _RingId, c_uint32, _Nodes)
+_OnNodes = CFUNCTYPE(None, c_uint64, _RingId, c_uint32, _Nodes, c_uint32, _Nodes, c_uint32, _Nodes)
 
 
 class _CpgModel(Structure):
@@ -140,8 +143,8 @@ class _CpgModel(Structure):
     )  # fmt: skip
 
 
-class _QuorumCallbacks(Structure):
-    _fields_ = (("on_quorum", _OnQuorum),)
+class _QuorumModel(Structure):
+    _fields_ = (("model", c_int), ("on_quorum", _OnQuorum), ("on_nodes", _OnNodes))
 
 
 @cache
@@ -156,7 +159,7 @@ def missing() -> str | None:
             _library(name)
         except OSError:
             return file
-    return None
+    return None if hasattr(_library("quorum"), "quorum_model_initialize") else "corosync 3.1 (libquorum5)"
 
 
 def _checked(code: int) -> None:
@@ -247,19 +250,41 @@ class Group(_Handle):
         return node.value
 
 
+class Verdict(NamedTuple):
+    """What the quorum says of a ring. `left`: nodes that did not come from the ring before together with this one,
+    also those that are in this ring again."""
+
+    quorate: bool
+    sequence: int
+    nodes: tuple[int, ...]
+    left: tuple[int, ...]
+
+
 class Quorum(_Handle):
-    """on_quorum(quorate, sequence of the ring, its nodes), now and at every change."""
+    """on_quorum(verdict), now and at every change."""
 
     def __init__(self) -> None:
         super().__init__("quorum")
-        self.on_quorum: Callable[[bool, int, tuple[int, ...]], None] = lambda quorate, sequence, nodes: None
+        self.on_quorum: Callable[[Verdict], None] = lambda verdict: None
+        self._left: tuple[int, tuple[int, ...]] = 0, ()  # sequence of a ring, and who left when it came
 
-        def quorum(_: int, quorate: int, sequence: int, count: int, nodes: Any) -> None:
-            self.on_quorum(bool(quorate), int(sequence), tuple(nodes[:count]))
+        def quorum(_: int, quorate: int, ring: _RingId, count: int, nodes: Any) -> None:
+            members, (sequence, left) = tuple(nodes[:count]), self._left
+            if sequence != ring.sequence:
+                left = members  # not told: as if nobody had stayed
+            self.on_quorum(Verdict(bool(quorate), int(ring.sequence), members, left))
 
-        self._callbacks = _QuorumCallbacks(_OnQuorum(quorum))
+        def changed(_: int, ring: _RingId, *lists: Any) -> None:
+            count, left = lists[-2:]
+            self._left = int(ring.sequence), tuple(left[:count])
+
+        self._callbacks = _QuorumModel(0, _OnQuorum(quorum), _OnNodes(changed))
         kind = c_uint32()
-        _checked(self._library.quorum_initialize(byref(self._handle), byref(self._callbacks), byref(kind)))
+        _checked(
+            self._library.quorum_model_initialize(
+                byref(self._handle), c_int(_QUORUM_MODEL_V1), byref(self._callbacks), byref(kind), None
+            )
+        )
         self._open = True
         if not kind.value:
             self.close()

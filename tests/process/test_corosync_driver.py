@@ -256,6 +256,28 @@ def test_the_daemon_is_stopped_for_a_while(group: Callable[..., Group]) -> None:
     assert all(lease < 0 for lease in c.leases()[1:]), "over before it came"
 
 
+def test_a_daemon_that_stood_still_has_missed_another_order(group: Callable[..., Group]) -> None:
+    """Its ring is quorate again, and nobody is back whom its member knows: the others began anew without it.
+
+    Sometimes the daemon has a ring of its own in between, and is told that it has no quorum: tests/unit has both ways.
+    """
+    three = group(3)
+    a, b, c = three.together("a", "b", "c")
+    three.corosync.daemons[1].send(signal.SIGSTOP)
+    three.wait(lambda: three.corosync.daemons[0].quorum() == (True, 2))
+    for member in (a, c):
+        member.process.kill()
+        member.process.wait(END_SECONDS)
+    a, c = three.start("a", 0), three.start("c", 2)
+    three.wait(lambda: sorted(a.members()) == sorted(c.members()) == ["a", "c"])
+    time.sleep(3)  # after so long, half the times it comes straight into the ring of the others
+    three.corosync.daemons[1].send(signal.SIGCONT)
+    three.wait(lambda: b.others()[-1:] == ["Lost"])
+    assert len(b.views()) == 2, "those in which it came and c came: it has gone on with nothing"
+    a, b, c = three.reunited(a, b, c)
+    assert a.others() == c.others() == []
+
+
 def test_a_stopped_process_counts_as_alive(group: Callable[..., Group]) -> None:
     """Its node has the messages; the others go on after a while, and it has missed nothing."""
     three = group(3)

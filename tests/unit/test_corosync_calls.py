@@ -292,13 +292,12 @@ def test_a_verdict_waits_for_the_votes_and_the_loop_does_not(
     async def body() -> None:
         monkeypatch.setattr(cpg, "votes", votes)
         driver = attached(monkeypatch, Difficult(refusals=0))
-        told: list[tuple[bool, int, bool]] = []
+        told: list[tuple[cpg.Verdict, bool]] = []
         order = driver._there
-        monkeypatch.setattr(
-            order, "on_quorum", lambda quorate, sequence: told.append((quorate, sequence, order.quorum.tie_breaker))
-        )
-        driver._on_quorum(True, 5, (1, 2))
-        driver._on_quorum(False, 6, (1,))
+        monkeypatch.setattr(order, "on_quorum", lambda verdict: told.append((verdict, order.quorum.tie_breaker)))
+        verdicts = [cpg.Verdict(True, 5, (1, 2), ()), cpg.Verdict(False, 6, (1,), (2,))]
+        for verdict in verdicts:
+            driver._on_quorum(verdict)
         for _ in range(100):
             await asyncio.sleep(0)
         assert told == []
@@ -306,7 +305,7 @@ def test_a_verdict_waits_for_the_votes_and_the_loop_does_not(
         async with asyncio.timeout(LONG_S):
             while len(told) < 2:
                 await asyncio.sleep(0)
-        assert told == [(True, 5, True), (False, 6, True)]
+        assert told == [(verdict, True) for verdict in verdicts]
         driver._end()
 
     asyncio.run(body())
