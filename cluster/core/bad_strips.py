@@ -51,5 +51,5 @@ class BadStrips:
 
     def _noted(self, job: StripJob, noted: Callable[[], None]) -> None:
         job.choose()
-        job.is_noted()
+        job.mark_noted()
         noted()

@@ -8,6 +8,7 @@ current: `settled` is remembered durably, and after a restart this node's word c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoSpace, Result, StoreError
@@ -293,6 +294,8 @@ class Copies:
             return
         repair = bool(message.flags & Flag.REPAIR)
         urgent = bool(message.flags & Flag.URGENT)
+        if message.flags & Flag.WITNESS:
+            pulled = partial(self._pulled_by_witness, oid, pulled)
         if not (urgent or self._may_take(oid)):
             pulled(Result.NO_SPACE)
             return
@@ -308,6 +311,12 @@ class Copies:
         else:
             self.replica.strips.replaced(oid)
             self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled, urgent)
+
+    def _pulled_by_witness(self, oid: ObjectId, pulled: Callable[[int], None], result: int) -> None:
+        """Without space for the copy the object may be read before it is here: that nothing is here proves nothing."""
+        if result == Result.NO_SPACE:
+            self.replica.doubt(oid)
+        pulled(result)
 
     def _may_take(self, oid: ObjectId) -> bool:
         """False where the cluster was formatted with -F and a new copy here would leave clients too little space."""

@@ -42,8 +42,8 @@ class Kind(IntEnum):
     ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
     LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
     LOST = 19  # member -> home: these copies went with a disk (body: oids)
-    BAD = 21  # home -> holder of a strip: if it lacks a write, remember durably that it does not count
     ANSWERS = 20  # between links only: success, and no more, of several requests (body: rids; wire.peer)
+    BAD = 21  # home -> holder of a strip: if it lacks a write, remember durably that it does not count
 
 
 class Flag:
@@ -64,6 +64,7 @@ class Flag:
     SURPLUS: Final = 16  # DROP: the object lives, elsewhere
     HURRY: Final = 8  # PULL: a client waits for what is being restored already; nothing else is meant
     REPAIR: Final = 32  # PULL: replace the copy even if its version is right (it is corrupt)
+    WITNESS: Final = 64  # PULL: who has no space for it must not vouch that nothing happened to it (core.past)
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)
     CHANGES: Final = 16  # TABLE: also which blocks changed since versions that the strip had (core.strip_changes)

@@ -102,8 +102,11 @@ class Store(Protocol):
     def table(self, oid: ObjectId) -> bytes:
         """Block hashes of the copy: 8 bytes little-endian a block, zero for a hole; raises NoObject."""
 
-    def restore_begin(self, oid: ObjectId, size: int) -> None:
-        """Opens the copy (or a new, empty one) for recovery; its version is NO_VERSION until the end (crashes too)."""
+    def restore_begin(self, oid: ObjectId, size: int) -> StoreError | None:
+        """Opens the copy (or a new, empty one) for recovery; its version is NO_VERSION until the end (crashes too).
+
+        The error if there can be no new one: then nothing has changed.
+        """
 
     def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
         """Whole blocks (the object's last one may be short) fetched from another copy."""

@@ -184,6 +184,12 @@ class _Pull:
             self._sources.pop(0)
             self.start()
 
+    def _failed_here(self, error: StoreError) -> None:
+        """No other source would help."""
+        self._context.log(3, f"object {self.oid:016x}: cannot be restored here: {error}")
+        self._sources = self._sources[:1]
+        self._next_source(error.result)
+
     def _on_table(self, answer: Message) -> None:
         if self.given_up:
             return
@@ -200,6 +206,8 @@ class _Pull:
             mine = store.table(self.oid) if store.size(self.oid) == size else bytes(table_size)
         except NoObject:
             mine = bytes(table_size)  # a new one is all holes
+        except StoreError:
+            mine = b""
         if self._repair:
             if mine == self._table and store.version(self.oid) == self._version:
                 _, used = difference(b"", mine, size)
@@ -212,11 +220,14 @@ class _Pull:
     def _begin(self, mine: Buffer, size: int) -> None:
         """Opens the copy here, whose good blocks are those of the table `mine`, and fetches the others."""
         store = self._context.store
+        error = store.restore_begin(self.oid, size)
+        if error is not None:
+            self._failed_here(error)
+            return
         holes, self._ranges = difference(mine, self._table, size)
         self._ranges.reverse()  # they are taken from the end
         self._repair = False  # a second source goes on where the first one ended
         self._context.origins.forget(plain_oid(self.oid))
-        store.restore_begin(self.oid, size)
         for offset, length in holes:
             store.restore_punch(self.oid, offset, length)
         self._fetching = True
@@ -271,9 +282,7 @@ class _Pull:
             return
         self._in_flight -= 1
         if error is not None:
-            self._context.log(3, f"object {self.oid:016x}: cannot be restored here: {error}")
-            self._sources = self._sources[:1]
-            self._next_source(error.result)
+            self._failed_here(error)
         elif self._failed is not None:
             self._next_source(self._failed)
         else:
@@ -282,7 +291,12 @@ class _Pull:
 
     def _finish(self) -> None:
         store = self._context.store
-        if store.table(self.oid) != self._table:
+        try:
+            is_equal = store.table(self.oid) == self._table
+        except StoreError as error:  # its disk has just failed
+            self._failed_here(error)
+            return
+        if not is_equal:
             self._context.log(3, f"object {self.oid:016x}: restored bytes do not have the source's hashes")
             self._next_source(Result.EIO)
             return

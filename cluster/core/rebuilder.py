@@ -173,6 +173,12 @@ class _Rebuild:
         self._sources.pop(strip, None)
         self._failed = result
 
+    def _failed_here(self, error: StoreError) -> None:
+        """No other source would help."""
+        self._context.log(3, f"strip {oid_name(self.strip)} cannot be rebuilt here: {error}")
+        self._sources.clear()
+        self._failed = error.result
+
     def _landed(self, go_on: Callable[[], None]) -> None:
         if self._failed is None:
             go_on()
@@ -220,7 +226,11 @@ class _Rebuild:
         if wanted != ALL_BLOCKS:
             self._context.probe("rebuilder.only_what_changed")
         self._known = {}  # should a source fail: what is here by then is of no version
-        self._context.store.restore_begin(self.strip, self._size)
+        error = self._context.store.restore_begin(self.strip, self._size)
+        if error is not None:
+            self._failed_here(error)
+            self._landed(self._begin)
+            return
         self._chunks = self._cut(wanted)
         self._chunk = next(self._chunks, None)
         self._fetching = True
@@ -321,9 +331,7 @@ class _Rebuild:
                 return
             self._in_flight -= 1
             if error is not None:
-                self._context.log(3, f"strip {oid_name(self.strip)} cannot be rebuilt here: {error}")
-                self._sources.clear()
-                self._failed = error.result
+                self._failed_here(error)
             self._landed(self._fetch_more)
             self._pace.give_back(taken)
 

@@ -200,7 +200,7 @@ class Recovery:
         """The home's own copy is bad or gone, and is being repaired, or has no space: where reads are answered
         meanwhile."""
         job = self._jobs.get(oid)
-        if job is None or job.stale or not job.sources or job.version == NO_VERSION:
+        if job is None or job.stale or job.witnesses or not job.sources or job.version == NO_VERSION:
             return None
         if self._home.me not in (job.targets if job.full else job.repair):
             return None
@@ -213,7 +213,7 @@ class Recovery:
         self._context.log(3, f"object {job.oid:016x}: a bad copy cannot be made anew")
         del self._jobs[job.oid]
         self._home.given_up(job.oid)
-        job.is_noted()
+        job.mark_noted()
         self._end(job, Result.EIO)
         self._release(job)
         self._report()
@@ -396,8 +396,7 @@ class Recovery:
             return
         job.failures += 1
         if result == Result.NO_SPACE:
-            job.stale.pop(target, None)  # the attempt has spoilt it
-            job.unsettled = False  # a full disk shall not keep anybody from reading
+            job.no_space(target)
             self._has_no_space(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]

@@ -38,11 +38,11 @@ class Job:
         "stale",
         "surplus",
         "targets",
-        "unsettled",
         "urgent",
         "version",
         "waiting",
         "when_noted",
+        "witnesses",
     )
 
     def __init__(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
@@ -64,7 +64,9 @@ class Job:
         self.urgent = False  # a client did when the pulls under way were sent
         self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals) ...
         self.in_part = False  # ... which other parts took
-        self.unsettled = False  # nodes that are away may lack a write that the sources have
+        # Targets that would vouch, were the sources gone, that nothing happened to the object: then a write that nodes
+        # which are away lack would be taken back.
+        self.witnesses: dict[int, None] = {}
         self.noted = False  # what lacks a write is known as that (core.bad_strips); then `when_noted` is called
         self.when_noted: list[Callable[[], None]] = []
 
@@ -75,7 +77,7 @@ class Job:
         job.targets = dict.fromkeys(decision.missing, False)
         job.surplus = decision.surplus_copies()
         job.stale = dict.fromkeys(decision.stale)
-        job.unsettled = decision.unsettled
+        job.witnesses = dict.fromkeys(decision.missing if decision.unsettled else ())
         return job
 
     @property
@@ -95,9 +97,9 @@ class Job:
 
     def holds_read(self, me: int) -> bool:
         """A read must wait: for the home's own copy, and until no replica has an older one (see Recovery.holds)."""
-        return me in self.targets or bool(self.stale) or (self.unsettled and bool(self.targets))
+        return me in self.targets or bool(self.stale or self.witnesses)
 
-    def is_noted(self) -> None:
+    def mark_noted(self) -> None:
         """What lacks a write of the object counts no more, whatever comes; or there is nothing that can be done."""
         self.noted = True
         calls, self.when_noted = self.when_noted, []
@@ -149,16 +151,23 @@ class Job:
         return [me] if me in self.targets else list(self.targets)
 
     def pull(self, target: int, fence: int) -> Message:
-        return self._pull(target, fence, encode_members(self.sources))
+        witness = Flag.WITNESS if target in self.witnesses else 0
+        return self._pull(target, fence, encode_members(self.sources), witness)
 
-    def _pull(self, target: int, fence: int, sources: bytes) -> Message:
+    def _pull(self, target: int, fence: int, sources: bytes, flags: int = 0) -> Message:
         self.urgent = bool(self.waiting)
-        flags = (Flag.REPAIR if target in self.repair else 0) | (Flag.URGENT if self.urgent else 0)
+        flags |= (Flag.REPAIR if target in self.repair else 0) | (Flag.URGENT if self.urgent else 0)
         return Message(Kind.PULL, fence, oid=self.copy_on(target), version=self.version, flags=flags, body=sources)
+
+    def no_space(self, target: int) -> None:
+        """It could not be restored for want of space. A full disk shall keep nobody from reading."""
+        self.stale.pop(target, None)  # the attempt has spoilt it
+        self.witnesses.pop(target, None)  # nor does it vouch for anything (Flag.WITNESS)
 
     def restored(self, target: int) -> None:
         del self.targets[target]
         self.repair.pop(target, None)
+        self.witnesses.pop(target, None)
         self.stale.pop(target, None)
         self.sources.append(target)
 
@@ -192,7 +201,7 @@ class StripJob(Job):
         job._states = {strip: state for strip, _, state in decision.agree}
         job.surplus = decision.surplus_copies()
         job.stale = dict.fromkeys(decision.stale)
-        job.unsettled = decision.unsettled
+        job.witnesses = dict.fromkeys(decision.missing if decision.unsettled else ())
         return job
 
     @property
@@ -209,9 +218,7 @@ class StripJob(Job):
         return list(dict.fromkeys([*self.holders.values(), *(member for _, member in self.agree)]))
 
     def holds_read(self, me: int) -> bool:
-        if bool(self.agree or self.stale) and not (self._is_readable_as_is() or self._is_firm()):
-            return True
-        if self.unsettled and self.targets:
+        if bool(self.agree or self.stale or self.witnesses) and not (self._is_readable_as_is() or self._is_firm()):
             return True
         undecided = self.version == NO_VERSION or not self.noted  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data
@@ -220,7 +227,7 @@ class StripJob(Job):
         return self.as_is and not self._half_done
 
     def _is_firm(self) -> bool:
-        """Some strips have no space for the version agreed upon; of those that have it one stays, whatever is lost."""
+        """Some strips have no space for the object's version; of those that have it one stays, whatever is lost."""
         agreed = self.holders.keys() - {strip for strip, _ in self.agree}
         return self.full and not self.stale and len(agreed) > self._policy.parity
 
@@ -334,9 +341,13 @@ class StripJob(Job):
             self.targets[member] = False
             self.repair[member] = None
 
+    def no_space(self, target: int) -> None:
+        self.stale.pop(target, None)  # what else there is to it: `_is_firm`
+
     def restored(self, target: int) -> None:
         del self.targets[target]
         self.repair.pop(target, None)
+        self.witnesses.pop(target, None)
         strip = self._layout.index(target)
         self.holders[strip] = target
         self._strips.refusals.restored(self.oid, strip)

@@ -425,8 +425,8 @@ class ObjectStore:
 
     # Restoring (restore.py)
 
-    def restore_begin(self, oid: ObjectId, size: int) -> None:
-        self._restores.begin(oid, size)
+    def restore_begin(self, oid: ObjectId, size: int) -> StoreError | None:
+        return self._restores.begin(oid, size)
 
     def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
         self._restores.write(oid, offset, data, done)

@@ -67,7 +67,7 @@ class Restores:
         self._nosync = nosync
         self._unpunched: dict[Copy, StoreError] = {}  # holes that found no room: such a restore does not end well
 
-    def begin(self, oid: ObjectId, size: int) -> None:
+    def begin(self, oid: ObjectId, size: int) -> StoreError | None:
         copy = self._copies.by_oid.get(oid)
         if copy is not None:
             self._unpunched.pop(copy, None)
@@ -75,25 +75,24 @@ class Restores:
             self.trust(copy)
             if not copy.restoring:
                 self._begin_here(copy)
-            return
+            return None
         made = self._files.make_file(oid, size, NO_VERSION)
         if isinstance(made, StoreError):
-            self._copies.log(4, f"{oid:016x} cannot be restored here: {made}")
-            return
+            return made
         copy, path = made
         copy.restoring = True
         try:
             write_trailer(self._disk, copy, trailer.RESTORING)
         except OSError as error:
-            self._copies.log(4, f"{oid:016x} cannot be restored here: {self._copies.write_failed(copy.home, error)}")
             self._files.discard_file(copy, path)
-            return
+            return self._copies.write_failed(copy.home, error)
         self._files.install(copy)
         record = Record(RecordKind.CREATE_LARGE, copy, 0, 0, 0, [], b"", NO_VERSION, True, None)
         record.path = path
         record.wants_data = False
         self._pipeline.submit(record)
         self._submit(copy, RecordKind.RESTORE, NO_VERSION, _ignore)
+        return None
 
     def forget(self, copy: Copy) -> None:
         """It is removed or replaced."""

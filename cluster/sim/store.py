@@ -442,7 +442,12 @@ class SimStore:
 
     # -- restoring -------------------------------------------------------------------------------------------------
 
-    def restore_begin(self, oid: ObjectId, size: int) -> None:
+    def restore_begin(self, oid: ObjectId, size: int) -> StoreError | None:
+        there = self._copy(oid)
+        error = self._fault() if there is None or there.size != size else None
+        if error is not None:
+            return error
+
         def change(copy: Copy | None) -> Copy | None:
             if copy is None or copy.size != size:
                 return Copy(size, NO_VERSION)
@@ -450,6 +455,7 @@ class SimStore:
             return copy
 
         self._change(oid, change, False, _ignore)
+        return None
 
     def restore_write(self, oid: ObjectId, offset: int, data: Buffer, done: Done) -> None:
         error: StoreError | None = NoObject(f"no copy of {oid:016x} here") if self._copy(oid) is None else self._fault()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.sim.test_directed import fresh, holders, read, write
+from tests.sim.test_directed import fresh, holders, read, settle, write
 
 from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.health import findings, report
@@ -97,3 +97,23 @@ def test_a_home_without_space_for_its_copy_has_others_read() -> None:
     assert write(cluster.machines[0], volume, 2) == Result.SUCCESS
     assert read(home, volume) == (Result.SUCCESS, block_of(2))
     audit(cluster)
+
+
+def test_a_copy_of_nothing_but_holes_needs_room_too() -> None:
+    """Where it cannot even be begun, that is known as want of space, and tried again."""
+    cluster, volume = fresh(3, 2)
+    world, oid = cluster.world, data_oid(volume.vid, 0)
+    home, dying = holders(cluster, volume)
+    newcomer = next(machine for machine in cluster.machines if machine not in (home, dying))
+    answers: list[int] = []
+    home.node.gateway.zero(oid, 0, BLOCK_SIZE, True, lambda result, _: answers.append(int(result)))
+    world.run_until(lambda: answers == [Result.SUCCESS], SECOND, "answer")
+    newcomer.disk.fault, newcomer.disk.fault_chance = NoSpace, 1.0
+    dying.kill()
+    world.run_until(lambda: len(home.node.cluster.members) == 2, SECOND, "death noticed")
+    world.run_for(SECOND)
+    assert home.node.copies.at_home().recovery.is_full(oid)
+    assert oid not in newcomer.disk.copies()
+    newcomer.disk.fault = None
+    settle(cluster, home, newcomer)
+    assert oid in newcomer.disk.copies()

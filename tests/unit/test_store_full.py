@@ -309,3 +309,17 @@ def test_only_what_needs_room_is_refused(driver: StoreDriver, blocks: int) -> No
         driver.write(OID, 2 * BLOCK if blocks == 1 else 0, b"b" * (blocks * BLOCK), v(3))
     driver.write(OID, BLOCK, b"c" * BLOCK, v(3))
     driver.write(OTHER, 0, b"d" * (blocks * BLOCK), v(2))
+
+
+def test_a_restore_that_has_no_room_to_begin_says_so(driver: StoreDriver, disk: FullDisk) -> None:
+    """Whoever waits for room must know that this is what lacks."""
+    driver.store.copies.homes[0].full = True
+    new = data_oid(Vid(3), 0)
+    assert isinstance(driver.store.restore_begin(new, SIZE), NoSpace)
+    assert driver.store.version(new) is None
+    assert driver.store.restore_begin(OID, SIZE) is None, "its file is there"
+    driver.store.copies.homes[0].full = False
+    assert driver.store.restore_begin(new, SIZE) is None
+    driver.restore_finish(new, v(2))
+    assert driver.read(new, 0, BLOCK) == bytes(BLOCK)
+    driver.close()
