@@ -37,10 +37,10 @@ class BareStore:
     def __init__(self, path: str, say: Say, journal_directory: str | None = None) -> None:
         """UsageError when a daemon uses the store, or when there is none; OSError."""
         self.metadata, *disks = path.split(",")
-        self._has_metadata = os.path.exists(f"{self.metadata}/superblock")
+        self._has_metadata = _exists(f"{self.metadata}/superblock")
         if self._has_metadata:
             directories = disks or [f"{self.metadata}/obj"]
-        elif os.path.exists(f"{self.metadata}/.disk"):
+        elif _exists(f"{self.metadata}/.disk"):
             directories = [self.metadata, *disks]
         else:
             raise UsageError(f"{self.metadata} is not the metadata directory of a sheep")
@@ -150,6 +150,15 @@ class BareStore:
         except (OSError, StoreError):
             return None
         return None if trailer.bad_blocks(data, copy.entries, FIRST_ENTRY + offset // BLOCK_SIZE) else bytes(data)
+
+
+def _exists(path: str) -> bool:
+    """OSError where that cannot be told: this user may not look."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _is_damaged(error: UsageError) -> bool:

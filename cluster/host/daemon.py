@@ -36,7 +36,7 @@ from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
 from sheepdog.cluster.host.reach import until_reached
-from sheepdog.cluster.host.server import Server
+from sheepdog.cluster.host.server import Server, check_port
 from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.turn import HostClock, Turn
 from sheepdog.cluster.wire.streams import Arena, BufferPool
@@ -50,8 +50,8 @@ END_TIMEOUT_S = 30.0  # for making everything durable at the end; a hung disk mu
 
 
 def run(options: Options) -> int:
-    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked and the
-    membership engine was reached."""
+    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked, the
+    port was free and the membership engine was reached."""
     try:
         driver = registry.create(options.driver)
     except UsageError as error:
@@ -65,6 +65,7 @@ def run(options: Options) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
+        check_port(options.bind_address, options.port)
         driver.reach()
         startup.done(options.metadata)
         return Daemon(options, logs).run()

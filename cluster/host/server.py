@@ -46,11 +46,7 @@ class Server:
 
     def listen_tcp(self, address: str | None, port: int) -> None:
         """Listens on one address, or on all; UsageError when that cannot be."""
-        try:
-            listener = _tcp_listener(address, port)
-        except OSError as error:
-            raise UsageError(f"cannot listen on {address or 'any address'} port {port}: {error.strerror}") from error
-        self._listen(listener)
+        self._listen(_tcp_listener(address, port))
         if address in (None, LOOPBACK):
             self._listen_same_host(port)
 
@@ -181,7 +177,14 @@ class Server:
             self._new_client(sock)
 
 
+def check_port(address: str | None, port: int) -> None:
+    """UsageError when there could be no server now: for a start that somebody still waits for."""
+    _tcp_listener(address, port).close()
+
+
 def _tcp_listener(address: str | None, port: int) -> socket.socket:
+    """Bound, on one address or on all; UsageError."""
+    where = f"{address or 'any address'} port {port}"
     if address is None and not socket.has_dualstack_ipv6():
         address = "0.0.0.0"
     family = socket.AF_INET6 if address is None or ":" in address else socket.AF_INET
@@ -191,7 +194,8 @@ def _tcp_listener(address: str | None, port: int) -> socket.socket:
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address is not None))
         listener.bind((address or "::", port))
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        advice = "; another program, or sheep, has it" if error.errno == errno.EADDRINUSE else ""
+        raise UsageError(f"cannot listen on {where}: {error.strerror}{advice}") from error
     return listener

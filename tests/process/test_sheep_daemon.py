@@ -106,15 +106,20 @@ def test_rotation_while_clients_write(single: Cluster, directory: Path) -> None:
     assert messages(log).rstrip().endswith(ENDED)
 
 
-def test_mistakes_that_only_the_log_tells(single: Cluster, directory: Path) -> None:
-    """A busy port, an unwritable pid file: the start has returned already, the daemon is gone."""
-    log = single.log(0)
+@pytest.mark.parametrize("options", [[], ["-f"]], ids=["daemon", "foreground"])
+def test_a_busy_port_is_told(single: Cluster, options: list[str]) -> None:
     with socket.create_server(("", single.port(0))):
-        run(single.command(0))
-        wait_until(lambda: not single.pids(0), WAIT_S, "the end of the daemon")
-        assert "cannot listen on any address port" in messages(log)
-        told = run([*single.command(0), "-f"], check=False)
-        assert told.returncode == 1 and b"Address already in use" in told.stderr
+        told = run([*single.command(0), *options], check=False)
+    where = f"any address port {single.port(0)}"
+    said = f"cannot listen on {where}: Address already in use; another program, or sheep, has it"
+    assert (told.returncode, told.stderr.decode()) == (1, f"{said}\n")
+    assert said in messages(single.log(0))
+    assert not single.pids(0)
+
+
+def test_mistakes_that_only_the_log_tells(single: Cluster, directory: Path) -> None:
+    """An unwritable pid file: the start has returned already, the daemon is gone."""
+    log = single.log(0)
     run([*single.command(0), "-P", str(directory / "no" / "where")])
     wait_until(lambda: not single.pids(0), WAIT_S, "the end of the daemon")
     assert "cannot create the pid file" in messages(log)

@@ -134,5 +134,7 @@ def refused(left: Left, tmp_path: Path) -> None:
     left.cluster.wait_status(0x17, [0])
     failed = dog_store("check", left.stores[0], status=2)
     assert b"another sheep daemon is using" in failed.stderr
-    assert b"not the metadata directory" in dog_store("check", str(tmp_path), status=2).stderr
+    assert dog_store("check", str(tmp_path), status=2).stderr == (
+        f"{tmp_path} is not the metadata directory of a sheep\n".encode()
+    )
     assert b"no volume other" in dog_store("salvage", left.stores[1], "--vdi", "other", status=2).stderr

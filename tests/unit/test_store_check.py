@@ -99,6 +99,9 @@ def test_what_strips_need_to_go_back_is_checked(tmp_path: Path, crash: bool) -> 
 def test_a_store_in_use_or_none_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the metadata directory"):
         check(str(tmp_path), print)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="loop/superblock"):  # as a directory into which this user may not look
+        check(str(tmp_path / "loop"), print)
 
 
 def volume(driver: StoreDriver, content: bytes, owners: list[int]) -> None:

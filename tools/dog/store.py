@@ -32,7 +32,7 @@ def check(context: Context) -> int:
         try:
             found.append((path, check_store(path, _quiet if context.json else print, journal)))
         except (UsageError, OSError) as error:
-            raise Failure(f"{path}: {_reason(error)}", FAILED) from error
+            raise Failure(_reason(error), FAILED) from error
     if context.json:
         from sheepdog.tools.dog.records import print_json
 
