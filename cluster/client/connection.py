@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from struct import Struct
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from sheepdog.cluster.client.address import Address, candidates, check, describe, prepare
 from sheepdog.cluster.client.errors import SheepError, ShutOutError
@@ -48,6 +48,9 @@ class Reply(NamedTuple):
     result: int
     header: bytes
     data: Buffer
+
+
+_NO_ANSWER: Final = "an answer that nobody asked for; is that a sheep?"
 
 
 class Broken(ConnectionError):
@@ -137,7 +140,7 @@ class Connection:
             got = HEADER_SIZE
         answered, length, result = _ANSWER.unpack_from(head)
         if answered != number or length > request.limit:
-            raise Broken(errno.EPROTO, f"{describe(self.address)} gave an answer that nobody asked for")
+            raise Broken(errno.EPROTO, _NO_ANSWER)
         receive(sock, space[got - HEADER_SIZE : length])
         return Reply(result, bytes(head), space[:length])
 
@@ -159,7 +162,7 @@ class Connection:
             receive(sock, memoryview(head))
             number, length, result = _ANSWER.unpack_from(head)
             if number not in flight or length > flight[number].limit:
-                raise Broken(errno.EPROTO, f"{describe(self.address)} gave an answer that nobody asked for")
+                raise Broken(errno.EPROTO, _NO_ANSWER)
             data = memoryview(bytearray(length))
             receive(sock, data)
             requests += answer(flight.pop(number), result, data, bytes(head))
@@ -219,7 +222,7 @@ class Connection:
                 if now + delay > deadline:
                     if self._patience_s:
                         raise OSError(errno.EIO, f"no gateway at {describe(self.address)}: {error.strerror}") from error
-                    raise
+                    raise Broken(error.errno, f"{describe(self.address)}: {error.strerror}") from error
                 time.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST_S)
 

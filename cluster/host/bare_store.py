@@ -15,6 +15,7 @@ from sheepdog.cluster.host import replay, trailer
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.journal_scan import Found, scan
+from sheepdog.cluster.host.known_disks import KnownDisks
 from sheepdog.cluster.host.last_journal import LastJournal
 from sheepdog.cluster.host.node_state import DirectoryLock
 from sheepdog.cluster.host.object_file import Copy
@@ -60,6 +61,8 @@ class BareStore:
         self.copies = Copies(self.disk, ThreadWorkers(call_soon), log, lambda *_: None, lambda _: None)
         for directory in directories:
             self._add(directory, node, log)
+        if self._has_metadata:
+            self._tell_unnamed(log)
         found = self._journal(journal_directory, node, log)
         self.orderly = found.orderly
         replay.replay(self.copies, found, log)
@@ -112,6 +115,14 @@ class BareStore:
         home = ObjectDirectory(self.disk, directory, log)
         home.identity, home.weight = identity.disk, max(1, identity.size)
         self.copies.add_home(home)
+
+    def _tell_unnamed(self, log: Callable[[int, str], None]) -> None:
+        """What a sheep had plugged since its start is on no command line."""
+        known = KnownDisks(self.disk, self.metadata, log)
+        known.load()
+        missing = known.missing(home.identity for home in self.copies.homes)
+        if missing:
+            log(4, f"{self.metadata}: {len(missing)} disks that its sheep had last are not named: they are left out")
 
     def close(self) -> None:
         self.copies.files.close_all()

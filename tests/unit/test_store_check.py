@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from array import array
@@ -22,6 +23,7 @@ from sheepdog.cluster.host.salvage import Salvage
 from sheepdog.cluster.host.store_check import check
 from sheepdog.cluster.host.trailer import block_hash
 from sheepdog.cluster.host.undo_file import UndoFile
+from sheepdog.tools.dog.standard import OutputLost
 from sheepdog.tools.dog.store import StreamImage
 
 SIZE = 1 << 20
@@ -94,6 +96,18 @@ def test_what_strips_need_to_go_back_is_checked(tmp_path: Path, crash: bool) -> 
     found = [(damage.path, damage.problem) for damage in check(str(tmp_path), print).damaged]
     damage = (str(tmp_path / "undo"), f"damaged behind {len(records[0])} bytes of records")
     assert found == ([] if crash else [damage])
+
+
+def test_disks_that_are_not_named_are_told(tmp_path: Path) -> None:
+    """What was plugged is on no command line: a check of the rest must not look like one of everything."""
+    disks = [str(tmp_path / name) for name in ("d1", "d2")]
+    StoreDriver(str(tmp_path / "meta"), disks=disks).close()
+    said: list[str] = []
+    assert check(f"{tmp_path}/meta,{disks[0]}", said.append).clean
+    assert said == [f"{tmp_path}/meta: 1 disks that its sheep had last are not named: they are left out"]
+    said.clear()
+    assert check(",".join([f"{tmp_path}/meta", *disks]), said.append).clean
+    assert said == []
 
 
 def test_a_store_in_use_or_none_at_all_is_refused(tmp_path: Path) -> None:
@@ -256,3 +270,12 @@ def test_a_hyper_volume_is_rebuilt(tmp_path: Path, limit: int) -> None:
         for start in range(0, size, SIZE):
             part = image[start : start + SIZE]
             assert part == content[start : min(start + SIZE, size)] or not any(part)
+
+
+def test_a_reader_of_the_image_who_leaves_is_no_failure_of_the_stores() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(OutputLost) as caught:
+        StreamImage(writer).put(0, b"data")
+    os.close(writer)
+    assert caught.value.reader_left

@@ -11,7 +11,7 @@ from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import Member, NodeId, format_address
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
-from sheepdog.tools.dog.output import warn
+from sheepdog.tools.dog.output import reason, warn
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = "7000"
@@ -109,7 +109,8 @@ class Context:
                 nodes = node_list(connection)
                 self.epoch = epoch_log(connection, 0).epoch
             except (OSError, PeerError, Unreachable) as error:
-                raise Failure("Failed to get node list", 2) from error
+                why = "" if isinstance(error, Unreachable) else f": {reason(error)}"
+                raise Failure(f"Failed to get node list{why}", 2) from error
             if not nodes:
                 raise Failure("There are no active sheep daemons", 2)
             self._nodes = nodes

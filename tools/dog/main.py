@@ -101,12 +101,11 @@ def _run(path: list[str], command: Command, words: list[str]) -> int:
 def _unexpected(error: Exception) -> int:
     """A failure that the command has no words of its own for."""
     from sheepdog.cluster.client.errors import SheepError
-    from sheepdog.tools.dog.output import text
+    from sheepdog.tools.dog.output import reason
 
     if isinstance(error, SheepError):
-        return _complain(text(error.result), 1)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return _complain(f"dog: {reason}", 1 if isinstance(error, UsageError) else 2)
+        return _complain(reason(error), 1)
+    return _complain(f"dog: {reason(error)}", 1 if isinstance(error, UsageError) else 2)
 
 
 def _clock() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, format_address
 from sheepdog.cluster.wire.results import text_of
@@ -89,6 +90,15 @@ def warn(text: str) -> None:
 
 def text(result: int) -> str:
     return text_of(result)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, and with which file."""
+    if isinstance(error, SheepError):
+        return text_of(error.result)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def refusal(result: int) -> str:

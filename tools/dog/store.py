@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import USAGE_ERROR, Failure, UsageFailure
-from sheepdog.tools.dog.output import size_text, warn
+from sheepdog.tools.dog.output import reason, size_text, warn
+from sheepdog.tools.dog.standard import OutputLost
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.inode import InodeHeader
@@ -32,7 +33,7 @@ def check(context: Context) -> int:
         try:
             found.append((path, check_store(path, _quiet if context.json else print, journal)))
         except (UsageError, OSError) as error:
-            raise Failure(_reason(error), FAILED) from error
+            raise Failure(reason(error), FAILED) from error
     if context.json:
         from sheepdog.tools.dog.records import print_json
 
@@ -70,7 +71,7 @@ def salvage(context: Context) -> int:
     try:
         rescue = Salvage(paths, warn, journals)
     except (UsageError, OSError) as error:
-        raise Failure(_reason(error), FAILED) from error
+        raise Failure(reason(error), FAILED) from error
     try:
         if not context.flag("vdi"):
             _list(context, [header for header in rescue.volumes() if header.name])
@@ -133,10 +134,6 @@ def _stores(context: Context) -> tuple[list[str], list[str | None]]:
     return paths, [journal or None for journal in [*journals, *[None] * (len(paths) - len(journals))]]
 
 
-def _reason(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-
-
 def _quiet(text: str) -> None:
     """The result says it."""
 
@@ -157,7 +154,10 @@ class StreamImage:
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            count = os.write(self._fd, view)
+            try:
+                count = os.write(self._fd, view)
+            except OSError as error:
+                raise OutputLost(error) from error
             view = view[count:]
             self._position += count
 

@@ -12,9 +12,9 @@ from sheepdog.cluster.client.connection import Connection
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.core.ids import ObjectId, Vid, index_of, inode_oid, is_data, vid_of
 from sheepdog.cluster.core.inode import InodeHeader
-from sheepdog.tools.dog.context import Context, Unreachable
+from sheepdog.tools.dog.context import Context
 from sheepdog.tools.dog.options import Failure
-from sheepdog.tools.dog.output import minute, redundancy, size_text, text, warn
+from sheepdog.tools.dog.output import minute, reason, redundancy, size_text, text, warn
 from sheepdog.tools.dog.values import parse_oid
 
 _COUNTED, _PARTS = 256, 16  # so few entries of a map are counted one by one; others in so many parts
@@ -55,10 +55,10 @@ def run(context: Context) -> None:
             for row in volumes(connection, None if name is None else os.fsencode(name))
             if oid is None or _refers(row, oid)
         ]
-    except (OSError, Unreachable) as error:
-        if isinstance(error, SheepError):
-            raise Failure(text(error.result), 2) from error
-        raise Failure("Failed to read VDI bitmap" if isinstance(error, OSError) else "", 2) from error
+    except SheepError as error:
+        raise Failure(reason(error), 2) from error
+    except OSError as error:
+        raise Failure(f"Failed to read VDI bitmap: {reason(error)}", 2) from error
     if context.json:
         from sheepdog.tools.dog.records import print_json
 
