@@ -214,3 +214,13 @@ def test_they_would_be_torn_if_clients_copied_them_meanwhile(monkeypatch: pytest
     with pytest.raises(AssertionError):
         for seed in range(4 * SEEDS):
             altered(running(seed), CODED, 3, False)
+
+
+def test_large_objects_are_moved_only_while_the_redundancy_changes() -> None:
+    """Nobody else would copy them in the order of operations."""
+    cluster = running(10)
+    vid = large_vdi(cluster)
+    answers: list[int] = []
+    cluster.machines[0].node.operations.move_objects(vid, answers.append)
+    cluster.world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "an answer")
+    assert answers == [Result.NO_SUPPORT]

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from tests.sim.test_late_map_writes import create, new_vdi, read_map, running, wait_for, write_map
+from tests.sim.test_volumes import stored
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.gateway import Gateway
-from sheepdog.cluster.core.ids import ObjectId, Vid, data_oid, inode_oid
+from sheepdog.cluster.core.ids import NO_OID, ObjectId, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_END, InodeHeader, map_offset, unpack_map
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag
@@ -401,3 +402,23 @@ def test_what_was_given_back_does_not_come_back_when_its_gateway_dies(monkeypatc
     assert result == Result.SUCCESS
     (result, data) = wait_for(world, lambda done: gateway.read(oid, 0, BLOCK_SIZE, done))
     assert (result, bytes(data)) == (Result.SUCCESS, bytes(BLOCK_SIZE))
+
+
+@pytest.mark.parametrize("delay_us", [0, 200, 500, 1000, 2000, 4000])
+def test_no_snapshot_comes_between_the_two_parts_of_a_creation(delay_us: int) -> None:
+    """A client among others makes an object, and writes its range behind that. If the snapshot took the first part
+    only, the client would go on with the volume's heir, and no map would name the object."""
+    cluster = enforcing(1)
+    world, vid = cluster.world, new_vdi(cluster)
+    oid, answers, snapshots = data_oid(vid, 0), list[int](), list[int]()
+    for node in range(2):
+        lock(cluster, node, True)
+    gateway, operations = cluster.machines[0].node.gateway, cluster.machines[1].node.operations
+    gateway.create(oid, NO_OID, 0, block_of(1), True, lambda result, _: answers.append(int(result)))
+    world.after(
+        delay_us * 1000,
+        lambda: operations.snapshot_vdi(NAME, b"tag", 0, 0, lambda result, _: snapshots.append(int(result))),
+    )
+    world.run_until(lambda: bool(answers and snapshots), HEALTH_LIMIT_NS, "answers")
+    assert snapshots == [Result.SUCCESS]
+    assert answers == [Result.SUCCESS if oid in stored(cluster) else Result.READONLY]

@@ -171,3 +171,13 @@ def test_an_agreement_that_came_to_one_strip_only_is_undone(away: bool, monkeypa
     )
     assert decision.is_lost == away
     assert states(decision) == ({} if away else {2: V[3], 3: V[3]})
+
+
+@pytest.mark.parametrize("without", [3, 2], ids=["three of four have it", "two have it"])
+def test_a_write_that_an_agreement_had_undone_is_undone_with_it_where_the_agreement_did_not_get(without: int) -> None:
+    """Else the one strip that still has it would make it count again, and the others be made anew from it."""
+    undid = [held(strip, N, (V[1], ALL_STRIPS)) for strip in range(without)]
+    decision = decided(*undid, *(held(strip, V[2], (V[1], FIRST)) for strip in range(without, 4)))
+    assert decision.cut == V[2]
+    assert states(decision) == dict.fromkeys(range(4), V[1])
+    assert not decision.contains(V[2])
