@@ -9,7 +9,7 @@
     undo.old  the same, of some time before: what led from it to here may be durable only now
     reserve   room for all these, given up when the disk is full (reserve.py)
 
-Every file but the lock and undo is replaced atomically and sealed with a checksum. Changes become durable in call
+Every file but lock, undo and reserve is replaced atomically and sealed with a checksum. Changes become durable in call
 order, also with `-n`: they are rare, and a cold start depends on them. With `-n` undo is not synced.
 """
 

@@ -69,6 +69,11 @@ class Story:
         gateway.read(self.oid, 0, BLOCK_SIZE, lambda result, data: answers.append((int(result), bytes(data))))
         return answers
 
+    def is_read(self, answers: list[tuple[int, bytes]]) -> None:
+        """The answer comes, and is what was written."""
+        self.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
+        assert answers == [(Result.SUCCESS, block_of(2))]
+
     def exchange(self) -> None:
         """Those that have the write go, and those that died come back."""
         for machine in self.staying:
@@ -156,8 +161,7 @@ def test_a_full_newcomer_tells_nothing_of_another_one() -> None:
         assert not answers
     for end in held:
         end()
-    story.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
-    assert answers == [(Result.SUCCESS, block_of(2))]
+    story.is_read(answers)
     assert slow.disk.copies()[story.oid].version == story.staying[0].disk.copies()[story.oid].version
 
 
@@ -172,8 +176,7 @@ def test_strips_wait_for_newcomers_that_are_full(places: tuple[int, ...]) -> Non
     story.cluster.world.run_for(5 * SECOND)
     assert not answers
     empty(*story.newcomers)
-    story.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
-    assert answers == [(Result.SUCCESS, block_of(2))]
+    story.is_read(answers)
 
 
 def test_it_is_not_read_elsewhere_when_the_home_has_lost_its_copy() -> None:
@@ -190,5 +193,4 @@ def test_it_is_not_read_elsewhere_when_the_home_has_lost_its_copy() -> None:
         assert not answers
     for end in held:
         end()
-    story.cluster.world.run_until(lambda: bool(answers), 5 * SECOND, "read")
-    assert answers == [(Result.SUCCESS, block_of(2))]
+    story.is_read(answers)

@@ -182,6 +182,13 @@ def test_something_else_listens_there(answer: bytes | None, words: str) -> None:
     assert b"Traceback" not in done.stderr
 
 
+def test_what_is_no_sheep_is_not_said_to_be_killed() -> None:
+    with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(48)) as port:
+        done = run([BIN / "dog", "node", "kill", "-l", "-p", str(port)], check=False, seconds=LIMIT_S)
+    said = f"dog: 127.0.0.1:{port}: an answer that nobody asked for; is that a sheep?\n"
+    assert (done.returncode, done.stderr.decode()) == (2, said)
+
+
 def test_a_silent_server_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(connection, "SILENCE_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import PurePath
@@ -136,8 +137,10 @@ def kill(context: Context) -> None:
         admin.plain(connection, Opcode.KILL_NODE)
     except SheepError as error:
         raise Failure(request_failed(error.result), 2) from error
-    except ConnectionError:
-        return  # it was faster at dying than at answering
+    except ConnectionError as error:
+        if error.errno == errno.EPROTO:
+            raise  # something else listens there
+        # else it was faster at dying than at answering
 
 
 def stat(context: Context) -> None:
