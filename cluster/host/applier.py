@@ -15,13 +15,13 @@ from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.copies import Copies
-from sheepdog.cluster.host.directory import is_no_room, write_all
+from sheepdog.cluster.host.directory import is_exhausted, is_no_room, write_all
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.no_room import NoRoom
-from sheepdog.cluster.host.object_file import Copy
+from sheepdog.cluster.host.object_file import Copy, make_file, write_trailer
 from sheepdog.cluster.host.records import PunchRecord, Record, RecordKind
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs
-from sheepdog.cluster.host.trailer import FIRST_ENTRY
+from sheepdog.cluster.host.trailer import FIRST_ENTRY, RESTORING, filled_runs
 
 NoteDone: TypeAlias = Callable[[Copy, int, Done | None], None]
 # Written by another thread. That hands the interpreter over and back for each 64 KiB: smaller writes are done sooner,
@@ -83,8 +83,10 @@ class Applier:
             self._write_large(record)
         elif kind == RecordKind.PUNCH:
             self._punch(record)
-        elif kind in (RecordKind.CREATE, RecordKind.CREATE_LARGE):
+        elif kind == RecordKind.CREATE:
             self._create(record)
+        elif kind == RecordKind.CREATE_LARGE:
+            self._put_in_place(record)
         elif kind == RecordKind.REMOVE:
             self._remove(record)
         else:
@@ -239,6 +241,31 @@ class Applier:
         self._end(record, None)
 
     def _create(self, record: Record) -> None:
+        """The journal has all of it: the file is made in its place, and needs no other name before it is whole."""
+        copy = record.copy
+        if copy.gone:
+            self._end_replaced(record)
+            return
+        try:
+            copy.fd = make_file(self._disk, copy)
+            for start, stop in filled_runs(record.hashes, len(record.data)):
+                part = record.data if stop - start == len(record.data) else memoryview(record.data)[start:stop]
+                write_all(self._disk, copy.fd, part, record.offset + start)
+            write_trailer(self._disk, copy, RESTORING if copy.restoring else 0)
+        except OSError as error:
+            if copy.fd >= 0:
+                self._disk.close(copy.fd)
+                copy.fd = -1
+            self._failed(record, error)
+            return
+        copy.unmade = False
+        copy.home.names_changed = True
+        self._copies.files.add(copy)
+        self.unnamed[copy] = False
+        self._note(record)
+        self._end(record, None)
+
+    def _put_in_place(self, record: Record) -> None:
         copy = record.copy
         try:
             if copy.gone:
@@ -253,12 +280,11 @@ class Applier:
             self._end_replaced(record)
             return
         self.touch(copy)
-        self.unnamed[copy] = record.kind == RecordKind.CREATE_LARGE
-        if record.kind == RecordKind.CREATE_LARGE:
-            copy.intents.append(record.lsn)
-            self._syncs.mark_dirty(copy)
-            if record.wants_data and not self._nosync:
-                self._acknowledge_when_done(record)
+        self.unnamed[copy] = True
+        copy.intents.append(record.lsn)
+        self._syncs.mark_dirty(copy)
+        if record.wants_data and not self._nosync:
+            self._acknowledge_when_done(record)
         self._end(record, None)
 
     def sync_with_name(self, copy: Copy, done: Callable[[StoreError | None], None]) -> None:
@@ -311,14 +337,16 @@ class Applier:
         self._release(record)
 
     def _failed(self, record: Record, error: OSError) -> None:
-        """Without room the journal keeps it, and what follows for the copy; all else takes the disk out."""
+        """Without room (for a new file: without a descriptor, too) the journal keeps it, and what follows for the copy;
+        all else takes the disk out."""
         copy = record.copy
-        if is_no_room(error) and not copy.home.failed:
+        waits = is_no_room(error) or (record.kind == RecordKind.CREATE and is_exhausted(error))
+        if waits and not copy.home.failed:
             later = copy.later = deque() if copy.later is None else copy.later
             later.appendleft(record)
             self._slow[copy] = record.lsn
             self._parked[copy] = None
-            self._no_room.wait(copy.home, partial(self._unpark, copy))
+            self._no_room.wait(copy.home, error, partial(self._unpark, copy))
             return
         self._end(record, self._copies.fail(record.copy.home, error, promised=True))
 

@@ -141,7 +141,7 @@ class Checkpoints:
             if is_no_room(error) and not copy.home.failed:  # of a file system that never writes in place
                 copy.pins -= 1
                 self._applier.touch(copy)
-                self._no_room.wait(copy.home, lambda: self.settle(copy, done))
+                self._no_room.wait(copy.home, error, lambda: self.settle(copy, done))
             else:
                 self._settled(copy, self._copies.fail(copy.home, error, promised=True), done)
             return

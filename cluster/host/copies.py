@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from sheepdog.cluster.core.errors import Corrupt, DiskError, ExhaustedResources, NoObject, NoSpace, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, oid_name
 from sheepdog.cluster.core.ports import Log
-from sheepdog.cluster.host.directory import ObjectDirectory, is_no_room
+from sheepdog.cluster.host.directory import ObjectDirectory, is_exhausted, is_no_room
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.object_file import Copy, OpenFiles, open_copy, open_copy_cached
 from sheepdog.cluster.host.rot import WHOLE, Rot
@@ -144,7 +144,7 @@ class Copies:
         return [(oid, self.by_oid[oid].version) for oid in sorted(self.by_oid)]
 
     def replace(self, oid: ObjectId, copy: Copy | None) -> Copy | None:
-        """From now on `copy` (its file is open) is the object; None: there is none. Returns what was there."""
+        """From now on `copy` (its file open, or unmade) is the object; None: there is none. Returns what was there."""
         old = self.by_oid.pop(oid, None)
         if old is not None:
             self.rot.replaced(oid)
@@ -154,7 +154,8 @@ class Copies:
             copy.gone = False
             copy.home.used += copy.allocated
             self.by_oid[oid] = copy
-            self.files.add(copy)
+            if copy.fd >= 0:
+                self.files.add(copy)
         return old
 
     def grow(self, copy: Copy, size_bytes: int) -> None:
@@ -172,6 +173,8 @@ class Copies:
             failed(NoObject(f"no copy of {oid:016x} here"))
         elif copy.fd >= 0 and not copy.busy:
             self.files.used(oid)
+            action(copy)
+        elif copy.unmade and not copy.busy:
             action(copy)
         else:
             self.queue(copy, action, failed)
@@ -203,11 +206,11 @@ class Copies:
             if copy.fd < 0 and copy.gone:  # at its path is another object now, if any
                 waiting.popleft()(Superseded(copy))
                 continue
-            if copy.fd < 0 and self.files.crowded():
+            if copy.fd < 0 and not copy.unmade and self.files.crowded():
                 self.close_gate(copy)
                 self.files.when_room(partial(self._room, copy), None)
                 return
-            if copy.fd < 0 and not self._open_cached(copy):
+            if copy.fd < 0 and not copy.unmade and not self._open_cached(copy):
                 self._open_slowly(copy)
                 return
             waiting.popleft()(None)
@@ -256,8 +259,8 @@ class Copies:
             self.workers.run(job, opened)
 
     def open_now(self, copy: Copy) -> StoreError | None:
-        """Opens the file on this thread unless it is open."""
-        if copy.fd >= 0:
+        """Opens the file on this thread unless it is open, or not made yet."""
+        if copy.fd >= 0 or copy.unmade:
             return None
         if copy.home.failed:
             return DiskError(f"{copy.home.path} is out of service")
@@ -276,9 +279,9 @@ class Copies:
             self.files.add(copy)
 
     def _opening_failed(self, copy: Copy, error: StoreError | OSError) -> StoreError:
+        if copy.gone and isinstance(error, (FileNotFoundError, StoreError)):  # at its path is another, if any
+            return Superseded(copy)
         if isinstance(error, FileNotFoundError):
-            if copy.gone:
-                return Superseded(copy)
             if not self._is_alive(copy.home):
                 return self.fail(copy.home, error)
             self.log(3, f"{copy.path} has vanished")
@@ -328,7 +331,7 @@ class Copies:
         text = f"{home.path}: {error.strerror or error}"
         if home.failed:
             return DiskError(text)
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and not promised:
+        if is_exhausted(error) and not promised:
             self.log(3, text)
             return ExhaustedResources(text)
         home.failed = True

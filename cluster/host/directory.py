@@ -66,6 +66,7 @@ class ObjectDirectory:
         self._disk = disk
         self._log = log
         self._sequence = 0
+        self._unreadable: dict[ObjectId, str] = {}  # found at start; why
         self._allowance = 0  # bytes that may be handed out before the file system is asked again
 
     def prepare(self) -> None:
@@ -124,6 +125,11 @@ class ObjectDirectory:
             found += [self._examine(oid) for oid in sorted(names) if oid not in known]
         return found
 
+    def take_unreadable(self) -> dict[ObjectId, str]:
+        """Copies whose headers `load` could not read, and why: the journal may make them good."""
+        found, self._unreadable = self._unreadable, {}
+        return found
+
     def save_index(self, copies: Iterable[Listed]) -> None:
         """Durable list of the copies, valid until the next `load`. Everything it names must be durable already."""
         entries = b"".join(
@@ -168,7 +174,7 @@ class ObjectDirectory:
             try:
                 header = read_header(self._disk, fd, info.length, oid)
             except Corrupt as error:
-                self._log(3, f"{path}: {error}; the copy needs a restore")
+                self._unreadable[oid] = str(error)
                 return Listed(oid, -1, info.allocated, NO_VERSION)
             version = NO_VERSION if header.flags & trailer.RESTORING else header.version
             return Listed(oid, header.size, info.allocated, version)
@@ -242,6 +248,11 @@ def write_file(disk: Disk, directory: str, name: str, data: bytes) -> None:
 def is_no_room(error: OSError) -> bool:
     """A full disk, which is an answer; all else is a failure of the disk."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_exhausted(error: OSError) -> bool:
+    """A lack of memory or of descriptors, which is not the disk's fault."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def write_all(disk: Disk, fd: int, data: Buffer, offset: int) -> None:

@@ -16,6 +16,7 @@ from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.system_call import system_call
 
 _KEEP_SIZE_AND_PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE of fallocate(2)
+_FILES_LEAST = 4096  # more than are made before the file system is asked again (directory.SPACE_CHECK_BYTES)
 _SYNC_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -27,7 +28,7 @@ class FileInfo(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Size of a file system and what is still free for us, in bytes."""
+    """Size of a file system and what is free for us, in bytes: none where hardly a file more can be made."""
 
     total: int
     free: int
@@ -199,4 +200,8 @@ class RealDisk:
 
     def space(self, path: str) -> Space:
         status = os.statvfs(path)
-        return Space(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+        free = status.f_bavail * status.f_frsize
+        # f_files is 0 where the number of files has no limit of its own
+        if status.f_files and status.f_favail < min(_FILES_LEAST, status.f_files // 64):
+            free = 0
+        return Space(status.f_blocks * status.f_frsize, free)

@@ -26,11 +26,12 @@ class NoRoom:
         self._calls: list[tuple[ObjectDirectory, Callable[[], None]]] = []
         self.waiting = False
 
-    def wait(self, home: ObjectDirectory, again: Callable[[], None]) -> None:
+    def wait(self, home: ObjectDirectory, error: OSError, again: Callable[[], None]) -> None:
         """Calls `again` later, until then the disk counts as full; `again` may come back here."""
         if not home.full:
             home.full = True
-            self._log(3, f"{home.path}: no room for changes in the journal, which keeps them; new ones are refused")
+            text = f"no room for changes in the journal, which keeps them; new ones are refused ({error.strerror})"
+            self._log(3, f"{home.path}: {text}")
         self._calls.append((home, again))
         if not self.waiting:
             self.waiting = True

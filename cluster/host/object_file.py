@@ -37,6 +37,7 @@ class Copy:
     """One object here. `fd` is -1 while its file is not open; trailer and entries are valid only while it is.
 
     `busy`: operations must queue in `waiting` (it is being opened, or one before them waits for the disk).
+    `unmade`: there is no file yet, and everything is in `pending`; trailer and entries are what it will have.
     `entries` is the trailer seen as 64-bit words: block i's hash is entries[trailer.FIRST_ENTRY + i]. It says what is
     in the file; `pending` has the newer blocks whose records wait for the journal. `version` is of all of it, `applied`
     of what is in the file.
@@ -67,6 +68,7 @@ class Copy:
         "trailer",
         "trailer_writes",
         "trusted",
+        "unmade",
         "version",
         "waiters",
         "waiting",
@@ -79,6 +81,7 @@ class Copy:
         self.home = home
         self.path = home.file_path(oid)
         self.allocated = 0  # bytes
+        self.unmade = False
         self.fd = -1
         self.trailer = _NO_TRAILER
         self.entries = _NO_ENTRIES
@@ -236,6 +239,7 @@ class OpenFiles:
 
     def forget(self, copy: Copy) -> None:
         """The copy's disk has failed; a file in use by another thread is left to the process's end."""
+        copy.unmade = False  # it will not be made any more
         if self._copies.pop(copy.oid, None) is not None:
             self._table_bytes -= len(copy.trailer)
             fd = copy.detach()
@@ -311,6 +315,16 @@ def _read_trailer(disk: Disk, copy: Copy, fd: int, read: Read) -> bytearray:
     if (header.oid, header.size) != (copy.oid, copy.size):
         raise Corrupt(f"{copy.path}: object {oid_name(header.oid)} of {header.size} bytes, expected {copy.size}")
     return data
+
+
+def make_file(disk: Disk, copy: Copy) -> int:
+    """A new file in the copy's place; its descriptor. OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    try:
+        return disk.open(copy.path, flags)
+    except FileExistsError:  # a replaced copy's, which may still be read, or an earlier try's
+        disk.unlink(copy.path)
+        return disk.open(copy.path, flags)
 
 
 def write_trailer(disk: Disk, copy: Copy, flags: int = 0) -> None:

@@ -9,7 +9,6 @@ service: it is reported once, never retried.
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
@@ -18,18 +17,19 @@ from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, OutOfRang
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
-from sheepdog.cluster.host import replay, trailer
+from sheepdog.cluster.host import replay
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.checkpoint import Checkpoints
 from sheepdog.cluster.host.copies import Copies, DiskFailed, Superseded
-from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory, write_all
+from sheepdog.cluster.host.creating import Creations
+from sheepdog.cluster.host.directory import Listed, ObjectDirectory, make_directory
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.journal import Journal, WrittenBefore
 from sheepdog.cluster.host.journal_scan import Found
 from sheepdog.cluster.host.last_journal import LastJournal
 from sheepdog.cluster.host.multi_disk import Disks
 from sheepdog.cluster.host.no_room import NoRoom
-from sheepdog.cluster.host.object_file import Copy, write_trailer
+from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.pipeline import AtEnd, Pipeline
 from sheepdog.cluster.host.reading import Reads, in_range
 from sheepdog.cluster.host.rebalance import Rebalance
@@ -38,7 +38,7 @@ from sheepdog.cluster.host.restore import Restores
 from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
-from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash, block_hashes
+from sheepdog.cluster.host.trailer import block_hash, block_hashes
 from sheepdog.cluster.host.uncached import Uncached
 from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
@@ -85,6 +85,7 @@ class ObjectStore:
         self._no_room = NoRoom(clock, log)
         self._applier = Applier(self.copies, self._syncs, self._directory_syncs, self._no_room, options.nosync)
         self._last_journal = LastJournal(disk, metadata, options.journal_directory, log)
+        self._creations = Creations(self.copies, self._journaled_bytes)
         self._by_oid = self.copies.by_oid
         self._reads = Reads(self.copies)
         self._verifying = Verifying(self.copies, self._rewrite)
@@ -113,7 +114,14 @@ class ObjectStore:
             self.copies, self._journal, self._applier, self._syncs, self._directory_syncs, self._no_room
         )
         self._restores = Restores(
-            self.copies, self._pipeline, self._applier, self._syncs, self._directory_syncs, self, self._nosync
+            self.copies,
+            self._pipeline,
+            self._applier,
+            self._syncs,
+            self._directory_syncs,
+            self._creations,
+            self.install,
+            self._nosync,
         )
         if self._options.direct_io:
             Uncached(self.copies, self._clock).begin()
@@ -328,80 +336,13 @@ class ObjectStore:
         if offset < 0 or size <= 0 or offset + len(data) > size:
             done(OutOfRange(f"{offset}+{len(data)} is not inside {oid:016x} of {size} bytes"))
             return
-        made = self.make_file(oid, size, version)
-        if isinstance(made, StoreError):
-            done(made)
-            return
-        copy, path = made
-        head = offset & _BLOCK_MASK
-        if head or (offset + len(data)) & _BLOCK_MASK:
-            tail = min(-(offset + len(data)) & _BLOCK_MASK, size - offset - len(data))
-            data = bytes(head) + bytes(data) + bytes(tail)
-            offset -= head
-        hashes = self._fill(copy, offset, data)
-        if isinstance(hashes, StoreError):
-            self.discard_file(copy, path)
-            done(hashes)
-            return
-        large = len(data) > self._journaled_bytes
-        kind = RecordKind.CREATE_LARGE if large else RecordKind.CREATE
-        self.install(copy)
         answer = partial(self.copies.files.when_room, done) if self.copies.files.crowded() else done
-        record = Record(
-            kind, copy, offset >> 12, 0, len(data), hashes, b"" if large else bytes(data), version, durable, answer
-        )
-        record.path = path
-        record.durable = True  # its existence is; `wants_data` tells about its bytes
-        record.wants_data = durable
+        record = self._creations.record(oid, size, offset, data, version, durable, answer)
+        if isinstance(record, StoreError):
+            done(record)
+            return
+        self.install(record.copy)
         self._pipeline.submit(record)
-
-    def make_file(self, oid: ObjectId, size: int, version: Version) -> tuple[Copy, str] | StoreError:
-        """A new file of holes, not in place yet: the copy and the file's present path."""
-        old = self._by_oid.get(oid)
-        home = old.home if old is not None and not old.home.failed else self.copies.home_for(oid)
-        if home is None:
-            return DiskError("no disk is in service")
-        if not home.has_room(trailer.trailer_size(size)):
-            return NoSpace(f"{home.path} is full")
-        copy = Copy(oid, size, version, home)
-        copy.gone = True  # not the object's file yet
-        path = home.new_path(oid)
-        try:
-            copy.attach(
-                self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), bytearray(trailer.trailer_size(size))
-            )
-        except OSError as error:
-            return self.copies.write_failed(home, error)
-        copy.allocated = (len(copy.trailer) + _BLOCK_MASK) & ~_BLOCK_MASK
-        return copy, path
-
-    def _fill(self, copy: Copy, offset: int, data: Buffer) -> list[int] | StoreError:
-        """First contents and trailer of a new file; blocks that are all zero stay holes. The hashes of `data`."""
-        view = memoryview(data)
-        if not copy.home.has_room(len(view)):
-            return NoSpace(f"{copy.home.path} is full")
-        found = block_hashes(view)
-        hashes = [0] * len(found)
-        try:
-            for start, stop in trailer.filled_runs(view, found):
-                write_all(self._disk, copy.fd, view[start:stop], offset + start)
-                low, high = start >> 12, (stop + _BLOCK_MASK) >> 12
-                hashes[low:high] = found[low:high]
-                copy.allocated += (high - low) * BLOCK_SIZE
-            base = FIRST_ENTRY + (offset >> 12)
-            copy.entries[base : base + len(hashes)] = memoryview(array("Q", hashes))
-            write_trailer(self._disk, copy)
-        except OSError as error:
-            return self.copies.write_failed(copy.home, error)
-        return hashes
-
-    def discard_file(self, copy: Copy, path: str) -> None:
-        """Undoes `make_file`."""
-        self._disk.close(copy.detach())
-        try:
-            self._disk.unlink(path)
-        except OSError as error:
-            self.copies.fail(copy.home, error)
 
     def install(self, copy: Copy | None, oid: ObjectId | None = None) -> Copy | None:
         """From now on this is the object; returns the copy before it."""

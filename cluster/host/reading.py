@@ -82,6 +82,9 @@ class Reads:
         start = first << 12
         span = (last - first + 1) << 12
         entries = copy.entries
+        if copy.fd < 0:  # the file is not made yet: everything is in memory
+            self._deliver(copy, memoryview(bytearray(span)), offset, length, done)
+            return
         if (
             not copy.pending
             and not any(entries[FIRST_ENTRY + first : FIRST_ENTRY + last + 1])
@@ -160,6 +163,8 @@ class Reads:
         record = copy.pending.get(number)
         if record is not None:
             return record.block(number) if record.hash(number) else trailer.ZERO_BLOCK
+        if copy.fd < 0:  # the file is not made yet
+            return trailer.ZERO_BLOCK
         block = bytearray(BLOCK_SIZE)
         try:
             count = self._disk.preadv_cached(copy.fd, (block,), offset)

@@ -114,12 +114,12 @@ class Record:
         self.data = data
         self.version = version
         self.durable = durable
-        self.wants_data = durable  # CREATE: its bytes, too, are on the disk at `done`
+        self.wants_data = durable  # CREATE_LARGE: its bytes, too, are on the disk at `done`
         self.done = done
         self.offset = first << 12
         self.carries_data = kind in (RecordKind.WRITE, RecordKind.CREATE, RecordKind.PUNCH)  # into the journal
-        self.acked_by_journal = kind in (RecordKind.WRITE, RecordKind.PUNCH, RecordKind.DONE)  # else by its effect
-        self.path = ""  # CREATE: where the file is until then
+        self.acked_by_journal = self.carries_data or kind == RecordKind.DONE  # else by its effect
+        self.path = ""  # CREATE_LARGE: where the file is until then
         self.lsn = 0
         self.end = 0  # lsn behind the record
 

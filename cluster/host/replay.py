@@ -166,6 +166,7 @@ def replay(
                 home.sync()
         except OSError as error:
             _failed(copies, home, error)
+    _tell_unreadable(copies, log)
     if found.records:
         log(
             5,
@@ -173,6 +174,15 @@ def replay(
             f" {report.missing} for objects that are gone, {len(report.torn)} objects with an unfinished large write",
         )
     return report
+
+
+def _tell_unreadable(copies: Copies, log: Log) -> None:
+    """Copies with which the journal could not help: not those whose trailers a crash came before."""
+    for home in copies.homes:
+        for oid, reason in home.take_unreadable().items():
+            copy = copies.by_oid.get(oid)
+            if copy is not None and copy.home is home and copy.size < 0:
+                log(3, f"{copy.path}: {reason}; the copy needs a restore")
 
 
 def _failed(copies: Copies, home: ObjectDirectory, error: OSError) -> None:

@@ -8,7 +8,7 @@ record. In between, and after a crash, the copy has no version.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from sheepdog.cluster.core.errors import DiskError, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
@@ -17,6 +17,7 @@ from sheepdog.cluster.core.ports import Buffer, Done
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.copies import Copies
+from sheepdog.cluster.host.creating import Creations
 from sheepdog.cluster.host.directory import write_all
 from sheepdog.cluster.host.object_file import Copy, write_trailer
 from sheepdog.cluster.host.pipeline import Pipeline
@@ -34,16 +35,6 @@ class NoRestore(StoreError):
     result = Result.INVALID_PARMS
 
 
-class Files(Protocol):
-    """Making object files (object_store.py)."""
-
-    def make_file(self, oid: ObjectId, size: int, version: Version) -> tuple[Copy, str] | StoreError: ...
-
-    def discard_file(self, copy: Copy, path: str) -> None: ...
-
-    def install(self, copy: Copy | None, oid: ObjectId | None = None) -> Copy | None: ...
-
-
 class Restores:
     """The restores of a store."""
 
@@ -54,7 +45,8 @@ class Restores:
         applier: Applier,
         syncs: FileSyncs,
         directories: DirectorySyncs,
-        files: Files,
+        creations: Creations,
+        install: Callable[[Copy], object],
         nosync: bool,
     ) -> None:
         self._copies = copies
@@ -63,7 +55,8 @@ class Restores:
         self._applier = applier
         self._syncs = syncs
         self._directories = directories
-        self._files = files
+        self._creations = creations
+        self._install = install
         self._nosync = nosync
         self._unpunched: dict[Copy, StoreError] = {}  # holes that found no room: such a restore does not end well
 
@@ -76,7 +69,7 @@ class Restores:
             if not copy.restoring:
                 self._begin_here(copy)
             return None
-        made = self._files.make_file(oid, size, NO_VERSION)
+        made = self._creations.make_file(oid, size, NO_VERSION)
         if isinstance(made, StoreError):
             return made
         copy, path = made
@@ -84,9 +77,9 @@ class Restores:
         try:
             write_trailer(self._disk, copy, trailer.RESTORING)
         except OSError as error:
-            self._files.discard_file(copy, path)
+            self._creations.discard_file(copy, path)
             return self._copies.write_failed(copy.home, error)
-        self._files.install(copy)
+        self._install(copy)
         record = Record(RecordKind.CREATE_LARGE, copy, 0, 0, 0, [], b"", NO_VERSION, True, None)
         record.path = path
         record.wants_data = False

@@ -123,26 +123,6 @@ def hash_blocks(data: Buffer, entries: memoryview, first: int) -> int:
     return filled
 
 
-def filled_runs(data: memoryview, hashes: list[int]) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) of runs of blocks that are not all zero; `hashes` are those of `block_hashes`."""
-    length = len(data)
-    if _ZERO_BLOCK_HASH not in hashes:  # nearly always: no look at each block
-        if length:
-            yield 0, length
-        return
-    begin = -1
-    for start, value in zip(range(0, length, BLOCK_SIZE), hashes, strict=True):
-        stop = min(start + BLOCK_SIZE, length)
-        empty = value == _ZERO_BLOCK_HASH and bytes(data[start:stop]) == ZERO_BLOCK[: stop - start]
-        if empty and begin >= 0:
-            yield begin, start
-            begin = -1
-        elif not empty and begin < 0:
-            begin = start
-    if begin >= 0:
-        yield begin, length
-
-
 def _block(index: int) -> slice:
     return slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
 
@@ -175,6 +155,36 @@ def block_hashes(data: Buffer) -> list[int]:
     if rest := len(view) % BLOCK_SIZE:
         hashes.append(hash_of(view[-rest:]))
     return hashes
+
+
+def hashes_of_filled(data: Buffer) -> list[int]:
+    """The same, but 0 for blocks that are all zero: they stay holes."""
+    hashes = block_hashes(data)
+    if _ZERO_BLOCK_HASH in hashes:  # rarely: no look at each block
+        view = memoryview(data)
+        for index, value in enumerate(hashes):
+            if value == _ZERO_BLOCK_HASH:
+                block = bytes(view[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+                if block == ZERO_BLOCK[: len(block)]:
+                    hashes[index] = 0
+    return hashes
+
+
+def filled_runs(hashes: list[int], length: int) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) of runs of blocks that are no holes, of `length` bytes with these hashes."""
+    if 0 not in hashes:  # nearly always
+        if length:
+            yield 0, length
+        return
+    begin = -1
+    for start, value in zip(range(0, length, BLOCK_SIZE), hashes, strict=True):
+        if not value and begin >= 0:
+            yield begin, start
+            begin = -1
+        elif value and begin < 0:
+            begin = start
+    if begin >= 0:
+        yield begin, length
 
 
 def bad_blocks(data: Buffer, entries: memoryview, first: int) -> list[int]:

@@ -40,6 +40,9 @@ class Verifying:
             return
         if not in_range(copy, offset, length, done):
             return
+        if copy.fd < 0:  # the file is not made yet: nothing can have rotted
+            done(None)
+            return
         first, span = offset >> 12, (length + _BLOCK_MASK) & ~_BLOCK_MASK
         hole = not any(copy.entries[FIRST_ENTRY + first : FIRST_ENTRY + first + (span >> 12)])
         data = bytearray(0 if hole and self._disk.is_hole(copy.fd, offset, span) else span)

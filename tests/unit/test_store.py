@@ -91,6 +91,39 @@ def test_answers_leave_before_the_file_gets_the_bytes(store: StoreDriver, tmp_pa
     assert file.read_bytes()[:4096] == b"b" * 4096
 
 
+def test_an_object_is_whole_before_its_file_is_made(store: StoreDriver, tmp_path: Path) -> None:
+    file = tmp_path / "obj" / f"{OID:016x}"
+    errors: list[StoreError | None] = []
+    store.store.create(OID, SIZE, 4096, b"a" * 4096, v(1), True, errors.append)
+    store.store.write(OID, 100, b"b", v(2), True, errors.append)
+    store.store.write(OID, 4096 + 100, b"b", v(3), True, errors.append)
+    store.store.punch(OID, 8000, 1000, v(4), True, errors.append)
+    store.store.stamp(OID, v(5), True, errors.append)
+    store.store.verify(OID, 0, SIZE, errors.append)
+    table = store.store.table(OID)
+    assert [block for block in range(64) if table[8 * block : 8 * block + 8] != bytes(8)] == [0, 1]
+    expected = bytes(100) + b"b" + bytes(3995) + b"a" * 100 + b"b" + b"a" * 3803 + bytes(SIZE - 8000)
+    assert store.read(OID, 0, SIZE) == expected
+    assert store.read(OID, SIZE - 5, 5) == bytes(5)
+    assert not file.exists()
+    while len(errors) < 6:
+        store.step()
+    store.flush()
+    assert errors == [None] * 6
+    assert file.exists()
+    assert store.read(OID, 0, SIZE) == expected
+    assert store.store.version(OID) == v(5)
+
+
+def test_an_object_may_be_restored_before_its_file_is_made(store: StoreDriver, tmp_path: Path) -> None:
+    store.store.create(OID, SIZE, 4096, b"a" * 8192, v(1), True, lambda error: None)
+    store.store.restore_begin(OID, SIZE)
+    assert not (tmp_path / "obj" / f"{OID:016x}").exists()
+    store.restore_write(OID, 4096, b"r" * 4096)
+    store.restore_finish(OID, v(2))
+    assert store.read(OID, 0, 16384) == bytes(4096) + b"r" * 4096 + b"a" * 4096 + bytes(4096)
+
+
 def test_the_file_is_what_the_format_says(store: StoreDriver, tmp_path: Path) -> None:
     store.create(OID, 10_000, 4096, b"a" * 4096, Version(3, 2, 9), durable=True)
     data = (tmp_path / "obj" / f"{OID:016x}").read_bytes()
@@ -199,6 +232,7 @@ def test_a_restart_finds_everything(tmp_path: Path, crash: bool) -> None:
     used = driver.store.usage()[0]
     driver = reopened(driver, tmp_path, crash)
     assert list(driver.store.inventory()) == [(OID, v(2)), (inode_oid(Vid(5)), v(3))]
+    assert not any("restore" in line for line in driver.logged)
     assert driver.read(OID, 0, SIZE) == b"a" * 4096 + b"b" * 100 + b"a" * 804 + bytes(SIZE - 5000)
     assert driver.store.size(inode_oid(Vid(5))) == 12_587_576
     assert abs(driver.store.usage()[0] - used) <= 3 * 4096

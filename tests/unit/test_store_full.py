@@ -39,6 +39,11 @@ class FullDisk(RealDisk):
         if self.full and "/obj" in path:
             raise OSError(self.code, os.strerror(self.code))
 
+    def open(self, path: str, flags: int) -> int:
+        if flags & os.O_CREAT:
+            self._check(path)
+        return super().open(path, flags)
+
     def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:  # type: ignore[override]
         path = os.readlink(f"/proc/self/fd/{fd}")
         if self.full and self.partly and "/obj" in path and len(data) > 512:
@@ -175,23 +180,64 @@ def test_a_large_write_is_answered_when_there_is_room(driver: StoreDriver, disk:
     driver.close()
 
 
-def test_a_creation_and_a_hole_wait_too(driver: StoreDriver, disk: FullDisk, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [BLOCK, LARGE])
+def test_a_creation_and_a_hole_wait_too(driver: StoreDriver, disk: FullDisk, tmp_path: Path, length: int) -> None:
+    """A small creation is answered as soon as the journal has it, a large one when it has its name."""
     made = data_oid(Vid(3), 0)
     answers: list[StoreError | None] = []
-    driver.store.create(made, SIZE, 0, b"c" * BLOCK, v(1), True, answers.append)
+    driver.store.create(made, SIZE, 0, b"c" * length, v(1), True, answers.append)
     driver.store.punch(OID, BLOCK, 2 * BLOCK, v(2), True, lambda error: None)
     disk.full = True
     driver.flush()
     driver.clock.fire()
-    assert answers == []
-    assert driver.read(made, 0, BLOCK) == b"c" * BLOCK
+    assert answers == ([None] if length == BLOCK else [])
+    assert driver.read(made, 0, SIZE) == b"c" * length + bytes(SIZE - length)
+    with pytest.raises(NoSpace):
+        driver.write(made, 10, b"d", v(2))
     assert driver.read(OID, 0, 4 * BLOCK) == b"a" * BLOCK + bytes(2 * BLOCK) + b"a" * BLOCK
     room_again(driver, disk)
     assert answers == [None]
     driver.crash()
     again = opened(tmp_path, disk)
-    assert again.read(made, 0, BLOCK) == b"c" * BLOCK
+    assert again.read(made, 0, SIZE) == b"c" * length + bytes(SIZE - length)
     assert again.read(OID, 0, 4 * BLOCK) == b"a" * BLOCK + bytes(2 * BLOCK) + b"a" * BLOCK
+    again.close()
+
+
+def test_a_disk_that_takes_hardly_a_file_more_is_full(driver: StoreDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before the journal answers for a file; removals make room."""
+
+    def statvfs(path: str) -> os.statvfs_result:
+        return os.statvfs_result((BLOCK, BLOCK, 1 << 30, 1 << 29, 1 << 29, files, left, left, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    home = driver.store.copies.homes[0]
+    for files, left, refused in ((1 << 20, 4095, True), (1 << 20, 4096, False), (6400, 99, True), (0, 0, False)):
+        home._allowance = 0
+        made: StoreError | None = driver.wait(
+            lambda done: driver.store.create(data_oid(Vid(3), 0), SIZE, 0, b"c", v(1), False, done)
+        )
+        assert isinstance(made, NoSpace) == refused, (files, left)
+    driver.crash()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EMFILE, errno.ENOMEM])
+def test_a_file_that_cannot_be_made_is_made_later(
+    driver: StoreDriver, disk: FullDisk, tmp_path: Path, code: int
+) -> None:
+    """Its creation has been answered; no disk is out of service for want of descriptors."""
+    made, disk.code, disk.full = data_oid(Vid(3), 0), code, True
+    driver.create(made, SIZE, BLOCK, b"c" * BLOCK, v(1), durable=True)
+    assert not (tmp_path / "obj" / f"{made:016x}").exists()
+    assert driver.read(made, 0, SIZE) == bytes(BLOCK) + b"c" * BLOCK + bytes(SIZE - 2 * BLOCK)
+    assert driver.wait(lambda done: driver.store.verify(made, 0, SIZE, done)) is None
+    with pytest.raises(NoSpace):
+        driver.write(made, 0, b"d", v(2))
+    room_again(driver, disk)
+    driver.write(made, 10, b"d", v(2), durable=True)
+    driver.close()
+    again = opened(tmp_path, disk)
+    assert again.read(made, 0, 2 * BLOCK) == bytes(10) + b"d" + bytes(BLOCK - 11) + b"c" * BLOCK
     again.close()
 
 
