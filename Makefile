@@ -5,7 +5,7 @@
 # make bench   IOPS, MB/s and server CPU per operation against three nodes
 # make bench-matrix   every kind of load, beside another server with PEER_SHEEP=/path/to/bin
 # make bench-all      everything that docs/performance.md shows, and its charts: two hours of a quiet machine
-# make soak    the tests that take long
+# make soak    the tests that take long; other crashes of a store each time, or those of STORE_CRASH_SEED=...
 #
 # PYTHON=...   the interpreter to build .venv with (3.11 or newer)
 # ARGS=...     further arguments for pytest: make test ARGS='-k story'
@@ -80,7 +80,8 @@ test: lint $(MARK)-test-packages qemu52
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not soak' $(TESTS)
 
 soak: setup $(MARK)-test-packages qemu52
-	$(PYTEST) -m soak --timeout 7200 $(TESTS)
+	seed=$${STORE_CRASH_SEED:-$$(shuf -i 1-1000000000 -n 1)}; echo "STORE_CRASH_SEED=$$seed"; \
+	STORE_CRASH_SEED=$$seed $(PYTEST) -m soak --timeout 7200 $(TESTS)
 
 demo: setup $(MARK)-demo-packages
 	@$(BIN)/python -m tests.support.demo
