@@ -12,7 +12,7 @@ from tests.sim.test_late_map_writes import NAME, OBJECTS, create, new_vdi, runni
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
-from sheepdog.cluster.core.ids import NO_VID, data_oid, inode_oid
+from sheepdog.cluster.core.ids import NO_OID, NO_VID, data_oid, inode_oid, vmstate_oid
 from sheepdog.cluster.core.inode import InodeHeader, map_offset
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.part import frozen_by
@@ -85,6 +85,29 @@ def test_what_was_written_before_a_snapshot_is_durable_with_it(explicit: bool) -
         oid = data_oid(vid, index)
         result, data = wait_for(world, partial(gateway.raw_read, oid, 0, BLOCK_SIZE))
         assert (result, bytes(data)) == (0, block_of(index + 7)), index
+
+
+def test_a_flush_covers_what_was_written_to_the_volumes_snapshots() -> None:
+    """Their VM state may still be written: whoever flushes the volume that goes on has written that, too."""
+    cluster = running(10)
+    world, gateways = cluster.world, [machine.node.gateway for machine in cluster.machines]
+    vid = new_vdi(cluster)
+    states = [vmstate_oid(vid, index) for index in range(40)]  # each has a chance of 1 in 8 to be lost
+    for state in states:
+        assert not wait_for(world, partial(gateways[0].create, state, NO_OID, 0, b"x", True))[0]
+    answers: list[Any] = []
+    snapshot(cluster, b"one", answers)
+    world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the snapshot")
+    heir = cluster.machines[0].node.cluster.vdis.named(NAME)[-1].vid
+    assert heir != vid
+    for state in states:
+        assert not wait_for(world, partial(gateways[0].write, state, 0, block_of(5), False))[0]
+    assert not wait_for(world, partial(gateways[1].flush, heir))[0]
+    cold_start(cluster)
+    gateway = cluster.machines[2].node.gateway
+    for state in states:
+        result, data = wait_for(world, partial(gateway.raw_read, state, 0, BLOCK_SIZE))
+        assert (result, bytes(data)) == (0, block_of(5))
 
 
 def test_a_node_that_joins_meanwhile_holds_writes_too(monkeypatch: pytest.MonkeyPatch) -> None:
