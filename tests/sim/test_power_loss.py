@@ -1,4 +1,5 @@
-"""P3: what was acknowledged without a flush survives power loss of one node fewer than there are copies."""
+"""P3: what was acknowledged without a flush survives power loss of one node fewer than there are copies, of as many as
+there are parity strips."""
 
 from __future__ import annotations
 
@@ -6,11 +7,16 @@ import random
 
 import pytest
 from tests.sim.test_directed import fresh, holders, read, settle, write
+from tests.sim.test_refused_strips import UNIT, Story
 
+from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import block_of
+from sheepdog.cluster.sim.cluster import Machine
 
 SEEDS = 40
 WRITES = 6
+OFFSETS = (0, BLOCK_SIZE, UNIT, 3 * UNIT, 9 * UNIT)  # of several data strips; two are blocks of one stripe's unit
 
 
 @pytest.mark.parametrize("copies", [2, 3])
@@ -35,3 +41,56 @@ def test_unflushed_writes_survive_where_one_copy_keeps_its_power(seed: int, copi
     kept.kill(power=True)
     settle(cluster, *(machine for machine in cluster.machines if machine.up))
     assert read(lost[0], volume) == (0, block_of(WRITES))
+
+
+def power_off(story: Story, *lost: Machine) -> None:
+    for machine in lost:
+        machine.kill(power=True)
+    settle(story.cluster, *(machine for machine in story.cluster.machines if machine.up))
+
+
+def shows(story: Story, expected: dict[int, int]) -> bool:
+    up = [machine for machine in story.cluster.machines if machine.up]
+    return all(
+        story.read(machine, offset) == (0, block_of(value)) for offset, value in expected.items() for machine in up
+    )
+
+
+def written(seed: int, nodes: int, policy: int) -> tuple[Story, dict[int, int]]:
+    """A story after many writes, mostly unflushed, all of them answered; and the last value at each offset."""
+    story = Story(seed, nodes, policy)
+    rng = random.Random(seed)
+    expected: dict[int, int] = {}
+    for value in range(1, 3 * WRITES):
+        batch = rng.sample(OFFSETS, rng.randint(1, len(OFFSETS)))
+        gateway = rng.choice(story.cluster.machines)
+        answers = story.wait(*(story.write(offset, value, rng.random() < 0.2, gateway) for offset in batch))
+        assert not any(answers)
+        expected |= dict.fromkeys(batch, value)
+    return story, expected
+
+
+coded = pytest.mark.parametrize(
+    ("nodes", "policy"), [(3, 0x11), (4, 0x12), (6, 0x22), (8, 0x22)], ids=["2:1", "2:2", "4:2", "spare"]
+)
+
+
+@coded
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_unflushed_writes_survive_where_as_many_strips_as_data_keep_their_power(
+    seed: int, nodes: int, policy: int
+) -> None:
+    """Whichever strips go, the moment after the answers, the gateway's or the home's among them; and then others, when
+    all have recovered."""
+    story, expected = written(seed, nodes, policy)
+    rng = random.Random(seed)
+    here, parity = holders(story.cluster, story.volume), policy & 0xF
+    lost = rng.sample(here, parity)
+    power_off(story, *lost)
+    assert shows(story, expected)
+    for machine in lost:
+        machine.start()
+    story.settle()
+    audit(story.cluster)
+    power_off(story, *rng.sample([machine for machine in here if machine not in lost], parity))
+    assert shows(story, expected)

@@ -39,11 +39,11 @@ class Story:
     def settle(self) -> None:
         self.cluster.world.run_until(self.cluster.healthy, HEALTH_LIMIT_NS, "health")
 
-    def write(self, offset: int, value: int) -> list[int]:
-        """Begins a durable write of one block; its result comes into the list."""
+    def write(self, offset: int, value: int, durable: bool = True, by: Machine | None = None) -> list[int]:
+        """Begins a write of one block through the home or another node; its result comes into the list."""
         results: list[int] = []
-        self.home.node.gateway.write(
-            self.oid, offset, block_of(value), True, lambda result, _: results.append(int(result))
+        (by or self.home).node.gateway.write(
+            self.oid, offset, block_of(value), durable, lambda result, _: results.append(int(result))
         )
         return results
 
