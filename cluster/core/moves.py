@@ -42,17 +42,18 @@ def went_back(vdis: VdiTable, record: VdiRecord, old: array[int], new: array[int
 
     It comes from a client that has not read the map since, and writes more of it than it has changed.
     """
-    if old == new:
+    suspects = [i for i, owner in enumerate(new) if owner not in (0, record.vid, old[i]) and old[i]]
+    if not suspects:
         return []
-    parent = vdis.get(record.parent)
-    moved = parent is not None and parent.tag == MOVED_TAG
-    return [
-        i
-        for i, owner in enumerate(new)
-        if owner
-        and old[i] not in (0, owner)
-        and ((moved and old[i] == record.vid) or ((of := vdis.get(Vid(owner))) is not None and of.tag == MOVED_TAG))
-    ]
+    age = {vid: number for number, vid in enumerate([record.vid, *vdis.ancestors(record.vid)])}
+    moves = [number for vid, number in age.items() if _was_moved(vdis, vid)]
+    return [i for i in suspects if any(age.get(Vid(old[i]), len(age)) < n <= age.get(Vid(new[i]), -1) for n in moves)]
+
+
+def _was_moved(vdis: VdiTable, vid: Vid) -> bool:
+    """The VDI was frozen, and perhaps deleted since, to give the one that went on objects of its own."""
+    record = vdis.get(vid)
+    return record is not None and record.tag == MOVED_TAG
 
 
 def is_moving(vdis: VdiTable, vid: Vid) -> bool:
@@ -163,6 +164,7 @@ class Moves:
         result, _ = yield self._read(own, 0, 1)
         if result:
             return int(result)
+        self._context.probe("moves.moved")
         data = (vid).to_bytes(4, "little")
         result, _ = yield lambda done: self._router.change(oid, Flag.DURABLE, map_offset(index), 0, data, 0, done)
         return int(result)
@@ -175,7 +177,7 @@ class Moves:
         def read(result: int, data: Buffer) -> None:
             if result == Result.NO_OBJ and (heir := self._heir(oid)) is not None:
                 self._context.probe("moves.followed")
-                run(self._read_in(heir, index_of(oid), offset, length), lambda answer: done(*answer))
+                run(self._read_in(heir, oid, offset, length), lambda answer: done(*answer))
             else:
                 done(result, data)
 
@@ -185,19 +187,25 @@ class Moves:
         vdis = self._context.state.vdis
         record = vdis.get(vid_of(oid)) if is_data(oid) else None
         # Not only once it is deleted: its objects go before all nodes know.
-        if record is None or not record.snap_ctime or record.tag != MOVED_TAG:
+        heir = vdis.heir(record.vid) if record is not None and record.snap_ctime else None
+        if record is None or heir is None:
             return None
-        return vdis.heir(record.vid)
+        # Also of an older snapshot: what the volume shared with it was moved, too.
+        line = vdis.ancestors(heir.vid)
+        since = line[: line.index(record.vid) + 1] if record.vid in line else []
+        return heir if any(_was_moved(vdis, vid) for vid in since) else None
 
-    def _read_in(self, record: VdiRecord, index: int, offset: int, length: int) -> Script[tuple[int, Buffer]]:
-        """Part of object `index` of a volume, as its map says now."""
+    def _read_in(self, record: VdiRecord, gone: ObjectId, offset: int, length: int) -> Script[tuple[int, Buffer]]:
+        """Part of the object that took the place of another one, as the volume's map says now. That may be one which a
+        later change of redundancy is about to replace, too."""
+        index = index_of(gone)
         result, entry = yield self._read(inode_oid(record.vid), map_offset(index), 4)
         if result:
             return int(result), b""
         owner = Vid(unpack_map(entry)[0])
         if not owner:
             return int(Result.SUCCESS), bytes(length)
-        if self._heir(data_oid(owner, index)) is not None:
+        if owner == vid_of(gone):
             return int(Result.NO_OBJ), b""  # as the map names it, nothing took its place
         result, data = yield self._read(data_oid(owner, index), offset, length)
         return int(result), data
