@@ -356,6 +356,7 @@ class Copies:
             self._drop_surplus()
         else:
             self._remove(oid)
+            self._consider_settled()
 
     def _drop_surplus(self) -> None:
         if not self._surplus or not self.replica.all_settled():

@@ -204,14 +204,20 @@ class Home:
             return
         if not flags & Flag.CREATE:
             if oid in self._lost:
-                submission.done(Result.EIO, b"")
+                over = self._knows_all and bool(
+                    flags & Flag.REMOVE
+                )  # the rest would be kept for ever, and all wait for more
+                if over:
+                    self.context.probe("home.lost_removed")
+                    self._make_way(oid, policy, False)
+                submission.done(Result.SUCCESS if over else Result.EIO, b"")
                 return
             if not self.exists(oid, policy):
                 missing = self.absent(oid)
                 submission.done(Result.SUCCESS if flags & Flag.REMOVE and missing == Result.NO_OBJ else missing, b"")
                 return
         elif oid in self._lost:
-            self._make_way(oid, policy)
+            self._make_way(oid, policy, True)
         if flags & Flag.CREATE and flags & Flag.ONLY_NEW:
             if self.exists(oid, policy):
                 submission.done(Result.SUCCESS, b"")
@@ -228,18 +234,18 @@ class Home:
         self.context.probe("home.waits_for_creation")
         self.writing[submission.oid][-1].when_over(lambda: self.submit(submission))
 
-    def _make_way(self, oid: ObjectId, policy: Policy | None) -> None:
-        """A client creates anew an object of which no current copy is left: what there is of it counts no more."""
-        if policy is None:
-            wanted = {(member, oid) for member in self._placement.replicas(oid)}
-        else:
+    def _make_way(self, oid: ObjectId, policy: Policy | None, anew: bool) -> None:
+        """No current copy of the object is left, and a client creates it `anew`, or nobody wants it: what there is of
+        it counts no more."""
+        wanted = {(member, oid) for member in self._placement.replicas(oid)}
+        if policy is not None:
             self.strips.forget(oid)
             wanted = {(member, strip_of(oid, strip)) for strip, member in enumerate(self.strips.layout(oid, policy))}
         lost = self._lost.pop(oid)
         for member, copy in lost:
             if member == self.me:
                 self.hooks.restored_locally(copy)
-        self.recovery.drop(copy for copy in lost if copy not in wanted)
+        self.recovery.drop(copy for copy in lost if not anew or copy not in wanted)
 
     def exists(self, oid: ObjectId, policy: Policy | None) -> bool:
         """There is a copy here, or strips of it somewhere."""
