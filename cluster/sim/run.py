@@ -13,6 +13,7 @@ from sheepdog.cluster.core.ids import (
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.script import run
 from sheepdog.cluster.core.state import ClusterFlag
+from sheepdog.cluster.sim.alterers import Alterer, alter, redundancies
 from sheepdog.cluster.sim.audit import audit, audit_all_but_leaks
 from sheepdog.cluster.sim.clients import (
     NOT_NOW,
@@ -38,6 +39,7 @@ _UNKNOWN = {
     "gateway.nobody_stores",
 }  # membership tests only
 LAST_BLOCK = OBJECT_BYTES // 4096 - 1
+_RESTS, _ALTERATIONS = 0.2, 0.3  # among an owner's acts, of which reads and writes are 16
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ class Scenario:
     flushes: bool = False  # owners make their writes durable by flushes
     owners: int = 0  # clients with a volume of their own, which snapshot, clone, discard and delete
     snapshotters: int = 0  # for each owner somebody else who takes snapshots of its volume
+    alterers: int = 0  # for so many of the other owners somebody who changes the redundancy of its volume ...
+    altering_owners: bool = False  # ... and the rest do so themselves
     lockers: int = 0  # clients that want the volume for themselves
     sharers: int = 0  # clients, each behind a gateway of its own, that have one more volume open together
     tolerated: tuple[Result, ...] = ()  # results that clients may see besides success and "not now"
@@ -201,7 +205,23 @@ class Run:
             other = Door(self.cluster, f"snapshotter{number}", number + 1)
             self.snapshotters.append(Snapshotter(other, owner, scenario.objects, scenario.blocks))
             self._start(self.snapshotters[-1])
+        else:
+            self._alter(number, owner)
         self._start(owner)
+
+    def _alter(self, number: int, owner: VolumeOwner) -> None:
+        """The owner's volume gets another redundancy now and then, if the scenario says so and there is one."""
+        scenario = self.scenario
+        kinds = redundancies(scenario.machines, scenario.copies, scenario.owner_policy)
+        if not kinds:
+            return
+        if number < scenario.snapshotters + scenario.alterers:
+            owner.alone = False
+            owner.more_acts = [(_RESTS, owner.rest)]
+            door = Door(self.cluster, f"alterer{number}", number + 1)
+            self._start(Alterer(door, owner.name, scenario.objects, kinds))
+        elif scenario.altering_owners:
+            owner.more_acts = [(_ALTERATIONS, partial(alter, owner, owner.name, scenario.objects, kinds))]
 
     def _live(self, duration_ns: int) -> None:
         """Time goes on; clients notice now and then that their gateway is gone."""

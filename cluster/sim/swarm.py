@@ -70,6 +70,10 @@ def _add_later_kinds(random: Random, tolerance: int, scenario: Scenario) -> None
     # A copy that rotted and one that was lost are two of the few that there are.
     if tolerance > (1 if faults.rot else 0) and random.random() < 0.1:
         faults.disk = 0.5
+    if scenario.owners > scenario.snapshotters and random.random() < 0.4:
+        scenario.alterers = random.randrange(2)
+        scenario.altering_owners = not scenario.alterers
+        scenario.duration_ns = max(scenario.duration_ns, 5 * SECOND)  # a change takes more than a second
 
 
 def _faults(random: Random, tolerance: int, scenario: Scenario) -> Faults:

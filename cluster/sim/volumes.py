@@ -21,9 +21,10 @@ from sheepdog.cluster.core.vdi import VdiRecord
 from sheepdog.cluster.sim.clients import LOST, NOT_NOW, OBJECT_BYTES, RETRY_NS, SHIFT, Answer, Door, block_of, value_of
 from sheepdog.cluster.sim.cluster import Process
 from sheepdog.cluster.sim.history import INITIAL, Violation
-from sheepdog.cluster.sim.world import MILLISECOND
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
 Content: TypeAlias = dict[tuple[int, int], int]  # (object index, block) -> value; what is not named is INITIAL
+Act: TypeAlias = tuple[float, Callable[[], Script[None]]]  # how often, and what
 Request: TypeAlias = Callable[[Process, Answer], None]
 
 RETRIED = (*NOT_NOW, Result.EIO, Result.NO_SPACE, Result.VDI_READ, Result.VDI_WRITE)
@@ -146,6 +147,7 @@ class VolumeOwner(Asking):
         # Beside a Snapshotter it only reads and writes: a snapshot of what is not the working VDI any more means
         # "roll back" (protocol.md 8.3), and a discard that races with a snapshot changes the frozen map.
         self.alone = True
+        self.more_acts: list[Act] = []  # what it does besides
         self.progress = Progress()
         self.images: list[Image] = []  # snapshots of this owner's own
         self.operations = 0
@@ -165,7 +167,7 @@ class VolumeOwner(Asking):
 
     def _live(self) -> Script[None]:
         yield from self._create(self.name, Vid(0))
-        acts: list[tuple[float, Callable[[], Script[None]]]] = [(10, self._write), (6, self._read)]
+        acts: list[Act] = [(10, self._write), (6, self._read), *self.more_acts]
         if self.alone:
             acts += [(1, self._snapshot), (1, self._check_image), (0.6, self._drop_image), (0.4, self._clone)]
             acts += [(2, self._discard), (0.4, self._start_over), (0.4, self._roll_back)]
@@ -174,6 +176,10 @@ class VolumeOwner(Asking):
             yield from self.random.choices([act for _, act in acts], weights)[0]()
             self.operations += 1
             yield from self.pause(self.random.randrange(2 * MILLISECOND))
+
+    def rest(self) -> Script[None]:
+        """Long enough that what others do with the volume is not all overtaken."""
+        yield from self.pause(self.random.randrange(2 * SECOND))
 
     # -- the working VDI -------------------------------------------------------------------------------------------
 

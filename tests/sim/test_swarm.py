@@ -28,6 +28,7 @@ ELSEWHERE = {
     "cache.unreadable_clean": "tests/sim/test_cache.py",
     "claims.revoke": "tests/sim/test_cache.py",
     "gateway.moved_first": "tests/sim/test_moves.py",
+    "inode.old_map_written": "tests/sim/test_old_maps.py",
     "moves.discarded": "tests/sim/test_moves.py",
     "recovery.delay_ended": "tests/sim/test_recovery_delay.py",
     "recovery.skipped": "tests/sim/test_full_nodes.py",
@@ -38,8 +39,6 @@ ELSEWHERE = {
 }
 # With real processes, or a context made for the test: nobody counts there.
 UNCOUNTED = {
-    "inode.old_map_written": "tests/process/test_alter_coding.py",
-    "moves.followed": "tests/process/test_alter_coding.py",
     "cache.pushed_to_nothing": "tests/unit/test_cache_push.py",
 }
 
