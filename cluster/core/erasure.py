@@ -137,8 +137,9 @@ class Coder(Protocol):
     def encode(self, policy: Policy, units: Sequence[Buffer]) -> list[Buffer]:
         """The P parity units of D data units."""
 
-    def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
-        """What is to be XORed into the P parity units when data unit `strip` is XORed with `change`."""
+    def delta(self, policy: Policy, strip: int, changes: Sequence[Buffer]) -> list[Buffer]:
+        """What is to be XORed into the P parity units when data unit `strip` is XORed with all of `changes`: what it
+        was, and what it is then."""
 
     def xor(self, a: Buffer, b: Buffer) -> Buffer:
         """Bytewise exclusive or."""
@@ -182,8 +183,8 @@ class PlainCoder:
     def encode(self, policy: Policy, units: Sequence[Buffer]) -> list[Buffer]:
         return self.combine(parity_rows(policy), units)
 
-    def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
-        return self.combine([(row[strip],) for row in parity_rows(policy)], [change])
+    def delta(self, policy: Policy, strip: int, changes: Sequence[Buffer]) -> list[Buffer]:
+        return self.combine([(row[strip],) * len(changes) for row in parity_rows(policy)], changes)
 
     def xor(self, a: Buffer, b: Buffer) -> Buffer:
         return xor(a, b)

@@ -134,11 +134,11 @@ def encode_part(
     """
     view = memoryview(data)
     changes: list[Change] = [NOTHING] * policy.strips
-    deltas: list[Buffer] = []
+    deltas: list[list[Buffer]] = []  # of each piece what adds up to its change
     for number, (strip, at, start, length) in enumerate(parts):
         new: Buffer = view[start : start + length]
         changes[strip] = Change(at, [new])
-        deltas.append(new if old is None else coder.xor(old[number], new))
+        deltas.append([new] if old is None else [old[number], new])
     low = min(part.offset for part in parts)
     high = max(part.offset + part.length for part in parts)
     if len(parts) == 1:
@@ -147,7 +147,8 @@ def encode_part(
         units: list[Buffer] = [bytes(high - low)] * policy.data
         for part, delta in zip(parts, deltas, strict=True):
             unit = bytearray(high - low)
-            unit[part.offset - low : part.offset - low + part.length] = delta
+            change = delta[0] if len(delta) == 1 else coder.xor(*delta)
+            unit[part.offset - low : part.offset - low + part.length] = change
             units[part.strip] = unit
         parity = coder.encode(policy, units)
     for number, bytes_ in enumerate(parity):

@@ -71,8 +71,8 @@ class IsaCoder:
     def encode(self, policy: Policy, units: Sequence[Buffer]) -> list[Buffer]:
         return self.combine(parity_rows(policy), units)
 
-    def delta(self, policy: Policy, strip: int, change: Buffer) -> list[Buffer]:
-        return self.combine(_column(policy, strip), [change])
+    def delta(self, policy: Policy, strip: int, changes: Sequence[Buffer]) -> list[Buffer]:
+        return self.combine(_column(policy, strip, len(changes)), changes)
 
     def xor(self, a: Buffer, b: Buffer) -> Buffer:
         return self.combine(_SUM, (a, b))[0]
@@ -92,8 +92,8 @@ def _load(ffi: Any) -> Any:
 
 
 @lru_cache(maxsize=512)
-def _column(policy: Policy, strip: int) -> tuple[Row, ...]:
-    return tuple((row[strip],) for row in parity_rows(policy))
+def _column(policy: Policy, strip: int, times: int) -> tuple[Row, ...]:
+    return tuple((row[strip],) * times for row in parity_rows(policy))
 
 
 class ZfecCoder(PlainCoder):

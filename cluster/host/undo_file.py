@@ -18,7 +18,10 @@ from sheepdog.cluster.host.disk import Disk
 
 _HEAD = Struct("<8sI")  # magic, format
 _MAGIC: Final = b"SHEEPUND"
-_FORMAT: Final = 2  # in format 1 the records had nothing before them
+_FORMAT: Final = (
+    3  # in format 2 the records were sealed otherwise, which they tell; in format 1 nothing was before them
+)
+_READ: Final = (2, _FORMAT)
 _NEW: Final = _HEAD.pack(_MAGIC, _FORMAT)
 
 
@@ -35,7 +38,7 @@ def read_undo(disk: Disk, path: str) -> bytes:
     if len(data) < _HEAD.size or data[:8] != _MAGIC:
         return bytes(data)
     form = _HEAD.unpack_from(data)[1]
-    if form != _FORMAT:
+    if form not in _READ:
         raise UsageError(f"{path}: format {form}, this version reads {_FORMAT}")
     return bytes(data[_HEAD.size :])
 

@@ -139,8 +139,8 @@ def test_coders_agree(coder: Coder, policy: Policy, length: int) -> None:
     parity = plain.encode(policy, data)
     assert [bytes(unit) for unit in coder.encode(policy, [memoryview(unit) for unit in data])] == parity
     for strip in (0, policy.data - 1):
-        made = [bytes(unit) for unit in coder.delta(policy, strip, bytearray(data[0]))]
-        assert made == plain.delta(policy, strip, data[0])
+        made = [bytes(unit) for unit in coder.delta(policy, strip, [bytearray(data[0]), memoryview(data[1])])]
+        assert made == plain.delta(policy, strip, [xor(data[0], data[1])])
     assert bytes(coder.xor(data[0], memoryview(data[1]))) == xor(data[0], data[1])
 
 
@@ -152,7 +152,7 @@ def test_delta_equals_encoding_anew(policy: Policy, length: int, seed: int) -> N
         parity = body.encode(policy, data)
         strip = seed % policy.data
         fresh = random.Random(~seed).randbytes(length)
-        change = body.delta(policy, strip, xor(data[strip], fresh))
+        change = body.delta(policy, strip, [data[strip], fresh])
         data[strip] = fresh
         assert [xor(a, b) for a, b in zip(parity, change, strict=True)] == [
             bytes(unit) for unit in body.encode(policy, data)

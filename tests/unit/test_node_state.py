@@ -165,12 +165,14 @@ def test_undo_has_a_format(tmp_path: Path) -> None:
     undo.replace(b"three")
     undo.append(b"four")
     assert undo.load() == [b"onetwo", b"threefour"]
-    assert path.read_bytes() == b"SHEEPUND\2\0\0\0threefour"
+    assert path.read_bytes() == b"SHEEPUND\3\0\0\0threefour"
     path.write_bytes(b"five")  # as before there was one
     again = StateDriver(tmp_path).state.undo
     assert again.load() == [b"onetwo", b"five"]
-    path.write_bytes(b"SHEEPUND\3\0\0\0five")
-    with pytest.raises(UsageError, match="undo: format 3, this version reads 2"):
+    path.write_bytes(b"SHEEPUND\2\0\0\0five")  # only its records are sealed otherwise
+    assert again.load() == [b"onetwo", b"five"]
+    path.write_bytes(b"SHEEPUND\4\0\0\0five")
+    with pytest.raises(UsageError, match="undo: format 4, this version reads 3"):
         again.load()
 
 

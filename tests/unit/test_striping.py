@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import zlib
 from typing import cast
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sheepdog.cluster.core.erasure import PlainCoder, Policy, xor
 from sheepdog.cluster.core.ids import Version, Vid, data_oid, strip_of
 from sheepdog.cluster.core.ports import NodeState
-from sheepdog.cluster.core.strip_undo import Undo, UndoLog
+from sheepdog.cluster.core.strip_undo import Undo, UndoLog, decode, encode
 from sheepdog.cluster.core.striping import (
     UNIT,
     Change,
@@ -238,6 +239,14 @@ def test_undo_survives_the_process() -> None:
     assert [bytes(step.old or b"") for step in steps] == [b"\x01" * 100]
     log.clear()
     assert state.data == b""
+
+
+def test_records_that_an_older_version_has_sealed_are_read() -> None:
+    strip, undo = strip_of(data_oid(Vid(1), 0), 5), Undo(Version(1, 1, 1), Version(1, 1, 2), 4096, b"old")
+    body = encode(strip, undo)[4:]
+    older = zlib.crc32(body).to_bytes(4, "little") + body
+    assert decode(older + encode(strip, undo)) == {strip: [undo, undo]}
+    assert decode(older[:-1] + b"?") == {}
 
 
 def test_what_is_added_behind_a_torn_end_is_found() -> None:
