@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.errors import NoObject, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_CHUNK_BYTES, PULL_WINDOW
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
@@ -186,7 +186,8 @@ class _Pull:
 
     def _failed_here(self, error: StoreError) -> None:
         """No other source would help."""
-        self._context.log(3, f"object {self.oid:016x}: cannot be restored here: {error}")
+        level = 7 if isinstance(error, NoSpace) else 3  # it is tried again and again; the home tells now and then
+        self._context.log(level, f"object {self.oid:016x}: cannot be restored here: {error}")
         self._sources = self._sources[:1]
         self._next_source(error.result)
 

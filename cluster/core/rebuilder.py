@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.errors import Result, StoreError
+from sheepdog.cluster.core.errors import NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, oid_name, plain_oid, strip_index, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, PULL_WINDOW, REBUILD_CHUNK_BYTES
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
@@ -175,7 +175,8 @@ class _Rebuild:
 
     def _failed_here(self, error: StoreError) -> None:
         """No other source would help."""
-        self._context.log(3, f"strip {oid_name(self.strip)} cannot be rebuilt here: {error}")
+        level = 7 if isinstance(error, NoSpace) else 3  # it is tried again and again; the home tells now and then
+        self._context.log(level, f"strip {oid_name(self.strip)} cannot be rebuilt here: {error}")
         self._sources.clear()
         self._failed = error.result
 

@@ -117,3 +117,22 @@ def test_a_copy_of_nothing_but_holes_needs_room_too() -> None:
     newcomer.disk.fault = None
     settle(cluster, home, newcomer)
     assert oid in newcomer.disk.copies()
+
+
+def test_a_full_node_does_not_fill_its_log() -> None:
+    """It is tried again five times a second, for as long as nobody makes room."""
+    cluster, volume = fresh(3, 2)
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    home, dying = holders(cluster, volume)
+    newcomer = next(machine for machine in cluster.machines if machine not in (home, dying))
+    logged: list[tuple[int, str]] = []
+    for machine in (home, newcomer):
+        machine.node.context.log = lambda level, text: logged.append((level, text))
+    newcomer.disk.fault, newcomer.disk.fault_chance = NoSpace, 1.0
+    dying.kill()
+    cluster.world.run_for(20 * SECOND)
+    tries = [level for level, text in logged if "cannot be restored here" in text]
+    assert len(tries) > 50
+    assert set(tries) == {7}
+    told = [text for level, text in logged if level < 6 and "has no space for it" in text]
+    assert 0 < len(told) < 20
