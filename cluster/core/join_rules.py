@@ -8,8 +8,8 @@ from typing import Any
 
 from sheepdog.cluster.core.ids import EpochRecord, Member, NodeId
 from sheepdog.cluster.core.limits import JOIN_HISTORY_EPOCHS
+from sheepdog.cluster.core.messages import PEER_VERSION
 from sheepdog.cluster.core.state import (
-    PROTOCOL_VERSION,
     ClusterFlag,
     ClusterState,
     Status,
@@ -22,6 +22,7 @@ from sheepdog.cluster.core.state import (
 from sheepdog.cluster.core.void_epochs import Join, are_void, makes_void, parting, parting_of
 
 _NEWER = "it may hold what the others lack: shut them down and start all nodes together"
+_STOP = "to change it, shut all down and start them with the same program"
 _OTHER = "if nothing that was written there since is needed, start it with empty disks"
 
 
@@ -31,7 +32,7 @@ def join_command(state: ClusterState, me: Member, fixed: bool, log_since: int) -
         "t": "join",
         "member": member_to_json(me),
         "fixed": fixed,
-        "protocol": PROTOCOL_VERSION,
+        "protocol": PEER_VERSION,
         "config": state.config().decode() if state.ctime else None,
         "epochs": [record_to_json(record) for record in state.epochs[-JOIN_HISTORY_EPOCHS:]],
         "since": log_since,
@@ -40,8 +41,9 @@ def join_command(state: ClusterState, me: Member, fixed: bool, log_since: int) -
 
 def refusal(state: ClusterState, join: Join) -> str | None:
     """Why a node may not join (cli.md 1.7); None when it may."""
-    if join["protocol"] != PROTOCOL_VERSION:
-        return f"it speaks version {join['protocol']} of the protocol between sheep, the cluster {PROTOCOL_VERSION}"
+    if join["protocol"] != PEER_VERSION:
+        other = join["protocol"]
+        return f"it speaks version {other} of the protocol between sheep, the cluster {PEER_VERSION}; {_STOP}"
     config = json.loads(join["config"]) if join["config"] is not None else None
     if state.ctime and config is not None and config["ctime"] != state.ctime:
         return "its store belongs to another cluster (different creation time)"

@@ -19,6 +19,10 @@ from sheepdog.cluster.core.ids import (
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+# Of these messages, their bytes and what they mean: nodes of different versions form no cluster (core.join_rules).
+# Never 10: that is what all of them said when they joined, as long as it was not this.
+PEER_VERSION: Final = 7
+
 
 class Kind(IntEnum):
     """Kinds of peer messages; sender -> receiver."""

@@ -18,7 +18,7 @@ from sheepdog.cluster.core.limits import DEFAULT_COPIES, DEFAULT_SHIFT
 from sheepdog.cluster.core.ring import auto_vnodes
 from sheepdog.cluster.core.vdi import VdiTable
 
-PROTOCOL_VERSION = 0x0A  # protocol.md 14.3
+PROTOCOL_VERSION = 0x0A  # as clients are told (protocol.md 14.3)
 STORE_NAMES = ("plain", "tree", "farm", "simple")  # names that format accepts; all mean our one store
 
 

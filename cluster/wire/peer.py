@@ -27,12 +27,11 @@ from librt.strings import BytesWriter, read_i32_le, read_i64_le, write_i32_le, w
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, make_version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
-from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.messages import PEER_VERSION, Buffer, Kind, Message
 from sheepdog.cluster.wire.streams import Arena, Intake
 from sheepdog.cluster.wire.words import read_u32, read_u64, write_u32, write_u64
 
 PEER_MAGIC: Final = b"\xf5SHP"
-PEER_VERSION: Final = 7
 HELLO: Final = Struct("<4sHH16sH16s")
 HEADER_SIZE: Final = 104
 _AFTER_FENCE: Final = bytes(HEADER_SIZE - 16)  # of a header that says no more

@@ -17,9 +17,10 @@ from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.fragments import Fragments
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId, ObjectId, Vid, data_oid
 from sheepdog.cluster.core.membership import ClusterMachine
+from sheepdog.cluster.core.messages import PEER_VERSION
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Delivery, Peer, Timer, View
-from sheepdog.cluster.core.state import PROTOCOL_VERSION, ClusterFlag, ClusterState, Status, member_to_json, node_key
+from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, member_to_json, node_key
 
 NODES = (3, 10, 30, 100, 300, 1000)
 LOOKUPS = 20_000
@@ -136,7 +137,7 @@ class Machine(Listening):
         self._ring()
         left = time.process_time()
         joining: Command = {"t": "join", "member": member_to_json(one), "config": None, "epochs": []}
-        joining |= {"fixed": False, "protocol": PROTOCOL_VERSION}
+        joining |= {"fixed": False, "protocol": PEER_VERSION}
         self.view((who,), ())
         self.say(joining, who)
         self.say(accepted(who, joining, ClusterState()), self._peers[0])

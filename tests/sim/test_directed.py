@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
+from sheepdog.cluster.core import membership
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, data_oid
+from sheepdog.cluster.core.join_rules import join_command
 from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.core.messages import Kind
+from sheepdog.cluster.core.messages import PEER_VERSION, Kind
 from sheepdog.cluster.core.ports import Buffer, Proven
 from sheepdog.cluster.core.recovery_jobs import Job
 from sheepdog.cluster.sim.clients import Volume, block_of, make_volume
@@ -108,6 +111,32 @@ def test_a_restart_before_the_death_is_noticed(seed: int) -> None:
         cluster.world.run_for(seed * MILLISECOND)
         machine.start()
         cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+
+
+def test_a_node_of_another_version_is_refused_and_the_others_serve_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not hear what it holds, and would wait for that for ever."""
+    cluster, volume = fresh(3, 3)
+    *others, last = cluster.machines
+    last.kill()
+    settle(cluster, *others)
+
+    def another(*words: Any) -> dict[str, Any]:
+        return join_command(*words) | {"protocol": PEER_VERSION + 1}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(membership, "join_command", another)
+        last.start()
+        cluster.world.run_until(lambda: bool(last.exits), SECOND, "a refusal")
+        status, reason = last.exits[0]
+        assert (status, reason.split(";")[0]) == (
+            1,
+            f"it speaks version {PEER_VERSION + 1} of the protocol between sheep, the cluster {PEER_VERSION}",
+        )
+        assert write(others[0], volume, 1) == Result.SUCCESS
+        assert read(others[1], volume) == (Result.SUCCESS, block_of(1))
+    cluster.world.run_until(lambda: last.up, SECOND, "a start of the right version")
+    settle(cluster, *cluster.machines)
+    assert read(last, volume) == (Result.SUCCESS, block_of(1))
 
 
 @pytest.mark.parametrize("seed", range(5))
