@@ -152,5 +152,8 @@ class _Nowhere:
     def send(self, node: NodeId, message: Message) -> None:
         pass
 
+    def confirm(self, node: NodeId, fence: int, rid: int) -> None:
+        pass
+
     def connect(self, nodes: Iterable[NodeId]) -> None:
         pass

@@ -76,6 +76,14 @@ class Dispatch:
         else:
             self._handlers[kind](sender, message)
 
+    def on_successes(self, sender: NodeId, fence: int, rids: list[int]) -> None:
+        """ANSWERs that say no more than success. None is early: this node has asked in that epoch."""
+        context = self._context
+        if fence != context.fence:
+            context.probe("node.stale_message")
+        else:
+            context.peers.on_successes(sender, rids)
+
     # -- for the home of this node ---------------------------------------------------------------------------------
 
     def _on_submit(self, sender: NodeId, message: Message) -> None:

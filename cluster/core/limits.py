@@ -101,6 +101,8 @@ CACHE_READ_AHEAD_MAX_BYTES: Final = 1 << 20  # ... up to this
 CACHE_QUIET_NS: Final = 10_000_000_000  # a volume that another gateway wanted is not cached again for so long
 CACHE_END_NS: Final = 20_000_000_000  # an orderly end pushes for so long; the rest stays for the next start
 
+ORIGINS_SWEEP_AT: Final = 64  # writes remembered of a gateway: swept seldom enough to cost nothing (core.origins)
+
 JOURNALED_BYTES: Final = 64 << 10  # a larger write goes to its file at once: the journal would take as long again
 JOURNALED_NOSYNC_BYTES: Final = 16 << 10  # without syncs it saves no wait: writing twice pays for small ones only
 JOURNAL_READ_BYTES: Final = 4 << 20  # larger than any record: reading a mostly empty segment whole took seconds

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, Version
+from sheepdog.cluster.core.limits import ORIGINS_SWEEP_AT
 from sheepdog.cluster.core.messages import Buffer
 
 _ENTRY = Struct("<QQH6xIIQ")
@@ -32,55 +33,68 @@ class Origin(NamedTuple):
     version: Version  # that it gave
 
 
+class _Gateway:
+    """What is remembered of one: its writes by number. Those below `floor` are answered, and swept out now and then."""
+
+    __slots__ = ("floor", "numbers", "sweep_at")
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, tuple[ObjectId, Version]] = {}
+        self.floor = 0
+        self.sweep_at = ORIGINS_SWEEP_AT
+
+    def sweep(self) -> None:
+        self.numbers = {number: write for number, write in self.numbers.items() if number >= self.floor}
+        self.sweep_at = max(ORIGINS_SWEEP_AT, 2 * len(self.numbers))
+
+
 class Origins:
     """Of one node; `begin` tells the members of a new epoch."""
 
     def __init__(self) -> None:
         self._processes: list[tuple[NodeId, int]] = []  # by member: node and incarnation
-        self._numbers: list[dict[int, tuple[ObjectId, Version]]] = []  # by member, in the order of arrival
+        self._gateways: list[_Gateway] = []  # by member
 
     def begin(self, members: Sequence[Member]) -> None:
         """A gateway that is gone, or came back as another process, asks for nothing any more."""
-        known = dict(zip(self._processes, self._numbers, strict=True))
+        known = dict(zip(self._processes, self._gateways, strict=True))
         self._processes = [(member.id, member.incarnation) for member in members]
-        self._numbers = [known.get(process, {}) for process in self._processes]
+        self._gateways = [known.get(process) or _Gateway() for process in self._processes]
 
     def add(self, gateway: int, number: int, floor: int, oid: ObjectId, version: Version) -> None:
         """A write was applied here; all writes of the gateway below `floor` are answered."""
-        numbers = self._numbers[gateway]
+        known = self._gateways[gateway]
+        numbers = known.numbers
         numbers[number] = oid, version
-        answered = []
-        for old in numbers:
-            if old >= floor:
-                break
-            answered.append(old)
-        for old in answered:
-            del numbers[old]
+        known.floor = floor  # one that another home was told earlier may come later: then a few are kept longer
+        if len(numbers) >= known.sweep_at:
+            known.sweep()
 
     def merge(self, origins: Iterable[Origin]) -> None:
         """What the source of a restored copy knows of it."""
         for origin in origins:
-            if origin.gateway < len(self._numbers):
-                self._numbers[origin.gateway][origin.number] = origin.oid, origin.version
+            if origin.gateway < len(self._gateways):
+                self._gateways[origin.gateway].numbers[origin.number] = origin.oid, origin.version
 
     def forget(self, oid: ObjectId) -> None:
         """The copy here is replaced by another one, or gone."""
-        for numbers in self._numbers:
-            for number in [number for number, (of, _) in numbers.items() if of == oid]:
-                del numbers[number]
+        for known in self._gateways:
+            for number in [number for number, (of, _) in known.numbers.items() if of == oid]:
+                del known.numbers[number]
 
     def disown(self, origins: Iterable[Origin]) -> None:
         """These writes are not done, though something of them may be here."""
         for origin in origins:
-            if origin.gateway < len(self._numbers):
-                self._numbers[origin.gateway].pop(origin.number, None)
+            if origin.gateway < len(self._gateways):
+                self._gateways[origin.gateway].numbers.pop(origin.number, None)
 
     def clear(self) -> None:
-        self._processes, self._numbers = [], []
+        self._processes, self._gateways = [], []
 
     def __iter__(self) -> Iterator[Origin]:
-        for gateway, numbers in enumerate(self._numbers):
-            for number, (oid, version) in numbers.items():
+        for gateway, known in enumerate(self._gateways):
+            known.sweep()
+            for number, (oid, version) in known.numbers.items():
                 yield Origin(oid, number, gateway, version)
 
     def of(self, oid: ObjectId) -> list[Origin]:

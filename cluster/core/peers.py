@@ -5,13 +5,15 @@ A machine that must have its answer across epochs asks again in the new one (`co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
+from typing import Final
 
 from sheepdog.cluster.core.ids import NO_VERSION, NodeId, Version
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.ports import Network
 
 Answered = Callable[[Message], None]
+_SUCCEEDED: Final = Message(Kind.ANSWER, 0)  # what is said of each request in a list of those that succeeded
 
 
 class Peers:
@@ -47,6 +49,9 @@ class Peers:
         length: int = 0,
         flags: int = 0,
     ) -> None:
+        if not (result or length or flags or body) and version is NO_VERSION:
+            self.network.confirm(node, request.fence, request.rid)
+            return
         answer = Message(
             Kind.ANSWER,
             request.fence,
@@ -81,6 +86,22 @@ class Peers:
         if entry is not None:
             entry[1](message)
 
+    def on_successes(self, node: NodeId, rids: Iterable[int]) -> None:
+        """Completes several requests. A bug in what one of them does then is raised when all have been told."""
+        outstanding = self._outstanding.get(node)
+        if outstanding is None:
+            return
+        bug: Exception | None = None
+        for rid in rids:
+            entry = outstanding.pop(rid, None)
+            if entry is not None:
+                try:
+                    entry[1](_SUCCEEDED)
+                except Exception as error:
+                    bug = bug or error
+        if bug is not None:
+            raise bug
+
     def on_link(self, node: NodeId, up: bool) -> None:
         """A new link: whatever was not answered may be lost, and is sent again in order."""
         if up:
@@ -88,5 +109,7 @@ class Peers:
                 self.network.send(node, message)
 
     def forget_all(self) -> None:
-        """A new epoch: no answer of the old one counts."""
+        """A new epoch: no answer of the old one counts, also not the rest of a list of them."""
+        for outstanding in self._outstanding.values():
+            outstanding.clear()
         self._outstanding.clear()

@@ -49,6 +49,9 @@ class Network(Protocol):
     def send(self, node: NodeId, message: Message) -> None:
         """Queues a message; messages of one turn of the loop leave together. Unknown or dead node: dropped."""
 
+    def confirm(self, node: NodeId, fence: int, rid: int) -> None:
+        """As `send` of an ANSWER that says no more than that its request succeeded."""
+
     def connect(self, nodes: Iterable[NodeId]) -> None:
         """The nodes this one talks to from now on; links to all others are closed."""
 

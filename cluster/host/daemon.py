@@ -185,6 +185,7 @@ class Daemon:
         )
         node.context.coder = self._coder
         self.links.on_message = node.dispatch.on_message
+        self.links.on_successes = node.dispatch.on_successes
         self.links.on_link = node.on_link
         if self.options.recovery is not None:
             throttle = self.options.recovery

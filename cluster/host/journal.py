@@ -248,30 +248,41 @@ class Journal:
         if self._before is not None:
             self._before.write_out()
         # The last page is written whole: the kernel would have to read the rest of it from the disk.
-        tail = -self._offset & BLOCK_SIZE - 1
-        if self._offset + tail <= self._segment_bytes:
+        end = self._offset
+        tail = -end & BLOCK_SIZE - 1
+        if end + tail <= self._segment_bytes:
             queue.append(ZERO_BLOCK[:tail])
-        fd = self._fds[self._number & 1]
+            end += tail
         start = self._queue_start
         try:
-            first = 0
-            while first < len(queue):
-                size, last = len(queue[first]), first + 1
-                while last < len(queue) and last - first < VECTORS and size + len(queue[last]) <= WRITE_PIECE_BYTES:
-                    size += len(queue[last])
-                    last += 1
-                part = queue[first:last]
-                count = self._disk.pwritev(fd, part, start)
-                if count != size:
-                    write_all(self._disk, fd, b"".join(part)[count:], start + count)
-                start += size
-                first = last
+            if len(queue) <= VECTORS and end - start <= WRITE_PIECE_BYTES:  # nearly always
+                self._write(queue, start, end - start)
+            else:
+                self._write_in_pieces(queue, start)
         except OSError as error:
             self._fail(error)
             return False
         self._queue_start = self._offset
         self.written = self.position
         return True
+
+    def _write(self, buffers: list[Buffer], start: int, size: int) -> None:
+        fd = self._fds[self._number & 1]
+        count = self._disk.pwritev(fd, buffers, start)
+        if count != size:
+            write_all(self._disk, fd, b"".join(buffers)[count:], start + count)
+
+    def _write_in_pieces(self, buffers: list[Buffer], start: int) -> None:
+        """As many at a time as one call takes."""
+        first = 0
+        while first < len(buffers):
+            size, last = len(buffers[first]), first + 1
+            while last < len(buffers) and last - first < VECTORS and size + len(buffers[last]) <= WRITE_PIECE_BYTES:
+                size += len(buffers[last])
+                last += 1
+            self._write(buffers[first:last], start, size)
+            start += size
+            first = last
 
     # Durability
 

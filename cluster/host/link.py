@@ -27,7 +27,6 @@ from sheepdog.cluster.wire.peer import (
     encode_answers,
     encode_hello,
     fence_of,
-    is_success_only,
 )
 from sheepdog.cluster.wire.streams import Outbox
 
@@ -43,7 +42,6 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3  # a peer wit
 USER_TIMEOUT_MS: Final = 11_000  # ... also while bytes to it are under way
 _ERROR: Final = 3
 _WARNING: Final = 4
-_ANSWER: Final = int(Kind.ANSWER)
 _ANSWERS: Final = int(Kind.ANSWERS)
 
 
@@ -144,14 +142,20 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Queues a message. Messages are received in the order in which they were queued."""
-        success = is_success_only(message)
-        if self._answered and (not success or message.fence != self._answers_fence):
+        if self._answered:
             self._queue_answers()
-        if success:
-            self._answers_fence = message.fence
-            self._answered.append(message.rid)
-        else:
-            self.outbox.add(encode(message))
+        self.outbox.add(encode(message))
+        self._flush_later()
+
+    def confirm(self, fence: int, rid: int) -> None:
+        """Queues an answer of success, to go with the next ones."""
+        if self._answered and fence != self._answers_fence:
+            self._queue_answers()
+        self._answers_fence = fence
+        self._answered.append(rid)
+        self._flush_later()
+
+    def _flush_later(self) -> None:
         if not self._flush_asked:
             self._flush_asked = True
             self._links.turn.at_end(self.flush)
@@ -220,20 +224,22 @@ class Link:
             kind = header[0]
             received[kind] += 1
             if kind == _ANSWERS:
-                fence = fence_of(header)
-                for rid in decode_answers(body):
-                    self._deliver(node, Message(_ANSWER, fence, rid))
+                self._deliver_successes(node, fence_of(header), decode_answers(body))
             else:
                 self._deliver(node, decode(header, body))
 
     def _deliver(self, node: NodeId, message: Message) -> None:
-        if self.state is not State.UP:
-            return  # what came before it has ended the link
         try:
             self._links.on_message(node, message)
         except Exception as error:
             # Ours, not the peer's: the bug is reported, the other messages are handled.
             self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
+
+    def _deliver_successes(self, node: NodeId, fence: int, rids: list[int]) -> None:
+        try:
+            self._links.on_successes(node, fence, rids)
+        except Exception as error:
+            self._links.log(_ERROR, f"internal error: success of {rids} from {node}: {describe(error)}")
 
     def _receive_hello(self) -> None:
         missing = HELLO.size - len(self.greeting)

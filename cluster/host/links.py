@@ -94,7 +94,8 @@ class _Peer:
 
 
 class Links:
-    """All links of this node. `on_message` and `on_link` are never called from within a call to here."""
+    """All links of this node. `on_message`, `on_successes` (fence, ids of requests) and `on_link` are never called from
+    within a call to here."""
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Links:
         self.arena = arena
         self.log = log
         self.on_message: Callable[[NodeId, Message], None] = lambda node, message: None
+        self.on_successes: Callable[[NodeId, int, list[int]], None] = lambda node, fence, rids: None
         self.on_link: Callable[[NodeId, bool], None] = lambda node, up: None
         self.received = [0] * 256  # messages, by kind
         self.rx_bytes = 0
@@ -128,6 +130,14 @@ class Links:
             link = peer.link
             if link is not None and link.state is State.UP:
                 link.send(message)
+
+    def confirm(self, node: NodeId, fence: int, rid: int) -> None:
+        """As `send` of an ANSWER of success; all of one turn for a peer go in one frame."""
+        peer = self._peers.get(node)
+        if peer is not None:
+            link = peer.link
+            if link is not None and link.state is State.UP:
+                link.confirm(fence, rid)
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
         """The peers from now on, this node left out. Links to others are closed without an `on_link`."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sheepdog.cluster.host.loop import TurnLoop
 
 NS_PER_S: Final = 1_000_000_000
+_clock_gettime_ns: Final = time.clock_gettime_ns  # looked up once, not for each answer
+_BOOTTIME: Final = time.CLOCK_BOOTTIME
 ROUNDS_PER_TURN: Final = 16  # calls at the end of a turn may ask for more of them; then sockets come first
 
 
@@ -29,7 +31,7 @@ class HostClock:
         self._loop = loop
 
     def now_ns(self) -> int:
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return _clock_gettime_ns(_BOOTTIME)
 
     def wall_ns(self) -> int:
         return time.time_ns()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from sheepdog.cluster.core.ids import NodeId
-from sheepdog.cluster.core.messages import Message
+from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 from sheepdog.cluster.wire.peer import HEADER_SIZE, decode, encode
 
@@ -41,6 +41,9 @@ class SimNetwork:
             if self._fabric.trap is not None:
                 self._fabric.trap(self.me, node, message.kind)
             link.send(self, b"".join(encode(message)))
+
+    def confirm(self, node: NodeId, fence: int, rid: int) -> None:
+        self.send(node, Message(Kind.ANSWER, fence, rid))
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
         self.wanted = dict.fromkeys(node for node in nodes if node != self.me)

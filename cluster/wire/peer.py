@@ -37,7 +37,6 @@ HEADER_SIZE: Final = 104
 _AFTER_FENCE: Final = bytes(HEADER_SIZE - 16)  # of a header that says no more
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 _IS_KIND: Final = bytes(int(number in set(Kind)) for number in range(256))
-_ANSWER: Final = int(Kind.ANSWER)
 _ANSWERS: Final = int(Kind.ANSWERS)
 RID_SIZE: Final = 8
 
@@ -96,13 +95,6 @@ def encode(message: Message) -> list[Buffer]:
     if not length:
         return [header.getvalue()]
     return [header.getvalue(), *body] if isinstance(body, list) else [header.getvalue(), body]
-
-
-def is_success_only(message: Message) -> bool:
-    """An answer that `encode_answers` can tell."""
-    return message.kind == _ANSWER and not (
-        message.result or message.flags or message.length or message.body or message.version is not NO_VERSION
-    )
 
 
 def encode_answers(fence: int, rids: list[int]) -> list[Buffer]:

@@ -40,6 +40,17 @@ def test_what_is_answered_is_forgotten() -> None:
     assert not list(origins)
 
 
+def test_what_is_remembered_stays_small_under_load() -> None:
+    origins = Origins()
+    origins.begin([member(1)])
+    most = 0
+    for number in range(1, 10_000):
+        origins.add(0, number, max(number - 100, 0), OID, V1)
+        most = max(most, len(origins._gateways[0].numbers))
+    assert 100 < most <= 2 * 101
+    assert [origin.number for origin in origins] == list(range(9_899, 10_000))
+
+
 def test_bytes() -> None:
     origins = [Origin(OID, 5, 1, V1), Origin(ObjectId(1 << 63), 1 << 40, 6000, V1)]
     assert decode_origins(encode_origins(origins)) == origins

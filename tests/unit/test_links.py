@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.support.ports import PortBlock
 
-from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, format_address
+from sheepdog.cluster.core.ids import NodeId, ObjectId, format_address
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.host import link as link_module
 from sheepdog.cluster.host import links as links_module
@@ -77,7 +76,9 @@ class Node:
         self.arrived: list[tuple[NodeId, Message]] = []
         self.events: list[tuple[NodeId, bool]] = []
         self.links = Links(me, world.loop, world.turn, Arena(BufferPool()), world.log, io)
+        self.successes: list[tuple[int, list[int]]] = []  # fence, requests
         self.links.on_message = lambda node, message: self.arrived.append((node, message))
+        self.links.on_successes = lambda node, fence, rids: self.successes.append((fence, rids))
         self.links.on_link = lambda node, up: self.events.append((node, up))
         self.server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
         self.server.admit_clients()
@@ -162,27 +163,26 @@ def test_messages_arrive_in_order_both_ways(world: World, pair: tuple[Node, Node
 
 
 def test_answers_of_success_share_a_frame_and_keep_their_places(world: World, pair: tuple[Node, Node]) -> None:
-    """Fences differ, and what says more than success goes by itself; the order is that of the sender."""
+    """Those of one fence, up to the next message."""
     small, large = pair
-    sent = [
-        *(Message(Kind.ANSWER, 3, rid) for rid in (1, 2, 3)),
-        Message(Kind.ANSWER, 4, 4),
-        Message(Kind.ANSWER, 4, 5, result=Result.EIO),
-        Message(Kind.ANSWER, 4, 6, body=b"data"),
-        Message(Kind.ANSWER, 4, 7, length=1),
-        Message(Kind.ANSWER, 4, 8, flags=1),
-        Message(Kind.ANSWER, 4, 9, version=Version(1, 2, 3)),
-        Message(Kind.ANSWER, 4, 10),
-        Message(Kind.STABLE, 4, 11),
-        Message(Kind.ANSWER, 4, 1 << 62),
-    ]
-    for each in sent:
-        small.links.send(large.me, each)
-    world.until(lambda: len(large.arrived) == len(sent))
-    assert [repr(arrived) for _, arrived in large.arrived] == [repr(each) for each in sent]
-    assert [(arrived.body, arrived.length) for _, arrived in large.arrived] == [(e.body, e.length) for e in sent]
-    assert large.links.received[Kind.ANSWERS] == 4  # 1 to 3; 4; 10; 1 << 62
-    assert large.links.received[Kind.ANSWER] == 5
+    for rid in (1, 2, 3):
+        small.links.confirm(large.me, 3, rid)
+    small.links.confirm(large.me, 4, 4)
+    small.links.send(large.me, message(5))
+    for rid in (6, 1 << 62):
+        small.links.confirm(large.me, 4, rid)
+    world.until(lambda: len(large.successes) == 3)
+    assert large.successes == [(3, [1, 2, 3]), (4, [4]), (4, [6, 1 << 62])]
+    assert [arrived.rid for _, arrived in large.arrived] == [5]
+    assert large.links.received[Kind.ANSWERS] == 3
+
+
+def test_a_success_of_a_node_that_is_away_is_dropped(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    large.close()
+    world.until(lambda: not small.links.is_up(large.me))
+    small.links.confirm(large.me, 3, 1)
+    small.links.confirm(NodeId(LOCALHOST, 1), 3, 1)
 
 
 def test_a_broken_list_of_answers_ends_the_link(world: World, pair: tuple[Node, Node]) -> None:
@@ -396,12 +396,20 @@ def test_a_message_that_breaks_core_does_not_stop_the_next(world: World, pair: t
         if arrived.rid == 1:
             raise ValueError("a bug")
 
+    def pickier(sender: NodeId, fence: int, rids: list[int]) -> None:
+        seen.extend(rids)
+        raise ValueError("another bug")
+
     large.links.on_message = picky
+    large.links.on_successes = pickier
+    small.links.confirm(large.me, 1, 7)
     for rid in range(3):
         small.links.send(large.me, message(rid))
-    world.until(lambda: len(seen) == 3)
+    world.until(lambda: len(seen) == 4)
+    assert seen == [7, 0, 1, 2]
+    assert [text for text in world.logged if "another bug" in text]
     assert large.links.is_up(small.me)
-    assert [text for text in world.logged if "a bug" in text]
+    assert [text for text in world.logged if ": a bug" in text]
     world.logged.clear()
 
 
