@@ -336,6 +336,17 @@ def test_a_node_that_left_is_closed_without_an_event(world: World, pair: tuple[N
     assert small.events == [(large.me, True)]
 
 
+def test_a_sender_is_named_by_the_object_that_core_has_for_it(world: World, pair: tuple[Node, Node]) -> None:
+    """Of the present epoch; the link is that of the epochs before. So dictionaries find it without comparing bytes."""
+    small, large = pair
+    again = NodeId(bytes(bytearray(large.me.address)), large.me.port)
+    small.links.connect([again])
+    large.links.send(small.me, message(1))
+    world.until(lambda: small.arrived)
+    assert small.arrived[0][0] is again
+    assert small.events == [(large.me, True)], "the link stayed"
+
+
 def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     again = large.raw()
