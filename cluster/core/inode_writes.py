@@ -35,6 +35,9 @@ from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.script import Script, Step, gather, run
 from sheepdog.cluster.core.vdi import VdiRecord
 
+# Of an object that is to become zeros: it has, or is not there, or stays with a snapshot.
+_NOTHING_LEFT = (Result.SUCCESS, Result.NO_OBJ, Result.READONLY, Result.NO_VDI)
+
 
 class InodeWrites:
     """Takes client writes to inode objects from the gateway."""
@@ -140,29 +143,31 @@ class InodeWrites:
         vid = vid_of(oid)
         result = yield from self._coherence.claim(vid)
         if not result and self._gateway.is_among_others(oid):
-            yield from self._empty(oid, offset, data, durable)
+            result = yield from self._empty(oid, offset, data, durable)
         if not result:
             result = yield from self._write_map(oid, offset, data, durable)
         if not result:
             result = yield from self._coherence.claim(vid)
         return result
 
-    def _empty(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[None]:
+    def _empty(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         """The objects that a map write gives back become zeros before it.
 
         Should this node die before they are removed, a client behind another gateway that makes one of them again finds
-        it, and takes it for one that somebody else has made just now (`Gateway.create`).
+        it, and takes it for one that somebody else has made just now (`Gateway.create`). So it does with one that could
+        neither be emptied nor removed, because its nodes were away: that one is not given back.
         """
         vid, entries = vid_of(oid), entries_written(offset, len(data))
         start = map_offset(entries.start)
         result, before = yield self._read(oid, start, 4 * len(entries))
         if result:
-            return
+            return int(result)
         after = bytearray(before)
         after[offset - start : offset - start + len(data)] = data
         pairs = zip(entries, unpack_map(before), unpack_map(after), strict=True)
         given_back = [data_oid(vid, index) for index, old, new in pairs if old == vid and new == NO_VID]
-        yield gather([self._zero(one, durable) for one in given_back], RECLAIM_PARALLEL)
+        answers = yield gather([self._zero(one, durable) for one in given_back], RECLAIM_PARALLEL)
+        return next((int(result) for result, _ in answers if result not in _NOTHING_LEFT), int(Result.SUCCESS))
 
     def _zero(self, oid: ObjectId, durable: bool) -> Step:
         return lambda done: self._gateway.zero(oid, 0, self._context.size_of(oid), durable, done)
