@@ -103,7 +103,7 @@ class Executor:
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
-        self.sweep = Sweep(context, gateway, everyone, inodes, self._erase)
+        self.sweep = Sweep(context, gateway, everyone, inodes, self._erase, copies.lacking)
         self.table = TableLoad(context, gateway, everyone, left_dirty, copies)
         self._freeze_here = freeze_here
 

@@ -413,6 +413,12 @@ class _Facts:
         index = then.index_of.get(self._placement.nodes[member])
         return index is not None and index in then.replicas(oid)
 
+    def restarted(self, member: int, epoch: int) -> bool:
+        then = self._former(epoch)
+        now = self._placement.members[member]
+        index = None if then is None else then.index_of.get(now.id)
+        return then is not None and index is not None and then.members[index].incarnation != now.incarnation
+
     def never_stored(self, oid: ObjectId, epoch: int, holders: set[int]) -> bool:
         return any(
             member not in holders

@@ -4,6 +4,8 @@ current     strips that were proven current in the newest epoch known to any of 
             last write itself, also the strips of that epoch's replicas: they were made current before it was written;
             but not those of which a member knows that it was to make them anew, for an agreement gives a version, too;
             nor those that could not take a write, as long as the others make up the object
+restarted   a member that is another process than then may have lost unflushed writes with its power. Where the others
+            make up the object they tell its state, as if it had come later; what it has may still fit
 unfinished  a write that some strip has and another proven one lacks which it touches: it was not answered, nor was
             any later one of the object, so it is undone with all that came after. The *cut* is the first such write
 state       what a strip was before the cut: it goes back to that (core.strip_undo)
@@ -143,6 +145,9 @@ class Facts(Protocol):
     def was_replica(self, oid: ObjectId, member: int, epoch: int) -> bool:
         """The member belonged to the object's replicas in an earlier epoch."""
 
+    def restarted(self, member: int, epoch: int) -> bool:
+        """The member is another process than in that epoch: unflushed writes may be gone, if its power failed."""
+
     def never_stored(self, oid: ObjectId, epoch: int, holders: set[int]) -> bool:
         """Some replica of every epoch since `epoch`, whose memory is whole, holds none of the object."""
 
@@ -189,8 +194,10 @@ def decide(
             and facts.was_replica(oid, entry.member, best.epoch)
         )
     ]
-    for bad in (lacking, ()):  # what is known to lack a write counts only where the others do not make up the object
-        state = _one_state(policy, _without(bad, real), _without(bad, current), best_as_of)
+    # What may have lost a write, or is known to lack one, counts only where the others do not make up the object.
+    restarted = {(entry.member, entry.strip) for entry in real if facts.restarted(entry.member, best_as_of)}
+    for bad, doubted in ((lacking, restarted), (lacking, ()), ((), ())):
+        state = _one_state(policy, _without(bad, real), _without(bad, _without(doubted, current)), best_as_of)
         if state.strips:
             return _arrange(oid, policy, state, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
@@ -214,7 +221,7 @@ class _State(NamedTuple):
 
 
 def _one_state(policy: Policy, real: Sequence[Held], current: Sequence[Held], best_as_of: int) -> _State:
-    proven = [entry for entry in real if entry.as_of == best_as_of]
+    proven = [entry for entry in current if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.
     cuts: list[Version | None] = [*_hidden(policy, proven), None, *reversed(_unfinished(policy, current))]
     for cut in cuts:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from sheepdog.cluster.core.context import Context
@@ -50,13 +51,21 @@ class Sweep:
     """Of one node. `erase` frees what a deleted VDI names and empties its map."""
 
     def __init__(
-        self, context: Context, gateway: Gateway, everyone: Everyone, inodes: InodeWrites, erase: Erase
+        self,
+        context: Context,
+        gateway: Gateway,
+        everyone: Everyone,
+        inodes: InodeWrites,
+        erase: Erase,
+        lacking: Callable[[], Iterable[tuple[ObjectId, int]]],
     ) -> None:
+        """`lacking`: copies that this node should have and has not (core.copies)."""
         self._context = context
         self._gateway = gateway
         self._everyone = everyone
         self._inodes = inodes
         self._erase = erase
+        self._lacking = lacking
         self._planned = False
 
     def consider(self) -> None:
@@ -79,11 +88,11 @@ class Sweep:
             self._context.machine.propose({"t": "op", "operation": operation})
 
     def candidates_here(self, answered: Callable[[int, Buffer], None]) -> None:
-        """JSON of the ids of what is here of deleted VDIs (not their inodes), and of all attributes."""
+        """JSON of the ids of what is known here of deleted VDIs (not their inodes), and of all attributes."""
         dead = frozenset(record.vid for record in self._context.state.vdis.records() if record.deleted)
         found = dict.fromkeys(
             plain_oid(oid)
-            for oid, _ in self._context.store.inventory()
+            for oid, _ in chain(self._context.store.inventory(), self._lacking())
             if not is_inode(oid) and (is_attribute(oid) or vid_of(oid) in dead)
         )
         answered(Result.SUCCESS, json.dumps(list(found)).encode())

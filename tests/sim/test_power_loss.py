@@ -13,6 +13,7 @@ from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.clients import block_of
 from sheepdog.cluster.sim.cluster import Machine
+from sheepdog.cluster.sim.world import MILLISECOND
 
 SEEDS = 40
 WRITES = 6
@@ -94,3 +95,22 @@ def test_unflushed_writes_survive_where_as_many_strips_as_data_keep_their_power(
     audit(story.cluster)
     power_off(story, *rng.sample([machine for machine in here if machine not in lost], parity))
     assert shows(story, expected)
+
+
+@coded
+@pytest.mark.parametrize("delay_ns", [0, 100 * MILLISECOND])
+@pytest.mark.parametrize("seed", range(SEEDS // 4))
+def test_they_survive_where_the_others_are_back_before_they_are_missed(
+    seed: int, delay_ns: int, nodes: int, policy: int
+) -> None:
+    """What their strips lack must not be taken for a write that did not get everywhere, which is undone."""
+    story, expected = written(seed, nodes, policy)
+    lost = random.Random(seed).sample(holders(story.cluster, story.volume), policy & 0xF)
+    for machine in lost:
+        machine.kill(power=True)
+    story.cluster.world.run_for(delay_ns)
+    for machine in lost:
+        machine.start()
+    story.settle()
+    assert shows(story, expected)
+    audit(story.cluster)

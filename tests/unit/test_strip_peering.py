@@ -19,7 +19,10 @@ N = Version(3, 1, 1 << 16)
 
 
 class Nothing:
-    """Facts of an object whose nodes were always the same."""
+    """Facts of an object whose nodes were always the same; some of them are other processes than they were."""
+
+    def __init__(self, *others: int) -> None:
+        self._others = others
 
     def deleted(self, oid: int, as_of: int, holders: set[int]) -> bool:
         return False
@@ -32,6 +35,9 @@ class Nothing:
 
     def was_replica(self, oid: int, member: int, epoch: int) -> bool:
         return True
+
+    def restarted(self, member: int, epoch: int) -> bool:
+        return member in self._others
 
     def never_stored(self, oid: int, epoch: int, holders: set[int]) -> bool:
         return False
@@ -50,8 +56,8 @@ def held(
     )
 
 
-def decided(*strips: Held) -> StripDecision:
-    decision = decide(OID, POLICY, strips, REPLICAS, Nothing())
+def decided(*strips: Held, restarted: Sequence[int] = ()) -> StripDecision:
+    decision = decide(OID, POLICY, strips, REPLICAS, Nothing(*restarted))
     assert decision is not None
     return decision
 
@@ -62,6 +68,23 @@ def states(decision: StripDecision) -> dict[int, Version]:
 
 def test_equal_strips_in_place_need_nothing() -> None:
     assert decide(OID, POLICY, [held(strip, V[1]) for strip in range(4)], REPLICAS, Nothing()) is None
+
+
+@pytest.mark.parametrize(("restarted", "cut"), [((), V[2]), ((0,), None), ((0, 1, 2, 3), V[2])])
+def test_what_lost_its_power_is_no_witness_against_a_write(restarted: tuple[int, ...], cut: Version | None) -> None:
+    """As long as the others make up the object."""
+    decision = decided(
+        held(0, V[1]),
+        held(1, V[1]),
+        held(2, V[2], (V[1], FIRST)),
+        held(3, V[2], (V[1], FIRST)),
+        restarted=restarted,
+    )
+    assert decision.cut == cut
+    if cut is None:
+        assert (states(decision), decision.missing) == ({1: V[1], 2: V[2], 3: V[2]}, (0,))
+    else:
+        assert states(decision) == dict.fromkeys(range(4), V[1])
 
 
 def test_a_strip_that_a_write_left_alone_is_no_worse() -> None:
