@@ -41,7 +41,7 @@ class Copies:
     state; `settled` is called when the home of this node knows all inventories."""
 
     def __init__(self, context: Context, state: NodeState, must_work: Done, settled: Callable[[], None]) -> None:
-        self.replica = Replica(context, self._went_bad)
+        self.replica = Replica(context, self._went_bad, self._consider_settled)
         self.puller = Puller(context, self.replica.strips.changes)
         self.rebuilder = Rebuilder(context, self.puller, self.replica.strips.changes)
         self.home: Home | None = None  # this node's, of the present epoch

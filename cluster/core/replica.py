@@ -74,9 +74,17 @@ def note_origin(
 class Replica:
     """Of one node, over all epochs; `begin` starts a new one."""
 
-    def __init__(self, context: Context, went_bad: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        went_bad: Callable[[], None] = lambda: None,
+        replaced: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`went_bad` is told whenever a copy that was current is not any more, `replaced` when a client has made one
+        anew, or removed it, that was not."""
         self._context = context
-        self._went_bad = went_bad  # told whenever a copy that was current is not any more
+        self._went_bad = went_bad
+        self._replaced = replaced
         self.strips = StripReplica(context)
         self.settled: list[bool] = []  # by home
         self.complete: list[bool] = []  # by home: it knows of all that exists
@@ -203,6 +211,7 @@ class Replica:
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
         self._unstable.setdefault(oid, []).append((sequence, start, end))
         self._order[home].append((sequence, oid))
+        answer = self._answering(sender, message, home, context.fence)
         counters = context.counters
         if flags & Flag.REMOVE:
             counters.peer_removes += 1
@@ -210,7 +219,6 @@ class Replica:
         else:
             counters.peer_writes += 1
             counters.peer_rx += 0 if own else len(body)
-        answer = self._answering(sender, message, home, context.fence)
         if own and not body:
             context.probe("replica.own_bytes_gone")
             answer(NoObject("the bytes of a write are not here any more"))
@@ -230,6 +238,8 @@ class Replica:
     def _answering(
         self, sender: NodeId, message: Message, home: int, fence: int
     ) -> Callable[[StoreError | None], None]:
+        was_bad = message.oid in self.missing
+
         def applied(error: StoreError | None) -> None:
             context = self._context
             if context.fence != fence:
@@ -243,7 +253,10 @@ class Replica:
                     context.spoilt.setdefault(message.oid, error)
                 result = self._failed[home, message.sequence] = error.result
             elif message.flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
+                is_bad = message.oid in self.missing
                 self.restored(message.oid)
+                if was_bad or is_bad:
+                    self._replaced()
             context.peers.answer(sender, message, result)
 
         return applied
