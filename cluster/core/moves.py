@@ -10,7 +10,8 @@ such objects all that are not in its map yet are made in the order of operations
 is copied and named, and then the client's data is laid over it (`Gateway.moved_first`).
 
 A client that has not read the map since may ask for an object that went with that snapshot, and gets the one that the
-volume has instead of it; what it writes of its old map does not bring that back.
+volume has instead of it; what it writes of its old map does not bring that back. If several volumes shared the object
+(clones of one snapshot), nobody knows whose client asks: it gets what all of them hold, and an error where they differ.
 """
 
 from __future__ import annotations
@@ -175,25 +176,41 @@ class Moves:
         """`done` of a read of an object that is gone: it gets the one which took its place."""
 
         def read(result: int, data: Buffer) -> None:
-            if result == Result.NO_OBJ and (heir := self._heir(oid)) is not None:
+            if result == Result.NO_OBJ and (heirs := self._heirs(oid)):
                 self._context.probe("moves.followed")
-                run(self._read_in(heir, oid, offset, length), lambda answer: done(*answer))
+                run(self._read_in_all(heirs, oid, offset, length), lambda answer: done(*answer))
             else:
                 done(result, data)
 
         return read
 
-    def _heir(self, oid: ObjectId) -> VdiRecord | None:
+    def _heirs(self, oid: ObjectId) -> list[VdiRecord]:
+        """The volumes whose redundancy was changed since they shared this object: the one that went on from the
+        snapshot it belonged to, and those that were branched off that."""
         vdis = self._context.state.vdis
         record = vdis.get(vid_of(oid)) if is_data(oid) else None
         # Not only once it is deleted: its objects go before all nodes know.
-        heir = vdis.heir(record.vid) if record is not None and record.snap_ctime else None
-        if record is None or heir is None:
-            return None
-        # Also of an older snapshot: what the volume shared with it was moved, too.
-        line = vdis.ancestors(heir.vid)
-        since = line[: line.index(record.vid) + 1] if record.vid in line else []
-        return heir if any(_was_moved(vdis, vid) for vid in since) else None
+        if record is None or not record.snap_ctime:
+            return []
+        moved = [vid for vid in (record.vid, *vdis.descendants(record.vid)) if _was_moved(vdis, vid)]
+        heirs = {heir.vid: heir for vid in moved if (heir := vdis.heir(vid)) is not None}
+        return list(heirs.values())
+
+    def _read_in_all(
+        self, heirs: list[VdiRecord], gone: ObjectId, offset: int, length: int
+    ) -> Script[tuple[int, Buffer]]:
+        """A read does not say whose client asks: what all of them hold. NO_OBJ where they differ, for nobody may get
+        the data of another volume."""
+        common: Buffer | None = None
+        for heir in heirs:
+            result, data = yield from self._read_in(heir, gone, offset, length)
+            if result:
+                return result, b""
+            if common is not None and common != data:
+                self._context.probe("moves.in_doubt")
+                return int(Result.NO_OBJ), b""
+            common = data
+        return int(Result.SUCCESS), common or b""
 
     def _read_in(self, record: VdiRecord, gone: ObjectId, offset: int, length: int) -> Script[tuple[int, Buffer]]:
         """Part of the object that took the place of another one, as the volume's map says now. That may be one which a

@@ -12,14 +12,18 @@ from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.moves import MOVED_TAG
 from sheepdog.cluster.core.operations import Operations
-from sheepdog.cluster.sim.clients import block_of
+from sheepdog.cluster.core.vdi import VdiRecord
+from sheepdog.cluster.sim.clients import OBJECT_BYTES, SHIFT, block_of
 from sheepdog.cluster.sim.cluster import SimCluster
 
+CLONE = b"clone"
+CODED = 0x11  # 2:1
 Done = Callable[..., None]
 
 
 class Story:
-    """A volume of whole copies, or 2:1 when it has been altered an odd number of times; all its objects exist."""
+    """A volume of whole copies, all of whose objects exist; and maybe a clone. Who is altered becomes coded, or copied
+    again."""
 
     def __init__(self) -> None:
         self.cluster: SimCluster = running(1)
@@ -28,7 +32,6 @@ class Story:
         write_map(self.cluster, self.first, 0, *[self.first] * OBJECTS)
         for index in range(OBJECTS):
             self.put(self.first, index, 1000 + index)
-        self._policy = 0
 
     def _ask(self, request: Callable[[Operations, Done], None]) -> None:
         operations = self.cluster.machines[0].node.operations
@@ -41,38 +44,46 @@ class Story:
         write = partial(gateway.write, data_oid(vid, index), 0, block_of(value), True)
         assert wait_for(self.cluster.world, write)[0] == Result.SUCCESS
 
-    def working(self) -> Vid:
-        record = self.cluster.machines[0].node.cluster.vdis.working(NAME)
+    def _record(self, name: bytes) -> VdiRecord:
+        record = self.cluster.machines[0].node.cluster.vdis.working(name)
         assert record is not None
-        return record.vid
+        return record
 
-    def begin_to_alter(self) -> None:
-        self._policy = 0x11 - self._policy
-        copies = 3 if self._policy else 2
-        self._ask(lambda operations, done: operations.snapshot_vdi(NAME, MOVED_TAG, copies, self._policy, done))
+    def working(self, name: bytes = NAME) -> Vid:
+        return self._record(name).vid
 
-    def alter(self) -> None:
-        self.begin_to_alter()
-        self._ask(lambda operations, done: operations.move_objects(self.working(), done))
-        assert read_map(self.cluster, self.working()) == [self.working()] * OBJECTS
-        self.delete(MOVED_TAG)
+    def begin_to_alter(self, name: bytes = NAME) -> None:
+        policy = CODED - self._record(name).policy
+        copies = 3 if policy else 2
+        self._ask(lambda operations, done: operations.snapshot_vdi(name, MOVED_TAG, copies, policy, done))
+
+    def alter(self, name: bytes = NAME) -> None:
+        self.begin_to_alter(name)
+        self._ask(lambda operations, done: operations.move_objects(self.working(name), done))
+        assert read_map(self.cluster, self.working(name)) == [self.working(name)] * OBJECTS
+        self.delete(MOVED_TAG, name)
 
     def snapshot(self, tag: bytes) -> None:
         self._ask(lambda operations, done: operations.snapshot_vdi(NAME, tag, 0, 0, done))
 
-    def delete(self, tag: bytes) -> None:
-        self._ask(lambda operations, done: operations.delete_vdi(NAME, tag, 0, done))
+    def clone(self) -> None:
+        """Of the first snapshot."""
+        size = OBJECTS * OBJECT_BYTES
+        self._ask(lambda operations, done: operations.create_vdi(CLONE, size, self.first, 0, 0, 0, SHIFT, 0, done))
+
+    def delete(self, tag: bytes, name: bytes = NAME) -> None:
+        self._ask(lambda operations, done: operations.delete_vdi(name, tag, 0, done))
 
     def read(self, vid: Vid, index: int) -> tuple[int, bytes]:
         gateway = self.cluster.machines[2].node.gateway
         result, data = wait_for(self.cluster.world, partial(gateway.read, data_oid(vid, index), 0, BLOCK_SIZE))
         return result, bytes(data)
 
-    def is_followed(self) -> None:
+    def is_followed(self, name: bytes = NAME) -> None:
         """Objects that the first map names are read, and copied before they are written."""
         for index in range(OBJECTS):
             assert self.read(self.first, index) == (Result.SUCCESS, block_of(1000 + index))
-        new, gateway = self.working(), self.cluster.machines[2].node.gateway
+        new, gateway = self.working(name), self.cluster.machines[2].node.gateway
         make = partial(gateway.create, data_oid(new, 0), data_oid(self.first, 0), BLOCK_SIZE, block_of(7), True)
         assert wait_for(self.cluster.world, make)[0] == Result.SUCCESS
         assert self.read(new, 0) == (Result.SUCCESS, block_of(1000))
@@ -100,6 +111,33 @@ def test_its_objects_are_found_when_the_snapshot_is_gone_that_they_belonged_to()
     assert story.read(story.first, 0) == (Result.SUCCESS, block_of(1000))
     story.delete(b"monday")
     story.is_followed()
+
+
+def test_its_objects_are_found_when_they_were_those_of_the_snapshot_that_its_volume_was_cloned_from() -> None:
+    story = Story()
+    story.snapshot(b"monday")
+    story.clone()
+    story.delete(b"monday")
+    story.delete(b"")
+    story.alter(CLONE)
+    story.is_followed(CLONE)
+
+
+def test_clones_do_not_get_the_data_of_each_other() -> None:
+    """Nobody can tell whose client asks for an object that they had in common: it gets what all hold, or an error."""
+    story = Story()
+    story.snapshot(b"monday")
+    story.clone()
+    story.delete(b"monday")
+    story.alter()
+    story.alter(CLONE)
+    story.is_followed(CLONE)
+    story.put(story.working(), 1, 5)
+    assert story.read(story.first, 1) == (Result.NO_OBJ, b"")
+    assert story.cluster.probes()["moves.in_doubt"]
+    assert story.read(story.first, 2) == (Result.SUCCESS, block_of(1002))
+    story.delete(b"")
+    assert story.read(story.first, 1) == (Result.SUCCESS, block_of(1001))
 
 
 def test_a_snapshot_that_is_deleted_is_not_read_from_the_volume() -> None:

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "gateway.moved_first": "tests/sim/test_moves.py",
     "inode.old_map_written": "tests/sim/test_old_maps.py",
     "moves.discarded": "tests/sim/test_moves.py",
+    "moves.in_doubt": "tests/sim/test_old_maps.py",
     "recovery.delay_ended": "tests/sim/test_recovery_delay.py",
     "recovery.skipped": "tests/sim/test_full_nodes.py",
     "replica.own_bytes_gone": "tests/sim/test_own_bytes.py",
