@@ -204,9 +204,8 @@ class Home:
             return
         if not flags & Flag.CREATE:
             if oid in self._lost:
-                over = self._knows_all and bool(
-                    flags & Flag.REMOVE
-                )  # the rest would be kept for ever, and all wait for more
+                # The rest would be kept for ever, and all wait for more.
+                over = self._knows_all and bool(flags & Flag.REMOVE)
                 if over:
                     self.context.probe("home.lost_removed")
                     self._make_way(oid, policy, False)
@@ -313,6 +312,8 @@ class Home:
         fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
         write = self.open_write(submission, len(replicas), fresh)
         version, sequence, watermark = write.version, write.sequence, self.watermark()
+        if submission.copies and submission.flags & Flag.CREATE and not fresh:
+            self._drop_others(write, replicas)
         if submission.flags & Flag.REMOVE:
             self.hooks.restored_locally(oid)  # if it went with its disk: there is nothing to be restored any more
         for replica in replicas[1:]:
@@ -340,6 +341,15 @@ class Home:
         perform(context.store, flags, oid, submission.offset, submission.length, submission.data, version, write.local)
         if context.store.version(oid) == version or flags & Flag.REMOVE:  # it has not failed
             note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)
+
+    def _drop_others(self, write: Write, replicas: tuple[int, ...]) -> None:
+        """Of an inode that was begun in an earlier epoch. While the VDI table does not name it, recovery gives it as
+        many copies as others have by default: those that it shall not have would stay as they are."""
+        oid = write.submission.oid
+        surplus = [(member, oid) for member in self._placement.replicas(oid) if member not in replicas]
+        if surplus:
+            self.context.probe("home.inode_made_again")
+            write.when_over(lambda: None if write.result else self.recovery.drop(surplus, Flag.SURPLUS))
 
     def failed_here(self, submission: Submission, error: StoreError) -> None:
         """The copy of this node could not take a write: it takes no more until it is restored. The only one there is
@@ -440,18 +450,8 @@ class Home:
         """
         submission = write.submission
         result = Result.AGAIN if write.result == Result.EIO else write.result
-        removal = Submission(
-            submission.oid,
-            Flag.REMOVE,
-            0,
-            0,
-            b"",
-            submission.copies,
-            lambda _result, _body: submission.done(result, b""),
-            0,
-            0,
-            0,
-        )
+        copies, removed = submission.copies, lambda _result, _body: submission.done(result, b"")
+        removal = Submission(submission.oid, Flag.REMOVE, 0, 0, b"", copies, removed, 0, 0, 0)
         policy = self.context.policy_of(removal.oid)
         if policy is None:
             self._number(removal, self.replicas_of(removal))

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from tests.sim.test_directed import settle
 from tests.sim.test_late_map_writes import NAME, OBJECTS, create, new_vdi, running, wait_for, write_map
+from tests.sim.test_volumes import stored
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.executor import Executor
-from sheepdog.cluster.core.ids import NO_OID, NO_VID, data_oid, inode_oid, vmstate_oid
+from sheepdog.cluster.core.ids import NO_OID, NO_VID, NodeId, ObjectId, data_oid, inode_oid, vmstate_oid
 from sheepdog.cluster.core.inode import InodeHeader, map_offset
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.part import frozen_by
 from sheepdog.cluster.sim.clients import OBJECT_BYTES, block_of
 from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
-from sheepdog.cluster.sim.world import SECOND
+from sheepdog.cluster.sim.world import SECOND, World
 
 SIZE = OBJECTS * OBJECT_BYTES
 
@@ -181,6 +182,33 @@ def test_the_volume_goes_on_with_other_copies_if_asked() -> None:
     snapshot(cluster, b"u", answers)
     cluster.world.run_until(lambda: len(answers) == 2, HEALTH_LIMIT_NS, "the snapshot")
     assert [record.copies for record in cluster.machines[0].node.cluster.vdis.named(NAME)] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_inode_that_another_node_makes_again_has_no_copies_too_many(seed: int) -> None:
+    """Recovery gave it as many as are usual, for the VDI table did not name it."""
+    cluster = SimCluster(World(seed), 4)
+    cluster.start_all()
+    cluster.format(3)
+    world, (first, *others) = cluster.world, cluster.machines
+    new_vdi(cluster)
+    snapshot(cluster, b"t", [], copies=2)
+    before = stored(cluster)
+
+    def holders() -> list[tuple[ObjectId, NodeId]]:
+        up = [machine for machine in cluster.machines if machine.up]
+        return [(oid, machine.id) for machine in up for oid in machine.disk.copies() if oid not in before]
+
+    world.run_until(lambda: len(holders()) == 2, HEALTH_LIMIT_NS, "the new inode")
+    first.kill()
+    world.run_until(lambda: len(others[0].node.cluster.vdis.named(NAME)) == 2, HEALTH_LIMIT_NS, "the snapshot")
+    world.run_for(SECOND)
+    assert "home.inode_made_again" in cluster.probes()
+    placement = others[0].node.context.placement
+    oid = inode_oid(others[0].node.cluster.vdis.named(NAME)[-1].vid)
+    belongs = sorted(placement.nodes[index] for index in placement.replicas(oid))
+    assert len(belongs) == 2
+    assert holders() == [(oid, node) for node in belongs]
 
 
 def test_which_volume_an_operation_holds() -> None:
