@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
-from sheepdog.cluster.core.strip_undo import ALL_STRIPS, Step
+from sheepdog.cluster.core.strip_undo import ALL_STRIPS, NO_STRIPS, Step
 
 NOBODY = -1
 NEVER = -1  # as_of of what somebody began to copy: it is not known that it existed since
@@ -86,7 +86,7 @@ class StripDecision(NamedTuple):
     surplus: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id) that go at the end
     stale: tuple[int, ...] = ()  # members that hold an older state as if it were good
     cut: Version | None = None  # the first write that is undone
-    half_done: tuple[Version, ...] = ()  # writes before that which some data strips lack
+    half_done: tuple[Version, ...] = ()  # writes before that which the state, or some of its data strips, lacks
     lost: tuple[tuple[int, ObjectId], ...] = ()  # (member, strip's id): not enough is here to decode
     held: tuple[tuple[int, ObjectId], ...] = ()  # those of `lost` that have bytes, which still count
     known: int = 0  # of a lost object: the newest epoch in which it is known to have existed
@@ -194,10 +194,13 @@ def decide(
             and facts.was_replica(oid, entry.member, best.epoch)
         )
     ]
+    # Equal versions of these are one state. Others may lack a write that did not touch those which it equals.
+    sure = [entry for entry in real if entry in current or not facts.superseded(oid, entry.as_of, least)]
     # What may have lost a write, or is known to lack one, counts only where the others do not make up the object.
     restarted = {(entry.member, entry.strip) for entry in real if facts.restarted(entry.member, best_as_of)}
     for bad, doubted in ((lacking, restarted), (lacking, ()), ((), ())):
-        state = _one_state(policy, _without(bad, real), _without(bad, _without(doubted, current)), best_as_of)
+        able, told_by = _without(bad, real), _without(bad, _without(doubted, current))
+        state = _one_state(policy, able, told_by, _without(bad, sure), best_as_of)
         if state.strips:
             return _arrange(oid, policy, state, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):
@@ -220,14 +223,16 @@ class _State(NamedTuple):
     half_done: tuple[Version, ...] = ()
 
 
-def _one_state(policy: Policy, real: Sequence[Held], current: Sequence[Held], best_as_of: int) -> _State:
+def _one_state(
+    policy: Policy, real: Sequence[Held], current: Sequence[Held], sure: Sequence[Held], best_as_of: int
+) -> _State:
     proven = [entry for entry in current if entry.as_of == best_as_of]
     # Where it is not proven that a strip should have a write, as little as possible is undone.
     cuts: list[Version | None] = [*_hidden(policy, proven), None, *reversed(_unfinished(policy, current))]
     for cut in cuts:
-        good = _fitting(policy, real, current, proven, cut)
+        good = _fitting(policy, real, current, sure, proven, cut)
         if len({entry.strip for entry, _ in good}) >= policy.data:
-            return _State(good, cut)
+            return _State(good, cut, _passed_over(policy, good, real, cut))
     for cut in cuts:
         data = [(entry, state) for entry in current if entry.strip < policy.data and (state := entry.before(cut))]
         if len({entry.strip for entry, _ in data}) == policy.data:
@@ -295,7 +300,12 @@ def _hidden(policy: Policy, current: Sequence[Held]) -> list[Version]:
 
 
 def _fitting(
-    policy: Policy, real: Sequence[Held], current: Sequence[Held], proven: Sequence[Held], cut: Version | None
+    policy: Policy,
+    real: Sequence[Held],
+    current: Sequence[Held],
+    sure: Sequence[Held],
+    proven: Sequence[Held],
+    cut: Version | None,
 ) -> list[tuple[Held, Version]]:
     """The strips that make up one state of the object, before the write `cut`, each with its version there."""
     parity = [(state, entry) for entry in current if entry.strip >= policy.data and (state := entry.before(cut))]
@@ -304,7 +314,7 @@ def _fitting(
         not parity or max(state for state, _ in parity) < least
     ):  # without one that tells all writes, only equal versions are surely one state
         version = max((entry.version for entry in current), default=NO_VERSION)
-        return [(entry, version) for entry in real if entry.version == version and cut is None]
+        return [(entry, version) for entry in sure if entry.version == version and cut is None]
     newest = max(state for state, _ in parity)
     teller = max((entry for state, entry in parity if state == newest), key=lambda entry: len(entry.steps))
     base, had, last = newest, {newest}, dict[int, Version]()
@@ -324,6 +334,21 @@ def _fitting(
         if state is not None and state in had and state >= last.get(entry.strip, base):
             found.append((entry, state))
     return found
+
+
+def _passed_over(
+    policy: Policy, good: Sequence[tuple[Held, Version]], real: Sequence[Held], cut: Version | None
+) -> tuple[Version, ...]:
+    """Writes before the cut that some strip has and the parity of the state never had: an agreement undid them where it
+    got, and is undone itself."""
+    parity = [(state, len(entry.steps), entry) for entry, state in good if entry.strip >= policy.data]
+    if not parity:
+        return ()
+    newest, _, teller = max(parity, key=lambda one: one[:2])
+    had = {version for version, _ in teller.writes()}
+    base = teller.steps[-1].before if teller.steps else newest
+    found = {version for entry in real for version, touched in entry.writes() if touched not in (NO_STRIPS, ALL_STRIPS)}
+    return tuple(sorted(one for one in found - had if one > base and (cut is None or one < cut)))
 
 
 def _newest(data: Sequence[tuple[Held, Version]]) -> list[tuple[Held, Version]]:

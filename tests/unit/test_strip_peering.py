@@ -19,10 +19,14 @@ N = Version(3, 1, 1 << 16)
 
 
 class Nothing:
-    """Facts of an object whose nodes were always the same; some of them are other processes than they were."""
+    """Facts of an object whose nodes were always the same; some of them are other processes than they were.
 
-    def __init__(self, *others: int) -> None:
+    `unseen`: an epoch in which it may have been written by nodes that are away.
+    """
+
+    def __init__(self, *others: int, unseen: int = 0) -> None:
         self._others = others
+        self._unseen = unseen
 
     def deleted(self, oid: int, as_of: int, holders: set[int]) -> bool:
         return False
@@ -31,7 +35,7 @@ class Nothing:
         return max(entry.as_of for entry in held)
 
     def superseded(self, oid: int, as_of: int, least: int) -> bool:
-        return False
+        return as_of < self._unseen
 
     def was_replica(self, oid: int, member: int, epoch: int) -> bool:
         return True
@@ -68,6 +72,26 @@ def states(decision: StripDecision) -> dict[int, Version]:
 
 def test_equal_strips_in_place_need_nothing() -> None:
     assert decide(OID, POLICY, [held(strip, V[1]) for strip in range(4)], REPLICAS, Nothing()) is None
+
+
+@pytest.mark.parametrize(("unseen", "is_lost"), [(0, False), (2, True)])
+def test_an_equal_version_proves_nothing_if_writes_may_have_passed_by(unseen: int, is_lost: bool) -> None:
+    """The first data strip is current and was not touched; the other one may lack what those that are away have."""
+    strips = (held(0, V[1], as_of=2), held(1, V[1], as_of=1))
+    decision = decide(OID, POLICY, strips, REPLICAS, Nothing(unseen=unseen))
+    assert decision is not None
+    assert decision.is_lost == is_lost
+
+
+def test_a_write_that_an_agreement_had_undone_is_not_contained_where_the_agreement_did_not_get() -> None:
+    """Only the parity came to the common version, so that is undone: the strip that has the write is made anew."""
+    decision = decided(
+        held(0, V[2], (V[1], FIRST)),
+        held(1, V[3], (V[1], SECOND)),
+        held(2, N, (V[2], ALL_STRIPS), (V[1], FIRST), as_of=3),
+    )
+    assert (states(decision), decision.cut) == ({0: V[2], 2: V[2]}, N)
+    assert [decision.contains(V[number]) for number in (2, 3)] == [True, False]
 
 
 @pytest.mark.parametrize(("restarted", "cut"), [((), V[2]), ((0,), None), ((0, 1, 2, 3), V[2])])
