@@ -156,8 +156,8 @@ def test_a_format_is_durable_when_it_is_answered(seed: int) -> None:
     assert all(machine.node.cluster.ctime == WALL_START_NS for machine in cluster.machines)
 
 
-def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:
-    cluster, volume = fresh(2, 2)
+def only_an_old_copy(cluster: SimCluster, volume: Volume) -> tuple[Machine, Machine]:
+    """Of two machines the one that is up has 1 in object 0, and the one that is down, which comes second, has 2."""
     home, replica = holders(cluster, volume)
     assert write(home, volume, 1) == Result.SUCCESS
     replica.kill()
@@ -169,6 +169,12 @@ def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:
     cluster.world.run_until(lambda: replica.serves() and len(replica.node.cluster.members) == 2, SECOND, "join")
     home.kill()
     cluster.world.run_until(lambda: len(replica.node.cluster.members) == 1, SECOND, "death noticed")
+    return replica, home
+
+
+def test_old_copies_are_not_shown_when_all_newer_ones_are_away() -> None:
+    cluster, volume = fresh(2, 2)
+    replica, home = only_an_old_copy(cluster, volume)
     assert read(replica, volume)[0] == Result.EIO
     assert replica.node.context.probes["home.object_lost"]
     home.start()

@@ -90,16 +90,22 @@ def test_half_a_write_is_not_read_before_it_stays(seed: int, everywhere: bool) -
     audit(story.cluster)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_write_that_was_read_does_not_go_with_the_parity(seed: int) -> None:
-    """A data strip has refused it, so the others are what the object is; then one of these rots. That is one more than
-    the parity can stand: an error, and not what was there before."""
+def read_though_refused(seed: int) -> Story:
+    """A data strip has refused a write that the others took, and that was read."""
     story = Story(seed)
     story.wait(story.write(0, 1), story.write(UNIT, 1))
     story.settle()
     fill(story.second)
     assert story.wait(story.write(UNIT, 2)) == [Result.NO_SPACE]
     assert story.blocks(UNIT) == [block_of(2)]
+    return story
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_write_that_was_read_does_not_go_with_the_parity(seed: int) -> None:
+    """A data strip has refused it, so the others are what the object is; then one of these rots. That is one more than
+    the parity can stand: an error, and not what was there before."""
+    story = read_though_refused(seed)
     story.parity.disk.copies()[strip_of(story.oid, 2)].rotten[0] = None
     for _ in range(3):
         assert {story.read(machine, UNIT)[0] for machine in story.cluster.machines} == {Result.EIO}
@@ -110,12 +116,7 @@ def test_a_write_that_was_read_does_not_go_with_the_parity(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_write_that_was_read_waits_for_a_strip_that_is_away(seed: int) -> None:
     """The same, when the parity's node dies and comes back."""
-    story = Story(seed)
-    story.wait(story.write(0, 1), story.write(UNIT, 1))
-    story.settle()
-    fill(story.second)
-    assert story.wait(story.write(UNIT, 2)) == [Result.NO_SPACE]
-    assert story.blocks(UNIT) == [block_of(2)]
+    story = read_though_refused(seed)
     story.parity.kill()
     story.cluster.world.run_for(SECOND)
     assert {story.read(machine, UNIT)[0] for machine in (story.home, story.second)} == {Result.EIO}

@@ -4,36 +4,20 @@ bring back, and that nobody wants any more: it goes)."""
 from __future__ import annotations
 
 import pytest
-from tests.sim.test_directed import fresh, holders, read, settle, write
+from tests.sim.test_directed import fresh, holders, only_an_old_copy, read, settle, write
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import NO_VID, data_oid, inode_oid
 from sheepdog.cluster.core.inode import map_offset
-from sheepdog.cluster.sim.clients import Volume, block_of
-from sheepdog.cluster.sim.cluster import Machine, SimCluster
+from sheepdog.cluster.sim.clients import block_of
 from sheepdog.cluster.sim.world import SECOND
-
-
-def lost(cluster: SimCluster, volume: Volume) -> tuple[Machine, Machine]:
-    """The machine that is up has an old copy of object 0 only, and the one that is down the newer one."""
-    home, replica = holders(cluster, volume)
-    assert write(home, volume, 1) == Result.SUCCESS
-    replica.kill()
-    settle(cluster, home)
-    assert write(home, volume, 2) == Result.SUCCESS
-    cluster.fabric.break_link((min(home.id, replica.id), max(home.id, replica.id)), SECOND // 2)
-    replica.start()
-    cluster.world.run_until(lambda: replica.serves() and len(replica.node.cluster.members) == 2, SECOND, "join")
-    home.kill()
-    cluster.world.run_until(lambda: len(replica.node.cluster.members) == 1, SECOND, "death noticed")
-    return replica, home
 
 
 def test_a_lost_object_that_may_come_back_is_not_removed() -> None:
     """The node with the newer copy would bring it back."""
     cluster, volume = fresh(2, 2)
-    here, away = lost(cluster, volume)
+    here, away = only_an_old_copy(cluster, volume)
     results: list[int] = []
     here.node.gateway.remove(data_oid(volume.vid, 0), lambda result, _: results.append(int(result)))
     cluster.world.run_until(lambda: bool(results), SECOND, "an answer")
