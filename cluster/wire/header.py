@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from librt.strings import BytesWriter
-
-from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.wire.layout import Layout
-from sheepdog.cluster.wire.words import write_u32
 
 HEADER_SIZE: Final = 48
 _COMMON: Final = "BBHIII"
@@ -204,20 +200,3 @@ HASH_RESPONSE: Final = Layout(HashResponse._make, _COMMON + "I4x20s4x")
 OID_AT: Final = 16
 COW_OID_AT: Final = 24
 OFFSET_AT: Final = 40
-_RESPONSE_REST: Final = bytes(28)
-
-
-def response(opcode: int, request_id: int, epoch: int, result: int = Result.SUCCESS, data_length: int = 0) -> bytes:
-    """The header of a response without fields of its own: all object I/O and every error.
-
-    `data_length` bytes must follow. It is 0 after a WRITE request (PIGGYBACK apart) and, but for STAT_CLUSTER and
-    OIDS_EXIST, on error; otherwise clients lose their place in the stream (protocol.md 1.2).
-    """
-    header = BytesWriter()
-    write_u32(header, opcode << 8)  # version and flags are 0
-    write_u32(header, epoch)
-    write_u32(header, request_id)
-    write_u32(header, data_length)
-    write_u32(header, result)
-    header.write(_RESPONSE_REST)
-    return header.getvalue()

@@ -16,8 +16,9 @@ from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
 from sheepdog.cluster.core.state import PROTOCOL_VERSION, STORE_NAMES, ClusterFlag
 from sheepdog.cluster.core.strings import until_nul
-from sheepdog.cluster.wire.header import CLUSTER_REQUEST, NODE_RESPONSE, NodeResponse, response
+from sheepdog.cluster.wire.header import CLUSTER_REQUEST, NODE_RESPONSE, NodeResponse
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.cluster.wire.structures import (
     CLUSTER_INFO_SIZE,
     DISK_CLUSTER_INFO_SIZE,

@@ -16,8 +16,8 @@ from sheepdog.cluster.core.errors import PeerError, Result, UsageError
 from sheepdog.cluster.core.messages import Buffer, Kind
 from sheepdog.cluster.core.ports import Log
 from sheepdog.cluster.wire.frames import RequestParser
-from sheepdog.cluster.wire.header import response
 from sheepdog.cluster.wire.opcodes import ADMINISTRATION, GATEWAY_VERSION, Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.cluster.wire.results import FIRST_INTERNAL
 from sheepdog.cluster.wire.streams import Arena, Outbox
 from sheepdog.cluster.wire.structures import Statistics

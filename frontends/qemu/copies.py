@@ -13,8 +13,9 @@ from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.node import Node
 from sheepdog.cluster.core.ports import Store
-from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, REPAIR_REQUEST, HashResponse, response
+from sheepdog.cluster.wire.header import HASH_RESPONSE, OBJECT_REQUEST, REPAIR_REQUEST, HashResponse
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.frontends.qemu.connection import Call
 from sheepdog.frontends.qemu.requests import Handler
 from sheepdog.frontends.qemu.strips import StripCheck, held_strip

@@ -44,6 +44,7 @@ from sheepdog.cluster.core.limits import INODE_SIZE
 from sheepdog.cluster.core.strings import until_nul
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.cluster.wire.structures import (
     BITMAP_SIZE,
     CLUSTER_INFO_SIZE,
@@ -296,7 +297,7 @@ class FakeSheep:
 
     def _answer(self, request: wire.Request | wire.ObjectRequest, result: int, data: bytes = b"") -> Answer:
         epoch = self.epochs[-1].epoch
-        return wire.response(request.opcode, request.id, epoch, result, len(data)), data
+        return response(request.opcode, request.id, epoch, result, len(data)), data
 
     def _object(self, request: wire.ObjectRequest, payload: bytes) -> Answer:
         oid, offset = request.oid, request.offset

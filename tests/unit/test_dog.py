@@ -22,6 +22,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId, Vid, data_oid
 from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.tools.dog import vdi_list
 from sheepdog.tools.dog.commands import COMMANDS
 from sheepdog.tools.dog.options import Failure
@@ -214,7 +215,7 @@ def test_the_node_asked_is_marked_whatever_address_leads_to_it(dog: Dog, sheep: 
     def details(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
         request = wire.REQUEST.unpack(header)
         data = b'{"node": "192.0.2.2:7000"}'
-        return wire.response(request.opcode, request.id, 1, 0, len(data)), data
+        return response(request.opcode, request.id, 1, 0, len(data)), data
 
     sheep.handlers[Opcode.NODE_DETAILS] = details
     rows = dog("node", "list", "-v")[1].splitlines()
@@ -297,7 +298,7 @@ def test_cluster_format(dog: Dog, sheep: FakeSheep) -> None:
     def make_fs(header: bytes, payload: bytes) -> tuple[bytes, bytes]:
         request = wire.CLUSTER_REQUEST.unpack(header)
         made.append((request, payload))
-        return wire.response(request.opcode, request.id, 1), b""
+        return response(request.opcode, request.id, 1), b""
 
     sheep.handlers[Opcode.MAKE_FS] = make_fs
     few = "Number of copies (3) is larger than number of zones (1).\nAre you sure you want to continue? [yes/no]: "
@@ -328,7 +329,7 @@ def test_cluster_format(dog: Dog, sheep: FakeSheep) -> None:
     del sheep.handlers[Opcode.MAKE_FS]
     sheep.results[Opcode.MAKE_FS] = Result.NO_STORE
     sheep.handlers[Opcode.GET_STORE_LIST] = lambda header, payload: (
-        wire.response(Opcode.GET_STORE_LIST, wire.REQUEST.unpack(header).id, 1, 0, 12),
+        response(Opcode.GET_STORE_LIST, wire.REQUEST.unpack(header).id, 1, 0, 12),
         b"tree plain \0",
     )
     assert dog("cluster", "format", "-f", "-c", "2", "-b", "foo") == (
@@ -648,7 +649,7 @@ def test_repair_follows_the_majority(dog: Dog, sheep: FakeSheep) -> None:
                 ports = [node.address[1] for node in nodes]
                 assert copies[ports.index(request.port)] == one
                 repaired.append(number)
-                return wire.response(request.opcode, request.id, 1), b""
+                return response(request.opcode, request.id, 1), b""
 
             nodes[number].handlers |= {Opcode.GET_HASH: digest, Opcode.REPAIR_REPLICA: repair}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.support.fake_sheep import Answer, FakeSheep
+from tests.support.processes import run
 
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.core.errors import Result, UsageError
@@ -36,6 +37,13 @@ from sheepdog.frontends.nbd.sockets import widen_accepted
 MIB = 1 << 20
 SHIFT = 20
 PLUGIN = Path(exports_module.__file__).with_name("plugin.py")
+# Runs the plugin where nothing is installed, as in the Python that nbdkit was built with.
+BARE = """
+import runpy, sys, types
+sys.path.insert(0, sys.argv[1])
+sys.modules["nbdkit"] = types.ModuleType("nbdkit")
+runpy.run_path(sys.argv[2])
+"""
 
 
 class Locks:
@@ -546,3 +554,9 @@ def test_words_for_qemu_and_the_kernel(directory: Path) -> None:
     assert int(words[words.index("-timeout") + 1]) >= 3600
     with pytest.raises(UsageError):
         endpoint_of("", "/run/x", "", "", False)
+
+
+def test_the_plugin_needs_no_installed_package() -> None:
+    """nbdkit's Python is the system's, also when `dog` runs from an environment of its own."""
+    source = environment({})["PYTHONPATH"]
+    run([sys.executable, "-I", "-S", "-c", BARE, source, PLUGIN])

@@ -17,8 +17,9 @@ from sheepdog.cluster.wire.frames import (
     request_payload_length,
     response_payload_length,
 )
-from sheepdog.cluster.wire.header import OBJECT_REQUEST, REQUEST, ObjectRequest, Request, response
+from sheepdog.cluster.wire.header import OBJECT_REQUEST, REQUEST, ObjectRequest, Request
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.response import response
 from sheepdog.cluster.wire.streams import Arena, BufferPool, Intake
 
 Frames = list[tuple[bytes, bytes]]

@@ -13,6 +13,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.wire import header
 from sheepdog.cluster.wire.layout import Layout
 from sheepdog.cluster.wire.opcodes import Flags, Opcode
+from sheepdog.cluster.wire.response import response
 
 FLAG_NAMES = {bit: name for name, bit in vars(Flags).items() if isinstance(bit, int)}
 DECIMAL = {"data_length", "copies", "block_size_shift", "version", "epoch", "id", "snap_id"}
@@ -56,7 +57,7 @@ def test_plain_responses_are_built_alike() -> None:
     assert len(plain) > 20
     for message in plain:
         told = header.RESPONSE.unpack(message.header)
-        assert header.response(told.opcode, told.id, told.epoch, told.result, told.data_length) == message.header
+        assert response(told.opcode, told.id, told.epoch, told.result, told.data_length) == message.header
 
 
 LAYOUTS = [layout for layout in vars(header).values() if isinstance(layout, Layout)]
