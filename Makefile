@@ -1,5 +1,5 @@
 # make setup   .venv/bin/{sheep,dog,collie,sheepfs}, ready to use
-# make compile the hot path again, after a change (setup has done it once)
+# make compile the hot path again, after a change, trained (setup has done it once; minutes)
 # make demo    a cluster of six nodes on this machine, a volume, a node that dies and comes back (KEEP=1: leave it running)
 # make test    lint and every test; make lint, make unit: parts of it
 # make bench   IOPS, MB/s and server CPU per operation against three nodes

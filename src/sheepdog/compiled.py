@@ -38,6 +38,15 @@ class Finder:
         return spec
 
 
+def trained() -> bool:
+    """Whether what this process may take was compiled with the counts of a run (packaging/compile)."""
+    try:
+        import sheepdog_compiled as found  # PACKAGE
+    except ImportError:
+        return False
+    return bool(getattr(found, "TRAINED", False))  # not in what an earlier version compiled
+
+
 def enable() -> bool:
     """Makes imports from here on take the compiled modules; False (and nothing done) when there are none to take."""
     if os.environ.get(VARIABLE) == "0":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tests.bench.chart import Bar, bars
 
 from sheepdog import COMPILED
+from sheepdog.compiled import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -80,6 +81,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "compiled": COMPILED,
+        "trained": COMPILED and trained(),
         "load": os.getloadavg(),
     }
 

@@ -41,6 +41,11 @@ def test_new_processes_take_what_was_compiled_of_these_sources(built: None) -> N
     assert file.endswith(".so" if current else ".py")
 
 
+@pytest.mark.skipif("CI" not in os.environ, reason="who changes sources may compile them quickly")
+def test_setup_compiles_with_the_counts_of_a_run(built: None) -> None:
+    assert compiled.trained()
+
+
 def test_nothing_on_the_way_of_a_request_is_interpreted(built: None) -> None:
     """Calls that the interpreter sees: of compiled functions none. A module that was split loses what it gave away."""
     if ask()[0] == "False":
