@@ -28,6 +28,7 @@ from sheepdog.cluster.core.inode import (
     unpack_map,
 )
 from sheepdog.cluster.core.limits import INODE_SIZE, RECLAIM_PARALLEL
+from sheepdog.cluster.core.map_writes import Ended, MapWrites
 from sheepdog.cluster.core.messages import Flag
 from sheepdog.cluster.core.moves import went_back
 from sheepdog.cluster.core.operations import Operations
@@ -47,6 +48,7 @@ class InodeWrites:
         self._coherence = coherence
         self._gateway = gateway
         self._operations = operations
+        self._map_writes = MapWrites(self._begin_map_write)
 
     def write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, done: IoDone) -> None:
         record = self._context.state.vdis.get(vid_of(oid))
@@ -57,7 +59,7 @@ class InodeWrites:
         if data and offset < HEADER_SIZE:
             run(self._write_header(oid, offset, data, durable), lambda result: done(result, b""))
         elif data and end <= MAP_END and not record.store_policy:
-            run(self._write_coherently(oid, offset, data, durable), lambda result: done(result, b""))
+            self._map_writes.write(oid, offset, data, durable, lambda result: done(result, b""))
         else:
             self._gateway.change(oid, Flag.DURABLE if durable else 0, offset, 0, data, 0, done)
 
@@ -136,6 +138,9 @@ class InodeWrites:
         }
         answer = yield lambda done: self._context.machine.propose(command, done)
         return int(answer)
+
+    def _begin_map_write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, ended: Ended) -> None:
+        run(self._write_coherently(oid, offset, data, durable), ended)
 
     def _write_coherently(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         """A map write through one of several gateways. The others learn that their maps are old before it, and once

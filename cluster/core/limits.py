@@ -83,6 +83,7 @@ MAX_REPAIR_BYTES: Final = 64 << 20  # bad blocks of one copy held in memory; a c
 MOVE_BATCH: Final = 16  # objects given another redundancy at a time: the table of volumes waits for less than a second
 MOVE_PARALLEL: Final = 4  # of them at a time: 16 MiB in memory, and clients are not starved
 SWEEP_DELAY_NS: Final = 1_000_000_000  # after a deletion or a change of members: many of them need one sweep
+MAP_WRITE_BYTES: Final = 4096  # parts of a map, within which writes go together: a block is written whole anyway
 RECLAIM_PARALLEL: Final = 64  # objects freed at a time: deleting a volume must not starve its neighbours
 ATTRIBUTE_PROBES: Final = 64  # places an attribute may move to when ids collide: 32-bit ids make even two rare
 COPY_CHUNK_BYTES: Final = 1 << 22  # of an object copied on write: one of the usual size at once, 2 GiB not
