@@ -50,10 +50,12 @@ $(MARK)-setup: pyproject.toml packaging/install-packages
 # Once: who changes the sources afterwards runs them as they are, until `make compile`.
 $(MARK)-compiled: | $(MARK)-setup
 	$(BIN)/python packaging/compile --if-changed || [ -z "$$CI" ]
+	$(BIN)/python packaging/compile-native --if-changed || [ -z "$$CI" ]
 	@touch $@
 
 compile: $(MARK)-setup
 	$(BIN)/python packaging/compile --if-changed
+	$(BIN)/python packaging/compile-native --if-changed
 
 $(MARK)-demo-packages: $(MARK)-setup
 	packaging/install-packages --optional demo

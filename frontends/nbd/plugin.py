@@ -2,8 +2,9 @@
 
     PYTHONPATH=.../src nbdkit -f -U /run/web.sock python .../frontends/nbd/plugin.py address=127.0.0.1:7000 volume=web
 
-Runs inside nbdkit, in the Python that nbdkit was built with: everything imported here is pure Python. `serve` starts
-it well; the words after the script are those of `parameters`.
+Runs inside nbdkit, in the Python that nbdkit was built with: everything imported here is pure Python. One
+module is used compiled where it is compiled for that Python (`client.channel.use_native`). `serve` starts it well; the
+words after the script are those of `parameters`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import nbdkit  # type: ignore[import-not-found]  # exists inside nbdkit only
 
 from sheepdog.cluster.client.blocking import EXTENT_OBJECTS
+from sheepdog.cluster.client.channel import use_native
 from sheepdog.cluster.client.memory import lock_memory, write_back_for_the_kernel
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, complaint, describe
@@ -100,6 +102,7 @@ def after_fork() -> None:
         write_back_for_the_kernel(_complain)
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in all threads: they are yet to be made
+    use_native()
     threading.Thread(target=_end, args=(ends,), daemon=True).start()
 
 

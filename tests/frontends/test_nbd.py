@@ -748,3 +748,13 @@ def test_nbdfuse(cluster3: Cluster, serve: Callable[..., NbdServer], directory: 
         os.fsync(file.fileno())
         assert os.pread(file.fileno(), 1024, 5 * MIB) == b"through a file".ljust(512) + bytes(512)
     assert content(cluster3, "v")[5 * MIB : 5 * MIB + 14] == b"through a file"
+
+
+def test_requests_are_exchanged_without_pythons_lock(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    """The server has loaded the compiled exchange: everything here has been tested with it."""
+    needs.native_exchange()
+    cluster3.dog("vdi", "create", "v", "8M")
+    server = serve(cluster3)
+    nbdsh(server.uri("v"), "h.pwrite(b'x' * 4096, 4096)", "assert h.pread(4096, 4096) == b'x' * 4096")
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "/cluster/client/native." in maps

@@ -12,6 +12,8 @@ import pytest
 from tests.support.nbd import SYSTEM_PYTHON
 from tests.support.processes import run, which
 
+from sheepdog.cluster.client import channel
+
 QEMU52 = Path(os.environ.get("QEMU52") or Path.home() / ".cache/qemu-5.2-sheepdog")
 
 
@@ -58,3 +60,9 @@ def qemu52(tool: str) -> str:
     if not path.exists():
         pytest.skip(f"needs {path} (make qemu52 builds it)")
     return str(path)
+
+
+def native_exchange() -> None:
+    """From here on channels use it."""
+    if not channel.use_native():
+        pytest.skip("needs the compiled exchange (make compile)")

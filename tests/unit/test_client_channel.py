@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
+from tests.support import needs
 from tests.support.fake_sheep import FakeSheep
 from tests.support.processes import wait_until
 from tests.unit.test_client_roaming import Unfriendly
 
 from sheepdog.cluster.client import channel as channel_module
+from sheepdog.cluster.client import exchange as exchange_module
 from sheepdog.cluster.client.address import Address
 from sheepdog.cluster.client.channel import Channel
 from sheepdog.cluster.client.connection import Connection, connect, send
@@ -23,11 +28,25 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import Vid, data_oid, inode_oid
 from sheepdog.cluster.core.inode import HEADER_SIZE
 from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.header import HEADER_SIZE as WIRE_HEADER_SIZE
+from sheepdog.cluster.wire.response import response
 
 MIB = 1 << 20
 THREADS = 12
 LIMIT_S = 30.0
+PLAIN_ONLY = pytest.mark.parametrize("form", ["plain"], indirect=True)  # it looks, or meddles, inside
+
+NATIVE_ONLY = pytest.mark.parametrize("form", ["native"], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=["plain", "native"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both bodies of the exchange."""
+    monkeypatch.setattr(channel_module, "_exchange", exchange_module.Exchange)
+    if request.param == "native":
+        monkeypatch.delenv("SHEEPDOG_COMPILED", raising=False)
+        needs.native_exchange()
 
 
 def together(count: int, work: Callable[[int], None]) -> None:
@@ -102,19 +121,20 @@ def test_every_thread_gets_its_own_answer(batch: int) -> None:
         channel.close()
 
 
+@PLAIN_ONLY
 def test_what_is_asked_while_one_sends_leaves_together(monkeypatch: pytest.MonkeyPatch) -> None:
     sendings: list[int] = []
 
     def held(sock: socket.socket, parts: list[Buffer]) -> None:
         sendings.append(len(parts))
         if len(sendings) == 1:
-            wait_until(lambda: len(channel._queue) == THREADS - 1, 10, "all others have asked")
+            wait_until(lambda: len(channel._exchange._queue) == THREADS - 1, 10, "all others have asked")
         send(sock, parts)
 
     with FakeSheep() as sheep:
         vid = filled(sheep)
         channel = Channel(sheep.address)
-        monkeypatch.setattr(channel_module, "send", held)
+        monkeypatch.setattr(exchange_module, "send", held)
 
         def work(index: int) -> None:
             data = b"%d" % index if index % 2 else b""
@@ -129,13 +149,14 @@ def test_what_is_asked_while_one_sends_leaves_together(monkeypatch: pytest.Monke
         channel.close()
 
 
+@PLAIN_ONLY
 def test_what_is_asked_while_the_connection_is_made_anew_is_sent() -> None:
     asked: list[threading.Event] = []
 
     def dial(address: Address) -> socket.socket:
         if asked:
             asked[0].set()
-            wait_until(lambda: bool(channel._queue), 10, "somebody asks")
+            wait_until(lambda: bool(channel._exchange._queue), 10, "somebody asks")
         return connect(address)
 
     with FakeSheep() as sheep:
@@ -154,19 +175,20 @@ def test_what_is_asked_while_the_connection_is_made_anew_is_sent() -> None:
         channel.close()
 
 
+@PLAIN_ONLY
 def test_what_is_asked_while_it_closes_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     closing = threading.Event()
-    shut = channel_module._shut
+    shut = exchange_module.shut
 
     def held(sock: socket.socket) -> None:
         closing.set()
-        wait_until(lambda: bool(channel._queue), 10, "somebody asks")
+        wait_until(lambda: bool(channel._exchange._queue), 10, "somebody asks")
         shut(sock)
 
     with FakeSheep() as sheep:
         vid = filled(sheep)
         channel = Channel(sheep.address)
-        monkeypatch.setattr(channel_module, "_shut", held)
+        monkeypatch.setattr(channel_module, "shut", held)
 
         def work(index: int) -> None:
             if index == 0:
@@ -180,16 +202,17 @@ def test_what_is_asked_while_it_closes_fails(monkeypatch: pytest.MonkeyPatch) ->
         together(2, work)
 
 
+@PLAIN_ONLY
 def test_threads_wake_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their answers come together; nobody wakes them all, since each would then wait for those before it."""
     woken: list[int] = []
-    wake = channel_module._Waiter.open
+    wake = exchange_module.Waiter.open
 
-    def counted(waiter: channel_module._Waiter) -> None:
+    def counted(waiter: exchange_module.Waiter) -> None:
         woken.append(threading.get_ident())
         wake(waiter)
 
-    monkeypatch.setattr(channel_module._Waiter, "open", counted)
+    monkeypatch.setattr(exchange_module.Waiter, "open", counted)
     with FakeSheep() as sheep:
         vid = filled(sheep)
         channel = Channel(sheep.address)
@@ -205,7 +228,8 @@ def test_threads_wake_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def work(index: int) -> None:
             if index == THREADS:
-                wait_until(lambda: sum(w.waits for w in list(channel._flight.values())) == THREADS, 10, "all have sent")
+                flight = channel._exchange._flight
+                wait_until(lambda: sum(w.waits for w in list(flight.values())) == THREADS, 10, "all have sent")
                 all_sent.set()
                 return
             assert ask_for_header(channel, vid) == (0, HEADER_SIZE)
@@ -216,6 +240,7 @@ def test_threads_wake_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
         channel.close()
 
 
+@PLAIN_ONLY
 def test_large_answers_are_received_where_they_belong() -> None:
     """Not by way of the channel's buffer, also when they come together with others."""
     with FakeSheep() as sheep:
@@ -225,7 +250,7 @@ def test_large_answers_are_received_where_they_belong() -> None:
         space = bytearray(MIB)
         assert channel.ask(read_header(data_oid(vid, 0), 4096, MIB), b"", memoryview(space)) == (0, MIB)
         assert space == content[4096 : 4096 + MIB]
-        assert not any(channel._buffer[WIRE_HEADER_SIZE:])
+        assert not any(channel._exchange._buffer[WIRE_HEADER_SIZE:])
         sheep.batch = THREADS
 
         def work(index: int) -> None:
@@ -501,3 +526,75 @@ def test_a_connection_may_have_a_limit_for_answers() -> None:
         sheep.delay_s = 0.0
         assert connection.ask(header, limit=HEADER_SIZE).result == Result.SUCCESS
         connection.close()
+
+
+@NATIVE_ONLY
+def test_an_answer_may_come_before_all_of_its_request_is_sent() -> None:
+    """Its memory is not given back while another thread sends from it."""
+    queued, answered = threading.Event(), threading.Event()
+    payload = bytes(16 * MIB)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                headers = [receive_exactly(connection, WIRE_HEADER_SIZE) for _ in range(2)]
+                queued.set()  # the second thread is sending, and will be until this reads
+                time.sleep(0.3)
+                receive_exactly(connection, len(payload))
+                connection.sendall(refusal(receive_exactly(connection, WIRE_HEADER_SIZE)))
+                assert not answered.wait(0.3)
+                receive_exactly(connection, len(payload))
+                assert answered.wait(LIMIT_S)
+                for header in headers:
+                    connection.sendall(refusal(header))
+
+        channel = Channel(listener.getsockname())
+
+        def work(index: int) -> None:
+            if index == 0:
+                serve()
+            elif index == 1:
+                assert channel.ask(read_header(data_oid(Vid(1), 0), 0, 10), b"", memoryview(bytearray(10)))[0]
+            elif index == 2 or queued.wait(LIMIT_S):
+                time.sleep(0.1)  # the first one receives by now
+                header = write_header(data_oid(Vid(1), 0), 0, len(payload), False)
+                assert channel.ask(header, payload)[0] == Result.NO_OBJ
+                if index == 3:
+                    answered.set()
+
+        together(4, work)
+        channel.close()
+
+
+def receive_exactly(connection: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        parts += connection.recv(min(size - len(parts), MIB))
+    return bytes(parts)
+
+
+def refusal(header: bytes) -> bytes:
+    request = wire.REQUEST.unpack(header)
+    return response(request.opcode, request.id, 1, Result.NO_OBJ)
+
+
+@PLAIN_ONLY
+def test_a_compiled_exchange_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(channel_module, "_NATIVE", str(tmp_path / "native"))
+    monkeypatch.delenv("SHEEPDOG_COMPILED", raising=False)
+    assert not channel_module.use_native(), "there is none"
+    for suffix, changed in ((".py", 100), (".pxd", 100), (EXTENSION_SUFFIXES[0], 200)):
+        path = tmp_path / f"native{suffix}"
+        path.touch()
+        os.utime(path, (changed, changed))
+    assert channel_module.native_is_current()
+    os.utime(tmp_path / "native.pxd", (201, 201))
+    assert not channel_module.use_native()
+    assert channel_module._exchange is exchange_module.Exchange
+
+
+@PLAIN_ONLY
+def test_the_compiled_exchange_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHEEPDOG_COMPILED", "0")
+    assert not channel_module.use_native()

@@ -1,0 +1,3 @@
+"""What Python sees of `native`."""
+
+from sheepdog.cluster.client.exchange import Exchange as Exchange
