@@ -37,7 +37,7 @@ TESTS = tests/unit tests/wire tests/sim tests/process tests/frontends
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-setup: $(MARK)-setup $(MARK)-compiled
+setup: $(MARK)-setup $(MARK)-compiled $(MARK)-native
 
 $(MARK)-setup: pyproject.toml packaging/install-packages
 	packaging/install-packages setup
@@ -50,12 +50,15 @@ $(MARK)-setup: pyproject.toml packaging/install-packages
 # Once: who changes the sources afterwards runs them as they are, until `make compile`.
 $(MARK)-compiled: | $(MARK)-setup
 	$(BIN)/python packaging/compile --if-changed || [ -z "$$CI" ]
+	@touch $@
+
+# Seconds, so after each change.
+$(MARK)-native: cluster/client/native.py cluster/client/native.pxd | $(MARK)-setup
 	$(BIN)/python packaging/compile-native --if-changed || [ -z "$$CI" ]
 	@touch $@
 
-compile: $(MARK)-setup
+compile: $(MARK)-setup $(MARK)-native
 	$(BIN)/python packaging/compile --if-changed
-	$(BIN)/python packaging/compile-native --if-changed
 
 $(MARK)-demo-packages: $(MARK)-setup
 	packaging/install-packages --optional demo
