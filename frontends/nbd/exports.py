@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 from sheepdog.cluster.client import inodes
+from sheepdog.cluster.client.address import describe as describe_address
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.client.connection import STALL_LIMIT_S, Connection, connect_near
 from sheepdog.cluster.client.errors import SheepError
@@ -25,6 +26,8 @@ from sheepdog.cluster.core.errors import PeerError, Result
 from sheepdog.cluster.core.inode import InodeHeader
 from sheepdog.cluster.core.strings import NAME_SIZE
 from sheepdog.frontends.nbd.parameters import Parameters
+
+_NOBODY_THERE = (ConnectionError, TimeoutError, FileNotFoundError)  # the last one: no such socket
 
 
 class Export(NamedTuple):
@@ -104,7 +107,10 @@ class Exports:
     def listing(self) -> list[tuple[str, str]]:
         """(export name, description) of everything that may be opened."""
         with_snapshots = []
-        connection = Connection(self._address, 0, answer_limit_s=STALL_LIMIT_S)
+        try:
+            connection = Connection(self._address, 0, answer_limit_s=STALL_LIMIT_S)
+        except OSError as error:
+            raise self._nobody(error) from error
         try:
             for inode in inodes.headers(connection, inodes.volume_ids(connection)):
                 if isinstance(inode, InodeHeader):
@@ -135,6 +141,8 @@ class Exports:
             except SheepError as error:
                 if error.result not in (Result.NO_VDI, Result.NO_TAG):
                     raise _refusal(export, error) from error
+            except _NOBODY_THERE as error:
+                raise self._nobody(error) from error
         raise Refused(errno.ENOENT, f"there is no volume or snapshot {name}")
 
     def close(self, handle: Handle) -> None:
@@ -175,6 +183,10 @@ class Exports:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return list(complaints.values())
+
+    def _nobody(self, error: OSError) -> OSError:
+        """The system does not say whom it could not connect to."""
+        return Refused(error.errno, f"no sheep at {describe_address(self._address)}: {error.strerror}")
 
     def _join(self, export: Export, read_only: bool) -> Handle:
         with self._table:

@@ -28,6 +28,12 @@ def connect(uri):
 """
 
 
+def _outside() -> dict[str, str]:
+    """For nbdkit: its Python would take on the virtual environment that comes first in PATH, with all its packages."""
+    found = environment()
+    return {**found, "PATH": found["PATH"].removeprefix(f"{BIN}:")}
+
+
 class NbdServer:
     """`dog nbd serve WORDS...` against a node of the cluster, at a unix socket unless `listen` is given."""
 
@@ -45,7 +51,7 @@ class NbdServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(),
+                env=_outside(),
             )
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline().decode().strip()
@@ -110,7 +116,7 @@ def captive(cluster: Cluster, words: Sequence[str], parameters: Sequence[str], c
         "nbdkit", "-f", "-U", "-", *words, "python", str(NBDKIT_PLUGIN),
         f"address={cluster.socket(0)}", *parameters, "--run", command,
     ]  # fmt: skip
-    variables = {**environment(), "PYTHONPATH": str(NBDKIT_PLUGIN.parents[3])}
+    variables = {**_outside(), "PYTHONPATH": str(NBDKIT_PLUGIN.parents[3])}
     done = subprocess.run(argv, capture_output=True, timeout=120, env=variables, check=False)
     if done.returncode:
         raise AssertionError(f"{' '.join(argv)}: {shown(done.stdout)}\n{shown(done.stderr)}")

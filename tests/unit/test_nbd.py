@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import re
 import socket
 import stat
 import sys
@@ -20,6 +21,7 @@ import pytest
 from tests.support.fake_sheep import Answer, FakeSheep
 from tests.support.processes import run
 
+from sheepdog.cluster.client.address import describe
 from sheepdog.cluster.client.blocking import BlockingVolume
 from sheepdog.cluster.core.errors import Result, UsageError
 from sheepdog.cluster.core.ids import ObjectId, is_data
@@ -149,6 +151,16 @@ def test_what_is_refused(sheep: FakeSheep) -> None:
 
 
 # -- sharing and locks
+
+
+def test_a_sheep_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with FakeSheep() as sheep:
+        sheep.create("web", MIB)
+    for address in (sheep.address, str(tmp_path / "sock")):
+        exports = Exports(Parameters(address, patience_s=0))
+        for asks in (exports.listing, lambda exports=exports: exports.open("web", False)):
+            with pytest.raises(Refused, match=f"no sheep at {re.escape(describe(address))}: "):
+                asks()
 
 
 def test_connections_share_one_volume(sheep: FakeSheep) -> None:
