@@ -7,14 +7,13 @@ A copy is readable here without asking its home when, in this epoch,
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoObject, Result, StoreError
-from sheepdog.cluster.core.ids import STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
+from sheepdog.cluster.core.ids import NO_OID, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.peering import Verdict
@@ -22,7 +21,7 @@ from sheepdog.cluster.core.ports import Buffer, Done, Store
 from sheepdog.cluster.core.strip_levels import Leveled, decode_levels, encode_levels
 from sheepdog.cluster.core.strip_replica import StripReplica
 
-_SUCCESS: Final = Result.SUCCESS  # looked up once, not for each write
+_SUCCESS: Final = int(Result.SUCCESS)  # looked up once, not for each write
 _WHOLE: Final = 1 << 62  # end of a range that covers any object
 
 
@@ -71,6 +70,35 @@ def note_origin(
         context.origins.forget(plain_oid(oid))
 
 
+class _Change:
+    """A numbered change of a home, remembered until all replicas have it."""
+
+    __slots__ = ("answered", "end", "levels", "oid", "result", "sequence", "start")
+
+    def __init__(self, sequence: int, oid: ObjectId, start: int, end: int) -> None:
+        self.sequence = sequence
+        self.oid = oid
+        self.start = start  # of the bytes that it touches
+        self.end = end
+        self.levels: list[Leveled] | None = None  # what it brings level, if it is that
+        self.answered = False
+        self.result = _SUCCESS
+
+
+class _Feed:
+    """What comes from one home in this epoch."""
+
+    __slots__ = ("changes", "last")
+
+    def __init__(self) -> None:
+        self.last = 0  # highest sequence seen
+        self.changes: list[_Change] = []  # by ascending sequence: those that some other replica may lack
+
+    def find(self, sequence: int) -> _Change | None:
+        """None: all replicas have it."""
+        return next((change for change in self.changes if change.sequence == sequence), None)
+
+
 class Replica:
     """Of one node, over all epochs; `begin` starts a new one."""
 
@@ -93,12 +121,8 @@ class Replica:
         self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self.undecided: list[dict[ObjectId, None]] = []  # by home: those of them that have yet to become one version
-        self._unstable: dict[ObjectId, list[tuple[int, int, int]]] = {}  # (sequence, start, end)
-        self._order: list[deque[tuple[int, ObjectId]]] = []  # by home, ascending sequence
-        self._levels: list[deque[tuple[int, list[Leveled]]]] = []  # by home, ascending sequence
-        self._applied: list[int] = []  # by home: highest sequence seen
-        self._unanswered: list[dict[int, None]] = []  # by home: sequences being applied
-        self._failed: dict[tuple[int, int], int] = {}  # by home and sequence
+        self._unstable: dict[ObjectId, list[_Change]] = {}  # those of the feeds, by object
+        self._feeds: list[_Feed] = []  # by home
 
     def begin(self) -> None:
         """A new epoch: nothing is readable until the homes have settled with this node."""
@@ -113,11 +137,7 @@ class Replica:
         self._context.spoilt = {}
         self._context.doubts = {}
         self._unstable = {}
-        self._order = [deque() for _ in range(count)]
-        self._levels = [deque() for _ in range(count)]
-        self._applied = [0] * count
-        self._unanswered = [{} for _ in range(count)]
-        self._failed = {}
+        self._feeds = [_Feed() for _ in range(count)]
         self.strips.begin()
 
     def settle(self, home: int, verdict: Verdict) -> None:
@@ -181,7 +201,7 @@ class Replica:
         if unstable is None:
             return True
         end = offset + length
-        return not any(start < end and offset < stop for _, start, stop in unstable)
+        return not any(change.start < end and offset < change.end for change in unstable)
 
     def unstable(self) -> Iterable[ObjectId]:
         """Copies here with a write that some other replica may lack."""
@@ -191,16 +211,12 @@ class Replica:
         """A home's write. One that comes a second time (the link broke) is answered, not applied again."""
         context = self._context
         home = context.placement.index_of[sender]
-        sequence = message.sequence
-        unanswered = self._unanswered[home]
-        if sequence <= self._applied[home]:
+        feed = self._feeds[home]
+        if message.sequence <= feed.last:
             context.probe("replica.apply_repeated")
-            if sequence not in unanswered:
-                context.peers.answer(sender, message, self._failed.get((home, sequence), Result.SUCCESS))
+            self._answer_again(sender, message, feed)
             return
-        self._applied[home] = sequence
-        unanswered[sequence] = None
-        self._stable(home, message.watermark)
+        self._stable(feed, message.watermark)
         oid, flags = message.oid, message.flags
         body = message.body
         assert not isinstance(body, list)
@@ -209,9 +225,15 @@ class Replica:
             flags &= ~Flag.OWN
             body = context.submitted(message.origin)
         start, end = touched(flags, message.offset, message.length if flags & Flag.PUNCH else len(body))
-        self._unstable.setdefault(oid, []).append((sequence, start, end))
-        self._order[home].append((sequence, oid))
-        answer = self._answering(sender, message, home, context.fence)
+        change = _Change(message.sequence, oid, start, end)
+        feed.last = message.sequence
+        feed.changes.append(change)
+        unstable = self._unstable.get(oid)
+        if unstable is None:
+            self._unstable[oid] = [change]
+        else:
+            unstable.append(change)
+        answer = self._answering(sender, message, change, context.fence)
         counters = context.counters
         if flags & Flag.REMOVE:
             counters.peer_removes += 1
@@ -235,8 +257,14 @@ class Replica:
             if context.store.version(oid) == message.version or flags & Flag.REMOVE:  # it has not failed
                 note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
 
+    def _answer_again(self, sender: NodeId, message: Message, feed: _Feed) -> None:
+        """To a change that has come before; while it is being applied, its answer is yet to come."""
+        change = feed.find(message.sequence)
+        if change is None or change.answered:
+            self._context.peers.answer(sender, message, _SUCCESS if change is None else change.result)
+
     def _answering(
-        self, sender: NodeId, message: Message, home: int, fence: int
+        self, sender: NodeId, message: Message, change: _Change, fence: int
     ) -> Callable[[StoreError | None], None]:
         was_bad = message.oid in self.missing
 
@@ -244,68 +272,70 @@ class Replica:
             context = self._context
             if context.fence != fence:
                 return  # fenced: that home does not count any more
-            self._unanswered[home].pop(message.sequence, None)
-            result = _SUCCESS
+            change.answered = True
             if error is not None:
                 context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
                 self.spoil(message.oid)
                 if message.oid >> STRIP_SHIFT:
                     context.spoilt.setdefault(message.oid, error)
-                result = self._failed[home, message.sequence] = error.result
+                change.result = int(error.result)
             elif message.flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
                 is_bad = message.oid in self.missing
                 self.restored(message.oid)
                 if was_bad or is_bad:
                     self._replaced()
-            context.peers.answer(sender, message, result)
+            context.peers.answer(sender, message, change.result)
 
         return applied
 
     def on_stable(self, sender: NodeId, message: Message) -> None:
-        self._stable(self._context.placement.index_of[sender], message.watermark)
+        self._stable(self._feeds[self._context.placement.index_of[sender]], message.watermark)
 
-    def _stable(self, home: int, watermark: int) -> None:
-        """All replicas have every write of `home` up to `watermark`."""
-        order = self._order[home]
-        while order and order[0][0] <= watermark:
-            sequence, oid = order.popleft()
-            if oid >> STRIP_SHIFT:
-                self.strips.undo.settle(oid, version_of(self._context.epoch, self._context.state.term, sequence))
-            ranges = self._unstable.get(oid)
-            if ranges is None:
-                continue
-            if len(ranges) > 1:
-                self._unstable[oid] = [entry for entry in ranges if entry[0] != sequence]
+    def _stable(self, feed: _Feed, watermark: int) -> None:
+        """All replicas have every change of a home up to `watermark`."""
+        stable = 0
+        for change in feed.changes:
+            if change.sequence > watermark:
+                break
+            stable += 1
+            if change.levels is not None:
+                for strip, version in change.levels:
+                    self.strips.undo.level(strip, version)
             else:
-                del self._unstable[oid]
-            if self._failed:
-                self._failed.pop((home, sequence), None)
-        levels = self._levels[home]
-        while levels and levels[0][0] <= watermark:
-            for strip, version in levels.popleft()[1]:
-                self.strips.undo.level(strip, version)
+                self._forget(change)
+        if stable:
+            del feed.changes[:stable]
+
+    def _forget(self, change: _Change) -> None:
+        oid = change.oid
+        if oid >> STRIP_SHIFT:
+            self.strips.undo.settle(oid, version_of(self._context.epoch, self._context.state.term, change.sequence))
+        unstable = self._unstable[oid]
+        if len(unstable) > 1:
+            unstable.remove(change)
+        else:
+            del self._unstable[oid]
 
     def on_level(self, sender: NodeId, message: Message) -> None:
         """A home brings strips level; as APPLY, once."""
-        context, sequence = self._context, message.sequence
-        home = context.placement.index_of[sender]
-        fence, unanswered = context.fence, self._unanswered[home]
-        if sequence <= self._applied[home]:
-            if sequence not in unanswered:
-                context.peers.answer(sender, message, Result.SUCCESS)
+        context = self._context
+        feed = self._feeds[context.placement.index_of[sender]]
+        fence = context.fence
+        if message.sequence <= feed.last:
+            self._answer_again(sender, message, feed)
             return
-        self._applied[home] = sequence
-        unanswered[sequence] = None
-        self._stable(home, message.watermark)
-        assert not isinstance(message.body, list)
-        levels = decode_levels(message.body)
-        self._levels[home].append((sequence, levels))
+        self._stable(feed, message.watermark)
+        levels = decode_levels(message.payload())
+        change = _Change(message.sequence, NO_OID, 0, 0)
+        change.levels = levels
+        feed.last = message.sequence
+        feed.changes.append(change)
         version_of_level = dict(levels)
 
         def done(failed: list[ObjectId]) -> None:
             if context.fence != fence:
                 return
-            unanswered.pop(sequence, None)
+            change.answered = True
             for strip in failed:
                 self.spoil(strip)
             body = encode_levels((strip, version_of_level[strip]) for strip in failed)

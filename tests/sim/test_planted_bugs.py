@@ -204,7 +204,7 @@ def replica_applies_twice(patch: pytest.MonkeyPatch) -> None:
     on_apply = Replica.on_apply
 
     def forgetful(self: Replica, sender: Any, message: Message) -> None:
-        self._applied[self._context.placement.index_of[sender]] = 0
+        self._feeds[self._context.placement.index_of[sender]].last = 0
         on_apply(self, sender, message)
 
     patch.setattr(Replica, "on_apply", forgetful)
