@@ -36,7 +36,7 @@ from sheepdog.cluster.core.ids import (
     vid_of,
 )
 from sheepdog.cluster.core.messages import Buffer
-from sheepdog.cluster.core.ports import CacheStore
+from sheepdog.cluster.core.ports import Store
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]
 ResultDone: TypeAlias = Callable[[int], None]
@@ -46,7 +46,7 @@ Request: TypeAlias = Callable[[IoDone], None]
 class Cache:
     """Of one incarnation of a node. `size_bytes` bounds what is kept beside what is dirty."""
 
-    def __init__(self, context: Context, gateway: Gateway, claims: Claims, store: CacheStore, size_bytes: int) -> None:
+    def __init__(self, context: Context, gateway: Gateway, claims: Claims, store: Store, size_bytes: int) -> None:
         self.local_writes = 0
         self.entries = CacheEntries(context, gateway, store, size_bytes)
         self.reads = CacheReads(context, gateway, self.entries)

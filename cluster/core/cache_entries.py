@@ -12,13 +12,13 @@ from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.extents import CachedObject, groups_of, touched
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.messages import Buffer
-from sheepdog.cluster.core.ports import CacheStore, Done
+from sheepdog.cluster.core.ports import Done, Store
 
 
 class CacheEntries:
     """Of one cache. `on_dirty` is called when there is something to push."""
 
-    def __init__(self, context: Context, gateway: Gateway, store: CacheStore, size_bytes: int) -> None:
+    def __init__(self, context: Context, gateway: Gateway, store: Store, size_bytes: int) -> None:
         self.on_dirty: Callable[[], None] = lambda: None
         self.store = store
         self.space = CacheSpace(store, size_bytes, context.probe)

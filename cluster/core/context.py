@@ -18,7 +18,8 @@ from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import Clock, Log, Network, Store
 from sheepdog.cluster.core.state import ClusterState
 
-_NEVER_CODED: Final = 0b10111 << 59  # ids with these bits: inodes, attributes, B-tree nodes, ledgers
+_KIND_SHIFT: Final = 59
+_PLAIN_KINDS: Final = 0b10111  # of the bits from there on: inodes, attributes, B-tree nodes, ledgers
 
 
 class Counters:
@@ -122,16 +123,17 @@ class Context:
 
     def knows(self, oid: ObjectId) -> bool:
         """The VDI table here says how the object is kept."""
-        return bool(oid & _NEVER_CODED) or self.state.vdis.get(vid_of(oid)) is not None
+        return bool(oid >> _KIND_SHIFT & _PLAIN_KINDS) or self.state.vdis.get(vid_of(oid)) is not None
 
     def copies_told(self, oid: ObjectId) -> int:
         """Copies of an inode or the like, for a home whose VDI table may not have it yet; 0: the table says it."""
-        record = self.state.vdis.get(vid_of(oid)) if oid & _NEVER_CODED and not is_attribute(oid) else None
+        told = oid >> _KIND_SHIFT & _PLAIN_KINDS and not is_attribute(oid)
+        record = self.state.vdis.get(vid_of(oid)) if told else None
         return 0 if record is None else record.copies
 
     def policy_of(self, oid: ObjectId) -> Policy | None:
         """How an object is coded: data and vmstate of a coded VDI; None for what is kept as whole copies."""
-        if oid & _NEVER_CODED:
+        if oid >> _KIND_SHIFT & _PLAIN_KINDS:
             return None
         record = self.state.vdis.get(vid_of(oid))
         return policy_of(record.policy) if record is not None and record.policy else None
@@ -146,7 +148,7 @@ class Context:
         self.probes[name] = self.probes.get(name, 0) + 1
 
 
-class _Nowhere:
+class _Nowhere(Network):
     """The network of a node whose incarnation is over."""
 
     def send(self, node: NodeId, message: Message) -> None:

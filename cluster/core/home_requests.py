@@ -9,6 +9,7 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home_writes import IoDone, Submission
 from sheepdog.cluster.core.ids import NodeId, ObjectId, inode_oid, vid_of
 from sheepdog.cluster.core.messages import Flag, Kind, Message
+from sheepdog.cluster.core.peers import first_number
 from sheepdog.cluster.core.ports import Buffer
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class HomeRequests:
             if result is not None:
                 self._context.peers.answer(sender, message, result)
             return
-        while seen and (oldest := next(iter(seen))) < message.watermark:
+        while (oldest := first_number(seen, message.watermark)) < message.watermark:
             del seen[oldest]  # the gateway has that answer
         seen[rid] = None
 

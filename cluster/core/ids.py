@@ -22,7 +22,8 @@ _VMSTATE: Final = 1 << 62
 _ATTRIBUTE: Final = 1 << 61
 _BTREE: Final = 1 << 60
 _LEDGER: Final = 1 << 59
-_KIND_MASK: Final = 0x1F << 59
+_KIND_SHIFT: Final = 59  # ids of data have nothing above it, but for the number of a strip
+_KIND_MASK: Final = 0x1F
 STRIP_SHIFT: Final = 64  # a strip's number + 1 stands above the 64 bits of the object's id
 _PLAIN_MASK: Final = (1 << STRIP_SHIFT) - 1
 
@@ -77,7 +78,7 @@ def oid_name(oid: ObjectId) -> str:
 
 
 def is_data(oid: ObjectId) -> bool:
-    return not oid & _KIND_MASK
+    return not oid >> _KIND_SHIFT & _KIND_MASK  # small numbers are dealt with in place where this is compiled
 
 
 def is_inode(oid: ObjectId) -> bool:

@@ -34,7 +34,6 @@ from sheepdog.cluster.core.part import Part
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.placement import Placement
 from sheepdog.cluster.core.ports import (
-    CacheStore,
     Clock,
     Engine,
     Event,
@@ -57,7 +56,7 @@ from sheepdog.cluster.core.void_epochs import parting
 class CacheDisk(NamedTuple):
     """Where the object cache keeps its bytes."""
 
-    store: CacheStore
+    store: Store
     identity: str  # of what is in it: another one when that was lost
     size_bytes: int
     direct_io: bool = False  # told to administrators

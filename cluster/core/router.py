@@ -21,6 +21,7 @@ from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
 from sheepdog.cluster.core.limits import RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.moves import Moves
+from sheepdog.cluster.core.peers import first_number
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_reads import StripReads
@@ -182,7 +183,7 @@ class Router:
                     request.finish,
                     me,
                     request.number,
-                    next(iter(self.pending)),
+                    first_number(self.pending, request.number),
                 )
             )
         else:
@@ -199,7 +200,7 @@ class Router:
                 copies=request.copies or context.copies_told(oid),
                 body=request.data,
                 origin=request.number,
-                floor=next(iter(self.pending)),
+                floor=first_number(self.pending, request.number),
             )
             context.peers.request(node, message, request.answered)
 

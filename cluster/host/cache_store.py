@@ -17,7 +17,7 @@ _BLOCK_MASK: Final = BLOCK_SIZE - 1
 
 
 class CacheObjects(ObjectStore):
-    """`ports.CacheStore`."""
+    """`ports.Store` of a cache."""
 
     def keep(self, oid: ObjectId, offset: int, data: Buffer) -> bool:
         """The file gets the blocks, the table in memory their hashes, the table on the disk at the next checkpoint.

@@ -22,7 +22,7 @@ from typing import Final
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NodeId, format_address
 from sheepdog.cluster.core.messages import Message
-from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.core.ports import Log, Network
 from sheepdog.cluster.host.link import (
     HELLO_TIMEOUT_S,
     USER_TIMEOUT_MS,
@@ -93,7 +93,7 @@ class _Peer:
                 link.close()
 
 
-class Links:
+class Links(Network):
     """All links of this node. `on_message`, `on_successes` (fence, ids of requests) and `on_link` are never called from
     within a call to here."""
 

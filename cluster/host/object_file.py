@@ -155,7 +155,7 @@ class OpenFiles:
         self._limit = open_files_limit() if limit is None else limit
         self._copies: OrderedDict[ObjectId, Copy] = OrderedDict()
         self._table_bytes = 0
-        self.used: Callable[[ObjectId], None] = self._copies.move_to_end  # used(oid): it is the most recent now
+        self._in_order = False  # uses change the order: some file may have to be closed soon
         self._uses: dict[ObjectId, None] | None = None  # since they were taken; None: nobody asks
         self._held: deque[Done] = deque()
         self._letting_in = False
@@ -196,20 +196,22 @@ class OpenFiles:
 
     def add(self, copy: Copy) -> None:
         self._copies[copy.oid] = copy
-        self.used(copy.oid)
+        self._copies.move_to_end(copy.oid)
         self._table_bytes += len(copy.trailer)
+        self._in_order = len(self._copies) > self._limit // 2 or self._table_bytes > OPEN_TABLE_BYTES // 2
+        self.used(copy.oid)
         self.shrink()
+
+    def used(self, oid: ObjectId) -> None:
+        """The open file is the most recent now. Up to half of the limits nobody asks: the order is that of opening."""
+        if self._in_order:
+            self._copies.move_to_end(oid)
+        if self._uses is not None:
+            self._uses[oid] = None
 
     def note_uses(self) -> None:
         """From now on `take_used` tells whose files were used."""
-        uses: dict[ObjectId, None] = {}
-        move_to_end = self._copies.move_to_end
-
-        def used(oid: ObjectId) -> None:
-            move_to_end(oid)
-            uses[oid] = None
-
-        self._uses, self.used = uses, used
+        self._uses = {}
 
     def take_used(self) -> list[Copy]:
         """Copies whose open files were used since the last call."""

@@ -16,7 +16,7 @@ from typing import Final
 from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, OutOfRange, StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
-from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone
+from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone, Store
 from sheepdog.cluster.host import replay
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.checkpoint import Checkpoints
@@ -46,7 +46,7 @@ from sheepdog.cluster.host.workers import Workers
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
 
 
-class ObjectStore:
+class ObjectStore(Store):
     """`ports.Store`. With `nosync` nothing waits for a sync (P2 is void on this node)."""
 
     def __init__(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from sheepdog.cluster.core.ports import Timer
+from sheepdog.cluster.core.ports import Clock, Timer
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,7 +24,7 @@ _BOOTTIME: Final = time.CLOCK_BOOTTIME
 ROUNDS_PER_TURN: Final = 16  # calls at the end of a turn may ask for more of them; then sockets come first
 
 
-class HostClock:
+class HostClock(Clock):
     """The real `core.ports.Clock`: CLOCK_BOOTTIME, and timers of the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

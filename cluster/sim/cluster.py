@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.messages import Message
 from sheepdog.cluster.core.node import CacheDisk, Node
-from sheepdog.cluster.core.ports import Proven
+from sheepdog.cluster.core.ports import Clock, Proven
 from sheepdog.cluster.core.state import Status, node_key
 from sheepdog.cluster.sim.engine import SimAttachment, SimEngine
 from sheepdog.cluster.sim.network import Fabric, SimNetwork
@@ -23,7 +23,7 @@ RESTART_NS = 200 * MILLISECOND  # of a sheep that ended with an error, by system
 NodeFactory = Callable[..., Node]
 
 
-class SimClock:
+class SimClock(Clock):
     """`ports.Clock` of one process: its timers end with it."""
 
     def __init__(self, world: World, life: Life) -> None:

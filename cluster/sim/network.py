@@ -14,6 +14,7 @@ from functools import partial
 
 from sheepdog.cluster.core.ids import NodeId
 from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.ports import Network
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 from sheepdog.cluster.wire.peer import HEADER_SIZE, decode, encode
 
@@ -23,7 +24,7 @@ Trap = Callable[[NodeId, NodeId, int], None]  # sender, receiver, kind of the me
 Way = tuple[NodeId, NodeId]  # one direction: from, to
 
 
-class SimNetwork:
+class SimNetwork(Network):
     """`ports.Network` of one process."""
 
     def __init__(self, fabric: Fabric, me: NodeId, on_message: OnMessage, on_link: OnLink, life: Life) -> None:

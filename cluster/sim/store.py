@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
+from sheepdog.cluster.core.ports import Buffer, Done, ReadDone, Store
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 
 _ZERO = bytes(BLOCK_SIZE)
@@ -192,7 +192,7 @@ class SimDisk:
         return {oid: entry.copy for oid, entry in sorted(self.objects.items()) if entry.copy is not None}
 
 
-class SimStore:
+class SimStore(Store):
     """`ports.Store` of one process over a disk."""
 
     def __init__(self, disk: SimDisk, world: World, life: Life) -> None:
@@ -346,7 +346,6 @@ class SimStore:
         self._change(oid, change, durable, done)
 
     def keep(self, oid: ObjectId, offset: int, data: Buffer) -> bool:
-        """`ports.CacheStore`."""
         if self._writable(oid, offset, len(data)) is not None or self._random.random() < 0.1:
             return False
         kept, entry = bytes(data), self._disk.objects[oid]
@@ -361,7 +360,7 @@ class SimStore:
         return True
 
     def when_answered(self, call: Callable[[], None]) -> None:
-        """`ports.CacheStore`: until then anything may happen."""
+        """Until then anything may happen."""
         self._later(call, MICROSECOND if self._random.random() < 0.5 else MILLISECOND)
 
     def _fail(self, error: StoreError, done: Done) -> None:

@@ -21,7 +21,7 @@ from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member
 from sheepdog.cluster.core.join_rules import join_command
 from sheepdog.cluster.core.membership import ClusterMachine
-from sheepdog.cluster.core.ports import Event, Leased, Timer, View
+from sheepdog.cluster.core.ports import Clock, Event, Leased, Timer, View
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_key
 from sheepdog.cluster.sim.engine import SimAttachment, SimEngine
 from sheepdog.cluster.sim.world import SECOND, Life, World
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
     coordinator_us: float
 
 
-class Node(Listening):
+class Node(Listening, Clock):
     """One machine, and its ports: the engine is the simulator's, operations end as soon as they are due."""
 
     def __init__(self, cluster: Cluster, me: Member) -> None:

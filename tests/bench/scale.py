@@ -19,7 +19,7 @@ from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId, Object
 from sheepdog.cluster.core.membership import ClusterMachine
 from sheepdog.cluster.core.messages import PEER_VERSION
 from sheepdog.cluster.core.placement import Placement
-from sheepdog.cluster.core.ports import Delivery, Peer, Timer, View
+from sheepdog.cluster.core.ports import Clock, Delivery, Peer, Timer, View
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, member_to_json, node_key
 
 NODES = (3, 10, 30, 100, 300, 1000)
@@ -76,7 +76,7 @@ class Listening:
         raise AssertionError(reason)
 
 
-class Machine(Listening):
+class Machine(Listening, Clock):
     """The machine of one node among others that only send; it is its own engine, whose messages come at once."""
 
     def __init__(self, me: int, members: Sequence[Member]) -> None:

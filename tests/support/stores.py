@@ -11,7 +11,7 @@ from tests.support.sim_disk import SimDisk, SimWorkers
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid
-from sheepdog.cluster.core.ports import Buffer, Done, Timer
+from sheepdog.cluster.core.ports import Buffer, Clock, Done, Timer
 from sheepdog.cluster.host.disk import Disk, RealDisk
 from sheepdog.cluster.host.journal import WrittenBefore
 from sheepdog.cluster.host.object_store import ObjectStore
@@ -58,7 +58,7 @@ class _Timer:
         pass
 
 
-class StoppedClock:
+class StoppedClock(Clock):
     """Time stands still: timers fire when the test says so."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from sheepdog.cluster.core.extents import CachedObject
 from sheepdog.cluster.core.gateway import Gateway
 from sheepdog.cluster.core.ids import Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE, CACHE_PUSH_BYTES, CACHE_PUSHES
+from sheepdog.cluster.core.ports import Store
 
 SIZE = 2 * CACHE_PUSHES * CACHE_PUSH_BYTES
 
@@ -32,7 +33,7 @@ def test_nobody_waits_for_the_rest_of_an_object_that_is_gone() -> None:
     pusher = Pusher(
         cast(Context, SimpleNamespace(clock=SimpleNamespace(now_ns=lambda: 0), probe=lambda name: None)),
         cast(Gateway, SimpleNamespace(change=lambda *words: under_way.append(words[-1]))),
-        SimpleNamespace(read=lambda oid, offset, length, done: done(bytes(length))),
+        cast(Store, SimpleNamespace(read=lambda oid, offset, length, done: done(bytes(length)))),
         lambda entry: None,
         gone,
     )

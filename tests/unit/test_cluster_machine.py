@@ -24,7 +24,7 @@ from sheepdog.cluster.core import membership
 from sheepdog.cluster.core.commands import Command
 from sheepdog.cluster.core.ids import EpochRecord, Member, NodeId
 from sheepdog.cluster.core.membership import ClusterMachine
-from sheepdog.cluster.core.ports import Delivery, Event, Lost, Peer, Resumed, Suspended, Timer, View
+from sheepdog.cluster.core.ports import Clock, Delivery, Event, Lost, Peer, Resumed, Suspended, Timer, View
 from sheepdog.cluster.core.state import ClusterFlag, ClusterState, Status, node_key
 
 NODES = 4
@@ -72,7 +72,7 @@ class Engine:
         self.order.append(View(len(self.order) + 1, members, joined, left))
 
 
-class Process:
+class Process(Clock):
     """One machine from its start to its end: its listener, its engine port and its clock."""
 
     def __init__(self, world: World, number: int) -> None:

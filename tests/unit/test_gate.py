@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sheepdog.cluster.core.gate import Gate
-from sheepdog.cluster.core.ports import Buffer, Timer
+from sheepdog.cluster.core.ports import Buffer, Clock, Timer
 
 
-class Clock:
+class StillClock(Clock):
     """Time stands still unless a test moves it."""
 
     now = 1000
@@ -25,7 +25,7 @@ class Clock:
 
 class Case:
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.clock = StillClock()
         self.renewals = 0
         self.gate = Gate(self.clock, self._renew)
         self.answers: list[tuple[int, bytes]] = []

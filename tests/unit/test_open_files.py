@@ -218,6 +218,20 @@ def test_a_burst_of_dirty_files_is_not_looked_through_for_each_new_one(tmp_path:
     driver.crash()
 
 
+def test_the_file_whose_use_is_longest_ago_is_closed_first(tmp_path: Path) -> None:
+    driver = StoreDriver(str(tmp_path), nosync=True)
+    files = OpenFiles(driver.disk, lambda copy: None, limit=4)
+    copies = [Copy(oid, SIZE, V1, driver.store.copies.homes[0]) for oid in OIDS[:6]]
+    for index, copy in enumerate(copies):
+        if index == 4:
+            files.used(copies[0].oid)
+        copy.attach(os.open(os.devnull, os.O_RDONLY), bytearray(8))
+        files.add(copy)
+    assert [copy.fd >= 0 for copy in copies] == [True, False, False, True, True, True]
+    files.close_all()
+    driver.crash()
+
+
 def test_an_open_that_would_wait_does_not(tmp_path: Path) -> None:
     disk = RealDisk()
     path = tmp_path / "file"

@@ -9,11 +9,12 @@ import pytest
 from sheepdog.cluster.core.ids import NodeId, Version
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.peers import Peers
+from sheepdog.cluster.core.ports import Network
 
 NODE, OTHER = NodeId(bytes(16), 1), NodeId(bytes(16), 2)
 
 
-class Written:
+class Written(Network):
     """`ports.Network`."""
 
     def __init__(self) -> None:
