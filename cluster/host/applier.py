@@ -67,13 +67,15 @@ class Applier:
     def apply(self, record: Record) -> None:
         copy = record.copy
         if copy.later is not None:
-            copy.later.append(record)
-            if record.kind == RecordKind.REMOVE:
-                self._unpark(copy)  # nothing of it needs room any more
+            if record.kind != RecordKind.REMOVE:
+                copy.later.append(record)
+                return
+            self._unpark(copy)  # nothing of it needs room any more
+            self._remove(record)  # now: its place may be another object's when the write under way has ended
             return
         kind = record.kind
         if kind == RecordKind.WRITE:
-            if copy.gone:
+            if copy.void:
                 self._release(record)
             else:
                 self._write(record)
@@ -106,6 +108,12 @@ class Applier:
         self.barriers = [(barrier, call) for barrier, call in self.barriers if barrier > done]
         for call in ready:
             call()
+
+    def make_void(self, copy: Copy) -> None:
+        """The journal has that it is removed or replaced; it was pinned until then."""
+        copy.void = True
+        copy.pins -= 1
+        self._copies.files.close_if_unused(copy)
 
     def touch(self, copy: Copy) -> None:
         copy.touched = True
@@ -150,7 +158,7 @@ class Applier:
 
     def _write_large(self, record: Record) -> None:
         copy = record.copy
-        if copy.gone:
+        if copy.void:
             self._end_replaced(record)
             return
         if len(record.data) < SLOW_WRITE_BYTES:
@@ -230,7 +238,7 @@ class Applier:
     def _punch(self, record: Record) -> None:
         assert isinstance(record, PunchRecord)
         copy = record.copy
-        if not copy.gone:
+        if not copy.void:
             copy.changes += 1
             try:
                 punch_file(self._disk, copy, record)
@@ -243,7 +251,7 @@ class Applier:
     def _create(self, record: Record) -> None:
         """The journal has all of it: the file is made in its place, and needs no other name before it is whole."""
         copy = record.copy
-        if copy.gone:
+        if copy.void:
             self._end_replaced(record)
             return
         try:
@@ -260,7 +268,8 @@ class Applier:
             return
         copy.unmade = False
         copy.home.names_changed = True
-        self._copies.files.add(copy)
+        if not copy.gone:
+            self._copies.files.add(copy)
         self.unnamed[copy] = False
         self._note(record)
         self._end(record, None)
@@ -268,7 +277,7 @@ class Applier:
     def _put_in_place(self, record: Record) -> None:
         copy = record.copy
         try:
-            if copy.gone:
+            if copy.void:
                 self._disk.unlink(record.path)
             else:
                 self._disk.rename(record.path, copy.path)
@@ -276,13 +285,16 @@ class Applier:
             self._failed(record, error)
             return
         copy.home.names_changed = True
-        if copy.gone:
+        if copy.void:
             self._end_replaced(record)
             return
         self.touch(copy)
         self.unnamed[copy] = True
         copy.intents.append(record.lsn)
         self._syncs.mark_dirty(copy)
+        if copy.gone:
+            self._end_replaced(record)
+            return
         if record.wants_data and not self._nosync:
             self._acknowledge_when_done(record)
         self._end(record, None)

@@ -125,7 +125,7 @@ class Checkpoints:
         writes = copy.trailer_writes
 
         def synced(error: StoreError | None) -> None:
-            if error is not None or copy.gone:
+            if error is not None or copy.void:
                 self._settled(copy, error, done)
             elif copy.trailer_writes != writes:  # a newer one has been written meanwhile
                 self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
@@ -149,13 +149,13 @@ class Checkpoints:
 
     def _settled(self, copy: Copy, error: StoreError | None, done: Done) -> None:
         copy.pins -= 1
+        if not copy.touched:
+            self._applier.touched.pop(copy, None)
         if copy.gone:
             self._copies.files.close_if_unused(copy)
-        elif not copy.touched:
-            self._applier.touched.pop(copy, None)
         done(error)
 
 
 def _is_open(copy: Copy) -> bool:
     """Otherwise there is nothing to bring into its file, or nobody to do it: only what is clean is closed."""
-    return not copy.gone and not copy.home.failed and copy.fd >= 0
+    return not copy.void and not copy.home.failed and copy.fd >= 0

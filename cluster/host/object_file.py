@@ -70,6 +70,7 @@ class Copy:
         "trusted",
         "unmade",
         "version",
+        "void",
         "waiters",
         "waiting",
     )
@@ -88,6 +89,7 @@ class Copy:
         self.table = trailer.trailer_offset(max(size, 0))  # offset of the trailer in the file
         self.pins = 0  # calls in other threads that use `fd`
         self.gone = False  # removed or replaced; the file is closed with the last pin
+        self.void = False  # ... and the journal has that: what comes to its file does not matter any more
         self.restoring = version == NO_VERSION
         self.busy = False
         self.gated = False

@@ -341,15 +341,18 @@ class ObjectStore(Store):
         if isinstance(record, StoreError):
             done(record)
             return
-        self.install(record.copy)
+        record.replaces = self.install(record.copy)
         self._pipeline.submit(record)
 
     def install(self, copy: Copy | None, oid: ObjectId | None = None) -> Copy | None:
-        """From now on this is the object; returns the copy before it."""
+        """From now on this is the object. Returns the copy before it, pinned for the record that says so."""
         if oid is None:
             assert copy is not None
             oid = copy.oid
-        old = self.copies.replace(oid, copy)
+        old = self._by_oid.get(oid)
+        if old is not None:
+            old.pins += 1
+        self.copies.replace(oid, copy)
         if old is not None:
             self._syncs.forget(old)
             self._restores.forget(old)
@@ -362,7 +365,9 @@ class ObjectStore(Store):
         if copy is None:
             done(None)
             return
-        self._pipeline.submit(Record(RecordKind.REMOVE, copy, 0, 0, 0, [], b"", copy.version, True, done))
+        record = Record(RecordKind.REMOVE, copy, 0, 0, 0, [], b"", copy.version, True, done)
+        record.replaces = copy
+        self._pipeline.submit(record)
 
     # Restoring (restore.py)
 

@@ -47,6 +47,7 @@ class Pipeline:
         self._written: list[Record] = []  # appended in this turn
         self._unapplied: deque[Record] = deque()  # appended, not handed to the applier
         self._overlay_bytes = 0
+        self._replacing = 0  # records in the backlog that remove or replace a copy
         self._last: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable
         self._flushes: list[tuple[int, Done]] = []
         self._scheduled = False
@@ -73,6 +74,7 @@ class Pipeline:
                 pending[block] = record
         if self._backlog or not self._has_room(record):
             self._backlog.append(record)
+            self._replacing += record.replaces is not None
         else:
             self._append(record)
 
@@ -93,6 +95,8 @@ class Pipeline:
     def _append(self, record: Record) -> None:
         journal, copy = self._journal, record.copy
         record.lsn = journal.position
+        if record.replaces is not None:
+            self._applier.make_void(record.replaces)
         record.end = journal.append(
             record.kind,
             copy.oid,
@@ -217,7 +221,9 @@ class Pipeline:
     def drain(self) -> None:
         """Appends what waited for room."""
         while self._backlog and self._has_room(self._backlog[0]):
-            self._append(self._backlog.popleft())
+            record = self._backlog.popleft()
+            self._replacing -= record.replaces is not None
+            self._append(record)
 
     # Durability
 
@@ -225,6 +231,10 @@ class Pipeline:
         """Every record appended so far for these vids (None: all) is durable at `done`."""
         if self.error is not None:
             done(self.error)
+            return
+        if self._replacing:  # nobody syncs the files of copies that go, and the journal does not have yet that they do
+            last_one = self._backlog[-1].copy
+            self.submit(Record(RecordKind.DONE, last_one, 0, 0, 0, [], b"", NO_VERSION, True, done))
             return
         last = self._last
         ends = last.values() if vids is None else [last[vid] for vid in vids if vid in last]

@@ -88,6 +88,7 @@ class Record:
         "lsn",
         "offset",
         "path",
+        "replaces",
         "version",
         "wants_data",
     )
@@ -119,6 +120,7 @@ class Record:
         self.offset = first << 12
         self.carries_data = kind in (RecordKind.WRITE, RecordKind.CREATE, RecordKind.PUNCH)  # into the journal
         self.acked_by_journal = self.carries_data or kind == RecordKind.DONE  # else by its effect
+        self.replaces: Copy | None = None  # CREATE, CREATE_LARGE, REMOVE: the object's copy until then, pinned
         self.path = ""  # CREATE_LARGE: where the file is until then
         self.lsn = 0
         self.end = 0  # lsn behind the record

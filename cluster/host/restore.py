@@ -46,7 +46,7 @@ class Restores:
         syncs: FileSyncs,
         directories: DirectorySyncs,
         creations: Creations,
-        install: Callable[[Copy], object],
+        install: Callable[[Copy], Copy | None],
         nosync: bool,
     ) -> None:
         self._copies = copies
@@ -79,8 +79,8 @@ class Restores:
         except OSError as error:
             self._creations.discard_file(copy, path)
             return self._copies.write_failed(copy.home, error)
-        self._install(copy)
         record = Record(RecordKind.CREATE_LARGE, copy, 0, 0, 0, [], b"", NO_VERSION, True, None)
+        record.replaces = self._install(copy)
         record.path = path
         record.wants_data = False
         self._pipeline.submit(record)
@@ -231,6 +231,7 @@ class Restores:
             if error is None:
                 copy.restoring = False
                 copy.version = version
+                self._applier.touch(copy)  # a checkpoint may have written meanwhile that it is not complete
             copy.pins -= 1
             self._copies.open_gate(copy)
             done(error)
