@@ -21,8 +21,9 @@ LIMITS = {"write:4k:16:volatile": 10.0, "write:4k:16:durable": 18.0, "read:4k:16
 """System calls per operation, three copies on three nodes.
 
 Four runs on a busy machine: a volatile write took 5 to 8, a durable one 9 to 14, a read 1.2 (4 where each is a turn of
-its own). A durable write that took 11 to 13: 3 for the object files; shared with the others of a turn 0.8 to 1.0 appends
-to the journals, 0.6 syncs and as many wake-ups, 2.7 to 3.1 receives, 1.8 to 2.1 sends, 1.7 to 2.2 looks at sockets.
+its own). A durable write that took 11 to 13: 3 for the object files; shared with the others of a turn 0.8 to 1.0
+appends to the journals, 0.6 syncs and as many wake-ups, 2.7 to 3.1 receives, 1.8 to 2.1 sends, 1.7 to 2.2 looks at
+sockets.
 """
 
 
