@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sheepdog.cluster.core.ids import ObjectId, Vid, inode_oid
 from sheepdog.cluster.core.limits import MAP_WRITE_BYTES
 from sheepdog.cluster.core.map_writes import Ended, MapWrites
@@ -53,14 +55,21 @@ def test_what_comes_while_one_is_under_way_goes_together() -> None:
     assert inodes.begun[3:] == [(104, b"eeee", False)]
 
 
-def test_what_fills_a_gap_makes_one_of_both_sides() -> None:
+@pytest.mark.parametrize(
+    ("waiting", "written"),
+    [
+        ([(100, b"bbbb"), (108, b"cccc"), (104, b"dddd")], (100, b"bbbbddddcccc")),
+        ([(98, b"bbbb"), (100, b"cccc"), (94, b"dddd")], (94, b"ddddbbcccc")),
+    ],
+    ids=["what fills a gap makes one of both sides", "the last one written counts"],
+)
+def test_what_waits_becomes_one_write(waiting: list[tuple[int, bytes]], written: tuple[int, bytes]) -> None:
     inodes = Inodes()
-    inodes.write("a", 0, b"a")
-    inodes.write("b", 100, b"bbbb")
-    inodes.write("c", 108, b"cccc")
-    inodes.write("d", 104, b"dddd")
+    inodes.write("first", 100, b"aaaa")
+    for number, (offset, data) in enumerate(waiting):
+        inodes.write(str(number), offset, data)
     inodes.end()
-    assert inodes.begun[1:] == [(100, b"bbbbddddcccc", False)]
+    assert inodes.begun[1:] == [(*written, False)]
 
 
 def test_what_lies_elsewhere_does_not_wait() -> None:
@@ -69,16 +78,6 @@ def test_what_lies_elsewhere_does_not_wait() -> None:
     inodes.write("b", 2 * MAP_WRITE_BYTES, b"bbbb")
     inodes.write("c", 104, b"cccc", oid=OTHER)
     assert [offset for offset, _, _ in inodes.begun] == [100, 2 * MAP_WRITE_BYTES, 104]
-
-
-def test_the_last_one_written_counts() -> None:
-    inodes = Inodes()
-    inodes.write("a", 100, b"aaaa")
-    inodes.write("b", 98, b"bbbb")
-    inodes.write("c", 100, b"cccc")
-    inodes.write("d", 94, b"dddd")
-    inodes.end()
-    assert inodes.begun[1:] == [(94, b"ddddbbcccc", False)]
 
 
 def test_no_write_grows_beyond_the_limit() -> None:
