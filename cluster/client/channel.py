@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 import time
+import weakref
 from contextlib import closing
 from importlib.machinery import EXTENSION_SUFFIXES
 
@@ -86,7 +87,7 @@ class Channel:
         self._delay = RETRY_FIRST_S
         self._closed = False
         self._socket: socket.socket | None = self._connected()
-        self._exchange = _exchange(self)
+        self._exchange = _exchange(weakref.proxy(self))  # no cycle: its buffer goes with the last use of the channel
         self._exchange.use(self._socket)
 
     def ask(self, header: bytearray, payload: Buffer = b"", into: memoryview | None = None) -> tuple[int, int]:
