@@ -178,15 +178,27 @@ class InodeWrites:
         return lambda done: self._gateway.zero(oid, 0, self._context.size_of(oid), durable, done)
 
     def _write_map(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
+        vid = vid_of(oid)
+        while self._gateway.is_frozen(vid):  # since the write was let in
+            self._context.probe("inode.frozen_while_waiting")
+            yield lambda done: self._gateway.when_thawed(vid, done)
+        record = self._context.state.vdis.get(vid)
         entries = entries_written(offset, len(data))
         start, length = map_offset(entries.start), 4 * len(entries)
+        if (
+            record is not None
+            and not record.is_snapshot
+            and offset == start
+            and data == pack_map(array("I", [vid]) * len(entries))
+        ):
+            return (yield from self._write_own_entries(oid, offset, data, durable))
         result, before = yield from self._read_to_change(oid, start, length)
         if result:
             return int(result)
         after = bytearray(before)
         after[offset - start : offset - start + len(data)] = data
         old, new = unpack_map(before), unpack_map(after)
-        record = self._context.state.vdis.get(vid_of(oid))
+        record = self._context.state.vdis.get(vid)
         if record is not None and (stale := went_back(self._context.state.vdis, record, old, new)):
             self._context.probe("inode.old_map_written")
             for i in stale:
@@ -206,7 +218,29 @@ class InodeWrites:
             return int(result)
         dropped = [(Vid(old[i]), entries.start + i) for i in range(len(old)) if old[i] and old[i] != new[i]]
         if dropped:
-            yield from self.reclaim(vid_of(oid), dropped)
+            yield from self.reclaim(vid, dropped)
+        return int(Result.SUCCESS)
+
+    def _write_own_entries(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
+        """Objects that the volume has made itself: whatever the map named there, they are its objects now.
+
+        So what was there is only asked for, at the same time, to free what nobody names any more. It may have been read
+        late, so this volume's map is looked at for that as well.
+        """
+        vid, first = vid_of(oid), entries_written(offset, len(data)).start
+        read, change = yield gather(
+            [
+                self._read(oid, offset, len(data)),
+                self._change(oid, Flag.DURABLE if durable else 0, offset, data),
+            ],
+            2,
+        )
+        if change[0] or read[0]:  # not known what was there: a later sweep finds what nothing names (core.sweep)
+            return int(change[0])
+        old = unpack_map(read[1])
+        dropped = [(Vid(owner), first + i) for i, owner in enumerate(old) if owner not in (NO_VID, vid)]
+        if dropped:
+            yield from self.reclaim(NO_VID, dropped)
         return int(Result.SUCCESS)
 
     def reclaim(self, writer: Vid, dropped: list[tuple[Vid, int]]) -> Script[None]:
