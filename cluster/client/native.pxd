@@ -4,9 +4,6 @@ from cpython.object cimport PyObject
 from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport uint8_t, uint32_t
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
         void* iov_base

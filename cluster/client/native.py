@@ -1,8 +1,7 @@
 """`exchange` compiled by Cython (packaging/compile-native): a request holds Python's lock only to begin and to end.
 
-The roles are the same: one thread sends for all, one receives for all. Before it sends it lets those run that are ready
-to, if requests are in flight: what they ask for goes with it, so that the gateway gets more at once, and so does who
-receives. What goes wrong is told to the channel, with Python's lock.
+The roles are the same: one thread sends for all, one receives for all. What goes wrong is told to the channel, with
+Python's lock.
 
 Nothing interrupts a wait here: for threads that take no signals.
 """
@@ -268,12 +267,9 @@ class Exchange:
         while True:
             self.table.take(True)
             empty: cython.bint = self.queue_first == cython.NULL
-            alone: cython.bint = self.first == cython.NULL
             self.table.give_back()
             if empty or not self.sending.take(False):
                 return
-            if not alone:
-                sched_yield()
             self.send_batch()
             self.sending.give_back()
 

@@ -5,6 +5,7 @@ volume     an export; may be repeated (default: every volume and snapshot)
 default    the export of clients that name none (default: the only `volume`)
 exclusive  1: while a connection to a volume is there, another is refused
 patience   seconds that requests wait for a sheep that is gone before they fail
+spread     1: threads run where the kernel puts them, rather than together (`placement`)
 swap       1: the kernel of this host uses a volume that is served here: stay in memory, never wait for its writes
 """
 
@@ -30,6 +31,7 @@ class Parameters:
     default: str = ""
     exclusive: bool = False
     patience_s: float = PATIENCE_S
+    spread: bool = False
     swap: bool = False
 
     def set(self, key: str, value: str) -> None:
@@ -43,6 +45,8 @@ class Parameters:
                 self.default = value
             case "exclusive":
                 self.exclusive = _switch(key, value)
+            case "spread":
+                self.spread = _switch(key, value)
             case "swap":
                 self.swap = _switch(key, value)
             case "patience":
@@ -63,6 +67,8 @@ class Parameters:
             found.append("exclusive=1")
         if self.patience_s != PATIENCE_S:
             found.append(f"patience={self.patience_s:g}")
+        if self.spread:
+            found.append("spread=1")
         if self.swap:
             found.append("swap=1")
         return found

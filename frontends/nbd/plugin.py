@@ -28,6 +28,7 @@ from sheepdog.cluster.client.memory import lock_memory, write_back_for_the_kerne
 from sheepdog.cluster.core.errors import PeerError, UsageError
 from sheepdog.frontends.nbd.exports import Exports, Handle, complaint, describe
 from sheepdog.frontends.nbd.parameters import Parameters
+from sheepdog.frontends.nbd.placement import Placement
 from sheepdog.frontends.nbd.sockets import widen_accepted
 from sheepdog.frontends.nbd.threads import ThreadStates
 
@@ -103,6 +104,8 @@ def after_fork() -> None:
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in all threads: they are yet to be made
     use_native()
+    if not _parameters.spread:
+        Placement().start()
     threading.Thread(target=_end, args=(ends,), daemon=True).start()
 
 

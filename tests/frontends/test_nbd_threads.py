@@ -1,7 +1,8 @@
-"""What nbdkit's threads leave behind in Python when their connection has ended: nothing."""
+"""nbdkit's threads: what they leave behind in Python when their connection has ended, and where they run."""
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.support.processes import wait_until
 CONNECTIONS = 60
 LEFT_BYTES = 256 << 10  # one thread for each connection that leaves its state of 8 KiB makes 480
 CLOSE_SECONDS = 20.0
+OWN_THREADS = 3  # accepting clients, waiting for the end, choosing a processor
 CONNECT_AND_READ = [
     "for n in range(COUNT):",
     "    h = connect(uri)",
@@ -44,12 +46,24 @@ def test_connections_leave_no_memory_behind(
         """So many times; what the server's process then has."""
         script = [line.replace("COUNT", str(count)) for line in CONNECT_AND_READ]
         nbdsh(None, f"uri = {server.uri('v')!r}", *script)
-        wait_until(lambda: thread_count(pid) <= 2, CLOSE_SECONDS, "end of the connections' threads")
+        wait_until(lambda: thread_count(pid) <= OWN_THREADS, CLOSE_SECONDS, "end of the connections' threads")
         return resident_bytes(pid)
 
     before = connect(CONNECTIONS)  # the allocator's own high water comes with the first ones
     assert connect(CONNECTIONS) - before < LEFT_BYTES
     assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_thread_looks_for_a_processor(cluster3: Cluster, teardown: ExitStack, directory: Path, spread: bool) -> None:
+    """What it does is a matter of tests/unit/test_nbd_placement.py."""
+    needs.program("nbdkit")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor only: there is nothing to choose")
+    server = NbdServer(cluster3, directory, *(["--spread"] if spread else []))
+    teardown.callback(server.close)
+    expected = OWN_THREADS - spread
+    wait_until(lambda: thread_count(server.process.pid) == expected, CLOSE_SECONDS, f"{expected} threads")
 
 
 def thread_count(pid: int) -> int:

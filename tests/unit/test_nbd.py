@@ -470,7 +470,7 @@ def test_parameters_survive_the_command_line() -> None:
     for parameters in (
         Parameters(),
         Parameters(("::1", 7001), ["a", "b=c"], "a", True, 2.5),
-        Parameters("/run/sock", patience_s=0, swap=True),
+        Parameters("/run/sock", patience_s=0, spread=True, swap=True),
     ):
         again = Parameters()
         for word in parameters.words():

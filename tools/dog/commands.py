@@ -407,6 +407,7 @@ NBD = (
             Option("", "mode", "permissions of the socket, octal (default: 600)", True),
             Option("", "group", "group of the socket", True),
             Option("", "threads", "requests of one connection under way at a time (default: 16)", True),
+            Option("", "spread", "use several processors: for large requests from many connections"),
             Option("", "swap", "lock the server into memory: a volume is used on this very machine"),
             *NETWORK,
             HELP,

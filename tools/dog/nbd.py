@@ -32,7 +32,13 @@ def serve(context: Context) -> int:
         admin.node_list(context.gateway())  # a wrong address is told now, not to every client
     server = Server(
         endpoint,
-        Parameters((context.host, context.port), names, exclusive=context.flag("exclusive"), swap=context.flag("swap")),
+        Parameters(
+            (context.host, context.port),
+            names,
+            exclusive=context.flag("exclusive"),
+            spread=context.flag("spread"),
+            swap=context.flag("swap"),
+        ),
         read_only=context.flag("readonly"),
         mode=_number(context, "mode", 8, DEFAULT_MODE, 0o777),
         group=context.value("group"),
