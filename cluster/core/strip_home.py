@@ -404,14 +404,32 @@ class StripHome:
     def read_all(
         self, oid: ObjectId, policy: Policy, offset: int, length: int, done: Callable[[dict[int, Buffer]], None]
     ) -> None:
-        """A range of every strip that can be read, all as the changes sent so far leave them: asked for at once, they
-        are read between the same two writes. What cannot be read is left to who verifies it."""
+        """A range of every strip that can be read, all as the same writes leave them: the next write there waits, since
+        a read that is under way could see it. What cannot be read is left to who verifies it."""
+        start, size = rows_to_range(policy, offset, length)
+        self._locks.acquire(oid, start, start + size, partial(self._read_locked, oid, policy, offset, length, done))
+
+    def _read_locked(
+        self,
+        oid: ObjectId,
+        policy: Policy,
+        offset: int,
+        length: int,
+        done: Callable[[dict[int, Buffer]], None],
+        lock: Lock,
+    ) -> None:
         holders = self.holders(oid, policy)
+        fetch = partial(self._fetch_of, oid, holders, offset, length)
+        Fetches(sorted(holders), len(holders), fetch, partial(self._all_read, lock, done)).go_on()
 
-        def fetch(strip: int, arrived: ReadDone) -> None:
-            self._fetch(oid, strip, holders[strip], offset, length, arrived, False)
+    def _all_read(self, lock: Lock, done: Callable[[dict[int, Buffer]], None], have: dict[int, Buffer]) -> None:
+        self._release(lock)
+        done(have)
 
-        Fetches(sorted(holders), len(holders), fetch, done).go_on()
+    def _fetch_of(
+        self, oid: ObjectId, holders: Mapping[int, int], offset: int, length: int, strip: int, arrived: ReadDone
+    ) -> None:
+        self._fetch(oid, strip, holders[strip], offset, length, arrived, False)
 
     def _fetch(
         self, oid: ObjectId, strip: int, member: int, offset: int, length: int, done: ReadDone, repair: bool = True
