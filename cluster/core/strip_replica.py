@@ -36,6 +36,18 @@ class _Look:
         self.data: Buffer | None = None
 
 
+class _Queue:
+    """Changes and reads of one strip, which come one after the other: what one of them brings about is behind all that
+    wait already."""
+
+    __slots__ = ("calls", "reading", "running")
+
+    def __init__(self) -> None:
+        self.calls: deque[Callable[[], None]] = deque()
+        self.running = False  # one of the calls
+        self.reading = False  # for a change, which the others wait for
+
+
 class _Levels:
     """Strips that are brought level; `done` gets those that could not be, when all have ended."""
 
@@ -61,7 +73,7 @@ class StripReplica:
         self._context = context
         self.undo = UndoLog()
         self.changes = StripChanges()
-        self._queues: dict[ObjectId, deque[Callable[[], None]]] = {}  # of strips that are being read for a change
+        self._queues: dict[ObjectId, _Queue] = {}  # of strips that are being changed
         self._looked: dict[ObjectId, _Look] = {}
 
     def begin(self) -> None:
@@ -122,11 +134,7 @@ class StripReplica:
 
         `taken` is called when the strip has it; until then it may still come to nothing, with the epoch.
         """
-        queue = self._queues.get(strip)
-        if queue is not None:
-            queue.append(lambda: self._perform(flags, strip, offset, length, data, version, taken, done))
-        else:
-            self._perform(flags, strip, offset, length, data, version, taken, done)
+        self._in_turn(strip, partial(self._perform, flags, strip, offset, length, data, version, taken, done))
 
     def _perform(
         self,
@@ -170,19 +178,21 @@ class StripReplica:
         if looked is not None and looked.offset == offset and looked.data is not None and len(looked.data) == len(data):
             replace(looked.data)
             return
-        queue = self._queues[strip] = deque()
+        queue = self._queues[strip]
+        queue.reading = True
+        store.read(strip, offset, len(data), partial(self._read_for_change, strip, queue, replace, done))
 
-        def read(old: Buffer | StoreError) -> None:
-            if self._queues.get(strip) is not queue:
-                return  # another epoch has begun
-            del self._queues[strip]
-            if isinstance(old, StoreError):
-                done(old)
-            else:
-                replace(old)
-            self._run(strip, queue)
-
-        store.read(strip, offset, len(data), read)
+    def _read_for_change(
+        self, strip: ObjectId, queue: _Queue, replace: Callable[[Buffer], None], done: Done, old: Buffer | StoreError
+    ) -> None:
+        if self._queues.get(strip) is not queue:
+            return  # another epoch has begun
+        if isinstance(old, StoreError):
+            done(old)
+        else:
+            replace(old)
+        queue.reading = False
+        self._run(strip, queue)
 
     def _replace(
         self,
@@ -218,25 +228,30 @@ class StripReplica:
         else:
             self._context.spoilt.setdefault(strip, DiskError(f"strip {oid_name(strip)} lacks a write"))
 
-    def _run(self, strip: ObjectId, queue: deque[Callable[[], None]]) -> None:
-        """What waited, until something has to read again; the rest waits behind that."""
-        while queue:
-            queue.popleft()()
-            behind = self._queues.get(strip)
-            if behind is not None:
-                behind.extend(queue)
-                return
+    def _in_turn(self, strip: ObjectId, call: Callable[[], None]) -> None:
+        """Calls when all changes of the strip that came before are made."""
+        queue = self._queues.get(strip)
+        if queue is None:
+            queue = self._queues[strip] = _Queue()
+        queue.calls.append(call)
+        self._run(strip, queue)
+
+    def _run(self, strip: ObjectId, queue: _Queue) -> None:
+        """What waits, until something has to read first."""
+        if queue.running:
+            return
+        queue.running = True
+        while queue.calls and not queue.reading and self._queues.get(strip) is queue:
+            queue.calls.popleft()()
+        queue.running = False
+        if not queue.reading and self._queues.get(strip) is queue:
+            del self._queues[strip]
 
     def bring_level(self, levels: Sequence[Leveled], done: Callable[[list[ObjectId]], None]) -> None:
         """Strips get the version of the last write, which did not touch them; `done` gets those that cannot."""
         batch = _Levels(len(levels), done)
         for strip, version in levels:
-            ended = partial(batch.ended, strip)
-            queue = self._queues.get(strip)
-            if queue is None:
-                self._level(strip, version, ended)
-            else:
-                queue.append(partial(self._level, strip, version, ended))
+            self._in_turn(strip, partial(self._level, strip, version, partial(batch.ended, strip)))
 
     def _level(self, strip: ObjectId, version: Version, done: Done) -> None:
         store = self._context.store
@@ -280,12 +295,15 @@ class StripReplica:
 
     def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool = False) -> None:
         """Sees every change that came before; DiskError if one of them failed, unless the home takes it `as_is`."""
+        if strip in self._queues and (as_is or strip not in self._context.spoilt):
+            self._in_turn(strip, partial(self._read, strip, offset, length, done, as_is))
+        else:
+            self._read(strip, offset, length, done, as_is)
+
+    def _read(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool) -> None:
+        """When its turn has come: a change before it may have failed."""
         if strip in self._context.spoilt and not as_is:
             done(self._context.spoilt[strip])
-            return
-        queue = self._queues.get(strip)
-        if queue is not None:
-            queue.append(lambda: self.read(strip, offset, length, done, as_is))  # a change before it may fail
         else:
             self._context.store.read(strip, offset, length, done)
 
