@@ -1,11 +1,11 @@
 """Instructions and system calls of each daemon for one operation, counted by callgrind on however busy a machine.
 
-python -m tests.bench.instructions [--cell write:4k:16:volatile] [--seconds 20] [--top 30]
+python -m tests.bench.instructions [--redundancy 4:2] [--cell write:4k:16:volatile] [--seconds 20] [--top 30]
 
-Three nodes with three copies on this machine run under valgrind, some fifty times slower; the client works at node 0,
-the *gateway*. The two *others* are homes and replicas; what they take is given for an average one. Counted are
-instructions in user mode, all threads; the kernel's work shows as system calls. At depth 1 the same code gives the same
-counts; deeper, a turn that finds fewer requests makes each dearer: compare runs of as many system calls.
+As many nodes as the volume has copies or strips run on this machine under valgrind, some fifty times slower; the client
+works at node 0, the *gateway*. The *others* are homes and replicas; what they take is given for an average one.
+Counted are instructions in user mode, all threads; the kernel's work shows as system calls. At depth 1 the same code
+gives the same counts; deeper, a turn that finds fewer requests makes each dearer: compare runs of as many system calls.
 By function: its own instructions, without those that it calls; compiled ones are CPyDef_MODULE___CLASS___METHOD.
 """
 
@@ -28,8 +28,8 @@ from tests.support.cluster import RUNNING, Cluster
 from tests.support.processes import wait_until
 
 from sheepdog.cluster.client.workload import Cell, Workload, parse_cell
+from sheepdog.tools.dog.values import parse_redundancy
 
-NODES = 3
 OBJECTS = 16
 START_S = 240.0  # of three interpreters under valgrind on a busy machine
 COMMAND_S = 60.0  # of callgrind_control
@@ -80,13 +80,13 @@ def parse(lines: Iterator[str]) -> Counts:
 class Watched(Cluster):
     """Daemons under callgrind, which counts from `counting` on."""
 
-    def __init__(self, directory: Path, dumps: Path) -> None:
-        super().__init__(NODES, directory)
+    def __init__(self, nodes: int, directory: Path, dumps: Path) -> None:
+        super().__init__(nodes, directory)
         self._dumps = dumps
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def start_watched(self) -> None:
-        """Starts all nodes, which take three copies of what is written."""
+        """Starts all nodes, which take a copy each of what is written."""
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-systime=nsec"]
         for node in range(self.count):  # in the foreground: callgrind_control does not find what has forked
             files = [f"--callgrind-out-file={self._dumps}/node{node}", f"--log-file={self._dumps}/log{node}"]
@@ -117,9 +117,9 @@ class Watched(Cluster):
             subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_S)
 
 
-def measure(cluster: Watched, cell: Cell, seconds: float) -> tuple[int, list[Counts]]:
-    """Operations, and by node what they took."""
-    load = Workload(("127.0.0.1", cluster.port(0)), OBJECTS)
+def measure(cluster: Watched, cell: Cell, policy: int, seconds: float) -> tuple[int, list[Counts]]:
+    """Operations, and by node what they took; `policy`: of a coded volume, else 0."""
+    load = Workload(("127.0.0.1", cluster.port(0)), OBJECTS, cluster.count if policy else 0, policy)
     cluster.translate()
     load.run(cell, seconds / 4)
     counts: list[Counts] = []
@@ -165,6 +165,7 @@ def show(cell: Cell, operations: int, counts: list[Counts], top: int) -> dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", action="append", default=[], help="OPERATION:SIZE:DEPTH[:volatile|durable|flushN]")
+    parser.add_argument("--redundancy", default="3", help="of the volume, as dog vdi create -c takes it")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load while it is counted")
     parser.add_argument("--top", type=int, default=30, help="functions shown")
     parser.add_argument("--dumps", type=Path, help="keep callgrind's own files in this directory (callgrind_annotate)")
@@ -174,13 +175,14 @@ def main() -> int:
         print("valgrind is not installed", file=sys.stderr)
         return 1
     about = results.machine()
+    nodes, policy = parse_redundancy(options.redundancy)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        cluster = Watched(Path(directory), options.dumps or Path(directory))
+        cluster = Watched(nodes, Path(directory), options.dumps or Path(directory))
         try:
             cluster.start_watched()
             for cell in map(parse_cell, options.cell or CELLS):
-                rows.append(show(cell, *measure(cluster, cell, options.seconds), options.top))
+                rows.append(show(cell, *measure(cluster, cell, policy, options.seconds), options.top))
         except Exception:
             print(cluster.logs(), file=sys.stderr)
             raise

@@ -36,6 +36,7 @@ from tests.support.processes import CommandFailed, having_argument
 
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.workload import FRESH_OBJECTS, OBJECT_BYTES, Cell, Workload, parse_cell
+from sheepdog.tools.dog.values import parse_redundancy
 
 OBJECTS = 32  # of 4 MiB written in each volume before the clock runs
 DOORS = ("native", "sheepfs", "nbd")
@@ -193,10 +194,7 @@ def variants(
         fronts = Fronts(own, directory / name, stack, doors, objects)
         for redundancy in mine:
             if "native" in doors:
-                data, _, parity = redundancy.partition(":")
-                policy = (int(data) // 2 << 4 | int(parity)) if parity else 0
-                load = native(own, int(data) + int(parity or 0), policy)
-                found.append(Variant(shown(redundancy), own, load))
+                found.append(Variant(shown(redundancy), own, native(own, *parse_redundancy(redundancy))))
             found += fronts.variants(redundancy)
     if peer:
         theirs = cluster("peer", 3, binaries=Path(peer))
