@@ -439,7 +439,7 @@ class Home:
         return failed and write.result == Result.EIO and not write.fresh
 
     def _number_ended(self) -> None:
-        self.strips.stable(self.watermark())
+        self.strips.sends.stable(self.watermark())
         if not self._flying and self._stable_timer is None:
             self._stable_timer = self.context.clock.after(STABLE_DELAY_NS, self._push_watermark)
 

@@ -21,6 +21,10 @@ class LooseStrips:
         self._context = context
         self._loose: dict[ObjectId, int] = {}  # strips, a bit each; of an object that is not named all
 
+    def takes_along(self, oid: ObjectId, flags: int, touched: int) -> bool:
+        """A change of the strips `touched` must go to others, too."""
+        return bool(flags & Flag.DURABLE and self._loose.get(oid, ALL_STRIPS) & ~touched)
+
     def changed(self, oid: ObjectId, flags: int, touched: int) -> int:
         """A change of the strips `touched` is sent now: the strips it must go to, a bit each."""
         if flags & Flag.REMOVE:

@@ -21,7 +21,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Of these messages, their bytes and what they mean: nodes of different versions form no cluster (core.join_rules).
 # Never 10: that is what all of them said when they joined, as long as it was not this.
-PEER_VERSION: Final = 7
+PEER_VERSION: Final = 8
 
 
 class Kind(IntEnum):
@@ -63,6 +63,7 @@ class Flag:
     LAST: Final = 16  # INVENTORY: no further part follows
     ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
     OWN: Final = 64  # APPLY without a body: the bytes are those that the receiver submitted as `origin`
+    OLD: Final = 32  # APPLY of a data strip: the answer has the bytes that were there
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there
     URGENT: Final = 16  # PULL: a client waits for it
     SURPLUS: Final = 16  # DROP: the object lives, elsewhere

@@ -78,6 +78,9 @@ class Store:
     (survives kill -9), and with `durable` on the disk (survives power loss).
     """
 
+    nosync: bool = False
+    """Nothing waits for the disk, `durable` or not (`sheep -n`)."""
+
     def version(self, oid: ObjectId) -> Version | None:
         """Version of the copy here; None without one. NO_VERSION for a copy whose restore has not finished."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.context import Context
-from sheepdog.cluster.core.errors import NoObject, Result, StoreError
+from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_OID, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
@@ -148,8 +148,9 @@ class Replica:
         self.undecided[home] = dict.fromkeys(verdict.undecided)
         self.unequal[home] = {**dict.fromkeys(verdict.unequal), **self.undecided[home]}
         self.complete[home] = verdict.complete
-        self.settled[home] = True
-        self.strips.settled(home, {**self.missing, **self.unequal[home]})
+        repeated, self.settled[home] = self.settled[home], True
+        if not repeated:  # else its writes may have come already
+            self.strips.settled(home, {**self.missing, **self.unequal[home]})
 
     def restored(self, oid: ObjectId) -> None:
         """The copy here is current, whatever was wrong with it; or it is gone, as it should be."""
@@ -260,8 +261,12 @@ class Replica:
     def _answer_again(self, sender: NodeId, message: Message, feed: _Feed) -> None:
         """To a change that has come before; while it is being applied, its answer is yet to come."""
         change = feed.find(message.sequence)
-        if change is None or change.answered:
-            self._context.peers.answer(sender, message, _SUCCESS if change is None else change.result)
+        if change is None:
+            self._context.peers.answer(sender, message, _SUCCESS)
+        elif change.answered and message.flags & Flag.OLD:
+            self._answer_with_old(sender, message, change)
+        elif change.answered:
+            self._context.peers.answer(sender, message, change.result)
 
     def _answering(
         self, sender: NodeId, message: Message, change: _Change, fence: int
@@ -274,19 +279,39 @@ class Replica:
                 return  # fenced: that home does not count any more
             change.answered = True
             if error is not None:
-                context.log(3, f"object {message.oid:016x}: cannot apply a write: {error}")
-                self.spoil(message.oid)
-                if message.oid >> STRIP_SHIFT:
-                    context.spoilt.setdefault(message.oid, error)
-                change.result = int(error.result)
+                self._refuse(message, change, error)
             elif message.flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
                 is_bad = message.oid in self.missing
                 self.restored(message.oid)
                 if was_bad or is_bad:
                     self._replaced()
-            context.peers.answer(sender, message, change.result)
+            if message.flags & Flag.OLD:
+                self._answer_with_old(sender, message, change)
+            else:
+                context.peers.answer(sender, message, change.result)
 
         return applied
+
+    def _refuse(self, message: Message, change: _Change, error: StoreError) -> None:
+        """The copy here lacks a write."""
+        context, oid = self._context, message.oid
+        context.log(3, f"object {oid:016x}: cannot apply a write: {error}")
+        rotten = bool(message.flags & Flag.OLD) and isinstance(error, Corrupt) and oid not in context.spoilt
+        if not rotten:  # else no strip will have the write: none lacks it
+            self.spoil(oid)
+            if oid >> STRIP_SHIFT:
+                context.spoilt.setdefault(oid, error)
+        change.result = int(error.result)
+
+    def _answer_with_old(self, sender: NodeId, message: Message, change: _Change) -> None:
+        """To APPLY, perhaps again, with the bytes that were there."""
+        old: Buffer | None = b""
+        if not change.result:
+            old = self.strips.undo.replaced(message.oid, message.version)
+            if old is None:
+                self._context.probe("replica.old_bytes_gone")
+                self._refuse(message, change, DiskError("what it replaced is not known any more"))
+        self._context.peers.answer(sender, message, change.result, old or b"")
 
     def on_stable(self, sender: NodeId, message: Message) -> None:
         self._stable(self._feeds[self._context.placement.index_of[sender]], message.watermark)

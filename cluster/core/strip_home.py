@@ -1,17 +1,17 @@
 """The home's part for erasure-coded objects: one order of writes for all strips of an object, reads that decode.
 
  layout     which member holds which strip: strip i on the i-th replica, unless peering found the strips elsewhere
- write      small: the old bytes of the data strips touched, then new bytes for those and deltas for the parity strips;
-            whole stripes: encoded at once. The strips that it does not touch get its version later (core.strip_levels)
+ write      small: new bytes for the data strips touched, and deltas for the parity strips, for which the old bytes must
+            be known; whole stripes: encoded at once. Who gets what when: core.strip_sends. The strips that it does not
+            touch get its version later (core.strip_levels)
  read       from the data strips; what is on none of the members is decoded from any D strips
 
-Between looking at old bytes and sending the change no other write of the same bytes may come: they are locked. Once the
-changes are sent the locks are free, because links and strips keep the order.
+Until all strips have been sent their part of a change no other one of the same bytes may come: they are locked. Then
+the locks are free, because links and strips keep the order.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -25,10 +25,11 @@ from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.ports import ReadDone
 from sheepdog.cluster.core.range_locks import Lock, RangeLocks
 from sheepdog.cluster.core.refusals import Refusals
-from sheepdog.cluster.core.replica import note_origin, spoilt, touched
+from sheepdog.cluster.core.replica import touched
 from sheepdog.cluster.core.strip_fetches import Fetches, Pieces
-from sheepdog.cluster.core.strip_levels import Leveled, StripLevels
+from sheepdog.cluster.core.strip_levels import StripLevels
 from sheepdog.cluster.core.strip_replica import StripReplica
+from sheepdog.cluster.core.strip_sends import Sending, StripSends
 from sheepdog.cluster.core.strip_undo import ALL_STRIPS
 from sheepdog.cluster.core.striping import (
     NOTHING,
@@ -48,7 +49,7 @@ from sheepdog.cluster.core.striping import (
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
-    from sheepdog.cluster.core.home_writes import Submission, Write
+    from sheepdog.cluster.core.home_writes import Submission
 
 Layout: TypeAlias = tuple[int, ...]
 """Member by strip; NOBODY where none has it."""
@@ -67,11 +68,10 @@ class StripHome:
         self._me = context.placement.me
         self._layouts: dict[ObjectId, Layout] = {}  # of objects whose strips are not where they would be put now
         self._locks = RangeLocks()
-        self._order: deque[tuple[int, ObjectId]] = deque()  # writes of strips here that may not be everywhere
         self._forgotten: dict[ObjectId, None] = {}  # lost, and about to be created anew
         self._versions: dict[ObjectId, Version] = {}  # last one given to objects that are to be repaired
-        self._own_levels: deque[tuple[int, Sequence[Leveled]]] = deque()  # of strips here, perhaps not yet everywhere
         self._loose = LooseStrips(context)
+        self.sends = StripSends(context, home, strips, self._release)
         self.levels = StripLevels(context, home)
         self.refusals = Refusals(self._strip_on, context.policy_of)
 
@@ -198,8 +198,19 @@ class StripHome:
         submission.done(result, b"")
 
     def _update(self, submission: Submission, policy: Policy, layout: Layout, lock: Lock) -> None:
-        """A write within one stripe: looks at the old bytes first."""
+        """A write within one stripe: the parity is changed by the difference, so the old bytes are asked for.
+
+        A single strip of another node is written at once, and its node answers with them. Where it would answer only
+        when the write is on its disk, and the parity strips write theirs behind that, they are looked at first.
+        """
         parts = pieces(policy, submission.offset, len(submission.data))
+        flags = submission.flags
+        waits = flags & Flag.DURABLE and not self._context.store.nosync  # a guess: it is the other node's that counts
+        if len(parts) == 1 and not waits and NOBODY not in layout and layout[parts[0].strip] != self._me:
+            mask = (1 << policy.strips) - (1 << policy.data) | 1 << parts[0].strip
+            if not self._loose.takes_along(submission.oid, flags, mask):
+                self.sends.replace(self._number(submission, policy, layout, mask, flags, lock), parts[0])
+                return
         update = _Update(self, submission, policy, layout, lock, parts)
         for number, part in enumerate(parts):
             member = layout[part.strip]
@@ -228,12 +239,19 @@ class StripHome:
         lock: Lock,
     ) -> None:
         """Numbers the change and hands the strips that it touches their part; all get one that has no bytes."""
-        oid, context = submission.oid, self._context
+        whole = flags & (Flag.CREATE | Flag.REMOVE)
+        mask = ALL_STRIPS if whole else mask_of(changes) or ALL_STRIPS
+        self.sends.send(self._number(submission, policy, layout, mask, flags, lock), changes)
+
+    def _number(
+        self, submission: Submission, policy: Policy, layout: Layout, mask: int, flags: int, lock: Lock
+    ) -> Sending:
+        """The change, which touches the strips `mask`, gets its number, and so its place in the order of all strips."""
+        oid = submission.oid
         stored = [(strip, member) for strip, member in enumerate(layout) if member != NOBODY]
-        fresh = bool(flags & Flag.CREATE)
-        mask = ALL_STRIPS if flags & (Flag.CREATE | Flag.REMOVE) else mask_of(changes) or ALL_STRIPS
         reached = self._loose.changed(oid, flags, mask)
         members = [entry for entry in stored if reached >> entry[0] & 1]
+        fresh = bool(flags & Flag.CREATE)
         write = self._home.open_write(submission, len(members), fresh)
         write.ordered = True
         write.tolerance = len(stored) - policy.data
@@ -243,52 +261,8 @@ class StripHome:
             self.levels.wrote(oid, write.version, stored, len(members) == len(stored))
         if self._home.recovery.strip_holders(oid) is not None:
             self.note_version(oid, write.version)
-        size = strip_size(policy, context.size_of(oid)) if fresh else mask
-        nodes, peers, fence, watermark = self._placement.nodes, context.peers, context.fence, self._home.watermark()
-        mine: tuple[int, Change, int] | None = None
-        for strip, member in members:
-            change = changes[strip]
-            write.strips |= 1 << strip
-            own_flags = flags | Flag.XOR if change.delta and not fresh else flags
-            if member == self._me:
-                mine = strip, change, own_flags
-                continue
-            message = Message(
-                Kind.APPLY,
-                fence,
-                0,
-                strip_of(oid, strip),
-                change.offset,
-                size,
-                own_flags,
-                write.version,
-                write.sequence,
-                watermark,
-                0,
-                0,
-                change.data,
-                submission.number,
-                submission.floor,
-                submission.gateway,
-            )
-            peers.request(nodes[member], message, write.remote(member))
-        if mine is not None:
-            self._perform(write, *mine, size)
-        self._release(lock)
-
-    def _perform(self, write: Write, strip: int, change: Change, flags: int, size: int) -> None:
-        """The part of this node's strip."""
-        context, submission = self._context, write.submission
-        oid, oid_here = submission.oid, strip_of(submission.oid, strip)
-        if flags & Flag.REMOVE:
-            self._home.hooks.restored_locally(oid_here)
-        self._order.append((write.sequence, oid_here))
-        data = change.data[0] if len(change.data) == 1 else b"".join(change.data)
-        taken = partial(
-            note_origin, context, flags, oid, submission.gateway, submission.number, submission.floor, write.version
-        )
-        if not (context.spoilt and spoilt(context, flags, oid_here, write.local)):
-            self._strips.perform(flags, oid_here, change.offset, size, data, write.version, taken, write.local)
+        size = strip_size(policy, self._context.size_of(oid)) if fresh else mask
+        return Sending(write, policy, members, flags, size, lock)
 
     def remove(self, submission: Submission, policy: Policy) -> None:
         """Takes back a creation that failed; the strips that could be made go."""
@@ -305,22 +279,6 @@ class StripHome:
                 lock,
             ),
         )
-
-    def stable(self, watermark: int) -> None:
-        """All strips have every write up to `watermark`."""
-        order = self._order
-        undo = self._strips.undo
-        while order and order[0][0] <= watermark:
-            sequence, strip = order.popleft()
-            undo.settle(strip, self._home.version_of(sequence))
-        while self._own_levels and self._own_levels[0][0] <= watermark:
-            for strip, version in self._own_levels.popleft()[1]:
-                undo.level(strip, version)
-
-    def level_here(self, sequence: int, levels: Sequence[Leveled], done: Callable[[list[ObjectId]], None]) -> None:
-        """The part of this node in bringing strips level; `done` gets those that could not be."""
-        self._own_levels.append((sequence, levels))
-        self._strips.bring_level(levels, done)
 
     # -- reads -----------------------------------------------------------------------------------------------------
 

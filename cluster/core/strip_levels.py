@@ -60,6 +60,14 @@ class StripLevels:
             self._timer_set = True
             self._context.clock.after(LEVEL_DELAY_NS, self._tick)
 
+    def void(self, oid: ObjectId) -> None:
+        """Its last write may be one that no strip counts as having: the strips get a version that is no write's."""
+        found = self._uneven.get(oid)
+        if found is not None:
+            version = self._home.next_version()
+            self._uneven[oid] = version, found[1]
+            self._home.strips.note_version(oid, version)
+
     def version(self, oid: ObjectId) -> Version | None:
         """Of the last write, if the strips are not level."""
         found = self._uneven.get(oid)
@@ -82,7 +90,8 @@ class StripLevels:
         self._timer_set = False
         if not self._home.is_present():
             return
-        waiting = [oid for oid in self._uneven if oid not in self._under_way]
+        behind = self._home.strips.sends.behind  # with a later version a strip would not take the write
+        waiting = [oid for oid in self._uneven if oid not in self._under_way and not behind(oid)]
         for start in range(0, len(waiting), LEVEL_BATCH):
             self._send(waiting[start : start + LEVEL_BATCH])
         if self._uneven and not self._timer_set:
@@ -117,7 +126,7 @@ class StripLevels:
 
         for member, levels in by_member.items():
             if member == home.me:
-                home.strips.level_here(sequence, levels, ended(member))
+                home.strips.sends.level_here(sequence, levels, ended(member))
             else:
                 message = Message(
                     Kind.LEVEL, context.fence, sequence=sequence, watermark=watermark, body=encode_levels(levels)

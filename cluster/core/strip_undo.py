@@ -133,6 +133,14 @@ class UndoLog:
             version = undo.before
         return steps if version == target else None
 
+    def replaced(self, strip: ObjectId, version: Version) -> Buffer | None:
+        """The bytes that the write `version` replaced; None if that is not known any more."""
+        chain = self._chains.get(strip)
+        for undo in reversed(chain.steps if chain is not None else ()):
+            if undo.after == version:
+                return undo.old
+        return None
+
     def settle(self, strip: ObjectId, version: Version) -> None:
         """All strips that they touch have the writes up to `version`: nobody takes those back."""
         chain = self._chains.get(strip)

@@ -76,7 +76,7 @@ class ObjectStore(Store):
         self._log = log
         self._on_disk_failure = on_disk_failure
         self._options = options
-        self._nosync = options.nosync
+        self.nosync = options.nosync
         self._journaled_bytes = JOURNALED_NOSYNC_BYTES if options.nosync else JOURNALED_BYTES
         self._random_bytes = random_bytes
         self.copies = Copies(disk, workers, log, on_disk_failure, self._settle)
@@ -106,7 +106,7 @@ class ObjectStore(Store):
         self.disks.settle()
         self._open_journal(found)
         self._pipeline = Pipeline(
-            self._journal, self._applier, self._at_end, self._clock, self._nosync, self._journal_switched
+            self._journal, self._applier, self._at_end, self._clock, self.nosync, self._journal_switched
         )
         self._applier.note_done = self._pipeline.note_done
         self._applier.answer_behind = self._pipeline.answer_behind
@@ -121,7 +121,7 @@ class ObjectStore(Store):
             self._directory_syncs,
             self._creations,
             self.install,
-            self._nosync,
+            self.nosync,
         )
         if self._options.direct_io:
             Uncached(self.copies, self._clock).begin()
@@ -386,7 +386,7 @@ class ObjectStore(Store):
     # Durability
 
     def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
-        if self._nosync:
+        if self.nosync:
             done(None)
             return
         large = self._syncs.dirty(vids)

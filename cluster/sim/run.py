@@ -64,6 +64,7 @@ class Scenario:
     session_ns: int = 0  # of the membership engine; 0: only proven deaths count (cluster.sim.engine)
     think_ns: int = 2 * MILLISECOND  # the longest pause of a client between two requests
     durable_chance: float = 0.3
+    nosync: bool = False  # the nodes believe that nothing waits for a disk
     roam_chance: float = 0.02  # of a client to talk to another gateway from the next request on
     hang_up_chance: float = 0.0  # of a client's connection to break over a request
     owner_policy: int = 0  # like `policy`, of the owners' volumes
@@ -96,6 +97,8 @@ class Run:
             scenario.zone_of,
             scenario.cache_bytes,
         )
+        for machine in self.cluster.machines:
+            machine.disk.nosync = scenario.nosync
         self.history = History()
         self.errors: dict[int, int] = {}
         self.nemesis = Nemesis(self.cluster, scenario.faults, lambda: self.history.blackouts.append(self.world.now_ns))

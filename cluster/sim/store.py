@@ -120,6 +120,7 @@ class SimDisk:
         self.fault: Callable[[str], StoreError | None] | None = None
         self.fault_chance = 0.0
         self.slow = 1  # factor of all delays
+        self.nosync = False  # as it is told; what is durable is so nevertheless
         self.capacity_bytes = 1 << 40  # as it is told; `fault` says what fails
         self.undo_written = 0  # bytes (ports.NodeState.append_undo) ...
         self.undo_durable = 0  # ... of which a change that is durable needs so many
@@ -199,7 +200,7 @@ class SimStore(Store):
         self._life = life
         self._disk = disk
         self._world = world
-        self._random = disk.random
+        self._random, self.nosync = disk.random, disk.nosync
 
     # -- what is here ----------------------------------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ def _add_later_kinds(random: Random, tolerance: int, scenario: Scenario) -> None
         scenario.alterers = random.randrange(2)
         scenario.altering_owners = not scenario.alterers
         scenario.duration_ns = max(scenario.duration_ns, 5 * SECOND)  # a change takes more than a second
+    scenario.nosync = random.random() < 0.3
 
 
 def _faults(random: Random, tolerance: int, scenario: Scenario) -> Faults:

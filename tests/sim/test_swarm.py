@@ -33,6 +33,7 @@ ELSEWHERE = {
     "moves.in_doubt": "tests/sim/test_old_maps.py",
     "recovery.delay_ended": "tests/sim/test_recovery_delay.py",
     "recovery.skipped": "tests/sim/test_full_nodes.py",
+    "replica.old_bytes_gone": "tests/sim/test_strip_sends.py",
     "replica.own_bytes_gone": "tests/sim/test_own_bytes.py",
     "scrub.found": "tests/sim/test_bad_copies.py",
     "strips.misfit": "tests/sim/test_strip_check.py",
