@@ -117,6 +117,7 @@ class Applier:
 
     def touch(self, copy: Copy) -> None:
         copy.touched = True
+        copy.trailer_of = -1
         self.touched[copy] = None
 
     def _write(self, record: Record) -> None:
@@ -272,6 +273,7 @@ class Applier:
             self._copies.files.add(copy)
         self.unnamed[copy] = False
         self._note(record)
+        copy.trailer_of = copy.changes
         self._end(record, None)
 
     def _put_in_place(self, record: Record) -> None:

@@ -118,6 +118,9 @@ class Checkpoints:
         flags = trailer.RESTORING if copy.restoring else 0
         copy.pins += 1
         copy.touched = False
+        if copy.trailer_of == copy.changes and not copy.restoring:  # nothing has changed since the file was made
+            self._syncs.sync(copy, partial(self._settled, copy, done))
+            return
         if not copy.intents and copy.running is None:
             self._write_trailer(copy, seal_trailer(copy, flags), done)
             return
@@ -126,9 +129,9 @@ class Checkpoints:
 
         def synced(error: StoreError | None) -> None:
             if error is not None or copy.void:
-                self._settled(copy, error, done)
+                self._settled(copy, done, error)
             elif copy.trailer_writes != writes:  # a newer one has been written meanwhile
-                self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
+                self._syncs.sync(copy, partial(self._settled, copy, done))
             else:
                 self._write_trailer(copy, sealed, done)
 
@@ -143,11 +146,11 @@ class Checkpoints:
                 self._applier.touch(copy)
                 self._no_room.wait(copy.home, error, lambda: self.settle(copy, done))
             else:
-                self._settled(copy, self._copies.fail(copy.home, error, promised=True), done)
+                self._settled(copy, done, self._copies.fail(copy.home, error, promised=True))
             return
-        self._syncs.sync(copy, lambda error: self._settled(copy, error, done))
+        self._syncs.sync(copy, partial(self._settled, copy, done))
 
-    def _settled(self, copy: Copy, error: StoreError | None, done: Done) -> None:
+    def _settled(self, copy: Copy, done: Done, error: StoreError | None) -> None:
         copy.pins -= 1
         if not copy.touched:
             self._applier.touched.pop(copy, None)

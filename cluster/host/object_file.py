@@ -66,6 +66,7 @@ class Copy:
         "table",
         "touched",
         "trailer",
+        "trailer_of",
         "trailer_writes",
         "trusted",
         "unmade",
@@ -100,6 +101,7 @@ class Copy:
         self.later: deque[Record] | None = None  # durable records that wait for a write in another thread
         self.intents: list[int] = []  # lsn of large writes in the file that no sync has covered yet
         self.trailer_writes = 0
+        self.trailer_of = -1  # `changes` when the file was made, with its trailer; -1: that one may be older
         self.trusted = version != NO_VERSION  # False: a crash met a restore, the table may not tell what is there
         self.touched = False  # the trailer on the disk is older than the one here
         self.dirty = False  # the file has bytes that neither the journal nor a sync has made durable

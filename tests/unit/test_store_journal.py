@@ -11,6 +11,7 @@ from tests.unit.test_open_files import SlowSyncs
 
 from sheepdog.cluster.core.errors import StoreError, UsageError
 from sheepdog.cluster.core.ids import Version, Vid, data_oid
+from sheepdog.cluster.host.directory import read_header
 from sheepdog.cluster.host.disk import RealDisk, Space
 from sheepdog.cluster.host.journal import SEGMENT_HEADER
 from sheepdog.cluster.host.store_check import check
@@ -220,3 +221,31 @@ def test_with_nosync_only_checkpoints_and_the_end_sync(tmp_path: Path) -> None:
     driver.close()
     assert f"{OID:016x}" in disk.synced
     assert any(name.startswith("journal") for name in disk.synced)
+
+
+@pytest.mark.parametrize("changed", [None, "write", "stamp", "punch", "restore"])
+def test_a_file_that_is_as_it_was_made_has_its_trailer_already(tmp_path: Path, changed: str | None) -> None:
+    driver = StoreDriver(str(tmp_path), options=SMALL)
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1))
+    driver.flush()
+    copy = driver.store.copies.find(OID)
+    if changed == "write":
+        driver.write(OID, BLOCK, b"b" * BLOCK, v(2), durable=True)
+    elif changed == "stamp":
+        driver.done(lambda done: driver.store.stamp(OID, v(2), True, done))
+    elif changed == "punch":
+        driver.punch(OID, 0, BLOCK, v(2), durable=True)
+    elif changed == "restore":
+        assert driver.store.restore_begin(OID, SIZE) is None
+        driver.restore_finish(OID, v(2))
+    driver.settle()
+    writes = copy.trailer_writes
+    driver.done(lambda done: driver.store._checkpoints.settle(copy, done))
+    assert copy.trailer_writes == writes + (changed is not None)
+    assert not copy.touched
+    header = read_header(driver.disk, copy.fd, driver.disk.info(copy.fd).length, OID)
+    assert header.version == (v(1) if changed is None else v(2))
+    with open(copy.path, "rb") as file:
+        file.seek(copy.table)
+        assert file.read() == copy.trailer
+    driver.crash()
