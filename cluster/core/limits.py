@@ -113,3 +113,4 @@ OVERLAY_LIMIT_BYTES: Final = 64 << 20  # then new writes wait for the disk
 OVERLAY_AGE_NS: Final = 1_000_000_000  # of an undurable write: what a power failure of one node may take from it
 NO_ROOM_RETRY_NS: Final = 1_000_000_000  # between tries: a few failing writes, and people wait for seconds anyway
 CHECKPOINT_PARALLEL: Final = 2  # copies brought up to date at a time: the journal's syncs must find a free thread
+FILE_SYNCS: Final = 16  # of object files at a time: they share commits of the file system, and leave room for others

@@ -17,52 +17,67 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
+from sheepdog.cluster.core.limits import FILE_SYNCS
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.system_call import system_call
 from sheepdog.cluster.host.workers import CallSoon, ThreadWorkers
 
 # Numbers of io_setup, io_destroy, io_getevents, io_submit.
-_ALL_CALLS: Final = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
+ALL_CALLS: Final = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
 _FDSYNC: Final = 3  # IOCB_CMD_FDSYNC of <linux/aio_abi.h>
 _TELL_EVENTFD: Final = 1  # IOCB_FLAG_RESFD
 # struct iocb: data, key, flags, opcode, priority, fildes, buf, nbytes, offset, reserved, flags, resfd
 _REQUEST: Final = Struct("<QIiHhIQQqQII")
 _EVENT: Final = Struct("<QQqq")  # struct io_event: data, obj, res, res2
 
+KERNEL_SYNCS: Final = FILE_SYNCS + 2  # those of the journal, and of META/undo before it, find a place
+
 Synced = Callable[[OSError | None], None]
 
 
 class KernelSync:
-    """One sync at a time. OSError when the system has no such thing."""
+    """Up to `KERNEL_SYNCS` at a time, told apart by their slots. OSError when the system has no such thing."""
 
     def __init__(self) -> None:
-        if platform.machine() not in _ALL_CALLS:
+        if platform.machine() not in ALL_CALLS:
             raise OSError("the numbers of the system calls are not known")
-        self._setup, self._destroy, self._getevents, self._submit = _ALL_CALLS[platform.machine()]
+        self._setup, self._destroy, self._getevents, self._submit = ALL_CALLS[platform.machine()]
         self._request = ctypes.create_string_buffer(_REQUEST.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
-        self._event = ctypes.create_string_buffer(_EVENT.size)
+        self._events = ctypes.create_string_buffer(_EVENT.size * KERNEL_SYNCS)
+        self._free = list(range(KERNEL_SYNCS - 1, -1, -1))  # slots, the next one last
+        self._told = 0  # ends that `eventfd` has told of and `ended` has not returned
         context = ctypes.c_ulong()
-        system_call(self._setup, 1, ctypes.addressof(context))
+        system_call(self._setup, KERNEL_SYNCS, ctypes.addressof(context))
         self._context = context.value
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
-    def begin(self, fd: int) -> None:
-        """Readable `eventfd` tells the end; none other may be under way. OSError: it was not begun."""
-        _REQUEST.pack_into(self._request, 0, 0, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _TELL_EVENTFD, self.eventfd)
-        system_call(self._submit, self._context, 1, ctypes.addressof(self._requests))
+    def has_room(self) -> bool:
+        return bool(self._free)
 
-    def result(self) -> OSError | None:
-        """How the sync ended; when `eventfd` is readable."""
-        os.eventfd_read(self.eventfd)
-        got = system_call(self._getevents, self._context, 1, 1, ctypes.addressof(self._event), None)
-        if got != 1:
+    def begin(self, fd: int) -> int:
+        """The slot of a sync that is under way now; readable `eventfd` tells its end. OSError: it was not begun."""
+        slot = self._free[-1]
+        _REQUEST.pack_into(self._request, 0, slot, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _TELL_EVENTFD, self.eventfd)
+        system_call(self._submit, self._context, 1, ctypes.addressof(self._requests))
+        return self._free.pop()
+
+    def ended(self) -> list[tuple[int, OSError | None]]:
+        """The slots whose syncs have ended, and how. OSError: that is not known of any that is under way."""
+        with contextlib.suppress(BlockingIOError):
+            self._told += os.eventfd_read(self.eventfd)
+        got = system_call(self._getevents, self._context, 0, KERNEL_SYNCS, ctypes.addressof(self._events), None)
+        self._told -= got  # an end may be seen before it is told of
+        found = []
+        for slot, _, result, _ in _EVENT.iter_unpack(self._events.raw[: got * _EVENT.size]):
+            found.append((slot, OSError(-result, os.strerror(-result)) if result else None))
+        if self._told > 0 or any(slot in self._free for slot, _ in found):
             raise OSError(errno.EIO, "a sync ended without a result")
-        code = -_EVENT.unpack(self._event)[2]
-        return OSError(code, os.strerror(code)) if code else None
+        self._free += [slot for slot, _ in found]
+        return found
 
     def close(self) -> None:
-        """Waits for a sync that is under way."""
+        """Waits for the syncs that are under way."""
         system_call(self._destroy, self._context)
         os.close(self.eventfd)
 
@@ -73,30 +88,30 @@ class LoopWorkers(ThreadWorkers):
     def __init__(self, loop: AbstractEventLoop, call_soon: CallSoon) -> None:
         super().__init__(call_soon)
         self._loop = loop
-        self._waiting: Synced | None = None  # for the kernel's sync
+        self._waiting: dict[int, Synced] = {}  # for the kernel's syncs, by slot
         self._kernel: KernelSync | None = None
         with contextlib.suppress(OSError):
             self._kernel = KernelSync()
             loop.add_reader(self._kernel.eventfd, self._ended)
 
     def sync(self, disk: Disk, fd: int, done: Synced) -> None:
-        if self._kernel is not None and self._waiting is None:
+        if self._kernel is not None and self._kernel.has_room():
             # Not begun is no error of the disk: a thread will find out.
             with contextlib.suppress(OSError):
-                self._kernel.begin(fd)
-                self._waiting = done
+                self._waiting[self._kernel.begin(fd)] = done
                 return
         super().sync(disk, fd, done)
 
     def _ended(self) -> None:
         assert self._kernel is not None
-        assert self._waiting is not None
-        done, self._waiting = self._waiting, None
+        ended: list[tuple[Synced, OSError | None]]
         try:
-            result = self._kernel.result()
-        except OSError as error:
-            result = error
-        done(result)
+            ended = [(self._waiting.pop(slot), error) for slot, error in self._kernel.ended() if slot in self._waiting]
+        except OSError as error:  # they count as failed, also should their ends be known later
+            ended = [(done, error) for done in self._waiting.values()]
+            self._waiting.clear()
+        for done, result in ended:
+            done(result)
 
     def stop(self) -> None:
         if self._kernel is not None:

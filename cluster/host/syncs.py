@@ -6,10 +6,13 @@ A sync covers what was written before it began, so whoever comes while one runs 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
+from sheepdog.cluster.core.limits import FILE_SYNCS
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.directory import ObjectDirectory
 from sheepdog.cluster.host.disk import Disk
@@ -37,6 +40,8 @@ class FileSyncs:
         self._idle = idle  # a sync of this copy has ended
         self.covered = covered  # these large writes are on the disk
         self._dirty: dict[Vid, dict[ObjectId, Copy]] = {}  # written or being synced
+        self._under_way = 0
+        self._held: deque[Copy] = deque()  # pinned; their syncs begin when others have ended
 
     def mark_dirty(self, copy: Copy) -> None:
         copy.dirty = True
@@ -55,8 +60,9 @@ class FileSyncs:
             done(self._fail(copy.home, OSError(errno.EIO, "out of service")))
             return
         copy.waiters.append(done)
-        if copy.running is None:
-            self._start(copy)
+        if copy.running is None and len(copy.waiters) == 1:  # else it is held already
+            self._hold(copy)
+            self._go_on()
 
     def dirty(self, vids: frozenset[Vid] | None) -> list[Copy]:
         """Copies of these vids (None: of all) with bytes in the file that may not be on the disk."""
@@ -70,31 +76,43 @@ class FileSyncs:
         else:  # nothing was written since the sync in flight began
             copy.running.append(done)
 
-    def _start(self, copy: Copy) -> None:
-        copy.running, copy.waiters = copy.waiters, []
-        copy.dirty = False
+    def _hold(self, copy: Copy) -> None:
         copy.pins += 1
-        fd = copy.fd
-        intents, copy.intents = copy.intents, []
+        self._held.append(copy)
 
-        def finished(result: OSError | None) -> None:
-            copy.pins -= 1
-            waiters, copy.running = copy.running or [], None
-            error = None if result is None else self._fail(copy.home, result)
-            if error is not None:
-                waiters += copy.waiters
-                copy.waiters = []
-            elif copy.waiters:
-                self._start(copy)
-            elif not copy.dirty:
-                self.forget(copy)
-            if intents and error is None:
-                self.covered(copy, intents)
-            for done in waiters:
-                done(error)
-            self._idle(copy)
+    def _go_on(self) -> None:
+        while self._held and self._under_way < FILE_SYNCS:
+            copy = self._held.popleft()
+            copy.running, copy.waiters = copy.waiters, []
+            copy.dirty = False
+            intents, copy.intents = copy.intents, []
+            if copy.home.failed:  # since it is held
+                self._end(copy, intents, OSError(errno.EIO, "out of service"))
+                continue
+            self._under_way += 1
+            self._workers.sync(self._disk, copy.fd, partial(self._finished, copy, intents))
 
-        self._workers.run(lambda: self._disk.fdatasync(fd), finished)
+    def _finished(self, copy: Copy, intents: list[int], result: OSError | None) -> None:
+        self._under_way -= 1
+        self._end(copy, intents, result)
+        self._go_on()
+
+    def _end(self, copy: Copy, intents: list[int], result: OSError | None) -> None:
+        copy.pins -= 1
+        waiters, copy.running = copy.running or [], None
+        error = None if result is None else self._fail(copy.home, result)
+        if error is not None:
+            waiters += copy.waiters
+            copy.waiters = []
+        elif copy.waiters:
+            self._hold(copy)
+        elif not copy.dirty:
+            self.forget(copy)
+        if intents and error is None:
+            self.covered(copy, intents)
+        for done in waiters:
+            done(error)
+        self._idle(copy)
 
     def _remove(self, copy: Copy) -> None:
         vid = vid_of(copy.oid)

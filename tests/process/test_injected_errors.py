@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,13 @@ pytestmark = pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() !
 def cluster(new_cluster: Callable[..., Cluster], tmp_path: Path) -> Cluster:
     """Durable, node 0 with two disks."""
     return formatted(new_cluster(3, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]}))
+
+
+@pytest.fixture
+def calling(new_cluster: Callable[..., Cluster], tmp_path: Path) -> Cluster:
+    """The same; each sync of a file is a system call of its own."""
+    prefix = (sys.executable, "-m", "tests.support.without_kernel_sync")
+    return formatted(new_cluster(3, options=(), disks={0: [tmp_path / "d1", tmp_path / "d2"]}, prefix=prefix))
 
 
 def filled(cluster: Cluster) -> bytearray:
@@ -61,7 +69,8 @@ def disks(cluster: Cluster) -> list[str]:
 @pytest.mark.parametrize(
     ("calls", "error"), [("pwrite64", "EIO"), ("fdatasync", "EIO"), ("fdatasync", "ENOSPC"), ("preadv,preadv2", "EIO")]
 )
-def test_an_error_of_one_file_takes_out_its_disk(cluster: Cluster, tmp_path: Path, calls: str, error: str) -> None:
+def test_an_error_of_one_file_takes_out_its_disk(calling: Cluster, tmp_path: Path, calls: str, error: str) -> None:
+    cluster = calling
     data = filled(cluster)
     victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
     everything = sum(1 for name in cluster.objects(0))

@@ -18,6 +18,8 @@ from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.disk import Disk, FileInfo, Space
+from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS
+from sheepdog.cluster.host.workers import THREADS
 
 ATOM = 512
 _T = TypeVar("_T")
@@ -382,7 +384,7 @@ class SimWorkers:
     def step(self) -> bool:
         if not self.jobs:
             return False
-        index = self._random.randrange(min(4, len(self.jobs)))  # as many run at a time as there are threads
+        index = self._random.randrange(min(THREADS + KERNEL_SYNCS, len(self.jobs)))  # so many run at a time
         job = self.jobs[index]
         del self.jobs[index]
         job()

@@ -7,14 +7,15 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sheepdog.cluster.host import kernel_sync
 from sheepdog.cluster.host.disk import RealDisk
-from sheepdog.cluster.host.kernel_sync import KernelSync, LoopWorkers
+from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS, KernelSync, LoopWorkers
 from sheepdog.cluster.host.loop import TurnLoop, new_loop
 from sheepdog.cluster.host.system_call import system_call
 
@@ -42,12 +43,15 @@ class World:
         self.results: list[OSError | None] = []
 
     def wait(self, count: int) -> list[OSError | None]:
-        async def arrived() -> None:
-            while len(self.results) < count:
+        self.wait_until(lambda: len(self.results) >= count)
+        return self.results
+
+    def wait_until(self, arrived: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            while not arrived():
                 await asyncio.sleep(0.001)
 
-        self.loop.run_until_complete(asyncio.wait_for(arrived(), SECONDS))
-        return self.results
+        self.loop.run_until_complete(asyncio.wait_for(wait(), SECONDS))
 
     def sync(self) -> None:
         self.workers.sync(self.disk, self.fd, self.results.append)
@@ -84,12 +88,38 @@ def test_the_kernel_syncs_without_a_thread_of_ours(world: World) -> None:
     assert threading.active_count() == threads
 
 
-def test_a_second_sync_at_the_same_time_is_a_thread_s(world: World) -> None:
-    world.sync()
-    world.sync()
-    assert world.wait(2) == [None, None]
-    assert len(world.disk.synced) == 1
-    assert world.disk.synced[0] != threading.get_ident()
+def test_as_many_as_the_kernel_takes_run_at_the_same_time_and_threads_do_the_rest(world: World) -> None:
+    for _ in range(KERNEL_SYNCS + 2):
+        world.sync()
+    assert world.wait(KERNEL_SYNCS + 2) == [None] * (KERNEL_SYNCS + 2)
+    assert len(world.disk.synced) == 2
+    assert threading.get_ident() not in world.disk.synced
+    world.sync()  # the kernel's way is free again
+    world.wait(KERNEL_SYNCS + 3)
+    assert len(world.disk.synced) == 2
+
+
+def test_the_failure_of_one_of_several_is_told_to_its_caller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = world.workers._kernel
+    assert kernel is not None
+
+    def reported(number: int, *arguments: int | None) -> int:
+        got = system_call(number, *arguments)
+        if number == kernel._getevents:
+            for index in range(got):
+                (slot,) = struct.unpack_from("<Q", kernel._events, 32 * index)
+                if slot == 2:
+                    struct.pack_into("<q", kernel._events, 32 * index + 16, -errno.EIO)
+        return got
+
+    monkeypatch.setattr(kernel_sync, "system_call", reported)
+    results: dict[int, OSError | None] = {}
+    for number in range(5):
+        world.workers.sync(world.disk, world.fd, partial(results.__setitem__, number))
+    world.wait_until(lambda: len(results) == 5)
+    assert {number: None if error is None else error.errno for number, error in results.items()} == {
+        0: None, 1: None, 2: errno.EIO, 3: None, 4: None,
+    }  # fmt: skip
 
 
 def test_what_cannot_be_begun_fails_as_it_does_in_a_thread(world: World) -> None:
@@ -119,7 +149,7 @@ def test_what_the_kernel_reports_is_the_result(
             return got
         if result is None:
             return 0
-        struct.pack_into("<q", kernel._event, 16, result)
+        struct.pack_into("<q", kernel._events, 16, result)
         return got
 
     monkeypatch.setattr(kernel_sync, "system_call", reported)
