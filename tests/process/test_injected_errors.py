@@ -62,6 +62,11 @@ def check(cluster: Cluster, data: bytearray) -> None:
         assert cluster.try_dog("vdi", "read", "data", node=node, check=True).stdout == bytes(data)
 
 
+def an_object(path: Path) -> Path:
+    """A data object on either disk of node 0: which of them gets any is chance."""
+    return next(file for name in ("d1", "d2") for file in sorted((path / name).iterdir()) if file.name[:2] == "00")
+
+
 def disks(cluster: Cluster) -> list[str]:
     return [entry["path"] for entry in json.loads(cluster.dog("node", "md", "info", "--json"))]
 
@@ -72,16 +77,17 @@ def disks(cluster: Cluster) -> list[str]:
 def test_an_error_of_one_file_takes_out_its_disk(calling: Cluster, tmp_path: Path, calls: str, error: str) -> None:
     cluster = calling
     data = filled(cluster)
-    victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
-    everything = sum(1 for name in cluster.objects(0))
+    victim = an_object(tmp_path)
+    (other,) = {str(tmp_path / name) for name in ("d1", "d2")} - {str(victim.parent)}
+    everything = len(cluster.objects(0))
     with Injection(cluster.pids(0)[-1], victim, calls, error) as injection:
         write_everywhere(cluster, data, 0)
         if calls.startswith("preadv"):
             cluster.dog("node", "scrub", "start")
-        wait_until(lambda: disks(cluster) == [str(tmp_path / "d2")], SECONDS, "end of the disk")
+        wait_until(lambda: disks(cluster) == [other], SECONDS, "end of the disk")
         assert injection.injected()
     check(cluster, data)
-    wait_until(lambda: len(list((tmp_path / "d2").glob("[0-9a-f]*"))) == everything, SECONDS, "healing")
+    wait_until(lambda: len(list(Path(other).glob("[0-9a-f]*"))) == everything, SECONDS, "healing")
     cluster.wait_recovered()
     check(cluster, data)
 
@@ -101,7 +107,7 @@ def test_no_room_for_what_the_journal_has_takes_nothing_out(cluster: Cluster, tm
     """What was acknowledged stays and is in place later; what is new is refused until then, on this object only."""
     data = filled(cluster)
     place = disks(cluster)
-    victim = next(path for path in sorted((tmp_path / "d1").iterdir()) if path.name.startswith("00"))
+    victim = an_object(tmp_path)
     start = int(victim.name[8:], 16) * 4 * MIB
     cluster.dog("vdi", "create", "-P", "other", str(8 * MIB))
     held = len(cluster.objects(0))
