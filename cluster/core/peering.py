@@ -298,7 +298,8 @@ class Inventories:
         return list(
             dict.fromkeys(
                 origin
-                for origins in self._origins
+                for member, origins in enumerate(self._origins)
+                if decision.is_of(member)
                 for origin in origins
                 if origin.oid == decision.oid and decision.contains(origin.version)
             )
@@ -308,8 +309,9 @@ class Inventories:
         """(gateway, number) of the writes that the objects contain, as decided: they must not be done again.
 
         The origins that a member tells are those of its own copy, so they count if that is the current one. Of strips
-        that come to one state, those count that it contains; of an object that is gone, those of members that know it
-        is: what the others still hold may be of a creation that never was done.
+        that come to one state, those count that it contains, but not what a strip tells that is left out: it may be the
+        only one that had it. Of an object that is gone, those of members that know it is: what the others still hold
+        may be of a creation that never was done.
         """
         asked = dict.fromkeys(origin.oid for origins in self._origins for origin in origins)
         if not asked:
@@ -328,7 +330,7 @@ class Inventories:
                 if oid in lost:
                     continue
                 if oid in agreed:
-                    if agreed[oid].contains(version):
+                    if agreed[oid].is_of(member) and agreed[oid].contains(version):
                         found[gateway, number] = None
                     continue
                 current = decided.get(oid)

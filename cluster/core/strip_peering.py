@@ -104,8 +104,12 @@ class StripDecision(NamedTuple):
         """
         return 0 if (member, strip) in self.held else self.known
 
+    def is_of(self, member: int) -> bool:
+        """A strip of the member's comes to the agreed state."""
+        return any(member == one[1] for one in (*self.agree, *self.holders))
+
     def contains(self, version: Version) -> bool:
-        """The agreed state has all of this write, which some strip has."""
+        """The agreed state has all of this write, which a strip that comes to it has."""
         return (self.cut is None or version < self.cut) and version not in self.half_done
 
     def unequal(self) -> list[tuple[int, ObjectId]]:

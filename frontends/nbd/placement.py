@@ -30,6 +30,8 @@ def placed(here: int | None, used: float, idle: Mapping[int, float]) -> int | No
 
     `idle`: for each processor that it may use, the share of the time it was idle.
     """
+    if not idle:  # a container that numbers processors in its own way
+        return None
     best = max(idle, key=lambda cpu: idle[cpu])
     if here is None or here not in idle:
         return best if idle[best] > IDLE else None

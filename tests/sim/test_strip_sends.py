@@ -107,6 +107,31 @@ def test_parity_strips_take_writes_in_the_order_of_their_numbers(seed: int) -> N
     assert story.cluster.probes()["strips.parity_waits"]
 
 
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_write_that_only_a_lost_strip_had_is_done_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk takes it and then fails; before the home has heard of it, the epoch ends."""
+    story = story_of(seed)
+    store, world = story.second.node.context.store, story.cluster.world
+    assert story.wait(change(story, 2 * UNIT, 2)) == [0]  # so the strips have to agree
+    write = store.write
+
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+        monkeypatch.undo()
+        write(oid, offset, data, version, False, lambda error: None)
+        world.after(MILLISECOND, lambda: done(DiskError("late")))
+
+    monkeypatch.setattr(store, "write", fail)
+    story.cluster.fabric.hold((story.second.id, story.home.id), SECOND)
+    answers = change(story, UNIT, 2)
+    world.run_for(5 * MILLISECOND)
+    assert not answers
+    story.more[-1].kill()
+    assert story.wait(answers) == [0]
+    story.more[-1].start()
+    story.settle()
+    assert [block[0] for block in story.blocks(UNIT, 2 * UNIT)] == [2, 2]
+
+
 def home_dies(seed: int, after_ns: int) -> None:
     """Of its writes one is on the data strip alone, and others wait behind it."""
     story = story_of(seed)

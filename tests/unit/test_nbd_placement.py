@@ -28,6 +28,7 @@ intr 1 2 3
         (0, 0.4, {0: 0.0, 1: 1.0}, 1),
         (0, 0.4, {0: 0.0, 1: 0.4}, None),
         (0, 0.4, {0: 0.0, 1: 0.0}, None),
+        (0, 0.4, {}, None),
     ],
 )
 def test_where_there_is_room(here: int | None, used: float, idle: dict[int, float], expected: int | None) -> None:
