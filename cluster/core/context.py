@@ -74,6 +74,8 @@ class Context:
         self.throttle = (0, 0)  # restores at most so many objects in so many ns; (0, 0): as fast as it goes
         self.active_requests: Callable[[], int] = lambda: 0  # of clients, under way; set by the gateway
         self.submitted: Callable[[int], Buffer] = lambda number: b""  # bytes of a change under way; set by the gateway
+        self.applied: Callable[[int, int, int], None] = lambda number, sequence, replicas: None
+        """Of a write that was submitted here: the copy here has it; that many have to. Set by the gateway."""
         self.spoilt: dict[ObjectId, StoreError] = {}
         """Strips here that could not take a write, and why: they take no more until they are restored."""
         self.doubts: dict[ObjectId, int] = {}
@@ -155,6 +157,15 @@ class _Nowhere(Network):
         pass
 
     def confirm(self, node: NodeId, fence: int, rid: int) -> None:
+        pass
+
+    def confirm_later(self, node: NodeId, fence: int, rid: int) -> None:
+        pass
+
+    def send_late(self, node: NodeId, message: Message) -> None:
+        pass
+
+    def applied(self, node: NodeId, fence: int, number: int, sequence: int) -> None:
         pass
 
     def connect(self, nodes: Iterable[NodeId]) -> None:

@@ -30,6 +30,7 @@ class Dispatch:
         self._replica = copies.replica
         self._early: list[tuple[NodeId, Message]] = []
         self._handlers: dict[int, Callable[[NodeId, Message], None]] = {
+            Kind.APPLIED: self._on_applied,
             Kind.STABLE: copies.replica.on_stable,
             Kind.LEVEL: copies.replica.on_level,
             Kind.TABLE: copies.puller.on_table,
@@ -83,6 +84,19 @@ class Dispatch:
             context.probe("node.stale_message")
         else:
             context.peers.on_successes(sender, rids)
+
+    def on_applied(self, sender: NodeId, fence: int, writes: list[int]) -> None:
+        """Several APPLIED: number and sequence, in turns."""
+        context = self._context
+        member, router = context.placement.index_of.get(sender), self._gateway.router
+        if fence != context.fence or member is None:
+            context.probe("node.stale_message")
+            return
+        for place in range(0, len(writes), 2):
+            router.applied(member, writes[place], writes[place + 1])
+
+    def _on_applied(self, sender: NodeId, message: Message) -> None:
+        self._gateway.router.applied(self._context.placement.index_of[sender], message.origin, message.sequence)
 
     # -- for the home of this node ---------------------------------------------------------------------------------
 

@@ -308,13 +308,13 @@ class Home:
 
     def _number(self, submission: Submission, replicas: tuple[int, ...]) -> None:
         context, placement = self.context, self._placement
-        oid = submission.oid
-        fresh = bool(submission.flags & Flag.CREATE) and context.store.version(oid) is None
+        oid, flags = submission.oid, submission.flags
+        fresh = bool(flags & Flag.CREATE) and context.store.version(oid) is None
         write = self.open_write(submission, len(replicas), fresh)
         version, sequence, watermark = write.version, write.sequence, self.watermark()
-        if submission.copies and submission.flags & Flag.CREATE and not fresh:
+        if submission.copies and flags & Flag.CREATE and not fresh:
             self._drop_others(write, replicas)
-        if submission.flags & Flag.REMOVE:
+        if flags & Flag.REMOVE:
             self.hooks.restored_locally(oid)  # if it went with its disk: there is nothing to be restored any more
         for replica in replicas[1:]:
             own = replica == submission.gateway and bool(submission.data)  # it has the bytes until it is answered
@@ -325,19 +325,19 @@ class Home:
                 oid,
                 submission.offset,
                 submission.length,
-                submission.flags | Flag.OWN if own else submission.flags,
+                flags | Flag.OWN if own else flags,
                 version,
                 sequence,
                 watermark,
-                0,
+                len(replicas),
                 0,
                 b"" if own else submission.data,
                 submission.number,
                 submission.floor,
                 submission.gateway,
             )
-            context.peers.request(placement.nodes[replica], message, write.remote(replica))
-        flags = submission.flags
+            late = own and bool(flags & Flag.DIRECT)  # it needs to hear of the copy here, too
+            context.peers.request(placement.nodes[replica], message, write.remote(replica), late)
         perform(context.store, flags, oid, submission.offset, submission.length, submission.data, version, write.local)
         if context.store.version(oid) == version or flags & Flag.REMOVE:  # it has not failed
             note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)

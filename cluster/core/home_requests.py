@@ -40,7 +40,10 @@ class HomeRequests:
 
         def done(result: int, _: Buffer) -> None:
             seen[rid] = result
-            self._context.peers.answer(sender, message, result)
+            if message.flags & Flag.DIRECT and not result:
+                self._context.peers.answer_late(sender, message)
+            else:
+                self._context.peers.answer(sender, message, result)
 
         body = message.body  # as Message.payload, without the call
         assert not isinstance(body, list)

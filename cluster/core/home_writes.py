@@ -127,9 +127,17 @@ class Write:
         if error is not None:
             self.home.failed_here(self.submission, error)
             self.home.replica_failed(self, self.home.me, error.result)
+        elif self.submission.flags & Flag.DIRECT and self.home.is_present():
+            self._tell_gateway()
         self.pending -= 1
         if not self.pending:
             self.home.completed(self)
+
+    def _tell_gateway(self) -> None:
+        """As the other replicas do: with all of them it answers its client, before this home knows of all."""
+        context, submission = self.home.context, self.submission
+        gateway = context.placement.nodes[submission.gateway]
+        context.network.applied(gateway, self.home.fence, submission.number, self.sequence)
 
     def remote(self, node: int) -> Callable[[Message], None]:
         """What to do with the answer of another member, which is asked now."""

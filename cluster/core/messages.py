@@ -21,7 +21,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Of these messages, their bytes and what they mean: nodes of different versions form no cluster (core.join_rules).
 # Never 10: that is what all of them said when they joined, as long as it was not this.
-PEER_VERSION: Final = 8
+PEER_VERSION: Final = 9
 
 
 class Kind(IntEnum):
@@ -48,6 +48,7 @@ class Kind(IntEnum):
     LOST = 19  # member -> home: these copies went with a disk (body: oids)
     ANSWERS = 20  # between links only: success, and no more, of several requests (body: rids; wire.peer)
     BAD = 21  # home -> holder of a strip: if it lacks a write, remember durably that it does not count
+    APPLIED = 22  # notice, home or replica -> gateway: its write `origin`, of this `sequence`, is in the copy here
 
 
 class Flag:
@@ -62,6 +63,7 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
+    DIRECT: Final = 128  # SUBMIT, APPLY: the gateway holds a copy, and is told by each replica itself (APPLIED)
     OWN: Final = 64  # APPLY without a body: the bytes are those that the receiver submitted as `origin`
     OLD: Final = 32  # APPLY of a data strip: the answer has the bytes that were there
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there

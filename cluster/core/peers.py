@@ -34,8 +34,8 @@ class Peers:
         self._next_rid = 0
         self._outstanding: dict[NodeId, dict[int, tuple[Message, Answered]]] = {}
 
-    def request(self, node: NodeId, message: Message, answered: Answered) -> None:
-        """Sends; `answered` gets the ANSWER, or nothing if the epoch changes first."""
+    def request(self, node: NodeId, message: Message, answered: Answered, late: bool = False) -> None:
+        """Sends; `answered` gets the ANSWER, or nothing if the epoch changes first. `late`: as `Network.send_late`."""
         self._next_rid += 1
         message.rid = self._next_rid
         outstanding = self._outstanding.get(node)
@@ -45,7 +45,10 @@ class Peers:
         if not self.watched and self.on_busy is not None:
             self.watched = True
             self.on_busy()
-        self.network.send(node, message)
+        if late:
+            self.network.send_late(node, message)
+        else:
+            self.network.send(node, message)
 
     def answer(
         self,
@@ -71,6 +74,10 @@ class Peers:
             body=body,
         )
         self.network.send(node, answer)
+
+    def answer_late(self, node: NodeId, request: Message) -> None:
+        """Success, which nobody waits for."""
+        self.network.confirm_later(node, request.fence, request.rid)
 
     def oldest(self, node: NodeId) -> int:
         """Id of the oldest request that `node` has not answered: it may forget all before."""

@@ -64,6 +64,18 @@ class Network:
         """As `send` of an ANSWER that says no more than that its request succeeded."""
         raise NotImplementedError
 
+    def confirm_later(self, node: NodeId, fence: int, rid: int) -> None:
+        """As `confirm`; it may wait for the next message to that node, for limits.LATE_NS at most."""
+        raise NotImplementedError
+
+    def send_late(self, node: NodeId, message: Message) -> None:
+        """As `send`; it may wait for what this turn tells the node once the store has taken this turn's writes."""
+        raise NotImplementedError
+
+    def applied(self, node: NodeId, fence: int, number: int, sequence: int) -> None:
+        """Tells a gateway that the copy here has its write `number`, which its home gave this sequence (APPLIED)."""
+        raise NotImplementedError
+
     def connect(self, nodes: Iterable[NodeId]) -> None:
         """The nodes this one talks to from now on; links to all others are closed."""
         raise NotImplementedError

@@ -2,7 +2,8 @@
 
 A copy is readable here without asking its home when, in this epoch,
  * the home has settled with this node, and it and all other replicas have the current copy, and
- * no write above the home's watermark touches the blocks (some other replica may not have it yet).
+ * no write above the home's watermark touches the blocks (some other replica may not have it yet), but those of which
+   the gateway here knows that all replicas have them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def note_origin(
 class _Change:
     """A numbered change of a home, remembered until all replicas have it."""
 
-    __slots__ = ("answered", "end", "levels", "oid", "result", "sequence", "start")
+    __slots__ = ("answered", "end", "levels", "oid", "result", "sequence", "stable", "start")
 
     def __init__(self, sequence: int, oid: ObjectId, start: int, end: int) -> None:
         self.sequence = sequence
@@ -82,6 +83,7 @@ class _Change:
         self.end = end
         self.levels: list[Leveled] | None = None  # what it brings level, if it is that
         self.answered = False
+        self.stable = False  # all have it, as this node's gateway knows before the home
         self.result = _SUCCESS
 
 
@@ -285,6 +287,10 @@ class Replica:
                 self.restored(message.oid)
                 if was_bad or is_bad:
                     self._replaced()
+            elif message.flags & Flag.DIRECT and message.oid not in self.missing:
+                self._tell_gateway(message)
+                context.peers.answer_late(sender, message)
+                return
             if message.flags & Flag.OLD:
                 self._answer_with_old(sender, message, change)
             else:
@@ -313,6 +319,22 @@ class Replica:
                 self._refuse(message, change, DiskError("what it replaced is not known any more"))
         self._context.peers.answer(sender, message, change.result, old or b"")
 
+    def _tell_gateway(self, message: Message) -> None:
+        """A write is in the copy here. Its gateway answers when it has heard so of all copies."""
+        context, gateway = self._context, message.gateway
+        if gateway == context.placement.me:
+            context.applied(message.origin, message.sequence, message.copies)
+        else:
+            context.network.applied(context.placement.nodes[gateway], context.fence, message.origin, message.sequence)
+
+    def stabilized(self, oid: ObjectId, sequence: int) -> None:
+        """All replicas have a change of which the home has not said so yet: it may be read here."""
+        for change in self._unstable.get(oid, ()):
+            if change.sequence == sequence:
+                self._settle(change)
+                change.stable = True
+                return
+
     def on_stable(self, sender: NodeId, message: Message) -> None:
         self._stable(self._feeds[self._context.placement.index_of[sender]], message.watermark)
 
@@ -335,11 +357,15 @@ class Replica:
         oid = change.oid
         if oid >> STRIP_SHIFT:
             self.strips.undo.settle(oid, version_of(self._context.epoch, self._context.state.term, change.sequence))
-        unstable = self._unstable[oid]
+        if not change.stable:
+            self._settle(change)
+
+    def _settle(self, change: _Change) -> None:
+        unstable = self._unstable[change.oid]
         if len(unstable) > 1:
             unstable.remove(change)
         else:
-            del self._unstable[oid]
+            del self._unstable[change.oid]
 
     def on_level(self, sender: NodeId, message: Message) -> None:
         """A home brings strips level; as APPLY, once."""

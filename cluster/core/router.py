@@ -1,7 +1,8 @@
 """Where a request goes: this node's copy, or its home; and again after every change of epoch.
 
  read    this node's copy if it may be read here, else the home's
- change  to the home, which numbers it and sees that all replicas have it
+ change  to the home, which numbers it and sees that all replicas have it. A small overwrite of an object of which
+         a copy is here has also ended when all replicas have said so themselves (Flag.DIRECT, APPLIED)
 
 Each request is answered exactly once. What is under way when the epoch changes is sent again in its old order.
 """
@@ -18,7 +19,7 @@ from sheepdog.cluster.core.gate import Gate
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.home_writes import IoDone, Submission
 from sheepdog.cluster.core.ids import ObjectId, Vid, vid_of
-from sheepdog.cluster.core.limits import RETRY_DELAY_NS
+from sheepdog.cluster.core.limits import DIRECT_BYTES, RETRY_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.moves import Moves
 from sheepdog.cluster.core.peers import first_number
@@ -27,13 +28,30 @@ from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_reads import StripReads
 from sheepdog.cluster.core.striping import cut
 
+_SUCCESS: Final = int(Result.SUCCESS)  # looked up once, not for each write
+_MAKES_OR_FREES: Final = Flag.CREATE | Flag.REMOVE | Flag.PUNCH
 _AGAIN: Final = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
 
 
 class Request:
     """One request on its way."""
 
-    __slots__ = ("copies", "data", "done", "flags", "length", "number", "offset", "oid", "reading", "router")
+    __slots__ = (
+        "applied",
+        "copies",
+        "data",
+        "direct",
+        "done",
+        "flags",
+        "length",
+        "number",
+        "offset",
+        "oid",
+        "reading",
+        "replicas",
+        "router",
+        "sequence",
+    )
 
     def __init__(
         self,
@@ -58,6 +76,26 @@ class Request:
         self.data = data
         self.copies = copies
         self.done = done
+        self.direct = False  # replicas may tell this node that they have it
+        self.sequence = 0  # which its home gave it, as far as is known here
+        self.applied: tuple[int, ...] = ()  # the members that have it
+        self.replicas = 0  # so many have to; 0: not known yet
+
+    def has(self, member: int, sequence: int, replicas: int) -> None:
+        """A member has the write; the one that is this node also knows how many have to.
+
+        What was told of an earlier attempt does not count.
+        """
+        if sequence != self.sequence:
+            if sequence < self.sequence:
+                return
+            self.sequence, self.applied, self.replicas = sequence, (), 0
+        if member not in self.applied:
+            self.applied = (*self.applied, member)
+        if replicas:
+            self.replicas = replicas
+        if len(self.applied) == self.replicas:
+            self.router.written(self)
 
     def finish(self, result: int, data: Buffer) -> None:
         """The answer; a second one (from an earlier epoch) is ignored."""
@@ -97,6 +135,7 @@ class Router:
         self.drains: list[tuple[Vid, dict[int, None], Callable[[], None]]] = []
         context.active_requests = lambda: len(self.pending)
         context.submitted = self.submitted
+        context.applied = self._applied_here
         self._replica = replica
         self._next_number = 0
 
@@ -104,6 +143,20 @@ class Router:
         """The bytes of a change under way; none if it has been answered."""
         request = self.pending.get(number)
         return b"" if request is None else request.data
+
+    def applied(self, member: int, number: int, sequence: int, replicas: int = 0) -> None:
+        """The copy of a member has a write that was submitted here; `replicas` as in `Request.has`."""
+        request = self.pending.get(number)
+        if request is not None:
+            request.has(member, sequence, replicas)
+
+    def _applied_here(self, number: int, sequence: int, replicas: int) -> None:
+        self.applied(self.context.placement.me, number, sequence, replicas)
+
+    def written(self, request: Request) -> None:
+        """All replicas have the write; its home hears of that later."""
+        self._replica.stabilized(request.oid, request.sequence)
+        request.finish(_SUCCESS, b"")
 
     def read(self, oid: ObjectId, offset: int, length: int, done: IoDone, flags: int = 0) -> None:
         """`length` bytes from `offset`; with MAP in `flags`: which of the blocks hold data."""
@@ -120,7 +173,8 @@ class Router:
         if policy is not None and not flags & (Flag.CREATE | Flag.REMOVE):
             self._change_coded(policy, oid, flags, offset, bytes(length) if flags & Flag.PUNCH else data, done)
         else:
-            self._change(oid, flags, offset, length, data, copies, done)
+            direct = not flags & _MAKES_OR_FREES and len(data) <= DIRECT_BYTES
+            self._change(oid, flags, offset, length, data, copies, done, direct)
 
     def _change_coded(self, policy: Policy, oid: ObjectId, flags: int, offset: int, data: Buffer, done: IoDone) -> None:
         """A write in parts that can be coded at once, each a request of its own; the last answer ends it."""
@@ -141,10 +195,19 @@ class Router:
             self._change(oid, flags, start, 0, view[start - offset : start - offset + length], 0, ended)
 
     def _change(
-        self, oid: ObjectId, flags: int, offset: int, length: int, data: Buffer, copies: int, done: IoDone
+        self,
+        oid: ObjectId,
+        flags: int,
+        offset: int,
+        length: int,
+        data: Buffer,
+        copies: int,
+        done: IoDone,
+        direct: bool = False,
     ) -> None:
         self._next_number = number = self._next_number + 1
         request = Request(self, number, False, oid, flags, offset, length, data, copies, done)
+        request.direct = direct
         self.pending[number] = request
         self._route(request)
 
@@ -188,6 +251,7 @@ class Router:
             )
         else:
             node = context.placement.nodes[first]
+            request.sequence, request.applied, request.replicas = 0, (), 0
             message = Message(
                 Kind.SUBMIT,
                 context.fence,
@@ -195,7 +259,7 @@ class Router:
                 oid,
                 request.offset,
                 request.length,
-                request.flags,
+                request.flags | Flag.DIRECT if request.direct and me in replicas else request.flags,
                 watermark=context.peers.oldest(node),
                 copies=request.copies or context.copies_told(oid),
                 body=request.data,

@@ -145,6 +145,7 @@ class StripHome:
     def submit(self, submission: Submission, policy: Policy) -> None:
         """Takes a change of an object that no recovery works on. Writes come cut (striping.cut)."""
         oid = submission.oid
+        submission.flags &= ~Flag.DIRECT  # its gateway did not know yet that the object is coded
         start, end = touched(submission.flags, submission.offset, len(submission.data))
         if end != _WHOLE and NOBODY in self.layout(oid, policy):  # what is missing may have to be decoded
             size = stripe_size(policy)

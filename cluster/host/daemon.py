@@ -186,6 +186,7 @@ class Daemon:
         node.context.coder = self._coder
         self.links.on_message = node.dispatch.on_message
         self.links.on_successes = node.dispatch.on_successes
+        self.links.on_applied = node.dispatch.on_applied
         self.links.on_link = node.on_link
         if self.options.recovery is not None:
             throttle = self.options.recovery

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
@@ -22,9 +23,11 @@ from sheepdog.cluster.wire.peer import (
     PeerIntake,
     decode,
     decode_answers,
+    decode_applied,
     decode_hello,
     encode,
     encode_answers,
+    encode_applied,
     encode_hello,
     fence_of,
 )
@@ -43,6 +46,7 @@ USER_TIMEOUT_MS: Final = 11_000  # ... also while bytes to it are under way
 _ERROR: Final = 3
 _WARNING: Final = 4
 _ANSWERS: Final = int(Kind.ANSWERS)
+_APPLIED: Final = int(Kind.APPLIED)
 
 
 class State(IntEnum):
@@ -58,6 +62,8 @@ class Link:
     __slots__ = (
         "_answered",
         "_answers_fence",
+        "_applied",
+        "_applied_fence",
         "_flush_asked",
         "_links",
         "_timer",
@@ -86,6 +92,8 @@ class Link:
         self.since = 0.0  # time of the loop at which the link came up
         self._answered: list[int] = []  # requests of the peer that have succeeded, to be told in one frame
         self._answers_fence = 0  # of all of them
+        self._applied: list[int] = []  # writes of the peer's clients: number and sequence of each
+        self._applied_fence = 0
         self._flush_asked = False
         self._writing = False  # the socket is full, the loop tells when it is not
         self._timer: asyncio.TimerHandle | None = None
@@ -147,13 +155,50 @@ class Link:
         self.outbox.add(encode(message))
         self._flush_later()
 
+    def send_late(self, message: Message) -> None:
+        """As `send`, and what the end of this turn still brings goes with it."""
+        if self._answered:
+            self._queue_answers()
+        self.outbox.add(encode(message))
+        if not self._flush_asked:
+            self._flush_asked = True
+            self._links.turn.at_end(self._flush_next)
+
+    def _flush_next(self) -> None:
+        self._links.turn.at_end(self.flush)
+
     def confirm(self, fence: int, rid: int) -> None:
         """Queues an answer of success, to go with the next ones."""
+        self._add_answer(fence, rid)
+        self._flush_later()
+
+    def confirm_later(self, fence: int, rid: int) -> None:
+        """Queues an answer of success, to go with whatever is sent next."""
+        self._add_answer(fence, rid)
+        self._links.flush_in_time()
+
+    def _add_answer(self, fence: int, rid: int) -> None:
         if self._answered and fence != self._answers_fence:
             self._queue_answers()
         self._answers_fence = fence
         self._answered.append(rid)
+
+    def flush_answers(self) -> None:
+        """Sends those that wait for something to go with."""
+        if self._answered:
+            self._flush_later()
+
+    def applied(self, fence: int, number: int, sequence: int) -> None:
+        """Queues that a write is in the copy here, to go with the next ones."""
+        if self._applied and fence != self._applied_fence:
+            self._queue_applied()
+        self._applied_fence = fence
+        self._applied += (number, sequence)
         self._flush_later()
+
+    def _queue_applied(self) -> None:
+        self.outbox.add(encode_applied(self._applied_fence, self._applied))
+        self._applied = []
 
     def _flush_later(self) -> None:
         if not self._flush_asked:
@@ -169,6 +214,8 @@ class Link:
         self._flush_asked = False
         if self._answered:
             self._queue_answers()
+        if self._applied:
+            self._queue_applied()
         if self._writing or self.state is State.CLOSED:
             if self.outbox.size > MAX_QUEUE_BYTES:
                 self.fail(f"{self.outbox.size >> 20} MiB wait to be read")
@@ -224,7 +271,9 @@ class Link:
             kind = header[0]
             received[kind] += 1
             if kind == _ANSWERS:
-                self._deliver_successes(node, fence_of(header), decode_answers(body))
+                self._deliver_list(links.on_successes, node, fence_of(header), decode_answers(body))
+            elif kind == _APPLIED:
+                self._deliver_list(links.on_applied, node, fence_of(header), decode_applied(body))
             else:
                 self._deliver(node, decode(header, body))
 
@@ -235,11 +284,13 @@ class Link:
             # Ours, not the peer's: the bug is reported, the other messages are handled.
             self._links.log(_ERROR, f"internal error: {message!r} from {node}: {describe(error)}")
 
-    def _deliver_successes(self, node: NodeId, fence: int, rids: list[int]) -> None:
+    def _deliver_list(
+        self, call: Callable[[NodeId, int, list[int]], None], node: NodeId, fence: int, numbers: list[int]
+    ) -> None:
         try:
-            self._links.on_successes(node, fence, rids)
+            call(node, fence, numbers)
         except Exception as error:
-            self._links.log(_ERROR, f"internal error: success of {rids} from {node}: {describe(error)}")
+            self._links.log(_ERROR, f"internal error: success of {numbers} from {node}: {describe(error)}")
 
     def _receive_hello(self) -> None:
         missing = HELLO.size - len(self.greeting)

@@ -21,6 +21,7 @@ from typing import Final
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NodeId, format_address
+from sheepdog.cluster.core.limits import LATE_NS
 from sheepdog.cluster.core.messages import Message
 from sheepdog.cluster.core.ports import Log, Network
 from sheepdog.cluster.host.link import (
@@ -43,6 +44,7 @@ STABLE_S: Final = 2.0  # a link that lived so long was sound: the next one may b
 CONGESTED_BYTES: Final = 64 << 20  # waiting to be sent to one peer: half a second of 1 Gbit/s; producers should pause
 IO_RETRY_S: Final = 5.0  # between attempts to return to a peer's I/O address
 IO_USER_TIMEOUT_MS: Final = 4_000  # there is another way: long before a silent member is expelled (limits.SILENT_TICKS)
+_LATE_S: Final = LATE_NS / 1e9
 _WARNING, _INFO = 4, 6
 
 
@@ -94,8 +96,8 @@ class _Peer:
 
 
 class Links(Network):
-    """All links of this node. `on_message`, `on_successes` (fence, ids of requests) and `on_link` are never called from
-    within a call to here."""
+    """All links of this node. `on_message`, `on_successes` (fence, ids of requests), `on_applied` (fence, number and
+    sequence of each write) and `on_link` are never called from within a call to here."""
 
     def __init__(
         self,
@@ -115,12 +117,14 @@ class Links(Network):
         self.log = log
         self.on_message: Callable[[NodeId, Message], None] = lambda node, message: None
         self.on_successes: Callable[[NodeId, int, list[int]], None] = lambda node, fence, rids: None
+        self.on_applied: Callable[[NodeId, int, list[int]], None] = lambda node, fence, writes: None
         self.on_link: Callable[[NodeId, bool], None] = lambda node, up: None
         self.received = [0] * 256  # messages, by kind
         self.rx_bytes = 0
         self.tx_bytes = 0
         self._peers: dict[NodeId, _Peer] = {}
         self._waiting: dict[Link, None] = {}  # incoming, not (yet) of a peer; oldest first
+        self._late: asyncio.TimerHandle | None = None  # until it calls, answers may wait for something to go with
         self._closed = False
 
     def send(self, node: NodeId, message: Message) -> None:
@@ -138,6 +142,38 @@ class Links(Network):
             link = peer.link
             if link is not None and link.state is State.UP:
                 link.confirm(fence, rid)
+
+    def confirm_later(self, node: NodeId, fence: int, rid: int) -> None:
+        peer = self._peers.get(node)
+        if peer is not None:
+            link = peer.link
+            if link is not None and link.state is State.UP:
+                link.confirm_later(fence, rid)
+
+    def flush_in_time(self) -> None:
+        """An answer waits for the next message to its node."""
+        if self._late is None:
+            self._late = self.loop.call_later(_LATE_S, self._flush_late)
+
+    def _flush_late(self) -> None:
+        self._late = None
+        for peer in self._peers.values():
+            if peer.link is not None:
+                peer.link.flush_answers()
+
+    def send_late(self, node: NodeId, message: Message) -> None:
+        peer = self._peers.get(node)
+        if peer is not None:
+            link = peer.link
+            if link is not None and link.state is State.UP:
+                link.send_late(message)
+
+    def applied(self, node: NodeId, fence: int, number: int, sequence: int) -> None:
+        peer = self._peers.get(node)
+        if peer is not None:
+            link = peer.link
+            if link is not None and link.state is State.UP:
+                link.applied(fence, number, sequence)
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
         """The peers from now on, this node left out. Links to others are closed without an `on_link`."""
@@ -182,6 +218,8 @@ class Links(Network):
     def close(self) -> None:
         """Closes everything; nothing is called back any more."""
         self._closed = True
+        if self._late is not None:
+            self._late.cancel()
         for peer in self._peers.values():
             peer.close()
         for link in self._waiting:

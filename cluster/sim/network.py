@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from sheepdog.cluster.core.ids import NodeId
+from sheepdog.cluster.core.limits import LATE_NS
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.ports import Network
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
@@ -35,8 +36,13 @@ class SimNetwork(Network):
         self.on_message = on_message
         self.on_link = on_link
         self._fabric = fabric
+        self._late: dict[NodeId, list[Message]] = {}  # answers that wait for the next message
 
     def send(self, node: NodeId, message: Message) -> None:
+        self._send_late_answers(node)
+        self._send(node, message)
+
+    def _send(self, node: NodeId, message: Message) -> None:
         link = self.links.get(node)
         if link is not None:
             if self._fabric.trap is not None:
@@ -45,6 +51,22 @@ class SimNetwork(Network):
 
     def confirm(self, node: NodeId, fence: int, rid: int) -> None:
         self.send(node, Message(Kind.ANSWER, fence, rid))
+
+    def confirm_later(self, node: NodeId, fence: int, rid: int) -> None:
+        late = self._late.setdefault(node, [])
+        late.append(Message(Kind.ANSWER, fence, rid))
+        if len(late) == 1:
+            self._fabric.world.after(LATE_NS, lambda: self.life.do(self, lambda: self._send_late_answers(node)))
+
+    def _send_late_answers(self, node: NodeId) -> None:
+        for answer in self._late.pop(node, ()):
+            self._send(node, answer)
+
+    def send_late(self, node: NodeId, message: Message) -> None:
+        self.send(node, message)
+
+    def applied(self, node: NodeId, fence: int, number: int, sequence: int) -> None:
+        self.send(node, Message(Kind.APPLIED, fence, origin=number, sequence=sequence))
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
         self.wanted = dict.fromkeys(node for node in nodes if node != self.me)

@@ -13,7 +13,8 @@ header: u8 kind, u8 flags, u8 copies, u8 strip (0: a whole object, else number +
 What is signed is never negative. Compiled code has such numbers at hand, where `struct` makes an object of each.
 
 An ANSWER that says no more than that its request succeeded waits for the next ones of the same turn: they go together,
-as the ids of their requests (i64 each) in the body of one ANSWERS frame.
+as the ids of their requests (i64 each) in the body of one ANSWERS frame. The APPLIED of one turn share a frame, too,
+with origin and sequence of each (i64) in its body.
 Most of the work for an answer is its frame, at both ends.
 """
 
@@ -38,7 +39,8 @@ _AFTER_FENCE: Final = bytes(HEADER_SIZE - 16)  # of a header that says no more
 _OID_MASK: Final = (1 << STRIP_SHIFT) - 1
 _IS_KIND: Final = bytes(int(number in set(Kind)) for number in range(256))
 _ANSWERS: Final = int(Kind.ANSWERS)
-RID_SIZE: Final = 8
+_APPLIED: Final = int(Kind.APPLIED)
+NUMBER_SIZE: Final = 8
 
 
 class Hello(NamedTuple):
@@ -99,13 +101,22 @@ def encode(message: Message) -> list[Buffer]:
 
 def encode_answers(fence: int, rids: list[int]) -> list[Buffer]:
     """The buffers of one frame that says that these requests succeeded."""
+    return _encode_numbers(_ANSWERS, fence, rids)
+
+
+def encode_applied(fence: int, writes: list[int]) -> list[Buffer]:
+    """The buffers of one frame with several APPLIED: origin and sequence, in turns."""
+    return _encode_numbers(_APPLIED, fence, writes)
+
+
+def _encode_numbers(kind: int, fence: int, numbers: list[int]) -> list[Buffer]:
     frame = BytesWriter()
-    write_i32_le(frame, _ANSWERS)  # no flags, copies or strip
-    write_i32_le(frame, len(rids) * RID_SIZE)
+    write_i32_le(frame, kind)  # no flags, copies or strip
+    write_i32_le(frame, len(numbers) * NUMBER_SIZE)
     write_i64_le(frame, fence)
     frame.write(_AFTER_FENCE)
-    for rid in rids:
-        write_i64_le(frame, rid)
+    for number in numbers:
+        write_i64_le(frame, number)
     return [frame.getvalue()]
 
 
@@ -115,10 +126,19 @@ def fence_of(header: bytes) -> int:
 
 def decode_answers(body: Buffer) -> list[int]:
     """The requests that an ANSWERS frame with this body says have succeeded. PeerError."""
-    if len(body) % RID_SIZE:
+    return _decode_numbers(body, NUMBER_SIZE)
+
+
+def decode_applied(body: Buffer) -> list[int]:
+    """What was given to `encode_applied`. PeerError."""
+    return _decode_numbers(body, 2 * NUMBER_SIZE)
+
+
+def _decode_numbers(body: Buffer, unit: int) -> list[int]:
+    if len(body) % unit:
         raise PeerError(f"list of answers of {len(body)} bytes")
-    ids = bytes(body)
-    return [read_i64_le(ids, start) for start in range(0, len(ids), RID_SIZE)]
+    data = bytes(body)
+    return [read_i64_le(data, start) for start in range(0, len(data), NUMBER_SIZE)]
 
 
 def body_length(header: bytes) -> int:

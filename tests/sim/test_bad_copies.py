@@ -143,11 +143,11 @@ def test_an_epoch_that_ends_with_a_repair_under_way_ends_no_scrub() -> None:
     asked: list[ObjectId] = []
     request = peers.request
 
-    def unanswered(node: NodeId, message: Message, answered: Answered) -> None:
+    def unanswered(node: NodeId, message: Message, answered: Answered, late: bool = False) -> None:
         if message.kind == Kind.READ and message.flags & Flag.REPAIR and not asked:
             asked.append(message.oid)
         else:
-            request(node, message, answered)
+            request(node, message, answered, late)
 
     peers.request = unanswered  # type: ignore[method-assign]
     assert replica.node.scrub.schedule(0, 1 << 30)

@@ -28,6 +28,7 @@ from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.past import Past
 from sheepdog.cluster.core.peering import Decision, Inventories
 from sheepdog.cluster.core.replica import Replica
+from sheepdog.cluster.core.router import Request
 from sheepdog.cluster.core.standing import Standing
 from sheepdog.cluster.core.table_load import TableLoad
 from sheepdog.cluster.core.vdi import VdiTable
@@ -137,6 +138,15 @@ def acknowledged_after_the_first_copy(patch: pytest.MonkeyPatch) -> None:
         local(self, error)
 
     patch.setattr(write, "local", early)
+
+
+def answered_before_the_last_copy_has_it(patch: pytest.MonkeyPatch) -> None:
+    has = Request.has
+
+    def hasty(self: Request, member: int, sequence: int, replicas: int) -> None:
+        has(self, member, sequence, replicas - 1 if replicas else 0)
+
+    patch.setattr(Request, "has", hasty)
 
 
 def fence_not_checked(patch: pytest.MonkeyPatch) -> None:
@@ -308,6 +318,7 @@ def nobody_is_told_after_a_map_write(patch: pytest.MonkeyPatch) -> None:
 
 BUGS = [
     Bug(acknowledged_after_the_first_copy, KILLS, 20),
+    Bug(answered_before_the_last_copy_has_it, KILLS, 20),
     Bug(fence_not_checked, KILLS, 20),
     Bug(watermark_too_high, HOT, 20),
     Bug(read_of_a_value_in_flight, CHURN, 40),
@@ -317,7 +328,7 @@ BUGS = [
     Bug(unknown_means_absent, AWAY, 60),
     Bug(write_executed_again_after_an_epoch, CHURN, 40),
     Bug(repeated_submission_executed_again, HOT_LINKS, 20),
-    Bug(replica_applies_twice, LINKS, 20),
+    Bug(replica_applies_twice, LINKS, 30, first=40),  # rare: changes whose answers are lost all come again, in order
     Bug(cold_start_without_the_newest_member, STOPS, 40),
     Bug(snapshot_without_freeze, SNAPSHOTS, 20),
     Bug(replica_ignores_durability, BLACKOUTS, 20),

@@ -79,6 +79,8 @@ class Node:
         self.successes: list[tuple[int, list[int]]] = []  # fence, requests
         self.links.on_message = lambda node, message: self.arrived.append((node, message))
         self.links.on_successes = lambda node, fence, rids: self.successes.append((fence, rids))
+        self.applied: list[tuple[int, list[int]]] = []  # fence, number and sequence of each write
+        self.links.on_applied = lambda node, fence, writes: self.applied.append((fence, writes))
         self.links.on_link = lambda node, up: self.events.append((node, up))
         self.server = Server(world.loop, self.links.adopt, lambda sock: sock.close(), world.log)
         self.server.admit_clients()
@@ -177,12 +179,47 @@ def test_answers_of_success_share_a_frame_and_keep_their_places(world: World, pa
     assert large.links.received[Kind.ANSWERS] == 3
 
 
+def test_a_late_answer_goes_with_the_next_message(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    small.links.confirm_later(large.me, 3, 1)
+    small.links.confirm_later(large.me, 3, 2)
+    world.turn.at_end(lambda: small.links.send(large.me, message(5)))
+    world.until(lambda: bool(large.arrived))
+    assert large.successes == [(3, [1, 2])]
+
+
+def test_a_late_answer_goes_alone_after_a_while(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    large.links.confirm(small.me, 3, 9)
+    small.links.confirm_later(large.me, 3, 1)
+    world.until(lambda: bool(small.successes))
+    assert not large.successes
+    world.until(lambda: bool(large.successes))
+    assert large.successes == [(3, [1])]
+
+
+def test_writes_that_are_applied_share_a_frame(world: World, pair: tuple[Node, Node]) -> None:
+    """Those of one fence; a message that may be late brings them along."""
+    small, large = pair
+    small.links.send_late(large.me, message(5))
+    world.turn.at_end(lambda: small.links.applied(large.me, 3, 7, 70))
+    small.links.applied(large.me, 3, 6, 60)
+    small.links.applied(large.me, 4, 8, 80)
+    world.until(lambda: len(large.applied) == 3)
+    assert large.applied == [(3, [6, 60]), (4, [8, 80]), (3, [7, 70])]
+    assert [arrived.rid for _, arrived in large.arrived] == [5]
+    assert not small.links.received[Kind.APPLIED]
+
+
 def test_a_success_of_a_node_that_is_away_is_dropped(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     large.close()
     world.until(lambda: not small.links.is_up(large.me))
     small.links.confirm(large.me, 3, 1)
     small.links.confirm(NodeId(LOCALHOST, 1), 3, 1)
+    small.links.confirm_later(large.me, 3, 1)
+    small.links.applied(large.me, 3, 1, 1)
+    small.links.send_late(large.me, message(1))
 
 
 def test_a_broken_list_of_answers_ends_the_link(world: World, pair: tuple[Node, Node]) -> None:

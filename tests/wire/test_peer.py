@@ -15,8 +15,10 @@ from sheepdog.cluster.wire.peer import (
     body_length,
     decode,
     decode_answers,
+    decode_applied,
     encode,
     encode_answers,
+    encode_applied,
     fence_of,
 )
 
@@ -66,6 +68,16 @@ def test_answers_of_success_share_a_frame() -> None:
     assert decode_answers(memoryview(body)) == rids
     with pytest.raises(PeerError, match="list of answers of 7 bytes"):
         decode_answers(bytes(7))
+
+
+def test_applied_writes_share_a_frame() -> None:
+    writes = [1, 2**63 - 1, 3, 4]
+    frame = b"".join(encode_applied(9, writes))
+    header, body = frame[:HEADER_SIZE], frame[HEADER_SIZE:]
+    assert fields(decode(header, b"")) == fields(Message(Kind.APPLIED, 9))
+    assert decode_applied(memoryview(body)) == writes
+    with pytest.raises(PeerError, match="list of answers of 24 bytes"):
+        decode_applied(bytes(24))
 
 
 @pytest.mark.parametrize("kind", range(256))
