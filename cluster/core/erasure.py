@@ -39,10 +39,15 @@ class Policy(NamedTuple):
         return self.data // 2 << 4 | self.parity
 
 
+_POLICIES: Final = {
+    policy.to_byte(): policy
+    for policy in [Policy(data, parity) for data in DATA_STRIPS for parity in range(1, MAX_PARITY_STRIPS + 1)]
+}
+
+
 def policy_of(byte: int) -> Policy | None:
     """The policy that a byte names; None for 0 (replicated) and for bytes that name none."""
-    data, parity = (byte >> 4) * 2, byte & 15
-    return Policy(data, parity) if data in DATA_STRIPS and parity else None
+    return _POLICIES.get(byte)
 
 
 def _make_tables() -> tuple[list[int], list[int]]:

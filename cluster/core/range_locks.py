@@ -34,11 +34,15 @@ class RangeLocks:
         lock = Lock(oid, start, end, granted)
         locks = self._locks.get(oid)
         if locks is None:
-            self._locks[oid] = [lock]
-        else:
-            locks.append(lock)
-            if any(lock.meets(other) for other in locks[:-1]):
-                return
+            locks = self._locks[oid] = []
+        free = True
+        for other in locks:
+            if lock.meets(other):
+                free = False
+                break
+        locks.append(lock)
+        if not free:
+            return
         lock.held = True
         granted(lock)
 

@@ -80,8 +80,9 @@ class StripHome:
     def layout(self, oid: ObjectId, policy: Policy) -> Layout:
         found = self._layouts.get(oid)
         if found is None:
-            replicas = self._placement.replicas(oid)[: policy.strips]
-            found = replicas + (NOBODY,) * (policy.strips - len(replicas))
+            found, strips = self._placement.replicas(oid), policy.data + policy.parity
+            if len(found) != strips:
+                found = found[:strips] + (NOBODY,) * (strips - len(found))
         return found
 
     def assign(self, oid: ObjectId, layout: Layout) -> None:

@@ -6,7 +6,6 @@ while, so the changes and reads of one strip queue behind each other and take ef
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Final
@@ -43,7 +42,7 @@ class _Queue:
     __slots__ = ("calls", "reading", "running")
 
     def __init__(self) -> None:
-        self.calls: deque[Callable[[], None]] = deque()
+        self.calls: list[Callable[[], None]] = []
         self.running = False  # one of the calls
         self.reading = False  # for a change, which the others wait for
 
@@ -134,7 +133,15 @@ class StripReplica:
 
         `taken` is called when the strip has it; until then it may still come to nothing, with the epoch.
         """
-        self._in_turn(strip, partial(self._perform, flags, strip, offset, length, data, version, taken, done))
+        queue = self._queues.get(strip)
+        if queue is None:  # as mostly
+            queue = self._queues[strip] = _Queue()
+            queue.running = True
+            self._perform(flags, strip, offset, length, data, version, taken, done)
+            self._go_on(strip, queue)
+        else:
+            queue.calls.append(partial(self._perform, flags, strip, offset, length, data, version, taken, done))
+            self._run(strip, queue)
 
     def _perform(
         self,
@@ -174,23 +181,34 @@ class StripReplica:
             self._note(strip, version, taken)
             return
 
-        replace = partial(self._replace, flags, strip, offset, length, data, before, version, taken, done)
         if looked is not None and looked.offset == offset and looked.data is not None and len(looked.data) == len(data):
-            replace(looked.data)
+            self._replace(flags, strip, offset, length, data, before, version, taken, done, looked.data)
             return
         queue = self._queues[strip]
         queue.reading = True
-        store.read(strip, offset, len(data), partial(self._read_for_change, strip, queue, replace, done))
+        read = partial(self._read_for_change, queue, flags, strip, offset, length, data, before, version, taken, done)
+        store.read(strip, offset, len(data), read)
 
     def _read_for_change(
-        self, strip: ObjectId, queue: _Queue, replace: Callable[[Buffer], None], done: Done, old: Buffer | StoreError
+        self,
+        queue: _Queue,
+        flags: int,
+        strip: ObjectId,
+        offset: int,
+        length: int,
+        data: Buffer,
+        before: Version,
+        version: Version,
+        taken: Callable[[], None],
+        done: Done,
+        old: Buffer | StoreError,
     ) -> None:
         if self._queues.get(strip) is not queue:
             return  # another epoch has begun
         if isinstance(old, StoreError):
             done(old)
         else:
-            replace(old)
+            self._replace(flags, strip, offset, length, data, before, version, taken, done, old)
         queue.reading = False
         self._run(strip, queue)
 
@@ -238,11 +256,14 @@ class StripReplica:
 
     def _run(self, strip: ObjectId, queue: _Queue) -> None:
         """What waits, until something has to read first."""
-        if queue.running:
-            return
-        queue.running = True
+        if not queue.running:
+            queue.running = True
+            self._go_on(strip, queue)
+
+    def _go_on(self, strip: ObjectId, queue: _Queue) -> None:
+        """Who calls has set `running`."""
         while queue.calls and not queue.reading and self._queues.get(strip) is queue:
-            queue.calls.popleft()()
+            queue.calls.pop(0)()
         queue.running = False
         if not queue.reading and self._queues.get(strip) is queue:
             del self._queues[strip]
@@ -365,9 +386,10 @@ class StripReplica:
                     self.undo.drop(strip)
                 done(NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}") if failed else None)
 
-        for before, after, offset, old, _ in steps:
-            self.changes.note(strip, after, before, offset, len(old or b""))
-            self.undo_step(strip, before, offset, old or b"", written)
+        for undo in steps:
+            old = undo.old or b""
+            self.changes.note(strip, undo.after, undo.before, undo.offset, len(old))
+            self.undo_step(strip, undo.before, undo.offset, old, written)
         self._keep(strip, Undo(target, version, 0, b""))
         store.stamp(strip, version, True, written)
 

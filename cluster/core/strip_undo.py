@@ -36,14 +36,19 @@ ALL_STRIPS: Final = (1 << 31) - 1  # touched: as many as a policy may have
 NO_STRIPS: Final = 0  # touched: the strip was brought level, no write came
 
 
-class Undo(NamedTuple):
+class Undo:
     """One write of a strip: the strip was at `before`, is at `after`, and had the bytes `old` at `offset`."""
 
-    before: Version
-    after: Version
-    offset: int
-    old: Buffer | None  # empty: the write changed only the version; None: nobody may go back behind it any more
-    touched: int = ALL_STRIPS  # the strips that the write changes, a bit each
+    __slots__ = ("after", "before", "offset", "old", "touched")
+
+    def __init__(
+        self, before: Version, after: Version, offset: int, old: Buffer | None, touched: int = ALL_STRIPS
+    ) -> None:
+        self.before = before
+        self.after = after
+        self.offset = offset
+        self.old = old  # empty: the write changed only the version; None: nobody may go back behind it any more
+        self.touched = touched  # the strips that the write changes, a bit each
 
 
 class Step(NamedTuple):
@@ -149,7 +154,7 @@ class UndoLog:
         steps, settled = chain.steps, min(chain.settled, len(chain.steps))
         level: Version | None = None
         while settled < len(steps) and (undo := steps[settled]).after <= version:
-            steps[settled] = undo._replace(old=None)
+            undo.old = None
             settled += 1
             if touches_all(undo.touched):
                 level = undo.after
