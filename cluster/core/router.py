@@ -317,8 +317,10 @@ class Router:
     def later(self, request: Request) -> None:
         """A node was not ready for the request: route it again in a moment."""
 
+        fence = self.context.fence
+
         def again() -> None:
-            if request.number in self.pending:
+            if request.number in self.pending and self.context.fence == fence:  # in a new epoch it was sent by `begin`
                 self._route(request)
 
         self.context.clock.after(RETRY_DELAY_NS, again)

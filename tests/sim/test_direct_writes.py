@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.sim.test_directed import fresh, holders, read, write
+from tests.sim.test_directed import fresh, holders, read, settle, write
 
+import sheepdog.cluster.core.router as router_module
 from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.ids import NodeId, data_oid
 from sheepdog.cluster.core.limits import LATE_NS
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.ports import Buffer
-from sheepdog.cluster.core.router import Request
+from sheepdog.cluster.core.router import Request, Router
 from sheepdog.cluster.sim.clients import Volume, block_of
 from sheepdog.cluster.sim.cluster import Machine, SimCluster
 from sheepdog.cluster.sim.world import SECOND
@@ -95,6 +96,29 @@ def test_its_gateway_reads_it_from_its_own_copy() -> None:
     cluster.fabric.trap = trap
     assert read(gateway, volume) == (Result.SUCCESS, block_of(1))
     assert Kind.READ not in kinds
+
+
+def test_what_waits_to_be_sent_again_is_sent_once_in_a_new_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, a creation would undo what was written after the first."""
+    monkeypatch.setattr(router_module, "RETRY_DELAY_NS", 2 * SECOND)
+    cluster, volume, (home, gateway, third) = quiet()
+    router = gateway.node.gateway.router
+    request = Request(router, 1 << 40, False, data_oid(volume.vid, 0), 0, 0, 0, b"", 0, lambda *_: None)
+    route, epochs = Router._route, list[int]()
+
+    def routed(self: Router, one: Request) -> None:
+        if one is request:
+            epochs.append(self.context.epoch)
+        else:
+            route(self, one)
+
+    monkeypatch.setattr(Router, "_route", routed)
+    router.pending[request.number] = request
+    router.later(request)
+    third.kill()
+    settle(cluster, home, gateway)
+    cluster.world.run_for(3 * SECOND)
+    assert epochs == [gateway.node.context.epoch]
 
 
 class _Counted:
