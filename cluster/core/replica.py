@@ -331,7 +331,7 @@ class Replica:
         """All replicas have a change of which the home has not said so yet: it may be read here."""
         for change in self._unstable.get(oid, ()):
             if change.sequence == sequence:
-                self._settle(change)
+                self._may_be_read(change)
                 change.stable = True
                 return
 
@@ -358,9 +358,10 @@ class Replica:
         if oid >> STRIP_SHIFT:
             self.strips.undo.settle(oid, version_of(self._context.epoch, self._context.state.term, change.sequence))
         if not change.stable:
-            self._settle(change)
+            self._may_be_read(change)
 
-    def _settle(self, change: _Change) -> None:
+    def _may_be_read(self, change: _Change) -> None:
+        """All replicas have it, so it is no reason any more to ask the home."""
         unstable = self._unstable[change.oid]
         if len(unstable) > 1:
             unstable.remove(change)

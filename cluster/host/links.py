@@ -127,28 +127,29 @@ class Links(Network):
         self._late: asyncio.TimerHandle | None = None  # until it calls, answers may wait for something to go with
         self._closed = False
 
+    def _up(self, node: NodeId) -> Link | None:
+        """The link to a peer, if it is up."""
+        peer = self._peers.get(node)
+        if peer is None or peer.link is None or peer.link.state is not State.UP:
+            return None
+        return peer.link
+
     def send(self, node: NodeId, message: Message) -> None:
         """Queues a message for a peer whose link is up; dropped otherwise."""
-        peer = self._peers.get(node)
-        if peer is not None:
-            link = peer.link
-            if link is not None and link.state is State.UP:
-                link.send(message)
+        link = self._up(node)
+        if link is not None:
+            link.send(message)
 
     def confirm(self, node: NodeId, fence: int, rid: int) -> None:
         """As `send` of an ANSWER of success; all of one turn for a peer go in one frame."""
-        peer = self._peers.get(node)
-        if peer is not None:
-            link = peer.link
-            if link is not None and link.state is State.UP:
-                link.confirm(fence, rid)
+        link = self._up(node)
+        if link is not None:
+            link.confirm(fence, rid)
 
     def confirm_later(self, node: NodeId, fence: int, rid: int) -> None:
-        peer = self._peers.get(node)
-        if peer is not None:
-            link = peer.link
-            if link is not None and link.state is State.UP:
-                link.confirm_later(fence, rid)
+        link = self._up(node)
+        if link is not None:
+            link.confirm_later(fence, rid)
 
     def flush_in_time(self) -> None:
         """An answer waits for the next message to its node."""
@@ -162,18 +163,14 @@ class Links(Network):
                 peer.link.flush_answers()
 
     def send_late(self, node: NodeId, message: Message) -> None:
-        peer = self._peers.get(node)
-        if peer is not None:
-            link = peer.link
-            if link is not None and link.state is State.UP:
-                link.send_late(message)
+        link = self._up(node)
+        if link is not None:
+            link.send_late(message)
 
     def applied(self, node: NodeId, fence: int, number: int, sequence: int) -> None:
-        peer = self._peers.get(node)
-        if peer is not None:
-            link = peer.link
-            if link is not None and link.state is State.UP:
-                link.applied(fence, number, sequence)
+        link = self._up(node)
+        if link is not None:
+            link.applied(fence, number, sequence)
 
     def connect(self, nodes: Iterable[NodeId]) -> None:
         """The peers from now on, this node left out. Links to others are closed without an `on_link`."""
