@@ -31,7 +31,7 @@ from sheepdog.cluster.host.disk_watch import DiskWatch
 from sheepdog.cluster.host.kernel_sync import LoopWorkers
 from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.logs import Logs
-from sheepdog.cluster.host.loop import Collector, describe, new_loop, prepare_process
+from sheepdog.cluster.host.loop import Collector, busy_poll_s, describe, new_loop, prepare_process
 from sheepdog.cluster.host.node_state import DirectoryLock, NodeStateFiles
 from sheepdog.cluster.host.object_store import ObjectStore
 from sheepdog.cluster.host.options import Options
@@ -54,6 +54,7 @@ def run(options: Options) -> int:
     port was free and the membership engine was reached."""
     try:
         driver = registry.create(options.driver)
+        busy_s = busy_poll_s(os.environ)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 1
@@ -68,7 +69,7 @@ def run(options: Options) -> int:
         check_port(options.bind_address, options.port)
         driver.reach()
         startup.done(options.metadata)
-        return Daemon(options, logs).run()
+        return Daemon(options, logs, busy_s).run()
     except UsageError as error:
         logs.write(3, str(error))
         print(error, file=sys.stderr)  # nobody hears it any more once the daemon is on its own
@@ -107,11 +108,12 @@ class _Attachment:
 class Daemon:
     """One sheep, from its store to its last log line."""
 
-    def __init__(self, options: Options, logs: Logs) -> None:
+    def __init__(self, options: Options, logs: Logs, busy_s: float) -> None:
+        """`busy_s`: see `turn.BusyPoll`."""
         self.options = options
         self.logs = logs
         self._log = logs.write
-        self._loop = new_loop(self._log)
+        self._loop = new_loop(self._log, busy_s)
         self._status = 1
         self._failed_disks: list[str] = []  # since the start
         self._serving = False  # clients are let in once this node has joined

@@ -11,17 +11,21 @@ import ctypes
 import gc
 import resource
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, TypeVarTuple
 
+from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ports import Log
-from sheepdog.cluster.host.turn import Poller, Turn
+from sheepdog.cluster.host.turn import BusyPoll, Poller, Turn
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
 
+BUSY_POLL_VARIABLE = "SHEEPDOG_BUSY_POLL_US"
+BUSY_POLL_S = 200e-6  # a write of depth 1 comes back to each of its nodes sooner
+MAX_BUSY_POLL_US = 10_000
 COLLECT_CHECK_S = 1.0  # how often the collector asks whether the node is idle
 COLLECT_IDLE_TURNS = 50  # fewer turns than this in one check are idleness: heartbeats and timers
 COLLECT_BUSY_CHECKS = (
@@ -56,9 +60,10 @@ class TurnLoop(asyncio.SelectorEventLoop):
     `add_reader` watches is served by the `Poller`, past asyncio's queue of handles.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, busy_poll_s: float = 0.0) -> None:
+        """`busy_poll_s`: see `turn.BusyPoll`."""
         selector = _TurnSelector()
-        self._poller = selector.poller = Poller(self, selector.fileno())
+        self._poller = selector.poller = Poller(self, selector.fileno(), BusyPoll(busy_poll_s))
         self.end_of_turn: Callable[[], None] | None = None
         self.scheduled = False  # something was scheduled since this was last set to False
         super().__init__(selector)
@@ -135,9 +140,19 @@ def descriptor(file: FileDescriptorLike) -> int:
     return file if isinstance(file, int) else file.fileno()
 
 
-def new_loop(log: Log) -> TurnLoop:
+def busy_poll_s(environment: Mapping[str, str]) -> float:
+    """What SHEEPDOG_BUSY_POLL_US says, in seconds. UsageError."""
+    text = environment.get(BUSY_POLL_VARIABLE, "")
+    if not text:
+        return BUSY_POLL_S
+    if not (text.isascii() and text.isdigit() and int(text) <= MAX_BUSY_POLL_US):
+        raise UsageError(f"{BUSY_POLL_VARIABLE}='{text}' is not a number of microseconds up to {MAX_BUSY_POLL_US}")
+    return int(text) / 1e6
+
+
+def new_loop(log: Log, busy_poll_s: float = 0.0) -> TurnLoop:
     """A loop for own sockets (add_reader, add_writer); errors nobody caught become one log line each."""
-    loop = TurnLoop()
+    loop = TurnLoop(busy_poll_s)
 
     def report(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")

@@ -6,6 +6,7 @@ Apart from `loop`, so that it can be compiled.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import time
 from collections.abc import Callable
@@ -22,6 +23,10 @@ NS_PER_S: Final = 1_000_000_000
 _clock_gettime_ns: Final = time.clock_gettime_ns  # looked up once, not for each answer
 _BOOTTIME: Final = time.CLOCK_BOOTTIME
 ROUNDS_PER_TURN: Final = 16  # calls at the end of a turn may ask for more of them; then sockets come first
+
+LOST_S: Final = 1e-3  # others had the processor for so long: more than a turn of another sheep takes
+LEAST_REST_S: Final = 10e-3
+MOST_REST_S: Final = 1.0
 
 
 class HostClock(Clock):
@@ -71,6 +76,59 @@ class Turn:
         self._loop.scheduled = True
 
 
+class BusyPoll:
+    """Looks for events a little longer before the process sleeps.
+
+    To wake a processor that has gone idle takes longer than to serve a small request (50 us, in a virtual machine), and
+    one write after another waits for that at each of its hops. So, for as long as waits are short, the next events are
+    looked for, with the processor offered to others between two looks. Others who have work for it keep it for a slice
+    of the scheduler (3 ms), where one who slept would be let in before them: who loses it sleeps, for a time, as soon
+    as there is nothing to do.
+    """
+
+    def __init__(
+        self,
+        window_s: float,
+        now: Callable[[], float] = time.perf_counter,
+        give_way: Callable[[], None] = os.sched_yield,
+    ) -> None:
+        """`window_s`: the longest search, and the longest wait that counts as short; 0: always sleeps."""
+        self._window_s = window_s
+        self._now = now
+        self._give_way = give_way
+        self._short = False  # the last wait
+        self._rests_until = 0.0
+        self._rest_s = LEAST_REST_S
+
+    def wait(
+        self, poll: Callable[[float | None, int], list[tuple[int, int]]], timeout: float | None, most: int
+    ) -> list[tuple[int, int]]:
+        """As `poll`, which is that of an epoll object: at most `most` events, none when `timeout` (seconds) is over."""
+        began = now = self._now()
+        if self._short and now >= self._rests_until:
+            end = began + (self._window_s if timeout is None else min(timeout, self._window_s))
+            while now < end:
+                events = poll(0, most)
+                if events:
+                    return events
+                self._give_way()
+                before, now = now, self._now()
+                if now - before > LOST_S:
+                    self._rest(now)
+                    break
+            if timeout is not None:
+                timeout = max(timeout - (now - began), 0)
+        events = poll(timeout, most)
+        self._short = self._now() - began < self._window_s
+        return events
+
+    def _rest(self, now: float) -> None:
+        """Longer than the last time, if that is not long ago."""
+        again = now < self._rests_until + self._rest_s
+        self._rest_s = min(2 * self._rest_s, MOST_REST_S) if again else LEAST_REST_S
+        self._rests_until = now + self._rest_s
+
+
 class Poller:
     """The readers of a daemon: sockets whose arrival of data calls a function, turn after turn.
 
@@ -79,8 +137,9 @@ class Poller:
     and its timers stay with it: `wait` returns as soon as it has anything to do.
     """
 
-    def __init__(self, loop: TurnLoop, selector: int) -> None:
+    def __init__(self, loop: TurnLoop, selector: int, busy: BusyPoll) -> None:
         self._loop = loop
+        self._busy = busy
         self._selector = selector  # the descriptor of asyncio's own epoll
         self._epoll = select.epoll()
         self._epoll.register(selector, select.EPOLLIN)
@@ -105,7 +164,7 @@ class Poller:
 
         True when asyncio's own descriptors are to be looked at.
         """
-        loop, readers = self._loop, self._readers
+        loop, readers, poll = self._loop, self._readers, self._epoll.poll
         deadline = time.monotonic() + timeout if timeout else 0.0
         loop.scheduled = False  # what was scheduled before, `timeout` knows
         while True:
@@ -113,7 +172,7 @@ class Poller:
                 loop.end_of_turn()
             if loop.scheduled:
                 timeout = 0
-            events = self._epoll.poll(timeout, len(readers) + 1)
+            events = poll(0, len(readers) + 1) if timeout == 0 else self._busy.wait(poll, timeout, len(readers) + 1)
             own = False
             for descriptor, _ in events:
                 if descriptor == self._selector:

@@ -64,7 +64,7 @@ def system_calls(pids: list[int], run: Callable[[], Counted]) -> float:
 
 
 def calls_by_name(pids: list[int], run: Callable[[], Counted]) -> dict[str, float]:
-    """As `system_calls`, by the names of the calls; waiting threads' left out."""
+    """As `system_calls`, by the names of the calls; waiting threads' left out, and a daemon's that looks for work."""
     with tempfile.NamedTemporaryFile("r") as output:
         words = [word for pid in pids for word in ("-p", str(pid))]
         tracer = subprocess.Popen(["strace", "-f", "-c", "-o", output.name, *words], stderr=subprocess.DEVNULL)
@@ -78,6 +78,8 @@ def calls_by_name(pids: list[int], run: Callable[[], Counted]) -> dict[str, floa
         for count, name in _ROW.findall(Path(output.name).read_text()):
             if name not in WAITING and name != "total":
                 counted[name] = counted.get(name, 0.0) + int(count) / operations
+        # `host.turn.BusyPoll` offers the processor to others after each look that has found nothing.
+        counted["epoll_wait"] = counted.get("epoll_wait", 0.0) - counted.pop("sched_yield", 0.0)
         return counted
 
 

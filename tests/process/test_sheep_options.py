@@ -119,6 +119,9 @@ def test_the_installed_command_refuses_and_explains() -> None:
     assert run([BIN / "sheep", "-v"]).stdout.startswith(b"Sheepdog daemon version ")
     full = run(["sh", "-c", f"{BIN}/sheep --help > /dev/full"], check=False)
     assert (full.returncode, full.stderr) == (1, b"sheep: cannot write the output: No space left on device\n")
+    poll = run(["env", "SHEEPDOG_BUSY_POLL_US=x", BIN / "sheep", "/proc/none"], check=False)
+    assert (poll.returncode, poll.stderr.count(b"\n")) == (1, 1)
+    assert poll.stderr.startswith(b"SHEEPDOG_BUSY_POLL_US='x' is not")
     long = run([BIN / "sheep", "-p", LONG], check=False)
     assert (long.returncode, long.stderr.decode()) == (1, f"Invalid port number '{LONG}'\n")
 
