@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.system_call import system_call
 
@@ -42,6 +44,12 @@ class Disk(Protocol):
 
     def open_cached(self, path: str, flags: int) -> int:
         """Like open of a file that is there, but BlockingIOError when finding it may have to wait for the disk."""
+
+    def open_direct(self, path: str) -> int:
+        """A descriptor whose writes go around the page cache, in whole blocks from `AlignedMemory`.
+
+        -1 where the file system has none, or might make who begins one wait for the disk.
+        """
 
     def close(self, fd: int, /) -> None: ...
 
@@ -99,6 +107,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.fallocate.restype = ctypes.c_int
 
+# File systems whose io_submit(2) returns before the disk has written; the first word of struct statfs.
+_BACKGROUND_WRITERS = (0xEF53, 0x58465342)  # ext4, XFS
+_STATUS_BYTES = 256  # of struct statx, and more than struct statfs has
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000  # Linux 6.1: how memory and offsets are to be aligned, two u32 at 152; 0: no direct writes
+_ALIGNMENTS = struct.Struct("=152xII")
+
 _OPENAT2 = 437  # on every machine
 _AT_FDCWD = -100
 _RESOLVE_CACHED = 0x20  # EAGAIN rather than look on the disk (Linux 5.12)
@@ -132,6 +147,16 @@ class RealDisk:
             return system_call(_OPENAT2, _AT_FDCWD, os.fsencode(path), ctypes.addressof(how), ctypes.sizeof(how))
         except OSError as error:  # an old kernel has other errors; whatever it is, `open` meets it again
             raise BlockingIOError(error.errno, "not in the caches", path) from None
+
+    def open_direct(self, path: str) -> int:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            return -1
+        if _writes_in_background(fd):
+            return fd
+        os.close(fd)
+        return -1
 
     def info(self, fd: int) -> FileInfo:
         status = os.fstat(fd)
@@ -205,3 +230,13 @@ class RealDisk:
         if status.f_files and status.f_favail < min(_FILES_LEAST, status.f_files // 64):
             free = 0
         return Space(status.f_blocks * status.f_frsize, free)
+
+
+def _writes_in_background(fd: int) -> bool:
+    """Whole blocks of a descriptor with O_DIRECT: not where the kernel would copy them all the same (data=journal)."""
+    status = ctypes.create_string_buffer(_STATUS_BYTES)
+    if _libc.fstatfs(fd, status) != 0 or ctypes.c_long.from_buffer(status).value not in _BACKGROUND_WRITERS:
+        return False
+    if not hasattr(_libc, "statx") or _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, status) != 0:
+        return False
+    return all(0 < alignment <= BLOCK_SIZE for alignment in _ALIGNMENTS.unpack_from(status))

@@ -1,7 +1,8 @@
 """The journal: two preallocated segments that take turns (docs/format.md).
 
 Records are queued, written with one call at the end of a turn of the loop, and made durable by one fdatasync for
-everybody who waits. A record is at a position (lsn) and durable when `synced` has passed its end. Records of the newer
+everybody who waits. Where the file system can do it, writing and syncing are one, around the page cache
+(`write_through`). A record is at a position (lsn) and durable when `synced` has passed its end. Records of the newer
 segment are never durable before those of the older one. The journal knows nothing of objects.
 """
 
@@ -11,7 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import UsageError
 from sheepdog.cluster.core.ids import (
@@ -22,6 +23,7 @@ from sheepdog.cluster.core.ids import (
 )
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.directory import WRITE_PIECE_BYTES, write_all
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.records import SEGMENT_SHIFT, RecordKind, pack, padding, record_size
@@ -37,6 +39,7 @@ SEGMENT_RESERVE_BYTES: Final = 64 << 10  # of a segment for the journal's own re
 VECTORS: Final = 1000  # buffers of one gathered write: below IOV_MAX (1024)
 AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come: 1 ms of a disk's time
 AHEAD_LEAST_BYTES: Final = 256 << 10  # what is ready for the records that come while a sync runs
+THROUGH_BYTES: Final = 512 << 10  # written through at once: more takes so long that the page cache costs little
 
 _SEGMENT = Struct("<8sIIQ16s16s")  # magic, format, then as SegmentHeader
 _CHECKSUM = Struct("<Q")
@@ -84,13 +87,16 @@ class WrittenBefore(Protocol):
         """Descriptor of what was written and is not durable yet; -1: all is."""
 
 
+_Step: TypeAlias = Callable[[Callable[[OSError | None], None]], None]
+
+
 class _Sync:
     """One that is under way: behind it everything before `target` is durable."""
 
-    def __init__(self, target: int, with_other: bool, files: list[int], synced: Callable[[], None]) -> None:
+    def __init__(self, target: int, with_other: bool, steps: list[_Step], synced: Callable[[], None]) -> None:
         self.target = target
         self.with_other = with_other  # it covers the other segment
-        self.files = files  # descriptors, in the order they have to become durable
+        self.steps = steps  # in the order in which things have to become durable
         self.synced = synced
 
 
@@ -107,9 +113,14 @@ class Journal:
         workers: Workers,
         failed: Callable[[OSError], None],
         before: WrittenBefore | None = None,
+        through: bool = True,
     ) -> None:
-        """`identity`: the journal's id; `before`: what must not be lost when a record is there."""
+        """`identity`: the journal's id; `before`: what must not be lost when a record is there.
+
+        `through`: durable records are written around the page cache where the file system can do that.
+        """
         self._before = before
+        self._through = through
         self._directory = directory
         self._segment_bytes = segment_bytes
         self._node = node
@@ -118,6 +129,9 @@ class Journal:
         self._workers = workers
         self._failed = failed
         self._fds = [-1, -1]
+        self._through_fds = [-1, -1]
+        self._memory: AlignedMemory | None = None  # where what is written through is put together
+        self._begun: Buffer | None = None  # bytes of the block in which the queue begins; None: the cache has them
         self._laid = [0, 0]  # offsets up to which the files' blocks have been written once
         self._number = 0  # of the segment that is written
         self._offset = 0  # in it, behind the last queued record
@@ -128,6 +142,7 @@ class Journal:
         self._free = True  # the other segment may be overwritten
         self._other_unsynced = False  # the other segment has records that are not durable yet
         self._syncing = False
+        self.writing_through = False  # nothing else is written meanwhile
         self.dead = False
 
     # Life
@@ -158,12 +173,17 @@ class Journal:
         self._disk.sync_directory(self._directory)
         self.synced = self.written
         self._other_unsynced = False
+        if self._through:
+            self._through_fds = [self._disk.open_direct(segment_path(self._directory, index)) for index in (0, 1)]
+            if min(self._through_fds) >= 0:
+                self._memory = AlignedMemory(THROUGH_BYTES + AHEAD_BYTES)
 
     def close(self) -> None:
-        for fd in self._fds:
+        for fd in self._fds + self._through_fds:
             if fd >= 0:
                 self._disk.close(fd)
         self._fds = [-1, -1]
+        self._through_fds = [-1, -1]
         self.dead = True
 
     def _begin(self, number: int) -> None:
@@ -171,6 +191,7 @@ class Journal:
         self._offset = SEGMENT_HEADER
         self._queue = [encode_segment_header(SegmentHeader(number, self._segment_bytes, self._node, self.identity))]
         self._queue_start = 0
+        self._begun = None
 
     @property
     def position(self) -> int:
@@ -197,7 +218,7 @@ class Journal:
         return 2 * self._offset > self._segment_bytes
 
     def can_switch(self) -> bool:
-        return self._free
+        return self._free and not self.writing_through
 
     def switch(self) -> None:
         """Goes on in the other segment, which must be free; the present one waits for a checkpoint (`release`)."""
@@ -254,6 +275,10 @@ class Journal:
             queue.append(ZERO_BLOCK[:tail])
             end += tail
         start = self._queue_start
+        if self._begun is not None:  # the kernel would have to read this, too
+            queue.insert(0, self._begun)
+            start -= len(self._begun)
+            self._begun = None
         try:
             if len(queue) <= VECTORS and end - start <= WRITE_PIECE_BYTES:  # nearly always
                 self._write(queue, start, end - start)
@@ -294,14 +319,12 @@ class Journal:
         """Makes what is written durable, then calls back (not after a failure). One at a time."""
         assert not self._syncing
         self._syncing = True
-        files = [self._fds[self._number & 1]]
         with_other = self._other_unsynced
+        steps = self._steps_before()
         if with_other:
-            files.insert(0, self._fds[self._number + 1 & 1])
-        first = -1 if self._before is None else self._before.take_to_sync()
-        if first >= 0:
-            files.insert(0, first)
-        run = _Sync(self.written, with_other, files, synced)
+            steps.append(self._sync_of(self._fds[self._number + 1 & 1]))
+        steps.append(self._sync_of(self._fds[self._number & 1]))
+        run = _Sync(self.written, with_other, steps, synced)
         try:
             self._write_ahead()
         except OSError as error:
@@ -309,18 +332,75 @@ class Journal:
             return
         self._sync_next(run, None)
 
+    def must_wait(self) -> bool:
+        """Can what is queued be written through when the sync that is under way has ended, and only then?"""
+        return self._syncing and self._memory is not None
+
+    def can_write_through(self) -> bool:
+        """All that is queued, and nothing before it has still to be synced."""
+        return (
+            self._memory is not None
+            and not self._syncing
+            and self.synced == self.written
+            and not self._other_unsynced
+            and bool(self._queue)
+            and self._offset - (self._queue_start & -BLOCK_SIZE) <= THROUGH_BYTES
+            and not self.dead
+        )
+
+    def write_through(self, synced: Callable[[], None]) -> None:
+        """Writes the queued records and makes them durable, in one; then calls back (not after a failure).
+
+        `can_write_through`. Blocks are written whole, the first with what it has already.
+        """
+        memory = self._memory
+        assert memory is not None
+        if self._before is not None:
+            self._before.write_out()
+        index, start = self._number & 1, self._queue_start & -BLOCK_SIZE
+        if self._begun is None:
+            self._begun = bytearray(self._queue_start - start)
+            try:
+                self._disk.preadv(self._fds[index], [self._begun], start)
+            except OSError as error:
+                self._fail(error)
+                return
+        data = b"".join([self._begun, *self._queue])
+        end = self._offset + (-self._offset & BLOCK_SIZE - 1)
+        if self._laid[index] < end:  # as `_write_ahead`
+            end = min(end + AHEAD_BYTES, self._segment_bytes)
+            self._laid[index] = end
+        length = end - start
+        memory.view[: len(data)] = data
+        memory.view[len(data) : length] = bytes(length - len(data))
+        self._begun = data[len(data) & -BLOCK_SIZE :]
+        self._queue = []
+        self._queue_start = self._offset
+        self._syncing = self.writing_through = True
+        steps = self._steps_before()
+        steps.append(partial(self._workers.write_durably, self._disk, self._through_fds[index], memory, length, start))
+        self._sync_next(_Sync(self.position, False, steps, synced), None)
+
+    def _steps_before(self) -> list[_Step]:
+        first = -1 if self._before is None else self._before.take_to_sync()
+        return [self._sync_of(first)] if first >= 0 else []
+
+    def _sync_of(self, fd: int) -> _Step:
+        return partial(self._workers.sync, self._disk, fd)
+
     def _sync_next(self, run: _Sync, error: OSError | None) -> None:
-        """One file after the other."""
-        if error is not None or not run.files:
+        """One step after the other."""
+        if error is not None or not run.steps:
             self._sync_ended(run, error)
             return
-        self._workers.sync(self._disk, run.files.pop(0), partial(self._sync_next, run))
+        run.steps.pop(0)(partial(self._sync_next, run))
 
     def _sync_ended(self, run: _Sync, error: OSError | None) -> None:
-        self._syncing = False
+        self._syncing = self.writing_through = False
         if error is not None:
             self._fail(error)
             return
+        self.written = max(self.written, run.target)
         self.synced = max(self.synced, run.target)
         if run.with_other:
             self._other_unsynced = False

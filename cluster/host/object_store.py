@@ -140,6 +140,7 @@ class ObjectStore(Store):
             self._workers,
             self._journal_failed,
             self._before,
+            not self.nosync,
         )
         self._journal.start(found.next_number)
         last.started(self._journal)

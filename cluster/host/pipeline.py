@@ -161,9 +161,17 @@ class Pipeline:
             self._at_end(self._turn_ends)
 
     def _turn_ends(self) -> None:
-        """One write for all records of the turn, then one sync for all that wait."""
+        """One write for all records of the turn, then one sync for all that wait; both in one where that can be."""
         self._scheduled = False
-        if not self._journal.write_out():
+        journal = self._journal
+        if journal.writing_through or (self._sync_wanted and journal.must_wait()):
+            return  # `_synced` goes on
+        if self._sync_wanted and journal.can_write_through():
+            self._sync_wanted = False
+            self._written.clear()  # `_synced` answers them
+            journal.write_through(self._synced)
+            return
+        if not journal.write_out():
             return
         written, self._written = self._written, []
         wanted, self._sync_wanted = self._sync_wanted, False  # who comes from here on is not in what was just written
@@ -174,10 +182,10 @@ class Pipeline:
                 done(None)
         if nosync:
             self._at_end(self._apply_written)  # the answers, asked for just now, leave first
-        if wanted and self._journal.syncing:
+        if wanted and journal.syncing:
             self._sync_wanted = True
-        elif wanted and not self._journal.dead:
-            self._journal.sync(self._synced)
+        elif wanted and not journal.dead:
+            journal.sync(self._synced)
 
     def _synced(self) -> None:
         synced = self._journal.synced
@@ -196,7 +204,7 @@ class Pipeline:
             for done in covered:
                 done(None)
         self._at_end(self._apply_synced)  # the answers, asked for just now, leave first
-        if self._sync_wanted:
+        if self._sync_wanted or self._written:
             self._schedule()
 
     def _apply_written(self) -> None:

@@ -120,6 +120,9 @@ class ScratchDisk:
         file.length = max(file.length, end)
         return len(view)
 
+    def open_direct(self, path: str) -> int:
+        return -1
+
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int:
         return self.pwrite(fd, b"".join(buffers), offset)
 

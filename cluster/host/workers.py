@@ -5,12 +5,14 @@ Results come back on the loop's thread. Nothing here keeps an order between call
 
 from __future__ import annotations
 
+import errno
 import functools
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
+from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.disk import Disk
 
 _T = TypeVar("_T")
@@ -26,6 +28,17 @@ class Workers(Protocol):
 
     def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
         """`disk.fdatasync`: what was written before this call is on the disk when `done` gets None."""
+
+    def write_durably(
+        self,
+        disk: Disk,
+        fd: int,
+        memory: AlignedMemory,
+        length: int,
+        offset: int,
+        done: Callable[[OSError | None], None],
+    ) -> None:
+        """The first `length` bytes of `memory` are on the disk at `offset` when `done` gets None."""
 
     def run(self, call: Callable[[], _T], done: Callable[[_T | OSError], None]) -> None:
         """`done` gets the result of `call`, or the `OSError` it raised, on the loop's thread."""
@@ -66,6 +79,17 @@ class ThreadWorkers:
     def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
         self.run(lambda: disk.fdatasync(fd), done)
 
+    def write_durably(
+        self,
+        disk: Disk,
+        fd: int,
+        memory: AlignedMemory,
+        length: int,
+        offset: int,
+        done: Callable[[OSError | None], None],
+    ) -> None:
+        self.run(lambda: write_and_sync(disk, fd, memory.view[:length], offset), done)
+
     def stop(self) -> None:
         for _ in self._threads:
             self._jobs.put(None)
@@ -80,6 +104,13 @@ class ThreadWorkers:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+
+
+def write_and_sync(disk: Disk, fd: int, data: memoryview, offset: int) -> None:
+    """All or OSError."""
+    if disk.pwrite(fd, data, offset) != len(data):
+        raise OSError(errno.EIO, "written in part")
+    disk.fdatasync(fd)
 
 
 def _raise(error: BaseException) -> None:

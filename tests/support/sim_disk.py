@@ -17,9 +17,10 @@ from math import prod
 from typing import NamedTuple, TypeVar
 
 from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.disk import Disk, FileInfo, Space
 from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS
-from sheepdog.cluster.host.workers import THREADS
+from sheepdog.cluster.host.workers import THREADS, write_and_sync
 
 ATOM = 512
 _T = TypeVar("_T")
@@ -67,7 +68,9 @@ Effect = Write | Truncate | Sync | Name | SyncDirectory
 class SimDisk:
     """`host.disk.Disk` in memory."""
 
-    def __init__(self, seed: int = 0, miss_rate: float = 0.0) -> None:
+    def __init__(self, seed: int = 0, miss_rate: float = 0.0, direct: bool = True) -> None:
+        """`direct`: it takes writes around the page cache."""
+        self._direct = direct
         self.log: list[Effect] = []
         self.names: dict[str, Inode] = {}
         self.directories: dict[str, None] = {"/": None}
@@ -105,6 +108,9 @@ class SimDisk:
         if self._random.random() < self._miss_rate:
             raise BlockingIOError
         return self.open(path, flags)
+
+    def open_direct(self, path: str) -> int:
+        return self.open(path, os.O_WRONLY) if self._direct else -1
 
     def close(self, fd: int, /) -> None:
         del self._open[fd]
@@ -380,6 +386,18 @@ class SimWorkers:
 
     def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
         self.run(lambda: disk.fdatasync(fd), done)
+
+    def write_durably(
+        self,
+        disk: Disk,
+        fd: int,
+        memory: AlignedMemory,
+        length: int,
+        offset: int,
+        done: Callable[[OSError | None], None],
+    ) -> None:
+        data = memory.view[:length]
+        self.run(lambda: write_and_sync(disk, fd, data, offset), done)
 
     def step(self) -> bool:
         if not self.jobs:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sheepdog.cluster.host import kernel_sync
+from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS, KernelSync, LoopWorkers
 from sheepdog.cluster.host.loop import TurnLoop, new_loop
@@ -56,6 +57,13 @@ class World:
     def sync(self) -> None:
         self.workers.sync(self.disk, self.fd, self.results.append)
 
+    def through(self, path: Path) -> int:
+        """A descriptor of the same file whose writes go around the page cache."""
+        fd = self.disk.open_direct(str(path / "file"))
+        if fd < 0:
+            pytest.skip("no direct writes here")
+        return fd
+
     def close(self) -> None:
         self.workers.stop()
         self.loop.close()
@@ -63,6 +71,23 @@ class World:
 
 def void(_: object) -> None:
     pass
+
+
+def reporting(world: World, result: int | None) -> Callable[..., int]:
+    """System calls among which the one that tells ends tells this of the first; None: that there is none."""
+    kernel = world.workers._kernel
+    assert kernel is not None
+
+    def reported(number: int, *arguments: int | None) -> int:
+        got = system_call(number, *arguments)
+        if number != kernel._getevents:
+            return got
+        if result is None:
+            return 0
+        struct.pack_into("<q", kernel._events, 16, result)
+        return got
+
+    return reported
 
 
 @pytest.fixture
@@ -86,6 +111,50 @@ def test_the_kernel_syncs_without_a_thread_of_ours(world: World) -> None:
         assert world.wait(count)[-1] is None
     assert not world.disk.synced
     assert threading.active_count() == threads
+
+
+def test_the_kernel_writes_what_is_durable_then_without_a_thread_of_ours(world: World, tmp_path: Path) -> None:
+    through = world.through(tmp_path)
+    threads = threading.active_count()
+    memory = AlignedMemory(3 * 4096)
+    for count in range(1, 4):
+        data = os.urandom(2 * 4096)
+        memory.view[: len(data)] = data
+        world.workers.write_durably(world.disk, through, memory, len(data), 4096 * count, world.results.append)
+        assert world.wait(count)[-1] is None
+        assert os.pread(world.fd, len(data), 4096 * count) == data
+    assert not world.disk.synced
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("result", [4096, 0, -errno.EIO])
+def test_a_write_that_is_not_whole_has_failed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: int
+) -> None:
+    monkeypatch.setattr(kernel_sync, "system_call", reporting(world, result))
+    memory = AlignedMemory(8192)
+    world.workers.write_durably(world.disk, world.through(tmp_path), memory, 8192, 0, world.results.append)
+    (error,) = world.wait(1)
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EIO
+    assert not world.disk.synced  # never tried again
+
+
+def test_what_the_kernel_does_not_begin_a_thread_writes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(number: int, *arguments: int | None) -> int:
+        raise OSError(errno.EAGAIN, "busy")
+
+    through = world.through(tmp_path)
+    monkeypatch.setattr(kernel_sync, "system_call", refused)
+    memory = AlignedMemory(4096)
+    memory.view[:] = b"y" * 4096
+    world.workers.write_durably(world.disk, through, memory, 4096, 0, world.results.append)
+    assert world.wait(1) == [None]
+    monkeypatch.undo()
+    assert os.pread(world.fd, 4096, 0) == b"y" * 4096
+    assert len(world.disk.synced) == 1
 
 
 def test_as_many_as_the_kernel_takes_run_at_the_same_time_and_threads_do_the_rest(world: World) -> None:
@@ -140,19 +209,7 @@ def test_what_the_kernel_reports_is_the_result(
     world: World, monkeypatch: pytest.MonkeyPatch, result: int | None, code: int
 ) -> None:
     """`None`: it says that something has ended, and has nothing."""
-    kernel = world.workers._kernel
-    assert kernel is not None
-
-    def reported(number: int, *arguments: int | None) -> int:
-        got = system_call(number, *arguments)
-        if number != kernel._getevents:
-            return got
-        if result is None:
-            return 0
-        struct.pack_into("<q", kernel._events, 16, result)
-        return got
-
-    monkeypatch.setattr(kernel_sync, "system_call", reported)
+    monkeypatch.setattr(kernel_sync, "system_call", reporting(world, result))
     world.sync()
     (error,) = world.wait(1)
     assert isinstance(error, OSError)

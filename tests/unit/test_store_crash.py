@@ -34,7 +34,7 @@ OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
 NEVER = 1 << 60
 WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes about 560 images
 SOAK_WORKLOADS = 112  # 50,000 images
-SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 8, 256
+SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 12, 256
 REPLAY_WORKLOADS, REPLAYS = 3, 6
 CROWDED_WORKLOADS = 12
 BOTH_SEGMENTS = (1402, 1802)  # were needed when the crash came
@@ -56,12 +56,17 @@ class Operation:
 
 
 class Workload:
-    """Random operations on a few objects, and what was promised when. `crowded`: the journal is mostly full."""
+    """Random operations on a few objects, and what was promised when. `crowded`: the journal is mostly full.
 
-    def __init__(self, seed: int, nosync: bool, operations: int = OPERATIONS, crowded: bool = False) -> None:
+    `direct`: may durable records go around the page cache? Two of three seeds do.
+    """
+
+    def __init__(
+        self, seed: int, nosync: bool, operations: int = OPERATIONS, crowded: bool = False, direct: bool = True
+    ) -> None:
         self._journal_bytes = FULL_JOURNAL_BYTES if crowded else JOURNAL_BYTES
         self.rng = random.Random(seed)
-        self.disk = SimDisk(seed, miss_rate=0.2)
+        self.disk = SimDisk(seed, miss_rate=0.2, direct=direct and seed % 3 > 0)
         options = StoreOptions(nosync=nosync, journal_bytes=self._journal_bytes)
         self._journaled = JOURNALED_NOSYNC_BYTES if nosync else JOURNALED_BYTES
         self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
@@ -267,7 +272,8 @@ def run(number: int, nosync: bool, crowded: bool = False) -> int:
 @pytest.mark.parametrize("number", range(SUBSET_WORKLOADS))
 def test_every_subset_of_what_was_not_synced(number: int) -> None:
     """Wherever there are few enough of them."""
-    workload = Workload(SEED + number, False, SUBSET_OPERATIONS)
+    # Around the page cache blocks are written whole: they have too many sectors.
+    workload = Workload(SEED + number, False, SUBSET_OPERATIONS, direct=False)
     crashes = Crashes(workload.disk.log, workload.disk.directories)
     images = 0
     while crashes.position < len(workload.disk.log):
