@@ -146,6 +146,7 @@ class Daemon:
             store_options(options),
             before=self._state.undo,
             forget_proven=self._state.forget_settled,
+            after_look=self._turn.after_look,
         )
         self.store.open()
         self.store.disks.on_lost = lambda oids, told: self._call_later(lambda: self.node.copies.lost(oids, told))

@@ -66,6 +66,7 @@ class TurnLoop(asyncio.SelectorEventLoop):
         self._poller = selector.poller = Poller(self, selector.fileno(), BusyPoll(busy_poll_s))
         self.end_of_turn: Callable[[], None] | None = None
         self.scheduled = False  # something was scheduled since this was last set to False
+        self.look_again = False  # the next turn begins with what is ready now, without waiting
         super().__init__(selector)
 
     def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Ts], object], *args: *_Ts) -> None:

@@ -63,8 +63,9 @@ class ObjectStore(Store):
         random_bytes: RandomBytes = os.urandom,
         before: WrittenBefore | None = None,
         forget_proven: Callable[[], None] = lambda: None,
+        after_look: AtEnd | None = None,
     ) -> None:
-        """`before`: see Journal; `forget_proven`: see Disks."""
+        """`before`: see Journal; `forget_proven`: see Disks; `after_look`: see Turn; None: there is no loop."""
         self._forget_proven = forget_proven
         self._before = before
         self._metadata = metadata
@@ -73,6 +74,7 @@ class ObjectStore(Store):
         self._workers = workers
         self._clock = clock
         self._at_end = at_end
+        self._after_look = after_look or at_end
         self._log = log
         self._on_disk_failure = on_disk_failure
         self._options = options
@@ -106,7 +108,13 @@ class ObjectStore(Store):
         self.disks.settle()
         self._open_journal(found)
         self._pipeline = Pipeline(
-            self._journal, self._applier, self._at_end, self._clock, self.nosync, self._journal_switched
+            self._journal,
+            self._applier,
+            self._at_end,
+            self._after_look,
+            self._clock,
+            self.nosync,
+            self._journal_switched,
         )
         self._applier.note_done = self._pipeline.note_done
         self._applier.answer_behind = self._pipeline.answer_behind

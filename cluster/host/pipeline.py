@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
@@ -25,6 +25,9 @@ AtEnd: TypeAlias = Callable[[Callable[[], None]], None]
 """Calls once at the end of the loop's present turn, on the loop's thread."""
 
 
+LOOKS_BEFORE_SYNC: Final = 2  # of a microsecond where nobody comes; more, and those who wait wait longer
+
+
 class Pipeline:
     """Owns the order of changes. `switched` is called when the journal has gone on to its other segment."""
 
@@ -33,6 +36,7 @@ class Pipeline:
         journal: Journal,
         applier: Applier,
         at_end: AtEnd,
+        after_look: AtEnd,
         clock: Clock,
         nosync: bool,
         switched: Callable[[], None],
@@ -40,6 +44,7 @@ class Pipeline:
         self._journal = journal
         self._applier = applier
         self._at_end = at_end
+        self._after_look = after_look
         self._clock = clock
         self._nosync = nosync
         self._switched = switched
@@ -53,6 +58,7 @@ class Pipeline:
         self._scheduled = False
         self._sync_wanted = False  # somebody waits for the next sync, or it is time for one
         self._timer_set = False
+        self._looks = 0  # at the sockets, since a sync is wanted that can be begun
         self.error: StoreError | None = None
 
     # Coming in
@@ -161,11 +167,20 @@ class Pipeline:
             self._at_end(self._turn_ends)
 
     def _turn_ends(self) -> None:
-        """One write for all records of the turn, then one sync for all that wait; both in one where that can be."""
+        """One write for all records of the turn, then one sync for all that wait; both in one where that can be.
+
+        Those share a sync, too, whose records have arrived since the turn began.
+        """
         self._scheduled = False
         journal = self._journal
         if journal.writing_through or (self._sync_wanted and journal.must_wait()):
             return  # `_synced` goes on
+        if self._sync_wanted and self._looks < LOOKS_BEFORE_SYNC and not journal.syncing:
+            self._looks += 1
+            self._scheduled = True
+            self._after_look(self._turn_ends)
+            return
+        self._looks = 0
         if self._sync_wanted and journal.can_write_through():
             self._sync_wanted = False
             self._written.clear()  # `_synced` answers them

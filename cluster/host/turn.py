@@ -52,6 +52,7 @@ class Turn:
     def __init__(self, loop: TurnLoop) -> None:
         self._loop = loop
         self._calls: list[Callable[[], None]] = []
+        self._later: list[Callable[[], None]] = []  # of the next turn
         self.count = 0  # turns that had anything to do
         loop.end_of_turn = self._end
 
@@ -59,7 +60,15 @@ class Turn:
         """Calls once, before the loop waits again. Callers remember by themselves that they have asked."""
         self._calls.append(call)
 
+    def after_look(self, call: Callable[[], None]) -> None:
+        """The same at the end of the next turn, which begins with what the sockets have by then, without waiting."""
+        self._later.append(call)
+        self._loop.look_again = True
+
     def _end(self) -> None:
+        if self._later:
+            self._calls += self._later
+            self._later.clear()
         if not self._calls:
             return
         self.count += 1
@@ -172,7 +181,9 @@ class Poller:
                 loop.end_of_turn()
             if loop.scheduled:
                 timeout = 0
-            events = poll(0, len(readers) + 1) if timeout == 0 else self._busy.wait(poll, timeout, len(readers) + 1)
+            looks, loop.look_again = loop.look_again, False
+            most = len(readers) + 1
+            events = poll(0, most) if looks or timeout == 0 else self._busy.wait(poll, timeout, most)
             own = False
             for descriptor, _ in events:
                 if descriptor == self._selector:
@@ -185,7 +196,7 @@ class Poller:
                     call()
                 except Exception as error:
                     loop.call_exception_handler({"message": "reading from a socket", "exception": error})
-            if own or not events or timeout == 0:
+            if own or timeout == 0 or not (events or looks):
                 return own
             if timeout is not None:
                 timeout = max(deadline - time.monotonic(), 0)

@@ -81,6 +81,34 @@ def test_calls_without_end_leave_room_for_others(world: World) -> None:
     assert world.happened == ["timer"]
 
 
+def test_what_is_ready_comes_before_a_call_that_looks_for_it_and_nothing_else_is_waited_for(world: World) -> None:
+    ours, theirs = socket.socketpair()
+    left = 3
+
+    def readable() -> None:
+        ours.recv(1)
+        world.happened.append("read")
+        world.turn.at_end(begin)
+
+    def begin() -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            theirs.send(b"x")
+        world.turn.after_look(lambda: world.happened.append("looked"))
+
+    world.loop.add_reader(ours, readable)
+    theirs.send(b"x")
+    before = time.monotonic()
+    world.loop.call_later(0.01, world.happened.append, "timer")
+    world.run(0.05)
+    assert world.happened == ["read", "read", "looked", "read", "looked", "looked", "timer"]
+    assert time.monotonic() - before < 1.0
+    world.loop.remove_reader(ours)
+    ours.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("how", ["soon", "later", "task", "future", "stop"])
 def test_what_the_end_of_a_turn_schedules_is_not_slept_over(world: World, how: str) -> None:
     future: asyncio.Future[None] = world.loop.create_future()

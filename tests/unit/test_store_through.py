@@ -10,6 +10,7 @@ from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import Version, Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.host.journal import AHEAD_BYTES, THROUGH_BYTES
+from sheepdog.cluster.host.pipeline import LOOKS_BEFORE_SYNC
 
 SIZE = 1 << 20
 BLOCKS = SIZE // BLOCK_SIZE
@@ -72,6 +73,18 @@ def test_durable_records_of_a_turn_are_one_write_of_whole_blocks_and_its_sync() 
         assert isinstance(written, Write)
         assert isinstance(synced, Sync)
         assert written.offset % BLOCK_SIZE == len(written.data) % BLOCK_SIZE == 0
+    world.check_after_a_start()
+
+
+def test_who_comes_before_a_sync_begins_shares_it() -> None:
+    world = World()
+    since = len(world.disk.log)
+    world.write(durable=True)
+    for _ in range(LOOKS_BEFORE_SYNC):
+        world.driver.step()  # the end of a turn
+        world.write(durable=True)
+    world.wait(1 + LOOKS_BEFORE_SYNC)
+    assert len(world.journal(since)) == 2
     world.check_after_a_start()
 
 
