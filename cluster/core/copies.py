@@ -136,6 +136,7 @@ class Copies:
         context, complete, all_done = self._context, self._complete, self.all_done()
         nodes, home_of = context.placement.nodes, context.placement.home
         in_flight = [*self.replica.unstable(), *self.at_home().writing]
+        self.replica.reconsider()
 
         def equal(oid: ObjectId) -> bool:
             if all_done:
@@ -265,8 +266,10 @@ class Copies:
     def restored_locally(self, oid: ObjectId) -> None:
         self.replica.restored(oid)
 
-    def spoilt_locally(self, oid: ObjectId) -> None:
+    def spoilt_locally(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
         self.replica.spoil(oid)
+        if oid >> STRIP_SHIFT:
+            self.replica.note_refused(oid, version)
 
     def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
         """If the strip here lacks a write, that is remembered until it is made anew; `noted`, in this epoch, when that
@@ -275,6 +278,7 @@ class Copies:
         if strip not in context.spoilt:
             noted()
             return
+        self.replica.refused[strip] = False
         fence = context.fence
 
         def saved(error: StoreError | None) -> None:
@@ -329,7 +333,7 @@ class Copies:
         return (used + size) * 100 <= (used + free) * RECOVERY_FULL_PERCENT
 
     def agree(self, message: Message, agreed: Callable[[int], None]) -> None:
-        """Brings a strip here back to the state that all of them can have."""
+        """Brings a strip here back to the state that all of them can have, or takes writes back."""
         strip, fence = message.oid, self._context.fence
 
         def done(error: StoreError | None) -> None:
@@ -342,6 +346,9 @@ class Copies:
             agreed(Result.SUCCESS if error is None else error.result)
 
         state = Version(message.offset, message.length, message.sequence)
+        if message.version == NO_VERSION:
+            self.replica.strips.take_back(strip, state, done)
+            return
         as_is = bool(message.flags & Flag.AS_IS)
         self.replica.strips.agree(strip, state, message.version, message.payload(), as_is, done)
 

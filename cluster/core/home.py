@@ -351,21 +351,21 @@ class Home:
             self.context.probe("home.inode_made_again")
             write.when_over(lambda: None if write.result else self.recovery.drop(surplus, Flag.SURPLUS))
 
-    def failed_here(self, submission: Submission, error: StoreError) -> None:
+    def failed_here(self, write: Write, error: StoreError) -> None:
         """The copy of this node could not take a write: it takes no more until it is restored. The only one there is
         stays what the object is: no other has what it lacks."""
         if self.context.fence != self.fence:
             return
-        oid = submission.oid
+        oid = write.submission.oid
         policy = self.context.policy_of(oid)
         if policy is None:
-            if self.replicas_of(submission) != (self.me,):
+            if self.replicas_of(write.submission) != (self.me,):
                 self.hooks.spoilt_locally(oid)
             return
         strip = self.strips.own_strip(oid, policy)
         if strip is not None:
             self.context.spoilt.setdefault(strip, error)
-            self.hooks.spoilt_locally(strip)
+            self.hooks.spoilt_locally(strip, write.version)
 
     def replica_failed(self, write: Write, member: int, result: int) -> None:
         """A replica could not apply a write: its copy differs now, and must be made equal again."""
@@ -410,7 +410,7 @@ class Home:
         if write.ordered:
             self.strips.refusals.ended(write)
         if waits := self._waits_for_repair(write):  # asks before `quiet`, which may give up at once
-            self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""))
+            self.recovery.when_restored(oid, lambda result: write.submission.done(result, b""), write.version)
         if not writing:
             del self.writing[oid]
             if not self.strips.busy(oid):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import Result, StoreError
-from sheepdog.cluster.core.ids import ObjectId
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Buffer
@@ -28,8 +28,8 @@ class HomeHooks(Protocol):
     def restored_locally(self, oid: ObjectId) -> None:
         """This node's copy is current again."""
 
-    def spoilt_locally(self, oid: ObjectId) -> None:
-        """This node's copy lacks a write."""
+    def spoilt_locally(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
+        """This node's copy lacks a write; a strip that of this version."""
 
     def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
         """BAD to this node."""
@@ -125,7 +125,7 @@ class Write:
 
     def local(self, error: StoreError | None) -> None:
         if error is not None:
-            self.home.failed_here(self.submission, error)
+            self.home.failed_here(self, error)
             self.home.replica_failed(self, self.home.me, error.result)
         elif self.submission.flags & Flag.DIRECT and self.home.is_present():
             self._tell_gateway()

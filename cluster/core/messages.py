@@ -21,7 +21,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 # Of these messages, their bytes and what they mean: nodes of different versions form no cluster (core.join_rules).
 # Never 10: that is what all of them said when they joined, as long as it was not this.
-PEER_VERSION: Final = 9
+PEER_VERSION: Final = 11
 
 
 class Kind(IntEnum):
@@ -43,7 +43,8 @@ class Kind(IntEnum):
     DRAIN = 14  # owner of an ordered operation -> member: hold new writes of the vid, answer when none is in flight
     QUERY = 15  # gateway -> member: administration (body: JSON, answer's body: JSON)
     PING = 16  # any -> member: a sign of life, please
-    ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins
+    ROLLBACK = 17  # home -> holder of a strip: be again as at (offset, length, sequence), as `version`; body: origins.
+    # NO_VERSION: as before the write (offset, length, sequence)
     LEVEL = 18  # home -> holder of strips: versions up to which they are level (core.strip_levels)
     LOST = 19  # member -> home: these copies went with a disk (body: oids)
     ANSWERS = 20  # between links only: success, and no more, of several requests (body: rids; wire.peer)
@@ -75,7 +76,8 @@ class Flag:
     COMPLETE: Final = 128  # SETTLE: the home knows of all its objects that exist
     MAP: Final = 128  # READ: not the bytes but which blocks are no holes (core.blocks)
     CHANGES: Final = 16  # TABLE: also which blocks changed since versions that the strip had (core.strip_changes)
-    AS_IS: Final = 32  # FETCH of a strip: though it has refused a write (core.refusals)
+    AS_IS: Final = 32  # ROLLBACK of a strip that only gets a version
+    UNEVEN: Final = 32  # LEVEL `offset`, which has been before: these strips of it are not level with the others
     CLIENTS: Final = 16  # ANSWER of a FETCH: clients are at work there
     ORIGINS: Final = 64  # INVENTORY: the part lists origins of writes (core.origins), not copies
 

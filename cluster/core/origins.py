@@ -16,7 +16,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import Member, NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, Version
 from sheepdog.cluster.core.limits import ORIGINS_SWEEP_AT
 from sheepdog.cluster.core.messages import Buffer
 
@@ -78,15 +78,13 @@ class Origins:
 
     def forget(self, oid: ObjectId) -> None:
         """The copy here is replaced by another one, or gone."""
-        for known in self._gateways:
-            for number in [number for number, (of, _) in known.numbers.items() if of == oid]:
-                del known.numbers[number]
+        self.undo(oid, NO_VERSION)
 
-    def disown(self, origins: Iterable[Origin]) -> None:
-        """These writes are not done, though something of them may be here."""
-        for origin in origins:
-            if origin.gateway < len(self._gateways):
-                self._gateways[origin.gateway].numbers.pop(origin.number, None)
+    def undo(self, oid: ObjectId, cut: Version) -> None:
+        """The write `cut` of the object is taken back, and all behind it."""
+        for known in self._gateways:
+            for number in [number for number, (of, at) in known.numbers.items() if of == oid and at >= cut]:
+                del known.numbers[number]
 
     def clear(self) -> None:
         self._processes, self._gateways = [], []

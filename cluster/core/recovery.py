@@ -11,7 +11,7 @@ acknowledged is on all its replicas.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from sheepdog.cluster.core.limits import (
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 from sheepdog.cluster.core.state import ClusterFlag
+from sheepdog.cluster.core.take_back import TakeBack
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
@@ -43,6 +44,7 @@ class Recovery:
         self._placement = context.placement
         self._fence = context.fence
         self._bad = BadStrips(context, home)
+        self._back = TakeBack(context, home, self)
         self._jobs: dict[ObjectId, Job] = {}
         self._queue: deque[ObjectId] = deque()
         self._delayed: list[ObjectId] = []  # begun when the nodes that are away have had their time
@@ -147,11 +149,6 @@ class Recovery:
         job = self._jobs.get(oid)
         return job.holders if isinstance(job, StripJob) else None
 
-    def as_is(self, oid: ObjectId) -> bool:
-        """The strips of a coded object can be read that have refused writes."""
-        job = self._jobs.get(oid)
-        return job is not None and job.as_is
-
     def suspect(self, oid: ObjectId, member: int) -> None:
         """The copy of `member` is not right any more: restore it from the others once no write is on its way."""
         self._doubt(oid, member)
@@ -160,6 +157,7 @@ class Recovery:
     def lose(self, oids: Iterable[ObjectId], member: int) -> None:
         """A disk of `member` went: as `suspect`, but in turn, for there may be very many."""
         for oid in oids:
+            self._home.strips.refusals.lost(oid, member)
             self._doubt(oid, member)
             self._queue.append(oid)
         self._reported = False  # that member waits to hear that all is well again
@@ -180,13 +178,14 @@ class Recovery:
         if job is not None and not job.running and job.version == NO_VERSION:
             self._start(job)
 
-    def when_restored(self, oid: ObjectId, ended: Callable[[int], None]) -> None:
-        """`ended(result)` comes when all replicas have what the current ones have now, or cannot get it."""
+    def when_restored(self, oid: ObjectId, ended: Callable[[int], None], version: Version = NO_VERSION) -> None:
+        """`ended(result)` comes when all replicas have what the current ones have now, or cannot get it; AGAIN if the
+        write that gave `version` was taken back."""
         job = self._jobs.get(oid)
         if job is None:
             ended(Result.SUCCESS)
         else:
-            job.ended.append(ended)
+            job.ended.append((ended, version))
 
     def when_noted(self, oid: ObjectId, noted: Callable[[], None]) -> None:
         """Calls when a write of the object that some strip lacks may be seen, for it is not taken back any more."""
@@ -220,7 +219,7 @@ class Recovery:
 
     def _end(self, job: Job, result: int) -> None:
         ended, job.ended = job.ended, []
-        for call in ended:
+        for call, _ in ended:
             call(result)
 
     def run(self) -> None:
@@ -258,6 +257,8 @@ class Recovery:
         if job.version == NO_VERSION:
             if self._home.is_writing(job.oid):
                 return  # suspected; `quiet` starts it
+            if self._back.begin(job):
+                return  # `taken_back` goes on
             if self._home.strips.levels.bring(job.oid):
                 return  # `quiet` comes when its strips are equal
             if not job.find_sources(self._context):
@@ -278,8 +279,6 @@ class Recovery:
             self._restore(job)
 
     def _restore(self, job: Job) -> None:
-        if job.in_part:
-            self._end(job, Result.NO_SPACE)  # what waits to be answered may be part of the object, or not
         if isinstance(job, StripJob):
             # What the others are is read from now on, or gets a version that counts for more: who has an old strip, or
             # one that lacks a write, must have noted that by then.
@@ -346,7 +345,7 @@ class Recovery:
             if any(job.agree.values()):
                 return
             if job.agree:
-                self._has_no_space(job)
+                self.has_no_space(job)
                 self._later(job)
                 return
             job.as_is = job.full = False
@@ -397,7 +396,7 @@ class Recovery:
         job.failures += 1
         if result == Result.NO_SPACE:
             job.no_space(target)
-            self._has_no_space(job)
+            self.has_no_space(job)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
             node = self._placement.nodes[target]
             why = "has no space for it" if result == Result.NO_SPACE else f"could not restore it (result {result:#x})"
@@ -414,7 +413,18 @@ class Recovery:
         else:
             self._later(job)
 
-    def _has_no_space(self, job: Job) -> None:
+    def taken_back(self, job: StripJob, cut: Version, failed: Sequence[int]) -> None:
+        """The strips are what they were before the write `cut`, but for those that could not."""
+        again = job.taken_back(cut, failed)
+        if job.targets:
+            self.quiet(job.oid)
+        else:
+            self._running += 1
+            self._done(job)
+        for call in again:
+            call(Result.AGAIN)
+
+    def has_no_space(self, job: Job) -> None:
         """Changes are refused until there is: whoever waits for that is told. Reads look whether they must wait on."""
         job.full = True
         self._end(job, Result.NO_SPACE)
@@ -455,6 +465,7 @@ class Recovery:
         self._running -= 1
         self.finished += 1
         job.finished()
+        job.mark_noted()
         self.drop(job.surplus, Flag.SURPLUS)
         self._end(job, Result.SUCCESS)
         self._release(job)

@@ -9,7 +9,6 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
-from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.peering import NO_MEMBER, Decision, encode_members
 from sheepdog.cluster.core.ports import Timer
 from sheepdog.cluster.core.strip_peering import NOBODY, StripDecision
@@ -28,7 +27,6 @@ class Job:
         "ended",
         "failures",
         "full",
-        "in_part",
         "noted",
         "oid",
         "repair",
@@ -55,15 +53,14 @@ class Job:
         self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
         self.agree: dict[tuple[int, int], bool] = {}  # (strip, member) that must become this version first: under way
         self.waiting: list[Callable[[], None]] = []
-        self.ended: list[Callable[[int], None]] = []  # told once: restored everywhere, or why not
+        self.ended: list[tuple[Callable[[int], None], Version]] = []  # told once: restored everywhere, or why not
         self.running = False
         self.again: Timer | None = None  # it failed, and is tried again then
         self.failures = 0
         self.full = False
         self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
         self.urgent = False  # a client did when the pulls under way were sent
-        self.as_is = False  # what can be read is one state, though parts of it have refused writes (core.refusals) ...
-        self.in_part = False  # ... which other parts took
+        self.as_is = False  # what can be read is one state, though parts of it lack its version (core.refusals)
         # Targets that would vouch, were the sources gone, that nothing happened to the object: then a write that nodes
         # which are away lack would be taken back.
         self.witnesses: dict[int, None] = {}
@@ -146,6 +143,10 @@ class Job:
                 self.suspect(member)
         return self.version != NO_VERSION
 
+    def cut(self) -> Version | None:
+        """The first write that has to be taken back before anything can be restored."""
+        return None
+
     def order(self, me: int) -> list[int]:
         """Whom to restore now: the home's own copy first, it serves the others' requests."""
         return [me] if me in self.targets else list(self.targets)
@@ -175,7 +176,7 @@ class Job:
 class StripJob(Job):
     """An erasure-coded object. `holders`: member by strip, of those that can be read."""
 
-    __slots__ = ("_half_done", "_layout", "_origins", "_policy", "_states", "_strips", "holders")
+    __slots__ = ("_layout", "_origins", "_policy", "_states", "_strips", "holders")
 
     def __init__(self, oid: ObjectId, policy: Policy, strips: StripHome) -> None:
         super().__init__(oid)
@@ -183,8 +184,7 @@ class StripJob(Job):
         self._strips = strips
         self._layout: Sequence[int] = strips.layout(oid, policy)
         self._states: dict[int, Version] = {}  # by strip: what it goes back to before it gets the new version
-        self._half_done = False  # with `as_is`: should the epoch end before they agree, something is taken back
-        self._origins: Buffer = b""  # of the writes that the agreed state contains; with `as_is`: that it lacks
+        self._origins: Buffer = b""  # of the writes that the agreed state contains
         self.holders: dict[int, int] = {strip: member for strip, member in enumerate(self._layout) if member != NOBODY}
 
     @classmethod
@@ -218,13 +218,10 @@ class StripJob(Job):
         return list(dict.fromkeys([*self.holders.values(), *(member for _, member in self.agree)]))
 
     def holds_read(self, me: int) -> bool:
-        if bool(self.agree or self.stale or self.witnesses) and not (self._is_readable_as_is() or self._is_firm()):
+        if bool(self.agree or self.stale or self.witnesses) and not (self.as_is or self._is_firm()):
             return True
         undecided = self.version == NO_VERSION or not self.noted  # what was read must not be taken back
         return undecided or len(self.holders) < self._policy.data
-
-    def _is_readable_as_is(self) -> bool:
-        return self.as_is and not self._half_done
 
     def _is_firm(self) -> bool:
         """Some strips have no space for the object's version; of those that have it one stays, whatever is lost."""
@@ -244,28 +241,47 @@ class StripJob(Job):
         return len(self.holders) >= self._policy.data
 
     def _take_as_is(self) -> None:
-        """Strips that refused writes may still be one state, and then get a common version."""
+        """Strips that lack nothing but a version are one state with the others, and then all get a common one."""
         for strip in self._strips.refusals.known(self.oid):
             if self._layout[strip] != NOBODY:
                 self.suspect(self._layout[strip])
-        sound = self._strips.refusals.sound(self.oid, self._policy, self.holders)
-        self.as_is = bool(sound)
-        self.in_part = self._strips.refusals.in_part(self.oid, sound)
-        self._half_done = self._strips.refusals.half_done(self.oid)
-        if not sound:
-            return
-        self.version = NO_VERSION
-        for strip, member in enumerate(self._layout):
-            if member != NOBODY and strip not in sound:
-                self.suspect(member)
-        self.holders = {strip: self._layout[strip] for strip in sound}
-        for member in self.holders.values():
+        uneven = self._strips.refusals.uneven(self.oid)
+        self.as_is = bool(uneven) and len(self.holders) + len(uneven) >= self._policy.data
+        if self.as_is:
+            self.version = NO_VERSION
+            self._are_right(uneven)
+
+    def _are_right(self, strips: Sequence[int]) -> None:
+        """Nothing of these has to be made anew."""
+        for strip in strips:
+            member = self.holders[strip] = self._layout[strip]
             self.targets.pop(member, None)
             self.repair.pop(member, None)
 
+    def strips(self) -> list[tuple[int, int]]:
+        """(strip, member) of all that there should be here."""
+        return [(strip, member) for strip, member in enumerate(self._layout) if member != NOBODY]
+
+    def cut(self) -> Version | None:
+        refusals = self._strips.refusals
+        known = refusals.known(self.oid)
+        counted = [strip for strip, member in self.strips() if strip in known or member not in self.repair]
+        return refusals.cut(self.oid, self._policy.data, counted)
+
+    def taken_back(self, cut: Version, failed: Sequence[int]) -> list[Callable[[int], None]]:
+        """The write `cut` is, and all behind it, but on the strips `failed`; returns who waits for one of those."""
+        for strip in failed:
+            self.suspect(self._layout[strip])
+        self._are_right(self._strips.refusals.taken_back(self.oid, cut, failed))
+        over = [ended for ended, version in self.ended if version >= cut]
+        self.ended = [entry for entry in self.ended if entry[1] < cut]
+        self.running = self.full = False
+        self._strips.levels.void(self.oid, self.strips())
+        return over
+
     def choose(self) -> None:
         """What the holders are is read from now on."""
-        self._strips.refusals.chosen(self.oid, self._policy, self.holders)
+        self._strips.refusals.stay(self.oid)
 
     def finished(self) -> None:
         self._strips.refusals.forget(self.oid)
@@ -304,7 +320,6 @@ class StripJob(Job):
             return False
         self.version = self._strips.next_version()
         self._states = {strip: found[member] for strip, member in self.holders.items()}
-        self._origins = encode_origins(self._strips.refusals.undone(self.oid))
         self.agree = dict.fromkeys(self.holders.items(), False)
         return True
 
@@ -316,7 +331,7 @@ class StripJob(Job):
         return self._pull(target, fence, encode_members(sources))
 
     def agreement(self, strip: int, fence: int) -> Message:
-        """ROLLBACK of one strip; AS_IS: it goes back behind nothing."""
+        """ROLLBACK of one strip; AS_IS: it goes back behind nothing, and contains what it did."""
         epoch, term, counter = self._states[strip]
         return Message(
             Kind.ROLLBACK,

@@ -14,7 +14,7 @@ from typing import Final
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, Result, StoreError
-from sheepdog.cluster.core.ids import NO_OID, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
+from sheepdog.cluster.core.ids import NO_OID, NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid, version_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.messages import Flag, Message
 from sheepdog.cluster.core.peering import Verdict
@@ -121,6 +121,7 @@ class Replica:
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
         self.lost: dict[ObjectId, int] = {}  # those of them that are not current anywhere; known to exist in that epoch
         self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
+        self.refused: dict[ObjectId, bool] = {}  # strips that could not take a write: they are what they were before
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self.undecided: list[dict[ObjectId, None]] = []  # by home: those of them that have yet to become one version
         self._unstable: dict[ObjectId, list[_Change]] = {}  # those of the feeds, by object
@@ -136,6 +137,7 @@ class Replica:
         self.missing = {}
         self.lost = {}
         self.broken = {}
+        self.refused = {}
         self._context.spoilt = {}
         self._context.doubts = {}
         self._unstable = {}
@@ -159,6 +161,7 @@ class Replica:
         self.missing.pop(oid, None)
         self.lost.pop(oid, None)
         self.broken.pop(oid, None)
+        self.refused.pop(oid, None)
         self.strips.changes.trust(oid)
         self._context.spoilt.pop(oid, None)
 
@@ -166,6 +169,21 @@ class Replica:
         """The copy here lacks a write, or has lost its bytes: it tells nothing of the object any more."""
         self.missing[oid] = None
         self.doubt(oid)
+
+    def note_refused(self, strip: ObjectId, version: Version) -> None:
+        """The strip lacks the write `version`; if it does not pretend to have it, it is what it was."""
+        now = self._context.store.version(strip)
+        if now is None or not NO_VERSION < now < version:
+            self.refused[strip] = False
+        else:
+            self.refused.setdefault(strip, True)
+
+    def reconsider(self) -> None:
+        """The epoch ends. A strip that refused a write, and of which no home has said that it does not count, is one
+        that the write has not come to; as it would be after a restart."""
+        for strip in [strip for strip, is_as_before in self.refused.items() if is_as_before]:
+            self.missing.pop(strip, None)
+            self.broken.pop(strip, None)
 
     def doubt(self, oid: ObjectId) -> None:
         """The copy here is not to be trusted and made anew; should the epoch end before, it tells nothing."""
@@ -307,6 +325,7 @@ class Replica:
             self.spoil(oid)
             if oid >> STRIP_SHIFT:
                 context.spoilt.setdefault(oid, error)
+                self.note_refused(oid, message.version)
         change.result = int(error.result)
 
     def _answer_with_old(self, sender: NodeId, message: Message, change: _Change) -> None:
@@ -373,6 +392,10 @@ class Replica:
         context = self._context
         feed = self._feeds[context.placement.index_of[sender]]
         fence = context.fence
+        if message.flags & Flag.UNEVEN:
+            self._uneven(feed, message)
+            context.peers.answer(sender, message, _SUCCESS)
+            return
         if message.sequence <= feed.last:
             self._answer_again(sender, message, feed)
             return
@@ -388,9 +411,14 @@ class Replica:
             if context.fence != fence:
                 return
             change.answered = True
-            for strip in failed:
-                self.spoil(strip)
             body = encode_levels((strip, version_of_level[strip]) for strip in failed)
             context.peers.answer(sender, message, Result.SUCCESS, body)
 
         self.strips.bring_level(levels, done)
+
+    def _uneven(self, feed: _Feed, message: Message) -> None:
+        """Of strips that were brought level, some other one of the object was not."""
+        change = feed.find(message.offset)
+        if change is not None and change.levels is not None:
+            still = dict(decode_levels(message.payload()))
+            change.levels = [level for level in change.levels if level[0] not in still]

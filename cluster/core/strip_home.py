@@ -73,7 +73,7 @@ class StripHome:
         self._loose = LooseStrips(context)
         self.sends = StripSends(context, home, strips, self._release)
         self.levels = StripLevels(context, home)
-        self.refusals = Refusals(self._strip_on, context.policy_of)
+        self.refusals = Refusals(self._strip_on)
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -396,7 +396,7 @@ class StripHome:
     ) -> None:
         """Present bytes of a strip; one that cannot be read is going to be repaired."""
         context, fence = self._context, self._context.fence
-        strip_oid, as_is = strip_of(oid, strip), self._home.recovery.as_is(oid)
+        strip_oid = strip_of(oid, strip)
 
         def read(data: Buffer | StoreError) -> None:
             if context.fence != fence:
@@ -417,10 +417,9 @@ class StripHome:
                 done(DiskError(f"{self._placement.nodes[member]}: result {answer.result:#x}"))
 
         if member == self._me:
-            self._strips.look(strip_oid, offset, length, read, as_is)
+            self._strips.look(strip_oid, offset, length, read)
         else:
-            flags = Flag.AS_IS if as_is else 0
-            message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length, flags=flags)
+            message = Message(Kind.FETCH, fence, oid=strip_oid, offset=offset, length=length)
             context.peers.request(self._placement.nodes[member], message, answered)
 
     def _cannot_be_read(

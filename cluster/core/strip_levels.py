@@ -7,7 +7,7 @@ that are not level when an epoch ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import STRIP_SHIFT, ObjectId, Version, plain_oid, strip_of
 from sheepdog.cluster.core.limits import LEVEL_BATCH, LEVEL_DELAY_NS
-from sheepdog.cluster.core.messages import Buffer, Kind, Message
+from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
@@ -40,6 +40,19 @@ def decode_levels(body: Buffer) -> list[Leveled]:
     ]
 
 
+class _Batch:
+    """Objects that are brought level in one go, until all members have answered."""
+
+    __slots__ = ("by_member", "failed", "left", "sequence", "versions")
+
+    def __init__(self, sequence: int, by_member: dict[int, list[Leveled]], versions: dict[ObjectId, Version]) -> None:
+        self.sequence = sequence
+        self.by_member = by_member
+        self.versions = versions
+        self.left = len(by_member)
+        self.failed: dict[ObjectId, None] = {}  # objects of which some strip could not be
+
+
 class StripLevels:
     """Of one home, in one epoch."""
 
@@ -60,13 +73,19 @@ class StripLevels:
             self._timer_set = True
             self._context.clock.after(LEVEL_DELAY_NS, self._tick)
 
-    def void(self, oid: ObjectId) -> None:
-        """Its last write may be one that no strip counts as having: the strips get a version that is no write's."""
-        found = self._uneven.get(oid)
-        if found is not None:
-            version = self._home.next_version()
-            self._uneven[oid] = version, found[1]
-            self._home.strips.note_version(oid, version)
+    def withdraw(self, oid: ObjectId) -> bool:
+        """The version that the strips were to get is not to come to any more of them. False: they are just getting it;
+        Recovery.quiet is called then."""
+        if oid in self._under_way:
+            return False
+        self._uneven.pop(oid, None)
+        return True
+
+    def void(self, oid: ObjectId, strips: Sequence[tuple[int, int]]) -> None:
+        """The last writes have been taken back: the strips (strip, member) get a version that is no write's."""
+        version = self._home.next_version()
+        self.wrote(oid, version, strips, False)
+        self._home.strips.note_version(oid, version)
 
     def version(self, oid: ObjectId) -> Version | None:
         """Of the last write, if the strips are not level."""
@@ -109,30 +128,55 @@ class StripLevels:
             self._under_way[oid] = None
             for strip, member in strips:
                 by_member.setdefault(member, []).append((strip_of(oid, strip), version))
-        sequence, watermark = home.open_number(), home.watermark()
-        left = len(by_member)
-
-        def ended(member: int) -> Callable[[Iterable[ObjectId]], None]:
-            def answered(failed: Iterable[ObjectId]) -> None:
-                nonlocal left
-                for strip in failed:
-                    home.strip_failed(plain_oid(strip), member, versions[plain_oid(strip)])
-                left -= 1
-                if not left:
-                    home.close_number(sequence)
-                    self._ended(versions)
-
-            return answered
-
+        batch = _Batch(home.open_number(), by_member, versions)
+        watermark = home.watermark()
         for member, levels in by_member.items():
             if member == home.me:
-                home.strips.sends.level_here(sequence, levels, ended(member))
+                home.strips.sends.level_here(batch.sequence, levels, partial(self._answered, batch, member))
             else:
                 message = Message(
-                    Kind.LEVEL, context.fence, sequence=sequence, watermark=watermark, body=encode_levels(levels)
+                    Kind.LEVEL, context.fence, sequence=batch.sequence, watermark=watermark, body=encode_levels(levels)
                 )
                 home.untold[member] = None
-                context.peers.request(context.placement.nodes[member], message, partial(_leveled, ended(member)))
+                leveled = partial(self._leveled, batch, member)
+                context.peers.request(context.placement.nodes[member], message, leveled)
+
+    def _leveled(self, batch: _Batch, member: int, answer: Message) -> None:
+        """The answer names the strips that could not be brought level."""
+        self._answered(batch, member, [strip for strip, _ in decode_levels(answer.payload())])
+
+    def _answered(self, batch: _Batch, member: int, failed: Iterable[ObjectId]) -> None:
+        for strip in failed:
+            batch.failed[plain_oid(strip)] = None
+            self._home.strip_failed(plain_oid(strip), member, batch.versions[plain_oid(strip)])
+        batch.left -= 1
+        if batch.left:
+            return
+        if batch.failed:
+            self._tell_uneven(batch)
+        else:
+            self._home.close_number(batch.sequence)
+        self._ended(batch.versions)
+
+    def _tell_uneven(self, batch: _Batch) -> None:
+        """Where a strip stays behind, the others do not forget how they came to their version."""
+        home, context = self._home, self._context
+        context.probe("levels.uneven")
+        batch.left = len(batch.by_member)
+        for member, levels in batch.by_member.items():
+            still = [level for level in levels if plain_oid(level[0]) in batch.failed]
+            if member == home.me:
+                home.strips.sends.uneven_here(batch.sequence, still)
+                self._told(batch, None)
+            else:
+                body = encode_levels(still)
+                message = Message(Kind.LEVEL, context.fence, offset=batch.sequence, flags=Flag.UNEVEN, body=body)
+                context.peers.request(context.placement.nodes[member], message, partial(self._told, batch))
+
+    def _told(self, batch: _Batch, _: Message | None) -> None:
+        batch.left -= 1
+        if not batch.left and self._home.is_present():
+            self._home.close_number(batch.sequence)
 
     def _ended(self, versions: dict[ObjectId, Version]) -> None:
         for oid, version in versions.items():
@@ -142,8 +186,3 @@ class StripLevels:
                 del self._uneven[oid]
             if not self._home.is_writing(oid):
                 self._home.recovery.quiet(oid)
-
-
-def _leveled(answered: Callable[[list[ObjectId]], None], answer: Message) -> None:
-    """The answer names the strips that could not be brought level."""
-    answered([strip for strip, _ in decode_levels(answer.payload())])

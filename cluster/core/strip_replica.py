@@ -241,10 +241,12 @@ class StripReplica:
         A strip that lacks a change takes no more of them and is not read, until it is made anew. What comes next would
         be computed from bytes that the parity does not stand for any more.
         """
-        if self._context.store.version(strip) == version:
+        now = self._context.store.version(strip)
+        if now == version:
             taken()
         else:
             self._context.spoilt.setdefault(strip, DiskError(f"strip {oid_name(strip)} lacks a write"))
+            self.undo.went_back(strip, now or NO_VERSION)
 
     def _in_turn(self, strip: ObjectId, call: Callable[[], None]) -> None:
         """Calls when all changes of the strip that came before are made."""
@@ -289,9 +291,16 @@ class StripReplica:
         if before <= version and self._has_all_strips(strip):
             self.changes.mark(strip, version)
         if before < version:
-            store.stamp(strip, version, False, done)
+            self._stamp(strip, version, False, done)
         else:
             done(None)
+
+    def _stamp(self, strip: ObjectId, version: Version, durable: bool, done: Done) -> None:
+        """A version without a write; `_keep` has been called."""
+        store = self._context.store
+        store.stamp(strip, version, durable, done)
+        if (now := store.version(strip)) != version:
+            self.undo.went_back(strip, now or NO_VERSION)
 
     def _has_all_strips(self, strip: ObjectId) -> bool:
         """None is missing for want of nodes: who goes away now has what the others have."""
@@ -301,7 +310,7 @@ class StripReplica:
 
     # -- reads -------------------------------------------------------------------------------------------------
 
-    def look(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool = False) -> None:
+    def look(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
         """Reads for the home, which mostly wants to change these bytes next: they are kept until a change comes."""
         self._looked[strip] = look = _Look(offset)
         if len(self._looked) > LOOKED_STRIPS:
@@ -312,36 +321,36 @@ class StripReplica:
                 look.data = data  # no use if a change came meanwhile: then nobody finds it any more
             done(data)
 
-        self.read(strip, offset, length, read, as_is)
+        self.read(strip, offset, length, read)
 
-    def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool = False) -> None:
-        """Sees every change that came before; DiskError if one of them failed, unless the home takes it `as_is`."""
-        if strip in self._queues and (as_is or strip not in self._context.spoilt):
-            self._in_turn(strip, partial(self._read, strip, offset, length, done, as_is))
+    def read(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
+        """Sees every change that came before; DiskError if one of them failed."""
+        if strip in self._queues and strip not in self._context.spoilt:
+            self._in_turn(strip, partial(self._read, strip, offset, length, done))
         else:
-            self._read(strip, offset, length, done, as_is)
+            self._read(strip, offset, length, done)
 
-    def _read(self, strip: ObjectId, offset: int, length: int, done: ReadDone, as_is: bool) -> None:
+    def _read(self, strip: ObjectId, offset: int, length: int, done: ReadDone) -> None:
         """When its turn has come: a change before it may have failed."""
-        if strip in self._context.spoilt and not as_is:
+        if strip in self._context.spoilt:
             done(self._context.spoilt[strip])
         else:
             self._context.store.read(strip, offset, length, done)
 
     def on_fetch(self, sender: NodeId, message: Message) -> None:
         """The home wants the present bytes, whatever their version. STALE_OBJ: they lack a write, but are not bad."""
-        context, as_is = self._context, bool(message.flags & Flag.AS_IS)
+        context = self._context
 
         def done(data: Buffer | StoreError) -> None:
             if isinstance(data, StoreError):
-                lacks = message.oid in context.spoilt and not as_is
+                lacks = message.oid in context.spoilt
                 context.peers.answer(sender, message, Result.STALE_OBJ if lacks else data.result)
             else:
                 context.counters.peer_reads += 1
                 context.counters.peer_tx += len(data)
                 context.peers.answer(sender, message, Result.SUCCESS, data)
 
-        self.look(message.oid, message.offset, message.length, done, as_is)
+        self.look(message.oid, message.offset, message.length, done)
 
     # -- going back --------------------------------------------------------------------------------------------
 
@@ -350,7 +359,7 @@ class StripReplica:
     ) -> None:
         """The strip becomes what it was at `target`, durably, and gets a new version. NoSpace: it can do so later.
 
-        `origins`: the writes that it contains then; `as_is`: of those it knows the ones that it does not contain whole.
+        `origins`: the writes that it contains then; `as_is`: it stays what it is, and contains what it did.
         Until all strips have come so far it can be told from the steps here what it was.
         """
         context = self._context
@@ -361,37 +370,74 @@ class StripReplica:
         if steps is None:
             done(NoWayBack(f"strip {oid_name(strip)} cannot go back to {tuple(target)}"))
             return
-        if as_is:
-            context.origins.disown(decode_origins(origins))
-        else:
+        if not as_is:
             context.origins.forget(plain_oid(strip))  # also writes that only some strips have
             context.origins.merge(decode_origins(origins))
-        self._go_back(strip, steps, target, version, done)
+        self._go_back(strip, steps, partial(self._agree_upon, strip, target, version, done), done)
 
-    def _go_back(self, strip: ObjectId, steps: Sequence[Undo], target: Version, version: Version, done: Done) -> None:
-        """Undoes writes, the newest first; behind them comes the new version."""
-        store, left, failed = self._context.store, len(steps) + 1, False
-        self._looked.pop(strip, None)
-        if steps:
-            self._context.probe("strips.rolled_back")
-
-        def written(error: StoreError | None) -> None:
-            nonlocal left, failed
-            left -= 1
-            failed = failed or error is not None
-            if isinstance(error, NoSpace) and not steps:
+    def _agree_upon(self, strip: ObjectId, target: Version, version: Version, done: Done) -> None:
+        def stamped(error: StoreError | None) -> None:
+            if error is not None and not isinstance(error, NoSpace):
+                self._cannot_go_back(strip, error, done)
+            else:
                 done(error)
-            elif not left:
-                if failed:
-                    self.undo.drop(strip)
-                done(NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}") if failed else None)
 
-        for undo in steps:
-            old = undo.old or b""
-            self.changes.note(strip, undo.after, undo.before, undo.offset, len(old))
-            self.undo_step(strip, undo.before, undo.offset, old, written)
         self._keep(strip, Undo(target, version, 0, b""))
-        store.stamp(strip, version, True, written)
+        self._stamp(strip, version, True, stamped)
+
+    def take_back(self, strip: ObjectId, cut: Version, done: Done) -> None:
+        """The strip becomes what it was before the write `cut`, durably. NoSpace: it can do so later."""
+        context = self._context
+        version = context.store.version(strip)
+        if version is None or version == NO_VERSION:
+            done(_missing(strip, version))
+            return
+        context.origins.undo(plain_oid(strip), cut)
+        steps = self.undo.back_to(strip, self.undo.before(strip, cut, version), version)
+        if steps is None or (steps[-1].before if steps else version) >= cut:
+            self._cannot_go_back(strip, NoWayBack(f"before {tuple(cut)}"), done)
+        else:
+            self._go_back(strip, steps, partial(done, None), done)
+
+    def _go_back(self, strip: ObjectId, steps: Sequence[Undo], end: Callable[[], None], done: Done) -> None:
+        """Undoes writes, the newest first, and then calls `end`; or `done`, with why not."""
+        if not steps:
+            end()
+            return
+        undo, old = steps[0], steps[0].old or b""
+        self._context.probe("strips.rolled_back")
+        self._looked.pop(strip, None)
+        self.changes.note(strip, undo.after, undo.before, undo.offset, len(old))
+        gone_back = partial(self._gone_back, self._context.fence, strip, steps, end, done)
+        self.undo_step(strip, undo.before, undo.offset, old, gone_back)
+        if self._context.store.version(strip) == undo.before:
+            self.undo.went_back(strip, undo.before)
+
+    def _gone_back(
+        self,
+        fence: int,
+        strip: ObjectId,
+        steps: Sequence[Undo],
+        end: Callable[[], None],
+        done: Done,
+        error: StoreError | None,
+    ) -> None:
+        """The first of the steps is undone, or has failed."""
+        if self._context.fence != fence:
+            return  # another home says how far
+        if error is None:
+            self._go_back(strip, steps[1:], end, done)
+        elif isinstance(error, NoSpace) and self._context.store.version(strip) == steps[0].after:
+            done(error)
+        else:
+            self._cannot_go_back(strip, error, done)
+
+    def _cannot_go_back(self, strip: ObjectId, error: StoreError, done: Done) -> None:
+        """What the strip is now nobody knows: it is to be made anew."""
+        self.undo.drop(strip)
+        found = NoWayBack(f"strip {oid_name(strip)} cannot go back: {error}")
+        self._context.spoilt.setdefault(strip, found)
+        done(found)
 
     def undo_step(self, strip: ObjectId, before: Version, offset: int, old: Buffer, done: Done) -> None:
         """Takes back one write."""

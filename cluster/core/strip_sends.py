@@ -106,17 +106,18 @@ class StripSends:
     def _replaced(self, sending: Sending, part: Piece, member: int, answer: Message) -> None:
         """A strip that could not take the write leaves nothing to send: then no strip has it, and it comes again.
 
-        The strip may be at the version of the write nevertheless, so the others never get that.
+        But the strip may say so late, and have taken what came behind it. No parity strip gets any of that: all of it
+        is taken back (core.take_back).
         """
         write, submission = sending.write, sending.write.submission
-        if answer.result:
+        if sending.changes is not None:  # given up meanwhile
+            if answer.result:
+                self._home.replica_failed(write, member, answer.result)
+                write.result = Result.AGAIN
+        elif answer.result:
             self._context.probe("strips.replaced_nothing")
-            write.pending -= len(sending.parity())
-            write.tolerance = 0
-            sending.members = ()
-            sending.changes = ()
+            self._give_up(submission.oid, sending)
             self._home.replica_failed(write, member, answer.result)
-            self._home.strips.levels.void(submission.oid)
             if answer.result != Result.NO_SPACE:
                 write.result = Result.AGAIN
         else:
@@ -127,9 +128,22 @@ class StripSends:
         if not write.pending:
             self._home.completed(write)
 
+    def _give_up(self, oid: ObjectId, first: Sending) -> None:
+        """Nothing that waits from this change on goes to parity strips."""
+        self._home.strips.refusals.void(oid, first.write.version)
+        waiting = self._waiting[oid]
+        for index in range(waiting.index(first), len(waiting)):
+            sending, write = waiting[index], waiting[index].write
+            write.pending -= len(sending.parity())
+            write.tolerance = 0
+            write.failed = {}
+            write.result = Result.AGAIN
+            sending.members = ()
+            sending.changes = ()
+
     def _go_on(self, oid: ObjectId) -> None:
         """The parity strips get what is known for them, in the order of numbers."""
-        waiting = self._waiting[oid]
+        waiting = self._waiting.get(oid)
         while waiting and (changes := waiting[0].changes) is not None:
             sending = waiting.popleft()
             if not waiting:
@@ -198,6 +212,13 @@ class StripSends:
         """The part of this node in bringing strips level; `done` gets those that could not be."""
         self._own_levels.append((sequence, levels))
         self._strips.bring_level(levels, done)
+
+    def uneven_here(self, sequence: int, still: Sequence[Leveled]) -> None:
+        """Of the strips brought level with this number these are not level with the others."""
+        strips = dict(still)
+        for index, (number, levels) in enumerate(self._own_levels):
+            if number == sequence:
+                self._own_levels[index] = number, [level for level in levels if level[0] not in strips]
 
     def stable(self, watermark: int) -> None:
         """All strips have every write up to `watermark`."""

@@ -138,6 +138,23 @@ class UndoLog:
             version = undo.before
         return steps if version == target else None
 
+    def before(self, strip: ObjectId, cut: Version, version: Version) -> Version:
+        """What the strip, now at `version`, was before the write `cut` and all behind it, as far as that is known."""
+        for step in self.steps(strip, version):
+            if version < cut:
+                break
+            version = step.before
+        return version
+
+    def went_back(self, strip: ObjectId, version: Version) -> None:
+        """The strip is at `version` again, or still: what leads on from there did not happen."""
+        chain = self._chains.get(strip)
+        if chain is not None:
+            _cut(chain.steps, version)
+            chain.settled = min(chain.settled, len(chain.steps))
+            if not chain.steps:
+                del self._chains[strip]
+
     def replaced(self, strip: ObjectId, version: Version) -> Buffer | None:
         """The bytes that the write `version` replaced; None if that is not known any more."""
         chain = self._chains.get(strip)
@@ -163,9 +180,12 @@ class UndoLog:
             self.level(strip, level)
 
     def level(self, strip: ObjectId, version: Version) -> None:
-        """All strips of the object were brought to `version`: what led there does not matter any more."""
+        """All strips of the object were brought to `version`: what led there does not matter any more.
+
+        Unless the strip went back behind it since: so did the others, each to a version of its own.
+        """
         chain = self._chains.get(strip)
-        if chain is None:
+        if chain is None or all(undo.after != version for undo in chain.steps):
             return
         count = 0
         while count < len(chain.steps) and chain.steps[count].after <= version:
@@ -196,9 +216,14 @@ class UndoLog:
 
 def _append(steps: list[Undo], undo: Undo) -> None:
     """What does not lead to where this step begins was gone back, or never came."""
-    while steps and steps[-1].after != undo.before:
-        del steps[-1]
+    _cut(steps, undo.before)
     steps.append(undo)
+
+
+def _cut(steps: list[Undo], version: Version) -> None:
+    """What leads to `version` is left."""
+    while steps and steps[-1].after != version:
+        del steps[-1]
 
 
 def touches_all(touched: int) -> bool:
