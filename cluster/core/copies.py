@@ -258,7 +258,9 @@ class Copies:
         def decided(strip: ObjectId) -> bool:
             return placement.home(strip) == home and strip not in self.replica.lost
 
-        self._stale.settle(decided, verdict.missing, context.epoch, context.store.version, saved)
+        used = frozenset(verdict.undecided)  # also where it is not to stay
+        missing = [oid for oid in verdict.missing if oid not in used]
+        self._stale.settle(decided, missing, context.epoch, context.store.version, saved)
 
     def completed_locally(self) -> None:
         self.home_done(self._context.me)

@@ -75,6 +75,8 @@ class Standing:
         settled, before = replica.all_settled(), self.lacking
         lacking = {} if settled else dict(before)
         for oid in replica.missing:
+            if replica.awaits_agreement(oid):
+                continue  # it is not to stay here, but others are made from it
             known = before.get(oid, _NOTHING_KNOWN)
             if oid in replica.lost:
                 lacking[oid] = known._replace(known=max(known.known, replica.lost[oid]))

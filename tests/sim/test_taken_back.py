@@ -12,9 +12,10 @@ from tests.sim.test_strip_sends import at_answer
 
 from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.errors import DiskError, NoSpace, Result, StoreError
-from sheepdog.cluster.core.ids import NodeId, ObjectId, Version
+from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_DELAY_NS, RECOVERY_RETRY_NS, STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Buffer, Kind
+from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_levels import StripLevels
@@ -350,3 +351,20 @@ def test_planted_bugs_are_found(
         except (AssertionError, Violation, Stuck):
             return
     pytest.fail(f"not found in {4 * SEEDS} seeds")
+
+
+def test_a_strip_that_is_to_become_one_state_with_others_counts_though_it_is_to_move() -> None:
+    """A strip on a node that it does not belong on any more is one of the D that are left. Before it has the version
+    that they agree upon, the epoch ends, or its node is started again. (Seed 3028 of the swarm.)"""
+    story = Short(0)
+    strip, replica = strip_of(story.oid, 0), story.home.node.copies.replica
+    home = story.home.node.context.placement.me
+    known: list[None] = []
+    story.home.node.copies.settled(home, Verdict([strip], [], [strip], [strip], True), lambda: known.append(None))
+    story.cluster.world.run_until(lambda: bool(known), SECOND, "a verdict")
+    assert strip in replica.missing
+    story.home.node.copies.end_epoch()
+    assert strip not in dict(story.home.node.copies._standing.lacking)
+    story.home.kill()
+    story.home.start()
+    assert strip not in dict(story.home.node.copies.lacking())
