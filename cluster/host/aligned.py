@@ -10,6 +10,6 @@ class AlignedMemory:
     """Zeros at first. What is being written from here must not change."""
 
     def __init__(self, size: int) -> None:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(pages)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self.pages)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))

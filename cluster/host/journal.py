@@ -40,6 +40,7 @@ VECTORS: Final = 1000  # buffers of one gathered write: below IOV_MAX (1024)
 AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come: 1 ms of a disk's time
 AHEAD_LEAST_BYTES: Final = 256 << 10  # what is ready for the records that come while a sync runs
 THROUGH_BYTES: Final = 512 << 10  # written through at once: more takes so long that the page cache costs little
+THROUGH_RECORD_BYTES: Final = 16 << 10  # of one record: larger ones the kernel copies, and writes back beside us
 
 _SEGMENT = Struct("<8sIIQ16s16s")  # magic, format, then as SegmentHeader
 _CHECKSUM = Struct("<Q")
@@ -131,6 +132,7 @@ class Journal:
         self._fds = [-1, -1]
         self._through_fds = [-1, -1]
         self._memory: AlignedMemory | None = None  # where what is written through is put together
+        self._large = False  # a queued record is: then none is written through
         self._begun: Buffer | None = None  # bytes of the block in which the queue begins; None: the cache has them
         self._laid = [0, 0]  # offsets up to which the files' blocks have been written once
         self._number = 0  # of the segment that is written
@@ -251,6 +253,8 @@ class Journal:
         queue = self._queue
         queue.append(pack(kind, self.position, self.synced, oid, size, offset, length, version, hashes, payload_length))
         if payload_length:
+            if payload_length > THROUGH_RECORD_BYTES:
+                self._large = True
             queue.append(payload)
             pad = padding(payload_length)
             if pad:
@@ -266,6 +270,7 @@ class Journal:
         if not queue:
             return True
         self._queue = []
+        self._large = False
         if self._before is not None:
             self._before.write_out()
         # The last page is written whole: the kernel would have to read the rest of it from the disk.
@@ -334,13 +339,14 @@ class Journal:
 
     def must_wait(self) -> bool:
         """Can what is queued be written through when the sync that is under way has ended, and only then?"""
-        return self._syncing and self._memory is not None
+        return self._syncing and self._memory is not None and not self._large
 
     def can_write_through(self) -> bool:
         """All that is queued, and nothing before it has still to be synced."""
         return (
             self._memory is not None
             and not self._syncing
+            and not self._large
             and self.synced == self.written
             and not self._other_unsynced
             and bool(self._queue)
@@ -365,15 +371,19 @@ class Journal:
             except OSError as error:
                 self._fail(error)
                 return
-        data = b"".join([self._begun, *self._queue])
+        write = memory.pages.write
+        memory.pages.seek(0)
+        write(self._begun)
+        for buffer in self._queue:
+            write(buffer)
+        used = self._offset - start
         end = self._offset + (-self._offset & BLOCK_SIZE - 1)
         if self._laid[index] < end:  # as `_write_ahead`
             end = min(end + AHEAD_BYTES, self._segment_bytes)
             self._laid[index] = end
         length = end - start
-        memory.view[: len(data)] = data
-        memory.view[len(data) : length] = bytes(length - len(data))
-        self._begun = data[len(data) & -BLOCK_SIZE :]
+        write(bytes(length - used))
+        self._begun = bytes(memory.view[used & -BLOCK_SIZE : used])
         self._queue = []
         self._queue_start = self._offset
         self._syncing = self.writing_through = True

@@ -9,13 +9,14 @@ from tests.support.stores import JOURNAL_BYTES, StoreDriver
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import Version, Vid, data_oid
 from sheepdog.cluster.core.limits import BLOCK_SIZE
-from sheepdog.cluster.host.journal import AHEAD_BYTES, THROUGH_BYTES
+from sheepdog.cluster.core.ports import Buffer
+from sheepdog.cluster.host.journal import AHEAD_BYTES, THROUGH_BYTES, THROUGH_RECORD_BYTES
 from sheepdog.cluster.host.pipeline import LOOKS_BEFORE_SYNC
 
 SIZE = 1 << 20
 BLOCKS = SIZE // BLOCK_SIZE
 OID = data_oid(Vid(1), 0)
-PIECE = 64 << 10  # as much as the journal takes of one write
+PIECE = THROUGH_RECORD_BYTES
 
 
 def v(counter: int) -> Version:
@@ -26,11 +27,28 @@ def block(counter: int) -> bytes:
     return b"%08d" % counter * (BLOCK_SIZE // 8)
 
 
+class Disk(SimDisk):
+    """Counts what is written around its page cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written_through = 0
+        self._through: list[int] = []
+
+    def open_direct(self, path: str) -> int:
+        self._through.append(super().open_direct(path))
+        return self._through[-1]
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:
+        self.written_through += fd in self._through
+        return super().pwrite(fd, data, offset)
+
+
 class World:
     """A store on a simulated disk, with one object."""
 
     def __init__(self) -> None:
-        self.disk = SimDisk()
+        self.disk = Disk()
         self.driver = StoreDriver("/meta", disk=self.disk)
         self.driver.create(OID, SIZE, 0, bytes(SIZE), v(1), durable=True)
         self.driver.flush()
@@ -155,6 +173,22 @@ def test_a_turn_with_more_than_is_written_through_at_once() -> None:
     driver = StoreDriver("/meta", disk=world.disk)
     for index in range(count - pieces, count):
         assert driver.read(OID, index % pieces * PIECE, PIECE) == bytes([index + 1]) * PIECE
+
+
+def test_a_turn_with_a_large_record_goes_to_the_page_cache() -> None:
+    world = World()
+    through = world.disk.written_through
+    world.driver.write(OID, SIZE - PIECE, bytes(PIECE), v(2), durable=True)
+    assert world.disk.written_through == through + 1
+    world.driver.write(OID, SIZE - 2 * PIECE, bytes(PIECE + BLOCK_SIZE), v(3), durable=True)
+    assert world.disk.written_through == through + 1
+    world.counter = 3
+    world.write(durable=True)  # its block has begun in the page cache
+    world.wait(1)
+    assert world.disk.written_through == through + 2
+    world.driver = StoreDriver("/meta", disk=world.disk)
+    assert world.driver.read(OID, 4 * BLOCK_SIZE, BLOCK_SIZE) == block(4)
+    assert world.driver.store.version(OID) == v(4)
 
 
 def test_the_journal_goes_on_in_its_other_segment() -> None:
