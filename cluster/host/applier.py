@@ -15,7 +15,7 @@ from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.copies import Copies
-from sheepdog.cluster.host.directory import WRITE_PIECE_BYTES, is_exhausted, is_no_room, write_all
+from sheepdog.cluster.host.directory import is_exhausted, is_no_room, write_all
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.no_room import NoRoom
 from sheepdog.cluster.host.object_file import Copy, make_file, write_trailer
@@ -55,7 +55,6 @@ class Applier:
         self.note_done: NoteDone = _unset  # the pipeline's, which comes after this
         self.answer_behind: Callable[[Record], None] = _unset  # the pipeline's
         self.touched: dict[Copy, None] = {}
-        self.may_apply = 0  # lsn: what is before it may be in the files
         self.barriers: list[tuple[int, Callable[[], None]]] = []  # (lsn, call when all before it is applied)
         self._reached = 0
         self.unnamed: dict[
@@ -122,84 +121,20 @@ class Applier:
         self.touched[copy] = None
 
     def _write(self, record: Record) -> None:
-        """The hot one: a few blocks, and those that follow them in the file."""
-        copy, first = record.copy, record.first
-        alone = record.count == 1 and copy.pending.get(first) is record and first + 1 not in copy.pending
+        """The hot one: bytes of at most a few blocks."""
+        copy = record.copy
+        copy.changes += 1
         try:
-            if alone or copy.restoring:
-                self._write_alone(record)
-            else:
-                self._write_among_others(record)
+            if record.count > 1 or self._disk.pwrite(copy.fd, record.data, record.first << 12) != len(record.data):
+                write_all(self._disk, copy.fd, record.data, record.first << 12)
         except OSError as error:
             self._failed(record, error)
             return
-        copy.pins -= 1
-
-    def _write_alone(self, record: Record) -> None:
-        """OSError."""
-        copy, start = record.copy, record.first << 12
-        copy.changes += 1
-        if record.count > 1 or self._disk.pwrite(copy.fd, record.data, start) != len(record.data):
-            write_all(self._disk, copy.fd, record.data, start)
         self._note(record)
-
-    def _write_among_others(self, record: Record) -> None:
-        """What the file needs of the record, and records behind it in the file; OSError."""
-        copy = record.copy
-        left = [block for block in range(record.first, record.first + record.count) if self._needs(record, block)]
-        run = self._run(record) if len(left) == record.count else []
-        if len(run) > 1:
-            copy.changes += 1
-            buffers = [part.data for part in run]
-            size = sum(map(len, buffers))
-            if self._disk.pwritev(copy.fd, buffers, record.first << 12) != size:
-                write_all(self._disk, copy.fd, b"".join(buffers), record.first << 12)
-            for part in run:
-                self._note(part)
-            copy.applied = record.version
-        elif run:
-            self._write_alone(record)
-        else:
-            for block in left:
-                copy.changes += 1
-                write_all(self._disk, copy.fd, record.block(block), block << 12)
-                self._note_blocks(record, block, 1)
-            self._note_blocks(record, record.first, 0)
-
-    def _needs(self, record: Record, block: int) -> bool:
-        """Does the file need this block of the record?
-
-        If no record is pending, it has that or what is newer. A newer one that may be in the file comes there later.
-        """
-        newest = record.copy.pending.get(block)
-        return newest is record or (newest is not None and not self._may_apply(newest))
-
-    def _may_apply(self, record: Record) -> bool:
-        return 0 < record.end <= self.may_apply
-
-    def _run(self, record: Record) -> list[Record]:
-        """The record, and those behind it in the file that may go there with it: neighbours cost less together.
-
-        What is newer than one of them is in the file only if it was a part of such a run; and a run passes each block
-        by the newest record that may go there.
-        """
-        run = [record]
-        copy = record.copy
-        block, room = record.first + record.count, WRITE_PIECE_BYTES - len(record.data)
-        while (follower := copy.pending.get(block)) is not None and copy.ordered < record.lsn:
-            room -= len(follower.data)
-            whole = follower.kind == RecordKind.WRITE and follower.first == block
-            if room < 0 or not whole or not self._may_apply(follower):
-                break
-            run.append(follower)
-            block += follower.count
-        return run
+        copy.pins -= 1
 
     def _note(self, record: Record) -> None:
         """The file has the record's blocks."""
-        self._note_blocks(record, record.first, record.count)
-
-    def _note_blocks(self, record: Record, first: int, count: int) -> None:
         copy = record.copy
         copy.applied = record.version
         if not copy.touched:
@@ -207,10 +142,10 @@ class Applier:
         if copy.restoring:  # its table has been brought up to date when the restore began
             return
         if self._copies.rot.bad:
-            self._copies.rot.written(copy.oid, first, count)
+            self._copies.rot.written(copy.oid, record.first, record.count)
         entries, pending = copy.entries, copy.pending
         grown = 0
-        for block in range(first, first + count):
+        for block in range(record.first, record.first + record.count):
             new = record.hash(block)
             if not entries[FIRST_ENTRY + block]:
                 grown += bool(new)

@@ -57,7 +57,6 @@ class Copy:
         "intents",
         "later",
         "oid",
-        "ordered",
         "path",
         "pending",
         "pins",
@@ -99,7 +98,6 @@ class Copy:
         self.changes = 0  # changes of the file so far; tells a slow reader that its bytes may be old
         self.pending: dict[int, Record] = {}  # by block
         self.applied = version
-        self.ordered = 0  # lsn of the last record that is no plain write: what is behind it must not overtake it
         self.later: deque[Record] | None = None  # durable records that wait for a write in another thread
         self.intents: list[int] = []  # lsn of large writes in the file that no sync has covered yet
         self.trailer_writes = 0

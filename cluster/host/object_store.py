@@ -418,7 +418,7 @@ class ObjectStore(Store):
     def _settle(self, copy: Copy) -> None:
         """The copy's file should be closed: brings what the journal has into it, then makes it clean."""
         if copy.pending:
-            self._pipeline.hurry()
+            self._pipeline.want_sync()
         elif not copy.pins and not copy.busy:
             self._checkpoints.settle(copy, ignore)
 

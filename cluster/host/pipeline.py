@@ -1,11 +1,9 @@
 """The way of a change: journal -> durable -> object file.
 
 Records go through in one order. A change is seen by reads from the moment it is submitted (`Copy.pending`); it is
-acknowledged when its record is in the operating system's hands, or on the disk when it asked for that; its bytes may
-go to the object's file only then, because the kernel writes pages back when it likes. With `nosync` nothing waits for
-the disk: the file may get the bytes as soon as the record is written. It gets them a little later, in the order of the
-records, so that neighbours go together and what is written over by then does not go at all. Only new files are made at
-once: others count them, and want them open.
+acknowledged when its record is in the operating system's hands, or on the disk when it asked for that; its bytes go
+to the object's file only then, because the kernel writes pages back when it likes. With `nosync` nothing waits for the
+disk: the file gets the bytes as soon as the record is written.
 """
 
 from __future__ import annotations
@@ -16,13 +14,7 @@ from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
-from sheepdog.cluster.core.limits import (
-    BEHIND_BYTES,
-    BEHIND_NS,
-    OVERLAY_AGE_NS,
-    OVERLAY_LIMIT_BYTES,
-    OVERLAY_SYNC_BYTES,
-)
+from sheepdog.cluster.core.limits import OVERLAY_AGE_NS, OVERLAY_LIMIT_BYTES, OVERLAY_SYNC_BYTES
 from sheepdog.cluster.core.ports import Clock, Done
 from sheepdog.cluster.host.applier import Applier
 from sheepdog.cluster.host.journal import Journal
@@ -58,16 +50,8 @@ class Pipeline:
         self._switched = switched
         self._backlog: deque[Record] = deque()  # no room in the journal yet
         self._written: list[Record] = []  # appended in this turn
-        self._unsynced: deque[Record] = deque()  # before that, and not on the disk
-        self._unapplied: deque[Record] = deque()  # before that: they may be in the files
-        self._overlay_bytes = 0  # of those that may not be there yet
-        self._behind_bytes = 0  # of the unapplied ones
-        self.behind_max = BEHIND_BYTES  # then the oldest go to the files
-        self._urgent = 0  # lsn: what is before it shall be in the files at once
-        self._unmade: list[Record] = []  # those of the unapplied that make a file, since the last time
-        self._made = 0  # lsn: up to it the files are made
-        self._ripe = 0  # lsn: what is before it has waited since the last look
-        self._looking = False  # the next look is asked for
+        self._unapplied: deque[Record] = deque()  # appended, not handed to the applier
+        self._overlay_bytes = 0
         self._replacing = 0  # records in the backlog that remove or replace a copy
         self._last: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable
         self._flushes: list[tuple[int, Done]] = []
@@ -130,10 +114,7 @@ class Pipeline:
             record.data if record.carries_data else b"",
         )
         self._written.append(record)
-        if record.kind != RecordKind.WRITE:
-            copy.ordered = record.lsn
-            if not record.acked_by_journal:  # somebody waits for its effect
-                self._urgent = record.end
+        self._unapplied.append(record)
         self._last[vid_of(copy.oid)] = record.end
         if not self._nosync:
             self._overlay_bytes += len(record.data)
@@ -168,11 +149,6 @@ class Pipeline:
     def barrier(self, call: Callable[[], None]) -> None:
         """Calls when everything submitted before the journal's last switch is in the files."""
         self._applier.barriers.append((self._journal.segment_start, call))
-        self.hurry()
-
-    def hurry(self) -> None:
-        """What was submitted before shall be in the files soon."""
-        self._urgent = self._journal.position
         self.want_sync()
 
     def want_sync(self) -> None:
@@ -181,8 +157,9 @@ class Pipeline:
 
     def _aged(self) -> None:
         self._timer_set = False
-        if self._unsynced:
-            self.want_sync()
+        if self._unapplied and not self._nosync:
+            self._sync_wanted = True
+            self._schedule()
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -206,8 +183,7 @@ class Pipeline:
         self._looks = 0
         if self._sync_wanted and journal.can_write_through():
             self._sync_wanted = False
-            self._unsynced.extend(self._written)  # `_synced` answers them
-            self._written.clear()
+            self._written.clear()  # `_synced` answers them
             journal.write_through(self._synced)
             return
         if not journal.write_out():
@@ -215,16 +191,12 @@ class Pipeline:
         written, self._written = self._written, []
         wanted, self._sync_wanted = self._sync_wanted, False  # who comes from here on is not in what was just written
         nosync = self._nosync
-        if nosync:
-            self._let_in(written)
-        else:
-            self._unsynced.extend(written)
         for record in written:
             if record.done is not None and (nosync or not record.durable) and record.acked_by_journal:
                 done, record.done = record.done, None
                 done(None)
         if nosync:
-            self._at_end(self._apply)  # the answers, asked for just now, leave first
+            self._at_end(self._apply_written)  # the answers, asked for just now, leave first
         if wanted and journal.syncing:
             self._sync_wanted = True
         elif wanted and not journal.dead:
@@ -232,16 +204,13 @@ class Pipeline:
 
     def _synced(self) -> None:
         synced = self._journal.synced
-        unsynced, answers, ready = self._unsynced, [], []
-        while unsynced and unsynced[0].end <= synced:
-            record = unsynced.popleft()
-            ready.append(record)
-            if not self._nosync:
-                self._overlay_bytes -= len(record.data)
+        answers = []
+        for record in self._unapplied:
+            if record.end > synced:
+                break
             if record.done is not None and record.acked_by_journal:
                 answers.append(record.done)
                 record.done = None
-        self._let_in(ready)
         for done in answers:
             done(None)
         if self._flushes:
@@ -253,65 +222,24 @@ class Pipeline:
         if self._sync_wanted or self._written:
             self._schedule()
 
-    def _let_in(self, records: list[Record]) -> None:
-        """These may be in the files from now on."""
-        if not records:
-            return
-        self._unapplied.extend(records)
-        self._applier.may_apply = records[-1].end
-        for record in records:
-            self._behind_bytes += len(record.data)
-            if record.kind == RecordKind.CREATE:
-                self._unmade.append(record)
-        if not self._looking:
-            self._looking = True
-            self._clock.after(BEHIND_NS, self._look)
-
-    def _look(self) -> None:
-        """What has been here since the last look goes to the files."""
-        self._looking = False
-        if not self._unapplied:
-            return
-        self._urgent = max(self._urgent, self._ripe)
-        self._ripe = self._unapplied[-1].end
-        self._looking = True
-        self._clock.after(BEHIND_NS, self._look)
-        self._at_end(self._apply)
+    def _apply_written(self) -> None:
+        self._apply_until(self._journal.written)
 
     def _apply_synced(self) -> None:
-        self._apply()
+        self._apply_until(self._journal.synced)
         self.drain()
 
-    def _apply(self) -> None:
-        """Hands to the applier what shall not wait in memory any longer."""
+    def _apply_until(self, lsn: int) -> None:
         unapplied = self._unapplied
         apply = self._applier.apply
-        while unapplied and (self._behind_bytes > self.behind_max or unapplied[0].lsn < self._urgent):
+        while unapplied and unapplied[0].end <= lsn:
             record = unapplied.popleft()
-            self._behind_bytes -= len(record.data)
-            if record.kind != RecordKind.CREATE or record.lsn >= self._made:
-                apply(record)
-        if self._unmade:
-            self._make_files()
-        if not (self._unsynced or self._written or self._backlog):
+            if not self._nosync:
+                self._overlay_bytes -= len(record.data)
+            apply(record)
+        if not unapplied and not self._backlog:
             self._last.clear()
-        self._applier.reached(self._first_unapplied())
-
-    def _make_files(self) -> None:
-        """Of the objects that are new. Whatever was removed in their places has gone: nothing waits for that."""
-        unmade, self._unmade = self._unmade, []
-        for record in unmade:
-            if self._unapplied and record.lsn >= self._unapplied[0].lsn:
-                self._applier.apply(record)
-        self._made = self._applier.may_apply
-
-    def _first_unapplied(self) -> int:
-        """lsn; that of the next record when everything is in the files."""
-        if self._unapplied:
-            return self._unapplied[0].lsn
-        if self._unsynced:
-            return self._unsynced[0].lsn
-        return self._written[0].lsn if self._written else self._journal.position
+        self._applier.reached(unapplied[0].lsn if unapplied else self._journal.position)
 
     def drain(self) -> None:
         """Appends what waited for room."""
@@ -351,12 +279,9 @@ class Pipeline:
     def fail(self, error: DiskError) -> None:
         """The journal is gone: whoever waits learns it, and nothing goes through any more."""
         self.error = error
-        records = (*self._unapplied, *self._unsynced, *self._written, *self._backlog)
-        waiting = [record.done for record in records if record.done is not None]
+        waiting = [record.done for record in (*self._unapplied, *self._backlog) if record.done is not None]
         waiting += [done for _, done in self._flushes]
         self._unapplied.clear()
-        self._unsynced.clear()
-        self._unmade.clear()
         self._backlog.clear()
         self._written.clear()
         self._flushes.clear()

@@ -13,7 +13,6 @@ from sheepdog.cluster.core.ports import Buffer, Done, ReadDone
 from sheepdog.cluster.host import trailer
 from sheepdog.cluster.host.copies import Copies, Superseded
 from sheepdog.cluster.host.object_file import Copy
-from sheepdog.cluster.host.records import RecordKind
 from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash
 from sheepdog.cluster.wire.streams import BufferPool
 
@@ -50,12 +49,9 @@ class Reads:
             and not copy.busy
             and not offset & _BLOCK_MASK
             and offset + length <= copy.size
+            and (offset >> 12) not in copy.pending
         ):
-            record = copy.pending.get(offset >> 12)
-            if record is not None and record.count == 1 and record.kind == RecordKind.WRITE:
-                done(record.data)
-                return
-            entry = 0 if record is not None else copy.entries[FIRST_ENTRY + (offset >> 12)]
+            entry = copy.entries[FIRST_ENTRY + (offset >> 12)]
             if entry:
                 block = bytearray(BLOCK_SIZE)
                 try:

@@ -11,7 +11,6 @@ from tests.support.sim_disk import SimDisk, SimWorkers
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid
-from sheepdog.cluster.core.limits import BEHIND_NS
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Timer
 from sheepdog.cluster.host.disk import Disk, RealDisk
 from sheepdog.cluster.host.journal import WrittenBefore
@@ -20,7 +19,6 @@ from sheepdog.cluster.host.store_options import StoreOptions
 from sheepdog.cluster.host.workers import ThreadWorkers, Workers
 
 JOURNAL_BYTES = 8 << 20
-LOOKS = 2  # of the pipeline at what waits: nothing is still there at the second
 WAIT_S = 20  # for one answer; a lost callback fails the test instead of hanging it
 
 
@@ -64,7 +62,7 @@ class StoppedClock(Clock):
     """Time stands still: timers fire when the test says so."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, Callable[[], None]]] = []
+        self.calls: list[Callable[[], None]] = []
 
     def now_ns(self) -> int:
         return 0
@@ -73,15 +71,12 @@ class StoppedClock(Clock):
         return 0
 
     def after(self, delay_ns: int, call: Callable[[], None]) -> Timer:
-        self.calls.append((delay_ns, call))
+        self.calls.append(call)
         return _Timer()
 
-    def fire(self, longest_ns: int | None = None) -> None:
-        """Those of at most this delay; None: all."""
-        due = [longest_ns is None or delay_ns <= longest_ns for delay_ns, _ in self.calls]
-        ready = [call for (_, call), is_due in zip(self.calls, due, strict=True) if is_due]
-        self.calls = [entry for entry, is_due in zip(self.calls, due, strict=True) if not is_due]
-        for call in ready:
+    def fire(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
             call()
 
 
@@ -127,18 +122,11 @@ class StoreDriver(Driver):
         self.store.open()
 
     def done(self, start: Callable[[Done], None]) -> None:
-        """The whole turn, and what follows: what is acknowledged comes to the files after its answer."""
+        """The whole turn: what is acknowledged is applied after its answer."""
         error = self.wait(start)
-        self.put_in_place()
+        self.settle()
         if error is not None:
             raise error
-
-    def put_in_place(self) -> None:
-        """Brings into the files what may be there."""
-        self.settle()
-        for _ in range(LOOKS):
-            self.clock.fire(BEHIND_NS)
-            self.settle()
 
     def create(
         self, oid: ObjectId, size: int, offset: int, data: Buffer, version: Version, durable: bool = False

@@ -87,7 +87,7 @@ def test_answers_leave_before_the_file_gets_the_bytes(store: StoreDriver, tmp_pa
         store.step()
     assert when_sent == [b"a" * 4096]
     assert store.read(OID, 0, 4096) == b"b" * 4096
-    store.put_in_place()
+    store.settle()
     assert file.read_bytes()[:4096] == b"b" * 4096
 
 

@@ -18,7 +18,7 @@ from tests.support.stores import StoreDriver
 
 from sheepdog.cluster.core.errors import StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid
-from sheepdog.cluster.core.limits import BEHIND_BYTES, JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
+from sheepdog.cluster.core.limits import JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.host.replay import VERSION_GAP
 from sheepdog.cluster.host.store_options import StoreOptions
@@ -32,8 +32,6 @@ CROWD = 30  # operations that are under way before a crowded workload waits for 
 OPERATIONS = 45
 OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
 NEVER = 1 << 60
-AT_ONCE = -1  # what may be in the files goes there
-BEHIND = (AT_ONCE, 5 * BLOCK, BEHIND_BYTES)  # so much of it waits for its neighbours
 WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes about 560 images
 SOAK_WORKLOADS = 112  # 50,000 images
 SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 12, 256
@@ -60,17 +58,11 @@ class Operation:
 class Workload:
     """Random operations on a few objects, and what was promised when. `crowded`: the journal is mostly full.
 
-    `direct`: may durable records go around the page cache? Two of three seeds do. `behind`: see BEHIND.
+    `direct`: may durable records go around the page cache? Two of three seeds do.
     """
 
     def __init__(
-        self,
-        seed: int,
-        nosync: bool,
-        operations: int = OPERATIONS,
-        crowded: bool = False,
-        direct: bool = True,
-        behind: int = AT_ONCE,
+        self, seed: int, nosync: bool, operations: int = OPERATIONS, crowded: bool = False, direct: bool = True
     ) -> None:
         self._journal_bytes = FULL_JOURNAL_BYTES if crowded else JOURNAL_BYTES
         self.rng = random.Random(seed)
@@ -78,7 +70,6 @@ class Workload:
         options = StoreOptions(nosync=nosync, journal_bytes=self._journal_bytes)
         self._journaled = JOURNALED_NOSYNC_BYTES if nosync else JOURNALED_BYTES
         self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
-        self.driver.store._pipeline.behind_max = behind
         self.started = len(self.disk.log)
         self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}
         self.restoring: dict[ObjectId, None] = {}
@@ -263,7 +254,7 @@ IMAGES: list[int] = []  # of each workload that has run
 def run(number: int, nosync: bool, crowded: bool = False) -> int:
     """How many images held what was promised."""
     images = 0
-    workload = Workload(SEED + number, nosync, crowded=crowded, behind=BEHIND[number // 3 % len(BEHIND)])
+    workload = Workload(SEED + number, nosync, crowded=crowded)
     crashes = Crashes(workload.disk.log, workload.disk.directories)
     rng = random.Random(SEED + number)
     while crashes.position < len(workload.disk.log):
