@@ -220,7 +220,12 @@ class Journal:
         return 2 * self._offset > self._segment_bytes
 
     def can_switch(self) -> bool:
+        """Now: not while a block of the present segment is under way to the disk."""
         return self._free and not self.writing_through
+
+    def other_is_free(self) -> bool:
+        """There is a segment to go on in when this one is full."""
+        return self._free
 
     def switch(self) -> None:
         """Goes on in the other segment, which must be free; the present one waits for a checkpoint (`release`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import re
 import resource
 import selectors
 from collections.abc import Callable, Mapping
@@ -146,7 +147,7 @@ def busy_poll_s(environment: Mapping[str, str]) -> float:
     text = environment.get(BUSY_POLL_VARIABLE, "")
     if not text:
         return BUSY_POLL_S
-    if not (text.isascii() and text.isdigit() and int(text) <= MAX_BUSY_POLL_US):
+    if not (re.fullmatch("[0-9]{1,5}", text) and int(text) <= MAX_BUSY_POLL_US):
         raise UsageError(f"{BUSY_POLL_VARIABLE}='{text}' is not a number of microseconds up to {MAX_BUSY_POLL_US}")
     return int(text) / 1e6
 

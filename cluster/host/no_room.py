@@ -56,4 +56,4 @@ class NoRoom:
         """Must a new change of the copy be answered with NO_SPACE?"""
         if copy.home.full and copy.later is not None:
             return True
-        return not is_inode(plain_oid(copy.oid)) and not journal.can_switch() and journal.is_half_full()
+        return not is_inode(plain_oid(copy.oid)) and not journal.other_is_free() and journal.is_half_full()

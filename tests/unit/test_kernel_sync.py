@@ -19,6 +19,7 @@ from sheepdog.cluster.host.disk import RealDisk
 from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS, KernelSync, LoopWorkers
 from sheepdog.cluster.host.loop import TurnLoop, new_loop
 from sheepdog.cluster.host.system_call import system_call
+from sheepdog.cluster.host.workers import write_and_sync
 
 SECONDS = 20
 
@@ -138,6 +139,32 @@ def test_a_write_that_is_not_whole_has_failed(
     assert isinstance(error, OSError)
     assert error.errno == errno.EIO
     assert not world.disk.synced  # never tried again
+
+
+def test_the_kernel_is_asked_for_a_write_that_ends_on_the_disk(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = world.workers._kernel
+    assert kernel is not None
+    asked: list[tuple[int, ...]] = []
+
+    def noting(number: int, *arguments: int | None) -> int:
+        if number == kernel._submit:
+            asked.append(struct.unpack_from("<QIi", kernel._request))  # data, key, RWF_* flags
+        return system_call(number, *arguments)
+
+    monkeypatch.setattr(kernel_sync, "system_call", noting)
+    world.workers.write_durably(world.disk, world.through(tmp_path), AlignedMemory(4096), 4096, 0, world.results.append)
+    world.sync()
+    assert world.wait(2) == [None, None]
+    assert [flags for _, _, flags in asked] == [os.RWF_DSYNC, 0]
+
+
+def test_a_thread_that_has_written_a_part_has_failed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.disk, "pwrite", lambda fd, data, offset: len(data) - 512)
+    with pytest.raises(OSError, match="written in part"):
+        write_and_sync(world.disk, world.fd, AlignedMemory(4096).view, 0)
+    assert not world.disk.synced
 
 
 def test_what_the_kernel_does_not_begin_a_thread_writes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from tests.support.sim_disk import SimDisk, Sync, Write
 from tests.support.stores import JOURNAL_BYTES, StoreDriver
@@ -15,7 +17,7 @@ from sheepdog.cluster.host.pipeline import LOOKS_BEFORE_SYNC
 
 SIZE = 1 << 20
 BLOCKS = SIZE // BLOCK_SIZE
-OID = data_oid(Vid(1), 0)
+OID, OTHER = data_oid(Vid(1), 0), data_oid(Vid(2), 0)
 PIECE = THROUGH_RECORD_BYTES
 
 
@@ -33,6 +35,7 @@ class Disk(SimDisk):
     def __init__(self) -> None:
         super().__init__()
         self.written_through = 0
+        self.full = ""  # the file that has no room
         self._through: list[int] = []
 
     def open_direct(self, path: str) -> int:
@@ -40,6 +43,8 @@ class Disk(SimDisk):
         return self._through[-1]
 
     def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:
+        if self._open[fd] is self.names.get(self.full):
+            raise OSError(errno.ENOSPC, "full")
         self.written_through += fd in self._through
         return super().pwrite(fd, data, offset)
 
@@ -160,6 +165,40 @@ def test_the_journal_does_not_go_on_in_its_other_segment_while_records_are_writt
     world.wait(1 + count)
     assert world.driver.store._journal.number == number + 1
     world.check_after_a_start()
+
+
+def test_nothing_is_refused_for_lack_of_room_while_there_is_another_segment() -> None:
+    """A change of another object waits for room, and the present segment is half full."""
+    world = World()
+    driver = world.driver
+    driver.write(OID, 0, b"a" * SIZE, v(2), durable=True)  # changes of what has its place on the disk need no room
+    world.counter = 2
+    driver.create(OTHER, SIZE, 0, bytes(SIZE), v(1), durable=True)
+    driver.flush()
+    world.disk.full = f"/meta/obj/{OTHER:016x}"
+    driver.write(OTHER, 0, block(0), v(2), durable=True)
+    while not driver.store._journal.is_half_full():
+        world.write(durable=True)
+        world.wait(len(world.answers) + 1)
+    assert driver.store._no_room.waiting
+    assert driver.store._journal.other_is_free()
+    before = len(world.answers)
+    for _ in range(4):
+        world.write(durable=True)
+        driver.settle()  # the first is being written through meanwhile
+    world.wait(before + 4)
+
+
+def test_a_store_that_does_not_sync_writes_nothing_through() -> None:
+    disk = Disk()
+    driver = StoreDriver("/meta", nosync=True, disk=disk)
+    driver.create(OID, SIZE, 0, bytes(SIZE), v(1), durable=True)
+    for counter in range(2, 6):
+        driver.write(OID, 0, block(counter), v(counter), durable=True)
+        driver.store._pipeline.want_sync()  # as before a file is closed
+        driver.settle()
+    driver.close()
+    assert disk.written_through == 0
 
 
 def test_a_turn_with_more_than_is_written_through_at_once() -> None:
