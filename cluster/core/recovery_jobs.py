@@ -262,6 +262,12 @@ class StripJob(Job):
         """(strip, member) of all that there should be here."""
         return [(strip, member) for strip, member in enumerate(self._layout) if member != NOBODY]
 
+    def able_to_go_back(self, cut: Version) -> list[tuple[int, int]]:
+        """(strip, member) of those that then have all that is before the write `cut`: the others lack some of that, and
+        stay bad. `cut` counts on one at least."""
+        refusals = self._strips.refusals
+        return [(strip, member) for strip, member in self.strips() if not refusals.lacks_before(self.oid, strip, cut)]
+
     def cut(self) -> Version | None:
         refusals = self._strips.refusals
         known = refusals.known(self.oid)

@@ -80,9 +80,10 @@ class Refusals:
             self._lacking[oid] = dict.fromkeys(self._lacking[oid], NO_VERSION)
 
     def taken_back(self, oid: ObjectId, cut: Version, failed: Sequence[int]) -> list[int]:
-        """All strips but `failed` are what they were before the write `cut`. Returns those that are right again."""
+        """All strips but `failed`, and those that lack an earlier write, are what they were before the write `cut`.
+        Returns those that are right again."""
         self._void.pop(oid, None)
-        again, bad = self._uneven.pop(oid, {}), self._unread.pop(oid, {})
+        again, bad = self._uneven.pop(oid, {}), self._unread.get(oid, {})
         lacking = self._lacking.setdefault(oid, {})
         for strip in [strip for strip, first in lacking.items() if first >= cut]:
             del lacking[strip]
@@ -111,6 +112,11 @@ class Refusals:
         """Strips that lack only a version."""
         lacking = self._lacking.get(oid, {})
         return [strip for strip in self._uneven.get(oid, {}) if strip not in lacking]
+
+    def lacks_before(self, oid: ObjectId, strip: int, cut: Version) -> bool:
+        """The strip lacks a write that is not taken back with `cut`."""
+        first = self._lacking.get(oid, {}).get(strip)
+        return first is not None and first < cut
 
     def cut(self, oid: ObjectId, needed: int, strips: Sequence[int]) -> Version | None:
         """The first write to be taken back, so that `needed` of `strips` have all that is before it, or as many as can

@@ -55,7 +55,7 @@ class TakeBack:
         if self._home.strips.levels.withdraw(job.oid):
             self._context.probe("take_back.begun")
             job.running = True
-            self._ask(_Round(job, cut), job.strips())
+            self._ask(_Round(job, cut), job.able_to_go_back(cut))
         return True
 
     def _ask(self, asked: _Round, strips: Sequence[tuple[int, int]]) -> None:

@@ -12,11 +12,13 @@ from tests.sim.test_strip_sends import at_answer
 
 from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.errors import DiskError, NoSpace, Result, StoreError
+from sheepdog.cluster.core.home_writes import Submission, Write
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, strip_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_DELAY_NS, RECOVERY_RETRY_NS, STABLE_DELAY_NS
-from sheepdog.cluster.core.messages import Buffer, Kind
+from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.recovery_jobs import StripJob
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_levels import StripLevels
 from sheepdog.cluster.core.strip_sends import Sending, StripSends
@@ -279,6 +281,67 @@ def test_strips_are_not_level_when_they_have_gone_back(seed: int, monkeypatch: p
     late_and_full(seed, monkeypatch)
 
 
+def refuse_strips(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """There is no space to make strips anew."""
+    pull = Copies.pull
+
+    def refuse(self: Copies, message: Message, pulled: Callable[[int], None]) -> None:
+        if self is machine.node.copies:
+            pulled(Result.NO_SPACE)
+        else:
+            pull(self, message, pulled)
+
+    patch.setattr(Copies, "pull", refuse)
+
+
+def lacks_earlier(seed: int, power: bool) -> None:
+    """A parity strip refuses a write that stays. A small one behind it is taken back: its data strip refuses it late.
+    What is read then is what is there when all have gone and come back, also if the strips that took the first write
+    go once more, as many as there is parity."""
+    story = Story(seed, 6)
+    story.wait(*(story.write(offset, 1) for offset in OFFSETS))
+    story.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_writes(patch, story.more[-1])
+        refuse_strips(patch, story.more[-1])
+        refuse_writes(patch, story.second)
+        story.wait(story.write(OFFSETS[0], 2), story.write(OFFSETS[1], 3, durable=False))
+        seen = [story.read(story.home, offset) for offset in OFFSETS]
+        assert {result for result, _ in seen} == {Result.SUCCESS}
+        for machine in story.cluster.machines:
+            machine.kill(power=power)
+    story.cluster.start_all()
+    story.settle()
+    assert [story.read(story.home, offset) for offset in OFFSETS] == seen
+    for machine in (story.home, story.second):
+        machine.kill()
+    settle(story.cluster, story.parity, *story.more)
+    assert [story.read(story.parity, offset) for offset in OFFSETS] == seen
+
+
+@pytest.mark.parametrize("power", [False, True])
+@pytest.mark.parametrize("seed", range(2 * SEEDS))
+def test_a_strip_that_lacks_an_earlier_write_stays_bad(seed: int, power: bool) -> None:
+    lacks_earlier(seed, power)
+
+
+def test_a_strip_that_cannot_be_read_is_not_right_when_more_is_taken_back() -> None:
+    """First the later write, then the one that the strip lacks, too: some bytes of it may be rotten as before."""
+    story = Story(0, 6)
+    home = story.home.node.copies.at_home()
+    refusals, write = home.strips.refusals, Submission(story.oid, 0, 0, BLOCK_SIZE, block_of(2), 0, nobody, 0, 0, 0)
+    earlier, later = [Write(home, write, home.sequence + count, 0, False) for count in (1, 2)]
+    earlier.strips = 0b110001
+    refusals.failed(earlier, home.me, Result.EIO)
+    refusals.ended(earlier)
+    assert refusals.taken_back(story.oid, later.version, []) == []
+    assert refusals.taken_back(story.oid, earlier.version, []) == []
+
+
+def nobody(result: int, data: Buffer) -> None:
+    """Waits for the answer."""
+
+
 def passed_by(patch: pytest.MonkeyPatch) -> None:
     """The write is ended as if it could stay."""
     patch.setattr(TakeBack, "begin", lambda self, job: False)
@@ -319,6 +382,11 @@ def forgotten_too_soon(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(UndoLog, "level", forget)
 
 
+def all_asked(patch: pytest.MonkeyPatch) -> None:
+    """A strip that lacks an earlier write has nothing to take back, and is right."""
+    patch.setattr(StripJob, "able_to_go_back", lambda self, cut: self.strips())
+
+
 def try_refusals(seed: int, patch: pytest.MonkeyPatch) -> None:
     for full in (2, 3):
         refused(seed, full, OFFSETS[1])
@@ -326,6 +394,10 @@ def try_refusals(seed: int, patch: pytest.MonkeyPatch) -> None:
 
 def try_levels(seed: int, patch: pytest.MonkeyPatch) -> None:
     uneven(seed, seed & 1)
+
+
+def try_earlier(seed: int, patch: pytest.MonkeyPatch) -> None:
+    lacks_earlier(seed, bool(seed & 1))
 
 
 @pytest.mark.parametrize(
@@ -336,6 +408,7 @@ def try_levels(seed: int, patch: pytest.MonkeyPatch) -> None:
         (bad_for_good, not_told),
         (one_by_one, late),
         (forgotten_too_soon, late_and_full),
+        (all_asked, try_earlier),
     ],
 )
 def test_planted_bugs_are_found(
