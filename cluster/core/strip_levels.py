@@ -146,6 +146,8 @@ class StripLevels:
         self._answered(batch, member, [strip for strip, _ in decode_levels(answer.payload())])
 
     def _answered(self, batch: _Batch, member: int, failed: Iterable[ObjectId]) -> None:
+        if not self._home.is_present():
+            return  # the store of this node may be late
         for strip in failed:
             batch.failed[plain_oid(strip)] = None
             self._home.strip_failed(plain_oid(strip), member, batch.versions[plain_oid(strip)])

@@ -342,6 +342,27 @@ def nobody(result: int, data: Buffer) -> None:
     """Waits for the answer."""
 
 
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_home_that_is_over_tells_nobody_that_strips_are_uneven(seed: int) -> None:
+    """Its own store says in the next epoch, in which members have other numbers, that it has no space for a version."""
+    story, late = Story(seed, 6), list[Done]()
+    store, fabric, told = story.home.node.context.store, story.cluster.fabric, list[int]()
+
+    def stamp(oid: ObjectId, version: Version, durable: bool, done: Done) -> None:
+        patch.undo()
+        late.append(done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "stamp", stamp)
+        assert story.wait(story.write(OFFSETS[1], 2, durable=False)) == [0]
+        story.cluster.world.run_for(2 * LEVEL_DELAY_NS)
+    story.second.kill()
+    settle(story.cluster, story.home, story.parity, *story.more)
+    fabric.trap = lambda sender, receiver, kind: told.append(kind)
+    late.pop()(NoSpace("late"))
+    assert not told
+
+
 def passed_by(patch: pytest.MonkeyPatch) -> None:
     """The write is ended as if it could stay."""
     patch.setattr(TakeBack, "begin", lambda self, job: False)
