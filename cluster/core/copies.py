@@ -269,9 +269,10 @@ class Copies:
         self.replica.restored(oid)
 
     def spoilt_locally(self, oid: ObjectId, version: Version = NO_VERSION) -> None:
-        self.replica.spoil(oid)
         if oid >> STRIP_SHIFT:
-            self.replica.note_refused(oid, version)
+            self.replica.refuse(oid, version)
+        else:
+            self.replica.spoil(oid)
 
     def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
         """If the strip here lacks a write, that is remembered until it is made anew; `noted`, in this epoch, when that

@@ -121,7 +121,7 @@ class Replica:
         self.missing: dict[ObjectId, None] = {}  # copies here that are not current
         self.lost: dict[ObjectId, int] = {}  # those of them that are not current anywhere; known to exist in that epoch
         self.broken: dict[ObjectId, None] = {}  # copies here that went bad in this epoch
-        self.refused: dict[ObjectId, bool] = {}  # strips that could not take a write: they are what they were before
+        self.refused: dict[ObjectId, bool] = {}  # strips that lack a write; True: else they are good
         self.unequal: list[dict[ObjectId, None]] = []  # by home: current here, but another replica is not yet
         self.undecided: list[dict[ObjectId, None]] = []  # by home: those of them that have yet to become one version
         self._unstable: dict[ObjectId, list[_Change]] = {}  # those of the feeds, by object
@@ -170,17 +170,17 @@ class Replica:
         self.missing[oid] = None
         self.doubt(oid)
 
-    def note_refused(self, strip: ObjectId, version: Version) -> None:
-        """The strip lacks the write `version`; if it does not pretend to have it, it is what it was."""
+    def refuse(self, strip: ObjectId, version: Version) -> None:
+        """The strip lacks the write `version`; if it does not pretend to have it, it is what it was, good or bad."""
         now = self._context.store.version(strip)
-        if now is None or not NO_VERSION < now < version:
-            self.refused[strip] = False
-        else:
-            self.refused.setdefault(strip, True)
+        was_good = strip not in self.missing and strip not in self.broken
+        is_as_before = now is not None and NO_VERSION < now < version and self.refused.get(strip, was_good)
+        self.spoil(strip)
+        self.refused[strip] = is_as_before
 
     def reconsider(self) -> None:
-        """The epoch ends. A strip that refused a write, and of which no home has said that it does not count, is one
-        that the write has not come to; as it would be after a restart."""
+        """The epoch ends. A strip that was good and refused a write, and of which no home has said that it does not
+        count, is one that the write has not come to; as it would be after a restart."""
         for strip in [strip for strip, is_as_before in self.refused.items() if is_as_before]:
             self.missing.pop(strip, None)
             self.broken.pop(strip, None)
@@ -188,6 +188,7 @@ class Replica:
     def doubt(self, oid: ObjectId) -> None:
         """The copy here is not to be trusted and made anew; should the epoch end before, it tells nothing."""
         self.broken[oid] = None
+        self.refused.pop(oid, None)
         if oid >> STRIP_SHIFT:
             self.strips.changes.distrust(oid)
         self._context.doubts[oid] = self._context.doubts.get(oid, 0) + 1
@@ -322,10 +323,11 @@ class Replica:
         context.log(3, f"object {oid:016x}: cannot apply a write: {error}")
         rotten = bool(message.flags & Flag.OLD) and isinstance(error, Corrupt) and oid not in context.spoilt
         if not rotten:  # else no strip will have the write: none lacks it
-            self.spoil(oid)
             if oid >> STRIP_SHIFT:
                 context.spoilt.setdefault(oid, error)
-                self.note_refused(oid, message.version)
+                self.refuse(oid, message.version)
+            else:
+                self.spoil(oid)
         change.result = int(error.result)
 
     def _answer_with_old(self, sender: NodeId, message: Message, change: _Change) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from tests.sim.test_directed import settle
@@ -361,6 +362,25 @@ def test_a_home_that_is_over_tells_nobody_that_strips_are_uneven(seed: int) -> N
     fabric.trap = lambda sender, receiver, kind: told.append(kind)
     late.pop()(NoSpace("late"))
     assert not told
+
+
+@pytest.mark.parametrize("refused_first", [False, True])
+def test_a_strip_that_is_bad_in_another_way_too_does_not_count(refused_first: bool) -> None:
+    """When the epoch ends one that only refused a write is what it was."""
+    story = Short(0)
+    strip, replica = strip_of(story.oid, 0), story.home.node.copies.replica
+    version = story.home.node.context.store.version(strip)
+    assert version is not None
+    behind = version._replace(counter=version.counter + 1)
+    replica.refuse(strip, behind)
+    replica.reconsider()
+    assert strip not in replica.broken
+    replica.restored(strip)
+    for call in [partial(replica.refuse, strip, behind), partial(replica.doubt, strip)][:: 1 if refused_first else -1]:
+        call()
+    replica.refuse(strip, behind)
+    replica.reconsider()
+    assert strip in replica.broken
 
 
 def passed_by(patch: pytest.MonkeyPatch) -> None:
