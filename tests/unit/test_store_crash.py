@@ -32,8 +32,8 @@ CROWD = 30  # operations that are under way before a crowded workload waits for 
 OPERATIONS = 45
 OIDS = [data_oid(Vid(vid), 0) for vid in (1, 2, 3)]
 NEVER = 1 << 60
-WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "20"))  # each makes about 560 images
-SOAK_WORKLOADS = 112  # 50,000 images
+WORKLOADS = int(os.environ.get("STORE_CRASH_WORKLOADS", "24"))  # each makes about 460 images
+SOAK_WORKLOADS = 120  # 50,000 images
 SUBSET_WORKLOADS, SUBSET_OPERATIONS, SUBSETS = 4, 12, 256
 REPLAY_WORKLOADS, REPLAYS = 3, 6
 CROWDED_WORKLOADS = 12
@@ -336,4 +336,4 @@ def test_many_more_crashes_leave_what_was_promised(number: int, nosync: bool) ->
 def test_there_were_as_many_images_as_promised() -> None:
     if len(IMAGES) < 2 * WORKLOADS:
         pytest.skip("only some of the workloads have run")
-    assert sum(IMAGES) >= 10_000 * WORKLOADS // 20
+    assert sum(IMAGES) >= 10_000 * WORKLOADS // 24
