@@ -103,3 +103,12 @@ def sources() -> list[str]:
     ).stdout.split()
     assert listed
     return listed
+
+
+@pytest.mark.parametrize("script", ["compile", "compile-native"])
+def test_an_option_that_it_does_not_know_compiles_nothing(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "packaging" / script, "--none"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "unrecognized arguments: --none" in done.stderr
