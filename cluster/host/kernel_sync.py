@@ -13,7 +13,6 @@ import errno
 import os
 import platform
 from asyncio import AbstractEventLoop
-from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
@@ -21,7 +20,7 @@ from sheepdog.cluster.core.limits import FILE_SYNCS
 from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.disk import Disk
 from sheepdog.cluster.host.system_call import system_call
-from sheepdog.cluster.host.workers import CallSoon, ThreadWorkers
+from sheepdog.cluster.host.workers import CallSoon, Synced, ThreadWorkers
 
 # Numbers of io_setup, io_destroy, io_getevents, io_submit.
 ALL_CALLS: Final = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
@@ -34,8 +33,6 @@ _REQUEST: Final = Struct("<QIiHhIQQqQII")
 _EVENT: Final = Struct("<QQqq")  # struct io_event: data, obj, res, res2
 
 KERNEL_SYNCS: Final = FILE_SYNCS + 2  # those of the journal, and of META/undo before it, find a place
-
-Synced = Callable[[OSError | None], None]
 
 
 class KernelSync:

@@ -18,6 +18,8 @@ from sheepdog.cluster.host.disk import Disk
 _T = TypeVar("_T")
 CallSoon: TypeAlias = Callable[[Callable[[], None]], None]
 """Schedules a call on the loop's thread; may be used from any thread."""
+Synced: TypeAlias = Callable[[OSError | None], None]
+"""Gets the error, or None when it is on the disk."""
 
 THREADS = 4  # syncs of four files at a time keep a disk's queue filled; more only add switching
 _Job: TypeAlias = Callable[[], None]
@@ -26,18 +28,10 @@ _Job: TypeAlias = Callable[[], None]
 class Workers(Protocol):
     """Runs blocking calls."""
 
-    def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
+    def sync(self, disk: Disk, fd: int, done: Synced) -> None:
         """`disk.fdatasync`: what was written before this call is on the disk when `done` gets None."""
 
-    def write_durably(
-        self,
-        disk: Disk,
-        fd: int,
-        memory: AlignedMemory,
-        length: int,
-        offset: int,
-        done: Callable[[OSError | None], None],
-    ) -> None:
+    def write_durably(self, disk: Disk, fd: int, memory: AlignedMemory, length: int, offset: int, done: Synced) -> None:
         """The first `length` bytes of `memory` are on the disk at `offset` when `done` gets None."""
 
     def run(self, call: Callable[[], _T], done: Callable[[_T | OSError], None]) -> None:
@@ -76,18 +70,10 @@ class ThreadWorkers:
             thread.start()
         self._jobs.put(job)
 
-    def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
+    def sync(self, disk: Disk, fd: int, done: Synced) -> None:
         self.run(lambda: disk.fdatasync(fd), done)
 
-    def write_durably(
-        self,
-        disk: Disk,
-        fd: int,
-        memory: AlignedMemory,
-        length: int,
-        offset: int,
-        done: Callable[[OSError | None], None],
-    ) -> None:
+    def write_durably(self, disk: Disk, fd: int, memory: AlignedMemory, length: int, offset: int, done: Synced) -> None:
         self.run(lambda: write_and_sync(disk, fd, memory.view[:length], offset), done)
 
     def stop(self) -> None:

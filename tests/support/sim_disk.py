@@ -20,7 +20,7 @@ from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.aligned import AlignedMemory
 from sheepdog.cluster.host.disk import Disk, FileInfo, Space
 from sheepdog.cluster.host.kernel_sync import KERNEL_SYNCS
-from sheepdog.cluster.host.workers import THREADS, write_and_sync
+from sheepdog.cluster.host.workers import THREADS, Synced, write_and_sync
 
 ATOM = 512
 _T = TypeVar("_T")
@@ -387,15 +387,7 @@ class SimWorkers:
     def sync(self, disk: Disk, fd: int, done: Callable[[OSError | None], None]) -> None:
         self.run(lambda: disk.fdatasync(fd), done)
 
-    def write_durably(
-        self,
-        disk: Disk,
-        fd: int,
-        memory: AlignedMemory,
-        length: int,
-        offset: int,
-        done: Callable[[OSError | None], None],
-    ) -> None:
+    def write_durably(self, disk: Disk, fd: int, memory: AlignedMemory, length: int, offset: int, done: Synced) -> None:
         data = memory.view[:length]
         self.run(lambda: write_and_sync(disk, fd, data, offset), done)
 
