@@ -16,7 +16,6 @@ from typing import Protocol
 
 ATTACH_LIMIT_S = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _ROW = re.compile(r"^\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)\s+(?:\d+\s+)?(\w+)$", re.M)
 WAITING = frozenset(("restart_syscall", "futex"))  # of threads that have nothing to do
 
@@ -52,10 +51,6 @@ def cpu_seconds(pids: Iterable[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / _TICKS
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
 
 
 def system_calls(pids: list[int], run: Callable[[], Counted]) -> float:

@@ -29,8 +29,9 @@ from typing import Any
 
 from tests.bench import results
 from tests.bench.administration import settle
-from tests.bench.counting import cpu_seconds, resident_bytes
+from tests.bench.counting import cpu_seconds
 from tests.support.cluster import Cluster, started
+from tests.support.processes import resident_bytes
 
 from sheepdog.cluster.client import admin
 from sheepdog.cluster.client.connection import Connection

@@ -27,12 +27,12 @@ from shutil import rmtree, which
 from typing import Any, Protocol
 
 from tests.bench import results
-from tests.bench.counting import cpu_seconds, resident_bytes, system_calls
+from tests.bench.counting import cpu_seconds, system_calls
 from tests.bench.fio import FioLoad
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
 from tests.support.nbd import NbdServer
-from tests.support.processes import CommandFailed, having_argument
+from tests.support.processes import CommandFailed, having_argument, resident_bytes
 
 from sheepdog.cluster.client.errors import SheepError
 from sheepdog.cluster.client.workload import FRESH_OBJECTS, OBJECT_BYTES, Cell, Workload, parse_cell

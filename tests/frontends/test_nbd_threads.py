@@ -10,7 +10,7 @@ import pytest
 from tests.support import needs
 from tests.support.cluster import Cluster
 from tests.support.nbd import NbdServer, nbdsh
-from tests.support.processes import wait_until
+from tests.support.processes import resident_bytes, wait_until
 
 CONNECTIONS = 60
 LEFT_BYTES = 256 << 10  # one thread for each connection that leaves its state of 8 KiB makes 480
@@ -68,8 +68,3 @@ def test_a_thread_looks_for_a_processor(cluster3: Cluster, teardown: ExitStack, 
 
 def thread_count(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
-
-
-def resident_bytes(pid: int) -> int:
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) << 10

@@ -12,7 +12,7 @@ import pytest
 from tests.process.test_native_operations import make_fs, new_vdi
 from tests.support.cluster import Cluster, started
 from tests.support.door import Door, plain
-from tests.support.processes import wait_until
+from tests.support.processes import resident_bytes, wait_until
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NodeId, Vid, data_oid, inode_oid
@@ -55,8 +55,7 @@ class Site:
 
     def memory_mib(self) -> int:
         (pid,) = self.cluster.pids(0)
-        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() >> 20
+        return resident_bytes(pid) >> 20
 
 
 @pytest.fixture

@@ -134,6 +134,11 @@ def end(pids: Sequence[int]) -> None:
     wait_ended(pids)
 
 
+def resident_bytes(pid: int) -> int:
+    """What a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def locked_bytes(pid: int) -> int:
     """Memory of a process that cannot be taken from it."""
     maps = Path(f"/proc/{pid}/smaps").read_text()
