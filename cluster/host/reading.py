@@ -44,10 +44,9 @@ class Reads:
         copy = self._by_oid.get(oid)
         if (
             copy is not None
-            and length == BLOCK_SIZE
+            and 0 < length <= BLOCK_SIZE - (offset & _BLOCK_MASK)
             and copy.fd >= 0
             and not copy.busy
-            and not offset & _BLOCK_MASK
             and offset + length <= copy.size
             and (offset >> 12) not in copy.pending
         ):
@@ -55,12 +54,13 @@ class Reads:
             if entry:
                 block = bytearray(BLOCK_SIZE)
                 try:
-                    count = self._disk.preadv_cached(copy.fd, (block,), offset)
+                    count = self._disk.preadv_cached(copy.fd, (block,), offset & ~_BLOCK_MASK)
                 except OSError:
                     count = 0  # not cached, or an error that the slow way meets again
                 if count == BLOCK_SIZE and block_hash(block) == entry:
                     self._copies.files.used(oid)
-                    done(block)
+                    start = offset & _BLOCK_MASK
+                    done(block if length == BLOCK_SIZE else memoryview(block)[start : start + length])
                     return
         self._copies.with_open(
             oid,
@@ -153,8 +153,8 @@ class Reads:
             start = offset & _BLOCK_MASK
             done(data[start : start + length])
 
-    def block(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> Buffer | None:
-        """Present bytes of the block at `offset`, verified.
+    def block(self, copy: Copy, offset: int, failed: Done, again: Callable[[], None]) -> bytearray | None:
+        """Present bytes of the block at `offset`, verified; the caller may change them.
 
         None when that failed, or when it has to come from the disk first: then `again` is called later, and other
         operations on the copy wait for that.
@@ -162,10 +162,10 @@ class Reads:
         number = offset >> 12
         record = copy.pending.get(number)
         if record is not None:
-            return record.block(number) if record.hash(number) else trailer.ZERO_BLOCK
-        if copy.fd < 0:  # the file is not made yet
-            return trailer.ZERO_BLOCK
+            return bytearray(record.block(number) if record.hash(number) else trailer.ZERO_BLOCK)
         block = bytearray(BLOCK_SIZE)
+        if copy.fd < 0:  # the file is not made yet
+            return block
         try:
             count = self._disk.preadv_cached(copy.fd, (block,), offset)
         except BlockingIOError:
@@ -176,7 +176,7 @@ class Reads:
         if count < BLOCK_SIZE:
             self._fetch(copy, offset, failed, again)
             return None
-        if trailer.bad_blocks(block, copy.entries, FIRST_ENTRY + number):
+        if trailer.is_bad(block, copy.entries[FIRST_ENTRY + number]):
             failed(self._copies.corrupt(copy, [number]))
             return None
         return block
@@ -191,6 +191,12 @@ class Reads:
         end = offset + len(data)
         start = offset & ~_BLOCK_MASK
         stop = min((end + _BLOCK_MASK) & ~_BLOCK_MASK, copy.size)
+        if stop - start <= BLOCK_SIZE:
+            inside = self.block(copy, start, failed, again)
+            if inside is None:
+                return None
+            inside[offset - start : end - start] = data
+            return start, inside if stop - start == BLOCK_SIZE else inside[: stop - start]
         merged = bytearray(stop - start)
         edges = [start] if offset & _BLOCK_MASK else []
         last = stop - 1 & ~_BLOCK_MASK

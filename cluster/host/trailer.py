@@ -187,8 +187,16 @@ def filled_runs(hashes: list[int], length: int) -> Iterator[tuple[int, int]]:
         yield begin, length
 
 
+def is_bad(block: Buffer, entry: int) -> bool:
+    """Whether a whole block does not match its entry; a hole must be zeros."""
+    found = block_hash(block)
+    return found != entry and (found or 1) != (entry or _ZERO_BLOCK_HASH)
+
+
 def bad_blocks(data: Buffer, entries: memoryview, first: int) -> list[int]:
     """Which of the whole blocks of `data` (counted from 0) do not match entries[first:]; a hole must be zeros."""
+    if len(data) == BLOCK_SIZE:
+        return [0] if is_bad(data, entries[first]) else []
     found = _whole_blocks(memoryview(data))
     count = len(found)
     expected = entries[first : first + count].tolist()

@@ -270,8 +270,10 @@ def test_rotten_blocks_are_never_returned(store: StoreDriver, tmp_path: Path) ->
     with pytest.raises(Corrupt) as caught:
         store.read(OID, 0, 4 * 4096)
     assert caught.value.blocks == (2,)
-    with pytest.raises(Corrupt):
-        store.read(OID, 20 * 4096, 4096)
+    for rotten in (2, 20):
+        for inside, length in ((0, 4096), (512, 512)):
+            with pytest.raises(Corrupt):
+                store.read(OID, rotten * 4096 + inside, length)
     with pytest.raises(Corrupt):
         store.write(OID, 2 * 4096 + 5, b"part", v(2))
     assert store.store.version(OID) == v(1)
