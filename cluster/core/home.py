@@ -251,9 +251,10 @@ class Home:
         return self.context.store.version(oid) is not None if policy is None else self.strips.exists(oid, policy)
 
     def absent(self, oid: ObjectId) -> Result:
-        """What a request for an object is told that nobody here has."""
+        """What a request for an object is told that nobody here has, or as far as this node knows how it is kept."""
         unknown = bool(self.context.state.partial) and self.context.state.vdis.get(vid_of(oid)) is None
-        if not self._knows_all and (unknown or self.past.may_exist(oid, self._complete)):
+        may_exist = not self._knows_all and (unknown or self.past.may_exist(oid, self._complete))
+        if may_exist or (unknown and not self.context.knows(oid)):
             self.context.probe("home.object_unknown")
             return Result.EIO
         return Result.NO_OBJ

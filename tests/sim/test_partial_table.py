@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tests.sim.test_late_map_writes import create, wait_for
 from tests.sim.test_volumes import ask, delete, stored
 
@@ -9,7 +10,8 @@ from sheepdog.cluster.core.errors import NoSpace, Result
 from sheepdog.cluster.core.ids import NO_VERSION, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.vdi import VdiRecord
 from sheepdog.cluster.sim.audit import audit
-from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, SimCluster
+from sheepdog.cluster.sim.clients import make_volume
+from sheepdog.cluster.sim.cluster import HEALTH_LIMIT_NS, Machine, SimCluster
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND, World
 
 SIZE = 4 << 20
@@ -47,12 +49,17 @@ def one_starts_alone(copies: int, default: int) -> tuple[SimCluster, int, bytes,
     for machine in machines:
         if machine is not alone:
             machine.kill()
+    start_alone(cluster, alone)
+    return cluster, alone.number, name, vid
+
+
+def start_alone(cluster: SimCluster, alone: Machine) -> None:
+    """The others have ended."""
     cluster.world.run_until(lambda: len(alone.node.cluster.members) == 1, HEALTH_LIMIT_NS, "the others are gone")
     cluster.world.run_for(SECOND)
     alone.kill()
     alone.start()
     cluster.world.run_until(lambda: alone.serves() and alone.node.cluster.loaded, HEALTH_LIMIT_NS, "one runs")
-    return cluster, alone.number, name, vid
 
 
 def check(copies: int, default: int) -> None:
@@ -86,6 +93,27 @@ def test_volumes_of_nodes_that_are_away_are_out_of_reach() -> None:
 
 def test_one_with_fewer_copies_than_others_is_missed_too() -> None:
     check(1, 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_objects_of_a_coded_volume_are_there_before_its_inode_is_found(seed: int) -> None:
+    """All nodes are here again, but nobody has told yet how they are kept. (Harder scenario of swarm 125.)"""
+    cluster = SimCluster(World(seed), 4)
+    cluster.start_all()
+    cluster.format(3)
+    volume = make_volume(cluster, "coded", 1, (), policy=0x11)
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    alone = next(machine for machine in cluster.machines if inode_oid(volume.vid) not in machine.disk.copies())
+    for machine in cluster.machines:
+        if machine is not alone:
+            machine.kill()
+    start_alone(cluster, alone)
+    cluster.start_all()
+    results: list[int] = []
+    while Result.SUCCESS not in results:
+        alone.node.gateway.read(data_oid(volume.vid, 0), 0, 4096, lambda result, _: results.append(int(result)))
+        cluster.world.run_for(MILLISECOND)
+    assert set(results) == {Result.EIO, Result.SUCCESS}
 
 
 def test_an_administrator_may_give_up_what_is_away() -> None:
