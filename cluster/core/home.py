@@ -26,7 +26,7 @@ from sheepdog.cluster.core.limits import STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import encode_origins
 from sheepdog.cluster.core.past import Former, Past
-from sheepdog.cluster.core.peering import Decision, Inventories, Verdict
+from sheepdog.cluster.core.peering import Decision, Inventories, Verdict, add_verdicts
 from sheepdog.cluster.core.ports import Timer
 from sheepdog.cluster.core.recovery import Recovery
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
@@ -115,13 +115,7 @@ class Home:
         surplus: list[tuple[int, ObjectId]] = []
         deleted: list[tuple[int, ObjectId]] = []
         for decision in decisions:
-            for member, oid in decision.lacking():
-                if decision.is_lost:
-                    verdicts[member].lost.append((oid, decision.known_of(member, oid)))
-                else:
-                    verdicts[member].missing.append(oid)
-            for member, oid in decision.unequal():
-                (verdicts[member].undecided if decision.is_undecided else verdicts[member].unequal).append(oid)
+            add_verdicts(verdicts, decision)
             if isinstance(decision, StripDecision) and decision.layout:
                 self.strips.assign(decision.oid, decision.layout)
             if decision.needs_recovery:

@@ -89,10 +89,9 @@ class Decision(NamedTuple):
     def surplus_copies(self) -> list[tuple[int, ObjectId]]:
         return [(member, self.oid) for member in self.surplus]
 
-    @property
-    def is_undecided(self) -> bool:
-        """What is current has yet to become one version."""
-        return False
+    def undecided(self) -> list[tuple[int, ObjectId]]:
+        """(member, id) of strips that have yet to become one version with others, or that others are made from."""
+        return []
 
     @property
     def is_lost(self) -> bool:
@@ -109,7 +108,7 @@ class Verdict(NamedTuple):
     missing: list[ObjectId]  # it has no current copy of these; another member has
     lost: list[tuple[ObjectId, int]]  # nobody here has; known to have existed in that epoch, 0: in none
     unequal: list[ObjectId]  # its copy is current, but another replica has an older one yet
-    undecided: list[ObjectId]  # its strip is one of a state that all of them have yet to be brought to
+    undecided: list[ObjectId]  # StripDecision.undecided
     complete: bool  # the home knows of all its objects that exist
 
     def encode(self, fence: int) -> Message:
@@ -142,6 +141,19 @@ class Verdict(NamedTuple):
             oids[unequal:],
             bool(message.flags & Flag.COMPLETE),
         )
+
+
+def add_verdicts(verdicts: Sequence[Verdict], decision: Decision | StripDecision) -> None:
+    """What the members, in their order, are told of a decision."""
+    for member, oid in decision.lacking():
+        if decision.is_lost:
+            verdicts[member].lost.append((oid, decision.known_of(member, oid)))
+        else:
+            verdicts[member].missing.append(oid)
+    for member, oid in decision.unequal():
+        verdicts[member].unequal.append(oid)
+    for member, oid in decision.undecided():
+        verdicts[member].undecided.append(oid)
 
 
 def encode_holdings(holdings: Sequence[Holding]) -> bytes:

@@ -3,7 +3,7 @@
 current     strips that were proven current in the newest epoch known to any of them; and where that is the epoch of the
             last write itself, also the strips of that epoch's replicas: they were made current before it was written;
             but not those of which a member knows that it was to make them anew, for an agreement gives a version, too;
-            nor those that could not take a write, as long as the others make up the object
+            nor those that could not take a write
 restarted   a member that is another process than then may have lost unflushed writes with its power. Where the others
             make up the object they tell its state, as if it had come later; what it has may still fit
 unfinished  a write that some strip has and another proven one lacks which it touches: it was not answered, nor was
@@ -114,17 +114,18 @@ class StripDecision(NamedTuple):
 
     def unequal(self) -> list[tuple[int, ObjectId]]:
         """(member, strip's id) that are current, but must be asked for through the home for now."""
-        if not (self.stale or self.agree or self.unsettled):
+        if self.agree or not (self.stale or self.unsettled):
             return []
-        strips = [*self.holders, *(entry[:2] for entry in self.agree)]
+        return [(member, strip_of(self.oid, strip)) for strip, member in self.holders]
+
+    def undecided(self) -> list[tuple[int, ObjectId]]:
+        """(member, strip's id) that are of the state that all strips have yet to be brought to; or that are not to stay
+        where they are, but the others are made from them."""
+        strips = [entry[:2] for entry in self.agree] or [one for one in self.holders if self.layout[one[0]] != one[1]]
         return [(member, strip_of(self.oid, strip)) for strip, member in strips]
 
     def surplus_copies(self) -> list[tuple[int, ObjectId]]:
         return list(self.surplus)
-
-    @property
-    def is_undecided(self) -> bool:
-        return bool(self.agree)
 
     @property
     def is_lost(self) -> bool:
@@ -200,11 +201,12 @@ def decide(
     ]
     # Equal versions of these are one state. Others may lack a write that did not touch those which it equals.
     sure = [entry for entry in real if entry in current or not facts.superseded(oid, entry.as_of, least)]
-    # What may have lost a write, or is known to lack one, counts only where the others do not make up the object.
+    # What may have lost a write counts only where the others do not make up the object. What is known to lack one does
+    # not even then: what they have may have been read.
     restarted = {(entry.member, entry.strip) for entry in real if facts.restarted(entry.member, best_as_of)}
-    for bad, doubted in ((lacking, restarted), (lacking, ()), ((), ())):
-        able, told_by = _without(bad, real), _without(bad, _without(doubted, current))
-        state = _one_state(policy, able, told_by, _without(bad, sure), best_as_of)
+    able, told_by, equals = _without(lacking, real), _without(lacking, current), _without(lacking, sure)
+    for doubted in (restarted, ()):
+        state = _one_state(policy, able, _without(doubted, told_by), equals, best_as_of)
         if state.strips:
             return _arrange(oid, policy, state, held, replicas)
     if facts.never_stored(oid, best.epoch, holders):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from sheepdog.cluster.core.erasure import Policy
-from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid
+from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, strip_of
 from sheepdog.cluster.core.strip_peering import Held, StripDecision, decide
 from sheepdog.cluster.core.strip_undo import ALL_STRIPS, NO_STRIPS, Step
 
@@ -203,6 +203,23 @@ def test_a_strip_that_an_agreement_was_to_rebuild_does_not_stand_for_itself() ->
     assert decision.is_lost
     interrupted = decided(agreed, held(0, V[2], (V[1], FIRST)))  # its turn to agree may not have come
     assert states(interrupted) == {0: V[2], 1: N}
+
+
+def test_a_strip_that_others_are_made_from_counts_until_they_are_though_it_is_to_go() -> None:
+    """Replica 3 shall have what member 9 still has; else two good strips would be left, should the epoch end."""
+    decision = decided(held(0, V[1]), held(1, V[1]), held(3, V[1], member=9))
+    assert (decision.missing, decision.undecided(), decision.unequal()) == ((2, 3), [(9, strip_of(OID, 3))], [])
+    two_of_it = decided(held(0, V[1]), held(1, V[1]), held(3, V[1]), held(3, V[1], member=9))
+    assert (two_of_it.surplus, two_of_it.undecided()) == (((9, strip_of(OID, 3)),), [])
+
+
+def test_a_strip_that_is_known_to_lack_a_write_is_as_good_as_lost() -> None:
+    """Others may have read what it lacks. While those that have it are away, nobody reads what was there before."""
+    noted = [held(0, V[1]), held(0, NO_VERSION), held(1, V[2], (V[1], NO_STRIPS))]
+    assert decided(*noted).is_lost
+    decision = decided(*noted, held(2, V[2], (V[1], FIRST)))
+    assert (decision.holders, decision.missing) == (((1, 1), (2, 2)), (0, 3))
+    assert states(decided(noted[0], noted[2])) == {0: V[1], 1: V[2]}  # nobody has read what it lacks
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["witnesses are here", "they are away"])
