@@ -317,7 +317,13 @@ class Copies:
             pulled(Result.INVALID_PARMS)
         else:
             self.replica.strips.replaced(oid)
-            self.rebuilder.rebuild(oid, policy, message.version, members, repair, pulled, urgent)
+            made = partial(self._strip_made, oid, pulled)
+            self.rebuilder.rebuild(oid, policy, message.version, members, repair, made, urgent)
+
+    def _strip_made(self, strip: ObjectId, pulled: Callable[[int], None], result: int) -> None:
+        if result == Result.SUCCESS:
+            self._stale.made_anew(strip, self._must_work)
+        pulled(result)
 
     def _pulled_by_witness(self, oid: ObjectId, pulled: Callable[[int], None], result: int) -> None:
         """Without space for the copy the object may be read before it is here: that nothing is here proves nothing."""

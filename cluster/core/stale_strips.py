@@ -20,7 +20,7 @@ VersionOf = Callable[[ObjectId], Version | None]
 
 
 class _Mark(NamedTuple):
-    version: Version  # of the strip then; with another one it is another strip
+    version: Version  # of the strip then; with a later one it was made anew
     epoch: int
     lacks_write: bool = False  # that all was proven current at the start of the epoch does not make it right
 
@@ -34,7 +34,8 @@ class StaleStrips:
         self._saved: dict[ObjectId, _Mark] = {}  # on the disk
 
     def load(self, version_of: VersionOf, settled: int) -> dict[ObjectId, int]:
-        """The strips that are still to be made anew, with the epoch in which that was last known.
+        """The strips that are still to be made anew, with the epoch in which that was last known; but not those without
+        a version, which tell by that that they are.
 
         What was marked by then is not stale if all was proven current in the epoch `settled`.
         """
@@ -44,13 +45,17 @@ class StaleStrips:
             mark = _Mark(Version(epoch, term, counter), marked, bool(lacks_write))
             self._marks[ObjectId(oid | strip << STRIP_SHIFT)] = mark
         self._marks = self._valid(version_of, settled)
-        return {strip: mark.epoch for strip, mark in self._marks.items()}
+        return {strip: mark.epoch for strip, mark in self._marks.items() if version_of(strip) != NO_VERSION}
 
     def _valid(self, version_of: VersionOf, settled: int) -> dict[ObjectId, _Mark]:
+        """A strip with an earlier version than it had is the same one: what its disk did not keep it has lost with its
+        power. So is one that is being made anew, until that is on the disk, too."""
         return {
             strip: mark
             for strip, mark in self._marks.items()
-            if (mark.epoch > settled or mark.lacks_write) and version_of(strip) == mark.version
+            if (mark.epoch > settled or mark.lacks_write)
+            and (version := version_of(strip)) is not None
+            and version <= mark.version
         }
 
     def settle(
@@ -71,11 +76,16 @@ class StaleStrips:
         self._save(marks, done)
 
     def lacks_write(self, strip: ObjectId, epoch: int, version_of: VersionOf, done: Done) -> None:
-        """In `epoch` the strip could not take a write: it is not current until it has another version."""
+        """In `epoch` the strip could not take a write: it is not current until it is made anew."""
         marks, version = self._valid(version_of, 0), version_of(strip)
         if version is not None and version != NO_VERSION:
             marks[strip] = _Mark(version, epoch, True)
         self._save(marks, done)
+
+    def made_anew(self, strip: ObjectId, done: Done) -> None:
+        """The strip is what the others are, durably; it may have the version of the mark."""
+        if strip in self._marks:
+            self._save({other: mark for other, mark in self._marks.items() if other != strip}, done)
 
     def _save(self, marks: dict[ObjectId, _Mark], done: Done) -> None:
         if marks == self._marks == self._saved:

@@ -1,0 +1,106 @@
+"""Strips of which it is noted that they do not count, also if power fails and the disk has kept less than it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.sim.test_refused_strips import Story
+from tests.sim.test_taken_back import OFFSETS, refuse_strips
+
+from sheepdog.cluster.core.errors import DiskError, Result, StoreError
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
+from sheepdog.cluster.core.messages import Buffer
+from sheepdog.cluster.core.ports import Done
+from sheepdog.cluster.core.stale_strips import StaleStrips
+from sheepdog.cluster.sim.cluster import Machine
+from sheepdog.cluster.sim.state import SimNodeState, SimStateDisk
+from sheepdog.cluster.sim.store import SimDisk, SimStore
+from sheepdog.cluster.sim.world import MILLISECOND, SECOND, Life, World
+
+STRIP = strip_of(ObjectId(1 << 32), 5)
+BEFORE, NOTED, AFTER = (Version(3, 1, number) for number in (1, 2, 3))
+
+
+class Notes:
+    """Of one node: what it remembers of a strip when it starts again."""
+
+    def __init__(self) -> None:
+        self._world = World(0)
+        disk = SimStateDisk(self._world, "node", SimDisk(self._world, "node"))
+        self._state = SimNodeState(disk, self._world, Life(self._world.stream("life")))
+        self.stale = StaleStrips(self._state)
+
+    def wait(self, save: Callable[[Done], None]) -> None:
+        ended: list[StoreError | None] = []
+        save(ended.append)
+        self._world.run_until(lambda: bool(ended), SECOND, "notes")
+        assert ended == [None]
+
+    def note(self, lacks_write: bool, version: Version | None = NOTED) -> None:
+        """In epoch 3."""
+        if lacks_write:
+            self.wait(lambda done: self.stale.lacks_write(STRIP, 3, lambda _: version, done))
+        else:
+            self.wait(lambda done: self.stale.settle(lambda _: False, [STRIP], 3, lambda _: version, done))
+
+    def start(self, version: Version | None) -> bool:
+        """With the strip at this version; is it still to be made anew?"""
+        self.stale = StaleStrips(self._state)
+        return STRIP in self.stale.load(lambda _: version, 2)
+
+
+@pytest.mark.parametrize("lacks_write", [False, True])
+@pytest.mark.parametrize(("version", "still"), [(BEFORE, True), (NOTED, True), (AFTER, False), (None, False)])
+def test_one_with_an_earlier_version_is_no_other_one(version: Version | None, still: bool, lacks_write: bool) -> None:
+    notes = Notes()
+    notes.note(lacks_write)
+    assert notes.start(version) == still
+
+
+def test_what_is_being_made_anew_may_be_what_it_was_again() -> None:
+    """Power fails before the disk has taken anything of it; meanwhile something else was noted."""
+    notes = Notes()
+    notes.note(True)
+    assert not notes.start(NO_VERSION)  # it has no version: that tells enough
+    notes.note(False, NO_VERSION)
+    assert notes.start(BEFORE)
+
+
+def test_what_was_made_anew_counts_though_it_has_the_same_version() -> None:
+    notes = Notes()
+    notes.note(True)
+    notes.wait(lambda done: notes.stale.made_anew(STRIP, done))
+    assert not notes.start(NOTED)
+
+
+def fails_late(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """The disk takes writes, says later that they have failed, and does not keep them."""
+    store, world = machine.node.context.store, machine.cluster.world
+    assert isinstance(store, SimStore)
+    write = store.write
+
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+        write(oid, offset, data, version, False, lambda error: None)
+        world.after(3 * MILLISECOND, lambda: done(DiskError("late")))
+
+    patch.setattr(store, "write", fail)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_read_stays_though_the_strip_that_lacks_it_once_had_its_version(seed: int) -> None:
+    """A parity strip cannot be made anew before power fails everywhere."""
+    story = Story(seed, 6)
+    story.wait(*(story.write(offset, 1) for offset in OFFSETS))
+    story.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        fails_late(patch, story.more[-1])
+        refuse_strips(patch, story.more[-1])
+        story.wait(story.write(OFFSETS[0], 2))
+        seen = [story.read(story.home, offset) for offset in OFFSETS]
+        assert [(result, data[0]) for result, data in seen] == [(Result.SUCCESS, value) for value in (2, 1, 1, 1)]
+        for machine in story.cluster.machines:
+            machine.kill(power=True)
+    story.cluster.start_all()
+    story.settle()
+    assert [story.read(story.home, offset) for offset in OFFSETS] == seen
