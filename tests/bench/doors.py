@@ -35,7 +35,7 @@ from tests.bench.fio import fio_time
 from tests.bench.run import QEMU_IMG
 from tests.support.cluster import Cluster, started
 from tests.support.mounts import SheepFs
-from tests.support.nbd import NbdServer
+from tests.support.nbd import NbdServer, for_plugins
 from tests.support.processes import having_argument, run, wait_until
 
 NODES = 3
@@ -186,7 +186,16 @@ class Doors:
         """nbdkit as `dog nbd serve` starts it, with a plugin that does nothing."""
         place = self._directory / "empty.sock"
         process = subprocess.Popen(
-            ["nbdkit", "-f", "-U", place, "python", Path(__file__).with_name("empty_plugin.py"), f"size={VOLUME_BYTES}"]
+            [
+                "nbdkit",
+                "-f",
+                "-U",
+                place,
+                "python",
+                Path(__file__).with_name("empty_plugin.py"),
+                f"size={VOLUME_BYTES}",
+            ],
+            env=for_plugins(),
         )
         self._stack.callback(process.wait, 20)
         self._stack.callback(process.terminate)

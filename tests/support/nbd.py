@@ -34,6 +34,11 @@ def _outside() -> dict[str, str]:
     return {**found, "PATH": found["PATH"].removeprefix(f"{BIN}:")}
 
 
+def for_plugins() -> dict[str, str]:
+    """For nbdkit that is started by hand: its plugins import ours."""
+    return {**_outside(), "PYTHONPATH": str(NBDKIT_PLUGIN.parents[3])}
+
+
 class NbdServer:
     """`dog nbd serve WORDS...` against a node of the cluster, at a unix socket unless `listen` is given."""
 
@@ -116,8 +121,7 @@ def captive(cluster: Cluster, words: Sequence[str], parameters: Sequence[str], c
         "nbdkit", "-f", "-U", "-", *words, "python", str(NBDKIT_PLUGIN),
         f"address={cluster.socket(0)}", *parameters, "--run", command,
     ]  # fmt: skip
-    variables = {**_outside(), "PYTHONPATH": str(NBDKIT_PLUGIN.parents[3])}
-    done = subprocess.run(argv, capture_output=True, timeout=120, env=variables, check=False)
+    done = subprocess.run(argv, capture_output=True, timeout=120, env=for_plugins(), check=False)
     if done.returncode:
         raise AssertionError(f"{' '.join(argv)}: {shown(done.stdout)}\n{shown(done.stderr)}")
 
