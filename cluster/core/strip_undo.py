@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Final, NamedTuple
 
+from librt.strings import BytesWriter
 from xxhash import xxh3_64_intdigest
 
 from sheepdog.cluster.core.ids import STRIP_SHIFT, ObjectId, Version, plain_oid
 from sheepdog.cluster.core.limits import UNDO_FILE_BYTES, UNDO_RECORD_BYTES
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.ports import NodeState
+from sheepdog.cluster.core.words import write_u32, write_u64
 
 _SEAL = Struct("<I")  # of the rest, see `_is_sealed`
 _SEAL_MASK: Final = 0xFFFFFFFF
@@ -238,9 +240,18 @@ def encode(strip: ObjectId, undo: Undo) -> bytes:
         old, length = b"", _GONE
     else:
         length = len(old)
-    fields = (*undo.before, *undo.after, undo.touched, undo.offset, length)
-    body = b"".join((_FIELDS.pack(strip >> STRIP_SHIFT, plain_oid(strip), *fields), old))
-    return _SEAL.pack(xxh3_64_intdigest(body) & _SEAL_MASK) + body
+    fields = BytesWriter()
+    write_u32(fields, strip >> STRIP_SHIFT)
+    write_u64(fields, plain_oid(strip))
+    for epoch, term, counter in (undo.before, undo.after):
+        write_u32(fields, epoch)
+        write_u32(fields, term)
+        write_u64(fields, counter)
+    write_u32(fields, undo.touched)
+    write_u64(fields, undo.offset)
+    write_u32(fields, length)
+    body = fields.getvalue() + old
+    return (xxh3_64_intdigest(body) & _SEAL_MASK).to_bytes(4, "little") + body
 
 
 def _is_sealed(body: bytes, seal: int) -> bool:

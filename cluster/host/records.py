@@ -19,9 +19,9 @@ from librt.strings import BytesWriter, write_i64_le
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done
+from sheepdog.cluster.core.words import write_u32, write_u64
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.trailer import ZERO_BLOCK, block_hash, hash_of
-from sheepdog.cluster.wire.words import write_u32, write_u64
 
 RECORD_MAGIC: Final = 0x4345524A  # "JREC"
 _FULL: Final = Struct("<QIBB2xQQQQQQQQQII")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.limits import MAX_ADMIN_PAYLOAD_BYTES, MAX_REQUEST_BYTES
+from sheepdog.cluster.core.words import read_u32
 from sheepdog.cluster.wire.header import HEADER_SIZE
 from sheepdog.cluster.wire.opcodes import OBJECT_IO, Flags
 from sheepdog.cluster.wire.streams import Arena, Intake
-from sheepdog.cluster.wire.words import read_u32
 
 
 def request_payload_length(header: bytes) -> int:

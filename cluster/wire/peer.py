@@ -29,8 +29,8 @@ from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, make_version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import PEER_VERSION, Buffer, Kind, Message
+from sheepdog.cluster.core.words import read_u32, read_u64, write_u32, write_u64
 from sheepdog.cluster.wire.streams import Arena, Intake
-from sheepdog.cluster.wire.words import read_u32, read_u64, write_u32, write_u64
 
 PEER_MAGIC: Final = b"\xf5SHP"
 HELLO: Final = Struct("<4sHH16sH16s")

@@ -10,7 +10,7 @@ from typing import Final
 from librt.strings import BytesWriter
 
 from sheepdog.cluster.core.errors import Result
-from sheepdog.cluster.wire.words import write_u32
+from sheepdog.cluster.core.words import write_u32
 
 _REST: Final = bytes(28)
 

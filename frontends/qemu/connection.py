@@ -15,13 +15,13 @@ from typing import Final, Protocol, TypeAlias
 from sheepdog.cluster.core.errors import PeerError, Result, UsageError
 from sheepdog.cluster.core.messages import Buffer, Kind
 from sheepdog.cluster.core.ports import Log
+from sheepdog.cluster.core.words import read_u32
 from sheepdog.cluster.wire.frames import RequestParser
 from sheepdog.cluster.wire.opcodes import ADMINISTRATION, GATEWAY_VERSION, Opcode
 from sheepdog.cluster.wire.response import response
 from sheepdog.cluster.wire.results import FIRST_INTERNAL
 from sheepdog.cluster.wire.streams import Arena, Outbox
 from sheepdog.cluster.wire.structures import Statistics
-from sheepdog.cluster.wire.words import read_u32
 
 CONNECTION_REQUESTS: Final = 4096  # under way on one connection; guests queue some hundreds, QEMU itself knows no limit
 CONNECTION_BYTES: Final = 64 << 20  # under way on one connection: 16 whole objects, more than a disk keeps busy

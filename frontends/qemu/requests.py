@@ -25,9 +25,9 @@ from sheepdog.cluster.core.ids import (
 from sheepdog.cluster.core.limits import ATTRIBUTE_SIZE, BTREE_NODE_SIZE, DEFAULT_SHIFT, INODE_SIZE, LEDGER_SIZE
 from sheepdog.cluster.core.messages import Buffer
 from sheepdog.cluster.core.state import ClusterState
+from sheepdog.cluster.core.words import read_u32, read_u64
 from sheepdog.cluster.wire.header import COW_OID_AT, OFFSET_AT, OID_AT
 from sheepdog.cluster.wire.opcodes import GATEWAY_VERSION, SERVED_WHILE_WAITING, Flags, Opcode, admit
-from sheepdog.cluster.wire.words import read_u32, read_u64
 from sheepdog.frontends.qemu.connection import Call
 
 IoDone: TypeAlias = Callable[[int, Buffer], None]

@@ -133,7 +133,7 @@ def test_all_combinations_decode(coder: Coder, policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("policy", SOME, ids=str)
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 4096, 65536])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 4096, 4097, 65536])
 def test_coders_agree(coder: Coder, policy: Policy, length: int) -> None:
     data, plain = units(policy, length), PlainCoder()
     parity = plain.encode(policy, data)
@@ -142,6 +142,17 @@ def test_coders_agree(coder: Coder, policy: Policy, length: int) -> None:
         made = [bytes(unit) for unit in coder.delta(policy, strip, [bytearray(data[0]), memoryview(data[1])])]
         assert made == plain.delta(policy, strip, [xor(data[0], data[1])])
     assert bytes(coder.xor(data[0], memoryview(data[1]))) == xor(data[0], data[1])
+
+
+@pytest.mark.parametrize("length", [512, 4096, 8192])
+def test_what_was_coded_stays_what_it_is(coder: Coder, length: int) -> None:
+    """Memory in which a coder works may be used again, not what it gave."""
+    policy = Policy(4, 2)
+    first = coder.encode(policy, units(policy, length))
+    before = [bytes(unit) for unit in first]
+    coder.encode(policy, units(policy, length, 2))
+    coder.delta(policy, 0, units(policy, length, 3)[:2])
+    assert [bytes(unit) for unit in first] == before
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from librt.strings import BytesWriter
 
-from sheepdog.cluster.wire.words import read_u32, read_u64, write_u32, write_u64
+from sheepdog.cluster.core.words import read_u32, read_u64, write_u32, write_u64
 
 
 @pytest.mark.parametrize(("size", "write", "read"), [(4, write_u32, read_u32), (8, write_u64, read_u64)])
