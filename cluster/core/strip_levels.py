@@ -1,8 +1,9 @@
 """Brings the strips of coded objects level: a write gives its version only to the strips that it touches.
 
 Some time after a write the strips that it left alone get its version too, many objects in one message. Then all strips
-are equal again, and what they remember of their writes is dropped (core.strip_undo). Peering does the same for objects
-that are not level when an epoch ends.
+are equal again, and what they remember of their writes is dropped (core.strip_undo). An object that is written all the
+time would not be level for long: it waits for a pause, or until its strips have many writes to remember. Peering does
+the same for objects that are not level when an epoch ends.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import PeerError
-from sheepdog.cluster.core.ids import STRIP_SHIFT, ObjectId, Version, plain_oid, strip_of
-from sheepdog.cluster.core.limits import LEVEL_BATCH, LEVEL_DELAY_NS
+from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version, plain_oid, strip_of
+from sheepdog.cluster.core.limits import LEVEL_BATCH, LEVEL_TICK_NS, LEVEL_WRITES
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 
 if TYPE_CHECKING:
@@ -53,13 +54,28 @@ class _Batch:
         self.failed: dict[ObjectId, None] = {}  # objects of which some strip could not be
 
 
+class _Uneven:
+    """An object of which not all strips have the last write."""
+
+    __slots__ = ("rests", "strips", "version", "writes")
+
+    def __init__(self) -> None:
+        self.version = NO_VERSION  # of the last write
+        self.strips: Sequence[tuple[int, int]] = ()  # (strip, member) of all that the object has
+        self.writes = 0  # since its strips were level
+        self.rests = False  # none since the last tick
+
+    def is_due(self) -> bool:
+        return self.rests or self.writes >= LEVEL_WRITES
+
+
 class StripLevels:
     """Of one home, in one epoch."""
 
     def __init__(self, context: Context, home: Home) -> None:
         self._context = context
         self._home = home
-        self._uneven: dict[ObjectId, tuple[Version, Sequence[tuple[int, int]]]] = {}  # last write, (strip, member)
+        self._uneven: dict[ObjectId, _Uneven] = {}
         self._under_way: dict[ObjectId, None] = {}
         self._timer_set = False
 
@@ -68,10 +84,18 @@ class StripLevels:
         if all_of_them:
             self._uneven.pop(oid, None)
             return
-        self._uneven[oid] = version, strips
+        uneven = self._uneven.get(oid)
+        if uneven is None:
+            uneven = self._uneven[oid] = _Uneven()
+        uneven.version, uneven.strips = version, strips
+        uneven.writes += 1
+        uneven.rests = False
+        self._tick_later()
+
+    def _tick_later(self) -> None:
         if not self._timer_set:
             self._timer_set = True
-            self._context.clock.after(LEVEL_DELAY_NS, self._tick)
+            self._context.clock.after(LEVEL_TICK_NS, self._tick)
 
     def withdraw(self, oid: ObjectId) -> bool:
         """The version that the strips were to get is not to come to any more of them. False: they are just getting it;
@@ -90,7 +114,7 @@ class StripLevels:
     def version(self, oid: ObjectId) -> Version | None:
         """Of the last write, if the strips are not level."""
         found = self._uneven.get(oid)
-        return None if found is None else found[0]
+        return None if found is None else found.version
 
     def bring(self, oid: ObjectId) -> bool:
         """True if the object is not level: it is made so, and Recovery.quiet is called then."""
@@ -110,12 +134,15 @@ class StripLevels:
         if not self._home.is_present():
             return
         behind = self._home.strips.sends.behind  # with a later version a strip would not take the write
-        waiting = [oid for oid in self._uneven if oid not in self._under_way and not behind(oid)]
-        for start in range(0, len(waiting), LEVEL_BATCH):
-            self._send(waiting[start : start + LEVEL_BATCH])
-        if self._uneven and not self._timer_set:
-            self._timer_set = True
-            self._context.clock.after(LEVEL_DELAY_NS, self._tick)
+        due: list[ObjectId] = []
+        for oid, uneven in self._uneven.items():
+            if uneven.is_due() and oid not in self._under_way and not behind(oid):
+                due.append(oid)
+            uneven.rests = True
+        for start in range(0, len(due), LEVEL_BATCH):
+            self._send(due[start : start + LEVEL_BATCH])
+        if self._uneven:
+            self._tick_later()
 
     def _send(self, oids: Sequence[ObjectId]) -> None:
         """All strips of these objects learn the version of the last write, behind all writes sent so far."""
@@ -123,11 +150,12 @@ class StripLevels:
         versions: dict[ObjectId, Version] = {}
         by_member: dict[int, list[Leveled]] = {}
         for oid in oids:
-            version, strips = self._uneven[oid]
-            versions[oid] = version
+            uneven = self._uneven[oid]
+            uneven.writes = 0
+            versions[oid] = uneven.version
             self._under_way[oid] = None
-            for strip, member in strips:
-                by_member.setdefault(member, []).append((strip_of(oid, strip), version))
+            for strip, member in uneven.strips:
+                by_member.setdefault(member, []).append((strip_of(oid, strip), uneven.version))
         batch = _Batch(home.open_number(), by_member, versions)
         watermark = home.watermark()
         for member, levels in by_member.items():
@@ -184,7 +212,7 @@ class StripLevels:
         for oid, version in versions.items():
             self._under_way.pop(oid, None)
             uneven = self._uneven.get(oid)
-            if uneven is not None and uneven[0] == version:
+            if uneven is not None and uneven.version == version:
                 del self._uneven[oid]
             if not self._home.is_writing(oid):
                 self._home.recovery.quiet(oid)

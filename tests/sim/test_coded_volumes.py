@@ -141,7 +141,7 @@ def _fenced_at_arrival(*arguments: Any) -> Node:
 
 def churn(make_node: Callable[..., Node] = Node) -> Scenario:
     scene = scenario("churn", 0x22, 8, make_node)
-    scene.faults = Faults(kill=0.5, leave=1, join=1, hold=1, slow=1, mean_ns=80 * MILLISECOND)
+    scene.faults = Faults(kill=0.5, leave=1, join=1, hold=1, slow=3, mean_ns=80 * MILLISECOND)
     return scene
 
 

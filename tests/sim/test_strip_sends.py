@@ -12,7 +12,7 @@ from tests.sim.test_refused_strips import UNIT, Story, empty, fill
 
 from sheepdog.cluster.core.errors import DiskError, Result
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid, strip_of
-from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_DELAY_NS
+from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_TICK_NS
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Done
@@ -149,7 +149,7 @@ def home_dies(seed: int, after_ns: int) -> None:
     fits(story, *seen)
 
 
-@pytest.mark.parametrize("after_ns", [2 * MILLISECOND, 20 * MILLISECOND, 2 * LEVEL_DELAY_NS])
+@pytest.mark.parametrize("after_ns", [2 * MILLISECOND, 20 * MILLISECOND, 4 * LEVEL_TICK_NS])
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_the_home_dies_before_the_parity_strips_hear_of_it(seed: int, after_ns: int) -> None:
     home_dies(seed, after_ns)
@@ -353,7 +353,7 @@ def kept_order(seed: int) -> None:
 
 
 def survives_the_home(seed: int) -> None:
-    home_dies(seed, 2 * LEVEL_DELAY_NS)
+    home_dies(seed, 4 * LEVEL_TICK_NS)
 
 
 def comes_again(seed: int) -> None:

@@ -15,7 +15,7 @@ from sheepdog.cluster.core.copies import Copies
 from sheepdog.cluster.core.errors import DiskError, NoSpace, Result, StoreError
 from sheepdog.cluster.core.home_writes import Submission, Write
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, strip_of
-from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_DELAY_NS, RECOVERY_RETRY_NS, STABLE_DELAY_NS
+from sheepdog.cluster.core.limits import BLOCK_SIZE, LEVEL_TICK_NS, RECOVERY_RETRY_NS, STABLE_DELAY_NS
 from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Done
@@ -117,7 +117,7 @@ def test_a_disk_that_takes_versions_takes_every_write_that_others_take(seed: int
         for value in (2, 3):
             results = story.wait(*(story.write(offset, value) for offset in OFFSETS))
             assert Result.NO_SPACE in results
-            story.cluster.world.run_for(2 * LEVEL_DELAY_NS)
+            story.cluster.world.run_for(4 * LEVEL_TICK_NS)
             assert set(story.seen()) <= {1, 2, 3}
         seen = story.seen()
         story.come_back(*story.away)
@@ -203,7 +203,7 @@ def uneven(seed: int, left_out: int) -> None:
     story = Short(seed, OFFSETS[3])
     assert story.wait(story.write(OFFSETS[0 if left_out else 3], 2, durable=False)) == [0]
     fill(story.left[left_out])
-    story.cluster.world.run_for(2 * LEVEL_DELAY_NS)
+    story.cluster.world.run_for(4 * LEVEL_TICK_NS)
     seen = story.seen()
     story.come_back(*story.away)
     assert story.seen() == seen
@@ -269,7 +269,7 @@ def late_and_full(seed: int, patch: pytest.MonkeyPatch) -> None:
     """All strips are at the version of a write when one of them says that it has no space for it. Soon after it is
     taken back the epoch ends."""
     story = Short(seed, OFFSETS[3])
-    refuses_late(patch, story.left[-1], LEVEL_DELAY_NS + 10 * MILLISECOND, NoSpace("late"))
+    refuses_late(patch, story.left[-1], 2 * LEVEL_TICK_NS + 10 * MILLISECOND, NoSpace("late"))
     assert story.wait(story.write(OFFSETS[3], 2, durable=False)) == [Result.NO_SPACE]
     story.cluster.world.run_for(STABLE_DELAY_NS + 10 * MILLISECOND)
     story.come_back(*story.away)
@@ -356,7 +356,7 @@ def test_a_home_that_is_over_tells_nobody_that_strips_are_uneven(seed: int) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "stamp", stamp)
         assert story.wait(story.write(OFFSETS[1], 2, durable=False)) == [0]
-        story.cluster.world.run_for(2 * LEVEL_DELAY_NS)
+        story.cluster.world.run_for(4 * LEVEL_TICK_NS)
     story.second.kill()
     settle(story.cluster, story.home, story.parity, *story.more)
     fabric.trap = lambda sender, receiver, kind: told.append(kind)
