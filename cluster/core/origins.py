@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 from typing import NamedTuple
 
+from mypy_extensions import mypyc_attr
+
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, Member, NodeId, ObjectId, Version
 from sheepdog.cluster.core.limits import ORIGINS_SWEEP_AT
@@ -33,19 +35,38 @@ class Origin(NamedTuple):
     version: Version  # that it gave
 
 
-class _Gateway:
-    """What is remembered of one: its writes by number. Those below `floor` are answered, and swept out now and then."""
+@mypyc_attr(acyclic=True)  # the collector need not look at it
+class _Write:
+    """As Origin, of one gateway: plain numbers, where a tuple has an object of each."""
 
-    __slots__ = ("floor", "numbers", "sweep_at")
+    __slots__ = ("number", "oid", "version")
+
+    def __init__(self, number: int, oid: ObjectId, version: Version) -> None:
+        self.number = number
+        self.oid = oid
+        self.version = version
+
+
+class _Gateway:
+    """What is remembered of one: its writes as they came. Those below `floor` are answered, and swept out at times."""
+
+    __slots__ = ("floor", "sweep_at", "writes")
 
     def __init__(self) -> None:
-        self.numbers: dict[int, tuple[ObjectId, Version]] = {}
+        self.writes: list[_Write] = []
         self.floor = 0
         self.sweep_at = ORIGINS_SWEEP_AT
 
     def sweep(self) -> None:
-        self.numbers = {number: write for number, write in self.numbers.items() if number >= self.floor}
-        self.sweep_at = max(ORIGINS_SWEEP_AT, 2 * len(self.numbers))
+        floor = self.floor
+        self.writes = [write for write in self.writes if write.number >= floor]
+        self.sweep_at = max(ORIGINS_SWEEP_AT, 2 * len(self.writes))
+
+    def current(self) -> list[_Write]:
+        """Of each write that is not answered what came last: one that was executed again has another version."""
+        self.sweep()
+        self.writes = list({write.number: write for write in self.writes}.values())
+        return self.writes
 
 
 class Origins:
@@ -64,17 +85,16 @@ class Origins:
     def add(self, gateway: int, number: int, floor: int, oid: ObjectId, version: Version) -> None:
         """A write was applied here; all writes of the gateway below `floor` are answered."""
         known = self._gateways[gateway]
-        numbers = known.numbers
-        numbers[number] = oid, version
+        known.writes.append(_Write(number, oid, version))
         known.floor = floor  # one that another home was told earlier may come later: then a few are kept longer
-        if len(numbers) >= known.sweep_at:
+        if len(known.writes) >= known.sweep_at:
             known.sweep()
 
     def merge(self, origins: Iterable[Origin]) -> None:
         """What the source of a restored copy knows of it."""
         for origin in origins:
             if origin.gateway < len(self._gateways):
-                self._gateways[origin.gateway].numbers[origin.number] = origin.oid, origin.version
+                self._gateways[origin.gateway].writes.append(_Write(origin.number, origin.oid, origin.version))
 
     def forget(self, oid: ObjectId) -> None:
         """The copy here is replaced by another one, or gone."""
@@ -83,17 +103,15 @@ class Origins:
     def undo(self, oid: ObjectId, cut: Version) -> None:
         """The write `cut` of the object is taken back, and all behind it."""
         for known in self._gateways:
-            for number in [number for number, (of, at) in known.numbers.items() if of == oid and at >= cut]:
-                del known.numbers[number]
+            known.writes = [write for write in known.current() if write.oid != oid or write.version < cut]
 
     def clear(self) -> None:
         self._processes, self._gateways = [], []
 
     def __iter__(self) -> Iterator[Origin]:
         for gateway, known in enumerate(self._gateways):
-            known.sweep()
-            for number, (oid, version) in known.numbers.items():
-                yield Origin(oid, number, gateway, version)
+            for write in known.current():
+                yield Origin(write.oid, write.number, gateway, write.version)
 
     def of(self, oid: ObjectId) -> list[Origin]:
         return [origin for origin in self if origin.oid == oid]

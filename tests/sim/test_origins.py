@@ -46,9 +46,23 @@ def test_what_is_remembered_stays_small_under_load() -> None:
     most = 0
     for number in range(1, 10_000):
         origins.add(0, number, max(number - 100, 0), OID, V1)
-        most = max(most, len(origins._gateways[0].numbers))
+        most = max(most, len(origins._gateways[0].writes))
     assert 100 < most <= 2 * 101
     assert [origin.number for origin in origins] == list(range(9_899, 10_000))
+
+
+def test_of_a_write_that_was_executed_again_the_last_version_counts() -> None:
+    origins = Origins()
+    origins.begin([member(1)])
+    again = V1._replace(epoch=4)
+    for number, version in ((5, V1), (6, V1), (5, again)):
+        origins.add(0, number, 0, OID, version)
+    assert list(origins) == [Origin(OID, 5, 0, again), Origin(OID, 6, 0, V1)]
+    origins.merge([Origin(OID, 5, 0, V1)])
+    assert list(origins) == [Origin(OID, 5, 0, V1), Origin(OID, 6, 0, V1)]
+    origins.add(0, 5, 0, OID, again)
+    origins.undo(OID, again)
+    assert [origin.number for origin in origins] == [6]
 
 
 def test_bytes() -> None:
