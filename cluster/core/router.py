@@ -43,6 +43,7 @@ class Request:
         "direct",
         "done",
         "flags",
+        "having",
         "length",
         "number",
         "offset",
@@ -78,7 +79,8 @@ class Request:
         self.done = done
         self.direct = False  # replicas may tell this node that they have it
         self.sequence = 0  # which its home gave it, as far as is known here
-        self.applied: tuple[int, ...] = ()  # the members that have it
+        self.applied = 0  # the members that have it, a bit each ...
+        self.having = 0  # ... and their number
         self.replicas = 0  # so many have to; 0: not known yet
 
     def has(self, member: int, sequence: int, replicas: int) -> None:
@@ -89,12 +91,15 @@ class Request:
         if sequence != self.sequence:
             if sequence < self.sequence:
                 return
-            self.sequence, self.applied, self.replicas = sequence, (), 0
-        if member not in self.applied:
-            self.applied = (*self.applied, member)
+            self.sequence = sequence
+            self.applied = self.having = self.replicas = 0
+        bit = 1 << member
+        if not self.applied & bit:
+            self.applied |= bit
+            self.having += 1
         if replicas:
             self.replicas = replicas
-        if len(self.applied) == self.replicas:
+        if self.having == self.replicas:
             self.router.written(self)
 
     def finish(self, result: int, data: Buffer) -> None:
@@ -251,7 +256,7 @@ class Router:
             )
         else:
             node = context.placement.nodes[first]
-            request.sequence, request.applied, request.replicas = 0, (), 0
+            request.sequence = request.applied = request.having = request.replicas = 0
             message = Message(
                 Kind.SUBMIT,
                 context.fence,
