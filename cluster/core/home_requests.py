@@ -9,11 +9,34 @@ from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.home_writes import IoDone, Submission
 from sheepdog.cluster.core.ids import NodeId, ObjectId, inode_oid, vid_of
 from sheepdog.cluster.core.messages import Flag, Kind, Message
-from sheepdog.cluster.core.peers import first_number
+from sheepdog.cluster.core.peers import Peers, first_number
 from sheepdog.cluster.core.ports import Buffer
 
 if TYPE_CHECKING:
     from sheepdog.cluster.core.home import Home
+
+
+class _Answering:
+    """A gateway's change under way, whose end it takes (`home_writes.IoDone`).
+
+    One object, where a nested function is two.
+    """
+
+    __slots__ = ("message", "peers", "seen", "sender")
+
+    def __init__(self, peers: Peers, seen: dict[int, int | None], sender: NodeId, message: Message) -> None:
+        self.peers = peers
+        self.seen = seen
+        self.sender = sender
+        self.message = message
+
+    def __call__(self, result: int, _: Buffer) -> None:
+        message = self.message
+        self.seen[message.rid] = result
+        if message.flags & Flag.DIRECT and not result:
+            self.peers.answer_late(self.sender, message)
+        else:
+            self.peers.answer(self.sender, message, result)
 
 
 class HomeRequests:
@@ -37,14 +60,6 @@ class HomeRequests:
         while (oldest := first_number(seen, message.watermark)) < message.watermark:
             del seen[oldest]  # the gateway has that answer
         seen[rid] = None
-
-        def done(result: int, _: Buffer) -> None:
-            seen[rid] = result
-            if message.flags & Flag.DIRECT and not result:
-                self._context.peers.answer_late(sender, message)
-            else:
-                self._context.peers.answer(sender, message, result)
-
         body = message.body  # as Message.payload, without the call
         assert not isinstance(body, list)
         self._home.submit(
@@ -55,7 +70,7 @@ class HomeRequests:
                 message.length,
                 body,
                 message.copies,
-                done,
+                _Answering(self._context.peers, seen, sender, message),
                 self._context.placement.index_of[sender],
                 message.origin,
                 message.floor,

@@ -139,15 +139,29 @@ class Write:
         gateway = context.placement.nodes[submission.gateway]
         context.network.applied(gateway, self.home.fence, submission.number, self.sequence)
 
-    def remote(self, node: int) -> Callable[[Message], None]:
-        """What to do with the answer of another member, which is asked now."""
+    def remote(self, node: int) -> RemoteCopy:
+        """What takes the answer of another member, which is asked now."""
         self.home.untold[node] = None
+        return RemoteCopy(self, node)
 
-        def answered(answer: Message) -> None:
-            if answer.result:
-                self.home.replica_failed(self, node, answer.result)
-            self.pending -= 1
-            if not self.pending:
-                self.home.completed(self)
 
-        return answered
+class RemoteCopy:
+    """A write on its way to another member, whose answer it takes (`core.peers.Answered`).
+
+    One object, where a nested function is two.
+    """
+
+    __slots__ = ("node", "write")
+
+    def __init__(self, write: Write, node: int) -> None:
+        self.write = write
+        self.node = node
+
+    def __call__(self, answer: Message) -> None:
+        write = self.write
+        home = write.home
+        if answer.result:
+            home.replica_failed(write, self.node, answer.result)
+        write.pending -= 1
+        if not write.pending:
+            home.completed(write)
