@@ -139,7 +139,7 @@ class Link:
         self._links.loop.add_reader(self.socket, self._readable)
 
     def send_hello(self) -> None:
-        self.outbox.add([encode_hello(self._links.hello)])
+        self.outbox.put(encode_hello(self._links.hello))
         self.flush()
 
     def up(self) -> None:
@@ -152,14 +152,14 @@ class Link:
         """Queues a message. Messages are received in the order in which they were queued."""
         if self._answered:
             self._queue_answers()
-        self.outbox.add(encode(message))
+        encode(message, self.outbox)
         self._flush_later()
 
     def send_late(self, message: Message) -> None:
         """As `send`, and what the end of this turn still brings goes with it."""
         if self._answered:
             self._queue_answers()
-        self.outbox.add(encode(message))
+        encode(message, self.outbox)
         if not self._flush_asked:
             self._flush_asked = True
             self._links.turn.at_end(self._flush_next)
@@ -197,7 +197,7 @@ class Link:
         self._flush_later()
 
     def _queue_applied(self) -> None:
-        self.outbox.add(encode_applied(self._applied_fence, self._applied))
+        self.outbox.put(encode_applied(self._applied_fence, self._applied))
         self._applied = []
 
     def _flush_later(self) -> None:
@@ -206,7 +206,7 @@ class Link:
             self._links.turn.at_end(self.flush)
 
     def _queue_answers(self) -> None:
-        self.outbox.add(encode_answers(self._answers_fence, self._answered))
+        self.outbox.put(encode_answers(self._answers_fence, self._answered))
         self._answered = []
 
     def flush(self) -> None:
@@ -269,7 +269,7 @@ class Link:
                 return
             header, body = frame
             kind = header[0]
-            received[kind] += 1
+            received[kind] = received[kind] + 1  # as `+=`, which is a call here
             if kind == _ANSWERS:
                 self._deliver_list(links.on_successes, node, fence_of(header), decode_answers(body))
             elif kind == _APPLIED:

@@ -17,7 +17,7 @@ from sheepdog.cluster.core.limits import LATE_NS
 from sheepdog.cluster.core.messages import Kind, Message
 from sheepdog.cluster.core.ports import Network
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
-from sheepdog.cluster.wire.peer import HEADER_SIZE, decode, encode
+from sheepdog.cluster.wire.peer import HEADER_SIZE, decode, encoded
 
 OnMessage = Callable[[NodeId, Message], None]
 OnLink = Callable[[NodeId, bool], None]
@@ -47,7 +47,7 @@ class SimNetwork(Network):
         if link is not None:
             if self._fabric.trap is not None:
                 self._fabric.trap(self.me, node, message.kind)
-            link.send(self, b"".join(encode(message)))
+            link.send(self, encoded(message))
 
     def confirm(self, node: NodeId, fence: int, rid: int) -> None:
         self.send(node, Message(Kind.ANSWER, fence, rid))

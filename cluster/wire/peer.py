@@ -30,7 +30,7 @@ from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId,
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
 from sheepdog.cluster.core.messages import PEER_VERSION, Buffer, Kind, Message
 from sheepdog.cluster.core.words import read_u32, read_u64, write_u32, write_u64
-from sheepdog.cluster.wire.streams import Arena, Intake
+from sheepdog.cluster.wire.streams import Arena, Intake, Outbox
 
 PEER_MAGIC: Final = b"\xf5SHP"
 HELLO: Final = Struct("<4sHH16sH16s")
@@ -67,10 +67,28 @@ def decode_hello(data: Buffer) -> Hello:
     return Hello(NodeId(address, port), NodeId(io_address, io_port) if io_port else None)
 
 
-def encode(message: Message) -> list[Buffer]:
-    """The buffers of one frame, header first; the body is not copied."""
+def encode(message: Message, outbox: Outbox) -> None:
+    """Adds the buffers of one frame, header first; the body is not copied."""
     body = message.body
-    length = sum(map(len, body)) if isinstance(body, list) else len(body)
+    if isinstance(body, list):
+        outbox.put(_encode_header(message, sum(map(len, body))))
+        outbox.add(body)
+    else:
+        length = len(body)
+        outbox.put(_encode_header(message, length))
+        if length:
+            outbox.put(body)
+
+
+def encoded(message: Message) -> bytes:
+    """One frame as bytes."""
+    body = message.body
+    whole = b"".join(body) if isinstance(body, list) else bytes(body)
+    return _encode_header(message, len(whole)) + whole
+
+
+def _encode_header(message: Message, length: int) -> bytes:
+    """`length`: of the body."""
     version = message.version
     oid = message.oid
     strip = oid >> STRIP_SHIFT
@@ -94,22 +112,20 @@ def encode(message: Message) -> list[Buffer]:
     write_i32_le(header, message.gateway)
     write_i64_le(header, message.origin)
     write_i64_le(header, message.floor)
-    if not length:
-        return [header.getvalue()]
-    return [header.getvalue(), *body] if isinstance(body, list) else [header.getvalue(), body]
+    return header.getvalue()
 
 
-def encode_answers(fence: int, rids: list[int]) -> list[Buffer]:
-    """The buffers of one frame that says that these requests succeeded."""
+def encode_answers(fence: int, rids: list[int]) -> bytes:
+    """One frame that says that these requests succeeded."""
     return _encode_numbers(_ANSWERS, fence, rids)
 
 
-def encode_applied(fence: int, writes: list[int]) -> list[Buffer]:
-    """The buffers of one frame with several APPLIED: origin and sequence, in turns."""
+def encode_applied(fence: int, writes: list[int]) -> bytes:
+    """One frame with several APPLIED: origin and sequence, in turns."""
     return _encode_numbers(_APPLIED, fence, writes)
 
 
-def _encode_numbers(kind: int, fence: int, numbers: list[int]) -> list[Buffer]:
+def _encode_numbers(kind: int, fence: int, numbers: list[int]) -> bytes:
     frame = BytesWriter()
     write_i32_le(frame, kind)  # no flags, copies or strip
     write_i32_le(frame, len(numbers) * NUMBER_SIZE)
@@ -117,7 +133,7 @@ def _encode_numbers(kind: int, fence: int, numbers: list[int]) -> list[Buffer]:
     frame.write(_AFTER_FENCE)
     for number in numbers:
         write_i64_le(frame, number)
-    return [frame.getvalue()]
+    return frame.getvalue()
 
 
 def fence_of(header: bytes) -> int:

@@ -237,9 +237,13 @@ class Outbox:
         self.size = 0  # bytes
 
     def add(self, buffers: list[Buffer]) -> None:
-        self._buffers += buffers
         for buffer in buffers:
-            self.size += len(buffer)
+            self.put(buffer)
+
+    def put(self, buffer: Buffer) -> None:
+        """As `add` of one."""
+        self._buffers.append(buffer)
+        self.size += len(buffer)
 
     def send(self, sendmsg: Callable[[list[Buffer]], int]) -> bool:
         """Sends until nothing is left (True) or the socket is full (False). OSError: the connection is broken."""

@@ -141,7 +141,7 @@ class Administration:
             data_length=size * len(members),
             nr_nodes=len(members),
         )
-        call.reply(NODE_RESPONSE.pack(head), [pack_nodes(members, size)])
+        call.reply(NODE_RESPONSE.pack(head), pack_nodes(members, size))
 
     def _epoch_log(self, call: Call) -> None:
         """STAT_CLUSTER: the one answer that carries data with an error code (protocol.md 12.3)."""
@@ -172,7 +172,7 @@ class Administration:
             first = None
         data = b"".join(log)
         head = response(call.opcode, call.id, call.epoch, cluster.result(), len(data))
-        call.reply(head, [data] if data else [])
+        call.reply(head, data)
 
     def _cluster_info(self, call: Call) -> None:
         if call.flags & Flags.WRITE or call.length not in (CLUSTER_INFO_SIZE, DISK_CLUSTER_INFO_SIZE):

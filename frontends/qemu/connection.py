@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import PeerError, Result, UsageError
@@ -61,7 +61,7 @@ class Call:
         else:
             connection = self._taken()
             header = response(self.opcode, self.id, connection.epoch(), 0, len(data))
-            connection.answer([header, data] if data else [header], self.cost)
+            connection.answer(header, data, self.cost)
 
     def read(self, result: int, data: Buffer) -> None:
         """As `done`, for reads: clients do not fill up a shorter answer, so it is none."""
@@ -76,11 +76,11 @@ class Call:
         if result >= FIRST_INTERNAL and self.opcode < ADMINISTRATION and self.version < GATEWAY_VERSION:
             result = Result.EIO
         connection = self._taken()
-        connection.answer([response(self.opcode, self.id, connection.epoch(), result)], self.cost)
+        connection.answer(response(self.opcode, self.id, connection.epoch(), result), b"", self.cost)
 
-    def reply(self, header: bytes, data: Sequence[Buffer] = ()) -> None:
+    def reply(self, header: bytes, data: Buffer = b"") -> None:
         """An answer with a header of its own, whose data_length must be that of `data`."""
-        self._taken().answer([header, *data], self.cost)
+        self._taken().answer(header, data, self.cost)
 
     def statistics(self) -> Statistics:
         """What this sheep has done for its clients and peers."""
@@ -237,7 +237,7 @@ class Connection:
         self._clients.loop.add_reader(self._socket, self._readable)
         self._readable()
 
-    def answer(self, buffers: list[Buffer], cost: int) -> None:
+    def answer(self, header: bytes, data: Buffer, cost: int) -> None:
         """A call's answer, to be sent at the end of the turn or before; dropped when the client is gone."""
         clients = self._clients
         self._busy_calls -= 1
@@ -247,13 +247,15 @@ class Connection:
         if self._closed:
             self._relieve_others()
             return
-        before = self._outbox.size
-        self._outbox.add(buffers)
-        clients.busy_bytes += self._outbox.size - before
+        outbox = self._outbox
+        outbox.put(header)
+        if data:
+            outbox.put(data)
+        clients.busy_bytes += len(header) + len(data)
         if not self._flush_asked:
             self._flush_asked = True
             clients.turn.at_end(self._flush)
-        if self._outbox.size >= SEND_AT_ONCE_BYTES and not self._writing:
+        if outbox.size >= SEND_AT_ONCE_BYTES and not self._writing:
             self._push()
 
     def resume(self) -> None:
@@ -310,7 +312,7 @@ class Connection:
     def _take_calls(self) -> None:
         """Handles the complete frames that were received, as many as may be under way and fit into a turn."""
         clients = self._clients
-        dispatch = clients.dispatch
+        dispatch, requests = clients.dispatch, clients.requests
         intake = self._intake
         self._more = False
         try:
@@ -325,7 +327,7 @@ class Connection:
                 self._busy_bytes += cost
                 clients.busy_calls += 1
                 clients.busy_bytes += cost
-                clients.requests[call.opcode] += 1
+                requests[call.opcode] = requests[call.opcode] + 1  # as `+=`, which is a call here
                 try:
                     dispatch(call)
                 except Exception as error:

@@ -74,7 +74,7 @@ class Copies:
             return
         data = missing.tobytes() if call.flags & Flags.PIGGYBACK else b""
         head = response(call.opcode, call.id, call.epoch, Result.NO_OBJ, len(data))
-        call.reply(head, [data] if data else [])
+        call.reply(head, data)
 
     def _repair(self, call: Call) -> None:
         """The node that dog would fetch from does not matter: core knows which copies are good."""

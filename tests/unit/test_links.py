@@ -20,7 +20,7 @@ from sheepdog.cluster.host.links import Links
 from sheepdog.cluster.host.loop import new_loop
 from sheepdog.cluster.host.server import Server
 from sheepdog.cluster.host.turn import Turn
-from sheepdog.cluster.wire.peer import HEADER_SIZE, Hello, encode, encode_hello
+from sheepdog.cluster.wire.peer import HEADER_SIZE, Hello, encode_hello, encoded
 from sheepdog.cluster.wire.same_host import local_name
 from sheepdog.cluster.wire.streams import Arena, BufferPool
 
@@ -387,7 +387,7 @@ def test_a_sender_is_named_by_the_object_that_core_has_for_it(world: World, pair
 def test_a_newer_connection_replaces_a_dead_one(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     again = large.raw()
-    again.send(encode_hello(Hello(small.me)) + b"".join(encode(message(77))))
+    again.send(encode_hello(Hello(small.me)) + encoded(message(77)))
     world.until(lambda: large.arrived)
     assert large.events[:3] == [(small.me, True), (small.me, False), (small.me, True)]
     again.close()

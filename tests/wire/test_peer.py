@@ -9,7 +9,7 @@ import pytest
 from sheepdog.cluster.core.errors import PeerError
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, Version
 from sheepdog.cluster.core.limits import MAX_PEER_BODY_BYTES
-from sheepdog.cluster.core.messages import Kind, Message
+from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.wire.peer import (
     HEADER_SIZE,
     body_length,
@@ -19,8 +19,10 @@ from sheepdog.cluster.wire.peer import (
     encode,
     encode_answers,
     encode_applied,
+    encoded,
     fence_of,
 )
+from sheepdog.cluster.wire.streams import Outbox
 
 FIELDS = Struct("<BBBBIqqQqqiiqqqiiqq")  # as the module's text lists them
 BODY = bytes(range(7))
@@ -41,9 +43,23 @@ def fields(message: Message) -> tuple[object, ...]:
     return tuple(getattr(message, name) for name in Message.__slots__)
 
 
+def queued(message: Message) -> bytes:
+    """What a link sends."""
+    outbox, sent = Outbox(), bytearray()
+
+    def sendmsg(buffers: list[Buffer]) -> int:
+        sent.extend(b"".join(buffers))
+        return len(sent)
+
+    encode(message, outbox)
+    assert outbox.send(sendmsg)
+    return bytes(sent)
+
+
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: Kind(message.kind).name)
 def test_every_field_has_its_place(message: Message) -> None:
-    frame = b"".join(encode(message))
+    frame = encoded(message)
+    assert queued(message) == frame
     strip, plain = message.oid >> STRIP_SHIFT, message.oid & (1 << STRIP_SHIFT) - 1
     epoch, term, counter = message.version
     expected = FIELDS.pack(
@@ -59,9 +75,14 @@ def test_every_field_has_its_place(message: Message) -> None:
     assert (got.version is NO_VERSION) == (message.version is NO_VERSION)
 
 
+def test_a_body_in_parts_leaves_as_one() -> None:
+    whole, parts = Message(Kind.ANSWER, 1, body=BODY), Message(Kind.ANSWER, 1, body=[BODY[:3], b"", BODY[3:]])
+    assert encoded(parts) == queued(parts) == encoded(whole)
+
+
 def test_answers_of_success_share_a_frame() -> None:
     rids = [1, 2**63 - 1, 3]
-    frame = b"".join(encode_answers(9, rids))
+    frame = encode_answers(9, rids)
     header, body = frame[:HEADER_SIZE], frame[HEADER_SIZE:]
     assert fields(decode(header, b"")) == fields(Message(Kind.ANSWERS, 9))
     assert body_length(header) == len(body)
@@ -72,7 +93,7 @@ def test_answers_of_success_share_a_frame() -> None:
 
 def test_applied_writes_share_a_frame() -> None:
     writes = [1, 2**63 - 1, 3, 4]
-    frame = b"".join(encode_applied(9, writes))
+    frame = encode_applied(9, writes)
     header, body = frame[:HEADER_SIZE], frame[HEADER_SIZE:]
     assert fields(decode(header, b"")) == fields(Message(Kind.APPLIED, 9))
     assert decode_applied(memoryview(body)) == writes
