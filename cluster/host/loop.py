@@ -55,7 +55,7 @@ class _TurnSelector(selectors.EpollSelector):
 
 
 class TurnLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop that calls `end_of_turn` after all callbacks of a turn, right before it looks at the sockets.
+    """An asyncio loop that ends its `Turn` after all callbacks of a turn, right before it looks at the sockets.
 
     `call_soon` could do the same for an empty pass of the loop more: 5-10 % of the time at queue depth 1. What
     `add_reader` watches is served by the `Poller`, past asyncio's queue of handles.
@@ -64,32 +64,29 @@ class TurnLoop(asyncio.SelectorEventLoop):
     def __init__(self, busy_poll_s: float = 0.0) -> None:
         """`busy_poll_s`: see `turn.BusyPoll`."""
         selector = _TurnSelector()
-        self._poller = selector.poller = Poller(self, selector.fileno(), BusyPoll(busy_poll_s))
-        self.end_of_turn: Callable[[], None] | None = None
-        self.scheduled = False  # something was scheduled since this was last set to False
-        self.look_again = False  # the next turn begins with what is ready now, without waiting
+        self.poller = selector.poller = Poller(self, selector.fileno(), BusyPoll(busy_poll_s))
         super().__init__(selector)
 
     def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Ts], object], *args: *_Ts) -> None:
-        self._poller.add(descriptor(fd), partial(callback, *args) if args else callback)
+        self.poller.add(descriptor(fd), partial(callback, *args) if args else callback)
 
     def remove_reader(self, fd: FileDescriptorLike) -> bool:
-        return self._poller.remove(descriptor(fd))
+        return self.poller.remove(descriptor(fd))
 
     def call_soon(
         self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        self.scheduled = True
+        self.poller.scheduled = True
         return super().call_soon(callback, *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        self.scheduled = True
+        self.poller.scheduled = True
         return super().call_at(when, callback, *args, context=context)
 
     def stop(self) -> None:
-        self.scheduled = True
+        self.poller.scheduled = True
         super().stop()
 
 
