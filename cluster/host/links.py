@@ -45,6 +45,7 @@ CONGESTED_BYTES: Final = 64 << 20  # waiting to be sent to one peer: half a seco
 IO_RETRY_S: Final = 5.0  # between attempts to return to a peer's I/O address
 IO_USER_TIMEOUT_MS: Final = 4_000  # there is another way: long before a silent member is expelled (limits.SILENT_TICKS)
 _LATE_S: Final = LATE_NS / 1e9
+_UP: Final = State.UP  # looked up once, not for each message
 _WARNING, _INFO = 4, 6
 
 
@@ -123,16 +124,20 @@ class Links(Network):
         self.rx_bytes = 0
         self.tx_bytes = 0
         self._peers: dict[NodeId, _Peer] = {}
+        self._last: _Peer | None = None  # the one asked for last: mostly the next one, too
         self._waiting: dict[Link, None] = {}  # incoming, not (yet) of a peer; oldest first
         self._late: asyncio.TimerHandle | None = None  # until it calls, answers may wait for something to go with
         self._closed = False
 
     def _up(self, node: NodeId) -> Link | None:
         """The link to a peer, if it is up."""
-        peer = self._peers.get(node)
-        if peer is None or peer.link is None or peer.link.state is not State.UP:
-            return None
-        return peer.link
+        peer = self._last
+        if peer is None or peer.node is not node:
+            peer = self._last = self._peers.get(node)
+            if peer is None:
+                return None
+        link = peer.link
+        return link if link is not None and link.state is _UP else None
 
     def send(self, node: NodeId, message: Message) -> None:
         """Queues a message for a peer whose link is up; dropped otherwise."""
@@ -178,6 +183,7 @@ class Links(Network):
         for node in [node for node in self._peers if node not in wanted]:
             self._peers.pop(node).close()
         known, self._peers = self._peers, {}
+        self._last = None
         for node in wanted:
             peer = known.get(node)
             if peer is not None:

@@ -230,16 +230,15 @@ class Pipeline:
         self.drain()
 
     def _apply_until(self, lsn: int) -> None:
-        unapplied = self._unapplied
-        apply = self._applier.apply
+        unapplied, applier = self._unapplied, self._applier
         while unapplied and unapplied[0].end <= lsn:
             record = unapplied.popleft()
             if not self._nosync:
                 self._overlay_bytes -= len(record.data)
-            apply(record)
+            applier.apply(record)
         if not unapplied and not self._backlog:
             self._last.clear()
-        self._applier.reached(unapplied[0].lsn if unapplied else self._journal.position)
+        applier.reached(unapplied[0].lsn if unapplied else self._journal.position)
 
     def drain(self) -> None:
         """Appends what waited for room."""
