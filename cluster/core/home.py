@@ -197,7 +197,7 @@ class Home:
             submission.done(Result.AGAIN, b"")  # the gateway has heard of the VDI before this node; how many copies?
             return
         if not flags & Flag.CREATE:
-            if oid in self._lost:
+            if self._lost and oid in self._lost:
                 # The rest would be kept for ever, and all wait for more.
                 over = self._knows_all and bool(flags & Flag.REMOVE)
                 if over:

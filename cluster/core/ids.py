@@ -17,7 +17,8 @@ VID_COUNT: Final = 1 << VID_BITS
 NO_VID: Final = Vid(0)
 NO_OID: Final = ObjectId(0)
 
-_INODE: Final = 1 << 63
+_INODE_SHIFT: Final = 63
+_INODE: Final = 1 << _INODE_SHIFT
 _VMSTATE: Final = 1 << 62
 _ATTRIBUTE: Final = 1 << 61
 _BTREE: Final = 1 << 60
@@ -78,11 +79,11 @@ def oid_name(oid: ObjectId) -> str:
 
 
 def is_data(oid: ObjectId) -> bool:
-    return not oid >> _KIND_SHIFT & _KIND_MASK  # small numbers are dealt with in place where this is compiled
+    return not oid >> _KIND_SHIFT & _KIND_MASK  # as in `is_inode`: small numbers are dealt with in place where compiled
 
 
 def is_inode(oid: ObjectId) -> bool:
-    return bool(oid & _INODE)
+    return bool(oid >> _INODE_SHIFT & 1)
 
 
 def is_vmstate(oid: ObjectId) -> bool:

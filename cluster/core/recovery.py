@@ -114,7 +114,7 @@ class Recovery:
 
     def is_full(self, oid: ObjectId) -> bool:
         """A replica of the object could not be restored for want of space: writes are refused meanwhile."""
-        job = self._jobs.get(oid)
+        job = self._jobs.get(oid) if self._jobs else None  # nearly always there are none
         return job is not None and job.full
 
     def holds(self, oid: ObjectId, reading: bool, retry: Callable[[], None]) -> bool:
@@ -123,7 +123,7 @@ class Recovery:
         A read waits for the home's own copy, and until no replica has an older one: what was read must not be
         taken back when, after further deaths, the older copy is all that is left.
         """
-        job = self._jobs.get(oid)
+        job = self._jobs.get(oid) if self._jobs else None
         if job is None or (reading and not job.holds_read(self._home.me)):
             return False
         self._context.probe("recovery.request_waits")
