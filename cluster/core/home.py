@@ -333,8 +333,8 @@ class Home:
             )
             late = own and bool(flags & Flag.DIRECT)  # it needs to hear of the copy here, too
             context.peers.request(placement.nodes[replica], message, write.remote(replica), late)
-        perform(context.store, flags, oid, submission.offset, submission.length, submission.data, version, write.local)
-        if context.store.version(oid) == version or flags & Flag.REMOVE:  # it has not failed
+        data = submission.data
+        if perform(context.store, flags, oid, submission.offset, submission.length, data, version, write.local):
             note_origin(context, flags, oid, submission.gateway, submission.number, submission.floor, version)
 
     def _drop_others(self, write: Write, replicas: tuple[int, ...]) -> None:

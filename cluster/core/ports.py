@@ -109,8 +109,11 @@ class Store:
         """`length` bytes from `offset`, hashes verified; NoObject, Corrupt, DiskError."""
         raise NotImplementedError
 
-    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
-        """Overwrites a range of an existing copy; NoObject, NoSpace, Corrupt (of a block's rest), DiskError."""
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
+        """Overwrites a range of an existing copy; NoObject, NoSpace, Corrupt (of a block's rest), DiskError.
+
+        True: the copy has `version` now; else it has failed, or waits for what comes before.
+        """
         raise NotImplementedError
 
     def create(

@@ -30,17 +30,19 @@ _WHOLE: Final = 1 << 62  # end of a range that covers any object
 
 def perform(
     store: Store, flags: int, oid: ObjectId, offset: int, length: int, data: Buffer, version: Version, done: Done
-) -> None:
-    """One numbered change of a copy, as SUBMIT and APPLY describe it."""
+) -> bool:
+    """One numbered change of a copy, as SUBMIT and APPLY describe it. True: the copy has it now, or is gone."""
     durable = bool(flags & Flag.DURABLE)
     if flags & Flag.CREATE:
         store.create(oid, length, offset, data, version, durable, done)
     elif flags & Flag.REMOVE:
         store.remove(oid, done)
+        return True
     elif flags & Flag.PUNCH:
         store.punch(oid, offset, length, version, durable, done)
     else:
-        store.write(oid, offset, data, version, durable, done)
+        return store.write(oid, offset, data, version, durable, done)
+    return store.version(oid) == version
 
 
 def spoilt(context: Context, flags: int, oid: ObjectId, done: Done) -> bool:
@@ -298,9 +300,9 @@ class Replica:
             )
             self.strips.perform(flags, oid, message.offset, message.length, body, message.version, taken, answer)
         else:
-            perform(context.store, flags, oid, message.offset, message.length, body, message.version, answer)
-            if context.store.version(oid) == message.version or flags & Flag.REMOVE:  # it has not failed
-                note_origin(context, flags, oid, message.gateway, message.origin, message.floor, message.version)
+            version = message.version
+            if perform(context.store, flags, oid, message.offset, message.length, body, version, answer):
+                note_origin(context, flags, oid, message.gateway, message.origin, message.floor, version)
 
     def _answer_again(self, sender: NodeId, message: Message, feed: _Feed) -> None:
         """To a change that has come before; while it is being applied, its answer is yet to come."""

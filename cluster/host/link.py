@@ -193,7 +193,8 @@ class Link:
         if self._applied and fence != self._applied_fence:
             self._queue_applied()
         self._applied_fence = fence
-        self._applied += (number, sequence)
+        self._applied.append(number)
+        self._applied.append(sequence)
         self._flush_later()
 
     def _queue_applied(self) -> None:

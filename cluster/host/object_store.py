@@ -245,7 +245,7 @@ class ObjectStore(Store):
             return False
         return in_range(copy, offset, length, failed)
 
-    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         copy = self._by_oid.get(oid)
         if copy is not None and copy.fd >= 0 and not copy.busy:
             self.copies.files.used(oid)
@@ -256,6 +256,7 @@ class ObjectStore(Store):
                 lambda copy: self._write(copy, offset, data, version, durable, done),
                 self._unless_superseded(durable, done),
             )
+        return copy is not None and copy.version == version
 
     def _write(self, copy: Copy, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
         length = len(data)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from sheepdog.cluster.core.errors import DiskError, StoreError
-from sheepdog.cluster.core.ids import NO_VERSION, Vid, vid_of
+from sheepdog.cluster.core.ids import NO_VERSION, NO_VID, Vid, vid_of
 from sheepdog.cluster.core.limits import OVERLAY_AGE_NS, OVERLAY_LIMIT_BYTES, OVERLAY_SYNC_BYTES
 from sheepdog.cluster.core.ports import Clock, Done
 from sheepdog.cluster.host.applier import Applier
@@ -53,7 +53,9 @@ class Pipeline:
         self._unapplied: deque[Record] = deque()  # appended, not handed to the applier
         self._overlay_bytes = 0
         self._replacing = 0  # records in the backlog that remove or replace a copy
-        self._last: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable
+        self._ends: dict[Vid, int] = {}  # lsn behind the last record of a vid, of records that may not be durable;
+        self._newest: Vid = NO_VID  # but for the vid of the newest record: mostly it is the next one's, too
+        self._newest_end = 0
         self._flushes: list[tuple[int, Done]] = []
         self._scheduled = False
         self._sync_wanted = False  # somebody waits for the next sync, or it is time for one
@@ -115,7 +117,11 @@ class Pipeline:
         )
         self._written.append(record)
         self._unapplied.append(record)
-        self._last[vid_of(copy.oid)] = record.end
+        vid = vid_of(copy.oid)
+        if vid != self._newest:
+            self._ends[self._newest] = self._newest_end
+            self._newest = vid
+        self._newest_end = record.end
         if not self._nosync:
             self._overlay_bytes += len(record.data)
             if record.durable or record.kind == RecordKind.INTENT or self._overlay_bytes > OVERLAY_SYNC_BYTES:
@@ -237,7 +243,9 @@ class Pipeline:
                 self._overlay_bytes -= len(record.data)
             applier.apply(record)
         if not unapplied and not self._backlog:
-            self._last.clear()
+            self._newest_end = 0
+            if self._ends:
+                self._ends.clear()
         applier.reached(unapplied[0].lsn if unapplied else self._journal.position)
 
     def drain(self) -> None:
@@ -258,8 +266,9 @@ class Pipeline:
             last_one = self._backlog[-1].copy
             self.submit(Record(RecordKind.DONE, last_one, 0, 0, 0, [], b"", NO_VERSION, True, done))
             return
-        last = self._last
-        ends = last.values() if vids is None else [last[vid] for vid in vids if vid in last]
+        known = self._ends
+        known[self._newest] = self._newest_end
+        ends = known.values() if vids is None else [known[vid] for vid in vids if vid in known]
         lsn = max(ends, default=0)
         if lsn <= self._journal.synced:
             done(None)

@@ -331,11 +331,11 @@ class SimStore(Store):
         bad = [edge // BLOCK_SIZE for edge in edges if edge // BLOCK_SIZE in copy.rotten]
         return Corrupt(f"{oid:016x}: blocks {bad} are corrupt here", tuple(bad)) if bad else self._fault()
 
-    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def write(self, oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         error = self._writable(oid, offset, len(data))
         if error is not None:
             self._fail(error, done)
-            return
+            return False
         kept = bytes(data)
 
         def change(copy: Copy | None) -> Copy | None:
@@ -345,6 +345,7 @@ class SimStore(Store):
             return copy
 
         self._change(oid, change, durable, done)
+        return self.version(oid) == version
 
     def keep(self, oid: ObjectId, offset: int, data: Buffer) -> bool:
         if self._writable(oid, offset, len(data)) is not None or self._random.random() < 0.1:

@@ -66,8 +66,9 @@ def test_what_is_not_told_the_home_tells() -> None:
 def test_a_replica_that_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     _, volume, (_, gateway, third) = quiet()
 
-    def refuse(*words: Any) -> None:
+    def refuse(*words: Any) -> bool:
         words[-1](NoSpace("full"))
+        return False
 
     monkeypatch.setattr(third.node.context.store, "write", refuse)
     assert write(gateway, volume, 1) == Result.NO_SPACE

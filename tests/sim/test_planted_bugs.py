@@ -235,8 +235,8 @@ def snapshot_without_freeze(patch: pytest.MonkeyPatch) -> None:
 def replica_ignores_durability(patch: pytest.MonkeyPatch) -> None:
     perform = replica_module.perform
 
-    def lazy(store: Any, flags: int, *rest: Any) -> None:
-        perform(store, flags & ~Flag.DURABLE, *rest)
+    def lazy(store: Any, flags: int, *rest: Any) -> bool:
+        return perform(store, flags & ~Flag.DURABLE, *rest)
 
     patch.setattr(home_module, "perform", lazy)
     patch.setattr(replica_module, "perform", lazy)

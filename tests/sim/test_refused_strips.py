@@ -164,8 +164,9 @@ def refuse_writes(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     store = machine.node.context.store
     assert isinstance(store, SimStore)
 
-    def write(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def write(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         machine.cluster.world.after(MILLISECOND, lambda: done(NoSpace("full")))
+        return False
 
     patch.setattr(store, "write", write)
 

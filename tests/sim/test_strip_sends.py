@@ -115,10 +115,11 @@ def test_a_write_that_only_a_lost_strip_had_is_done_again(seed: int, monkeypatch
     assert story.wait(change(story, 2 * UNIT, 2)) == [0]  # so the strips have to agree
     write = store.write
 
-    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         monkeypatch.undo()
-        write(oid, offset, data, version, False, lambda error: None)
+        taken = write(oid, offset, data, version, False, lambda error: None)
         world.after(MILLISECOND, lambda: done(DiskError("late")))
+        return taken
 
     monkeypatch.setattr(store, "write", fail)
     story.cluster.fabric.hold((story.second.id, story.home.id), SECOND)
@@ -227,10 +228,11 @@ def test_a_write_that_failed_at_last_is_not_taken_for_done(
     assert isinstance(store, SimStore)
     write = store.write
 
-    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         monkeypatch.undo()
-        write(oid, offset, data, version, False, lambda error: None)
+        taken = write(oid, offset, data, version, False, lambda error: None)
         world.after(MILLISECOND, lambda: done(DiskError("late")))
+        return taken
 
     def dies() -> None:
         world.after(0, story.more[-1].kill)

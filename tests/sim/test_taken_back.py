@@ -223,10 +223,11 @@ def refuses_late(patch: pytest.MonkeyPatch, machine: Machine, after_ns: int, err
     assert isinstance(store, SimStore)
     write = store.write
 
-    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
         patch.undo()
-        write(oid, offset, data, version, durable, lambda error: None)
+        taken = write(oid, offset, data, version, durable, lambda error: None)
         world.after(after_ns, lambda: done(error))
+        return taken
 
     patch.setattr(store, "write", fail)
 

@@ -39,7 +39,7 @@ class Driver:
         if not self._calls.empty():
             self._calls.get()()
 
-    def wait(self, start: Callable[[Done], None]) -> StoreError | None:
+    def wait(self, start: Callable[[Done], object]) -> StoreError | None:
         """Starts something with a callback and returns what the callback got."""
         results: list[StoreError | None] = []
         start(results.append)
@@ -121,7 +121,7 @@ class StoreDriver(Driver):
         )
         self.store.open()
 
-    def done(self, start: Callable[[Done], None]) -> None:
+    def done(self, start: Callable[[Done], object]) -> None:
         """The whole turn: what is acknowledged is applied after its answer."""
         error = self.wait(start)
         self.settle()

@@ -525,6 +525,24 @@ def test_flush_syncs_only_what_the_volumes_need(tmp_path: Path) -> None:
     driver.crash()
 
 
+@pytest.mark.parametrize("flushed", [1, 2])
+@pytest.mark.parametrize("order", [(1, 2), (2, 1), (1, 2, 1), (2, 1, 2)])
+def test_a_flush_covers_its_volume_wherever_others_were_written(
+    tmp_path: Path, order: tuple[int, ...], flushed: int
+) -> None:
+    disk = FailingDisk()
+    driver = StoreDriver(str(tmp_path), disk=disk)
+    for vid in sorted({*order}):
+        driver.create(data_oid(Vid(vid), 0), SIZE, 0, b"a" * 4096, v(1))
+    driver.flush()
+    before = disk.syncs
+    for counter, vid in enumerate(order):
+        driver.write(data_oid(Vid(vid), 0), 0, b"b" * 4096, v(counter + 2))
+    driver.flush(frozenset({Vid(flushed)}))
+    assert disk.syncs - before == 1
+    driver.crash()
+
+
 def test_a_full_disk_refuses_new_blocks_and_keeps_the_rest(tmp_path: Path) -> None:
     disk = FailingDisk()
     driver = StoreDriver(str(tmp_path), disk=disk)
