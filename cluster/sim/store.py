@@ -268,7 +268,6 @@ class SimStore(Store):
     def _later(self, call: Callable[[], None], spread_ns: int) -> None:
         chance = self._random.random()
         delay_ns = 10 * MICROSECOND + int(chance**4 * spread_ns * 4) * self._disk.slow
-
         self._world.after(delay_ns, lambda: self._life.do(self, call))
 
     def _fault(self) -> StoreError | None:
