@@ -15,6 +15,9 @@ from sheepdog.frontends.nbd.parameters import DEFAULT_HOST, parse_address
 
 NBD_PORT = 10809  # assigned to NBD
 QEMU_PSK_NAME = "keys.psk"  # QEMU takes a directory and expects this name in it
+SERVER_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem")  # nbdkit-tls(1)
+CLIENT_FILES = ("client-cert.pem", "client-key.pem")
+USER_BYTES = 256  # of a file of keys: a longer name is none
 CONNECTIONS = 4  # of the kernel's client: as many as keep a node busy
 # The kernel gives a connection of several up after 30 s without an answer, and fails I/O when it has none left; a
 # cluster that waits for its quorum or a member answers late, and then rightly.
@@ -22,11 +25,15 @@ KERNEL_TIMEOUT_S = 3600
 
 
 class Tls(NamedTuple):
-    """How a server is recognised and who may connect: a directory of X.509 certificates, or a file of keys."""
+    """How a server is recognised and who may connect: a directory of X.509 certificates, or a file of keys.
+
+    `hostname` is the one in the server's certificate, where its address does not say it.
+    """
 
     certificates: str = ""
     keys: str = ""
     verify_peer: bool = False
+    hostname: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.certificates or self.keys)
@@ -35,10 +42,33 @@ class Tls(NamedTuple):
     def user(self) -> str:
         """The first user that has a key."""
         try:
-            with Path(self.keys).open(encoding="utf-8") as file:
-                return file.readline().partition(":")[0].strip() or "USER"
+            return self._first_user() or "USER"
         except OSError:
             return "USER"
+
+    def _first_user(self) -> str:
+        """Empty if the file is none of keys."""
+        with Path(self.keys).open(encoding="utf-8", errors="replace") as file:
+            name, colon, _ = file.readline(USER_BYTES).partition(":")
+        return name.strip() if colon and name.isprintable() else ""
+
+    def check_server(self) -> None:
+        """UsageError or OSError for what nbdkit would refuse, before anybody is told that there is a server."""
+        if self.keys and not self._first_user():
+            raise UsageError(f"{self.keys}: no keys (lines of user:key; see psktool)")
+        for name in SERVER_FILES if self.certificates else ():
+            if not Path(self.certificates, name).is_file():
+                raise UsageError(f"{self.certificates}: there is no {name} (see nbdkit-tls(1))")
+
+    def client_lacks(self) -> str:
+        """What some clients will miss on this host; empty if nothing."""
+        if self.keys and not Path(self.keys).is_file():
+            return f"{self.keys} is not on this host: put the name of one of its users for USER"
+        if self.keys and os.path.basename(self.keys) != QEMU_PSK_NAME:
+            return f"QEMU takes keys from a file named {QEMU_PSK_NAME} only"
+        if self.certificates and not Path(self.certificates, SERVER_FILES[0]).is_file():
+            return f"{self.certificates}: there is no {SERVER_FILES[0]} on this host"
+        return ""
 
 
 class Endpoint(NamedTuple):
@@ -52,7 +82,7 @@ class Endpoint(NamedTuple):
         return isinstance(self.address, str)
 
     def uri(self, export: str) -> str:
-        """As libnbd, nbdkit and QEMU read it."""
+        """As libnbd and nbdkit read it; QEMU does without TLS."""
         scheme = "nbds" if self.tls else "nbd"
         parameters = []
         if isinstance(self.address, str):
@@ -94,6 +124,8 @@ class Endpoint(NamedTuple):
             name, port = self._reachable()
             host = f"<host name={quoteattr(name)} port='{port}'/>"
         tls = " tls='yes'" if self.tls else ""
+        if self._tls_hostname:
+            tls += f" tlsHostname={quoteattr(self._tls_hostname)}"
         discard, kind = ("", "  <readonly/>\n") if read_only else (" discard='unmap'", "")
         return (
             "<disk type='network' device='disk'>\n"
@@ -120,9 +152,19 @@ class Endpoint(NamedTuple):
         words += ["-timeout", str(KERNEL_TIMEOUT_S)]
         if self.tls.certificates:
             place = Path(os.path.abspath(self.tls.certificates))
-            words += ["-cacertfile", str(place / "ca-cert.pem"), "-certfile", str(place / "client-cert.pem")]
-            words += ["-keyfile", str(place / "client-key.pem")]
+            words += ["-cacertfile", str(place / SERVER_FILES[0])]
+            certificate, key = (place / name for name in CLIENT_FILES)
+            if certificate.is_file() or not place.is_dir():  # the directory may be another host's
+                words += ["-certfile", str(certificate), "-keyfile", str(key)]
         return words
+
+    @property
+    def _tls_hostname(self) -> str:
+        """What QEMU compares with the server's certificate, where it is not the host that it connects to: a socket has
+        none."""
+        if not self.tls.certificates:
+            return ""
+        return self.tls.hostname or ("localhost" if self.is_unix else "")
 
     def _reachable(self) -> tuple[str, int]:
         """Host and port for clients: a server that listens everywhere is reached by this host's name."""
@@ -146,18 +188,22 @@ class Endpoint(NamedTuple):
             host, port = self._reachable()
             server = [("server.type", "inet"), ("server.host", host), ("server.port", str(port))]
         fields = [*server, ("export", export), *([("tls-creds", "tls0")] if self.tls else [])]
+        if self._tls_hostname:
+            fields.append(("tls-hostname", self._tls_hostname))
         return [f"{prefix}{name}={_comma(value)}" for name, value in fields]
 
     def __str__(self) -> str:
         return describe(self.address)
 
 
-def endpoint_of(path: str, listen: str, certificates: str, keys: str, verify_peer: bool) -> Endpoint:
+def endpoint_of(
+    path: str, listen: str, certificates: str, keys: str, verify_peer: bool, hostname: str = ""
+) -> Endpoint:
     """The endpoint at the socket `path`, or at `listen` (`HOST[:PORT]`, by default this host only); UsageError."""
     if "/" in listen:
         raise UsageError(f"{listen} is no address to listen at: HOST:PORT")
     address = path or parse_address(listen or DEFAULT_HOST, NBD_PORT)
-    return Endpoint(address, Tls(certificates, keys, verify_peer))
+    return Endpoint(address, Tls(certificates, keys, verify_peer, hostname))
 
 
 def _comma(text: str) -> str:

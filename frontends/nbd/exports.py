@@ -106,25 +106,30 @@ class Exports:
 
     def listing(self) -> list[tuple[str, str]]:
         """(export name, description) of everything that may be opened."""
-        with_snapshots = []
-        try:
-            connection = Connection(self._address, 0, answer_limit_s=STALL_LIMIT_S)
-        except OSError as error:
-            raise self._nobody(error) from error
-        try:
-            for inode in inodes.headers(connection, inodes.volume_ids(connection)):
-                if isinstance(inode, InodeHeader):
-                    with_snapshots.append((_name_of(inode), describe(inode)))
-        finally:
-            connection.close()
+        with_snapshots = [(_name_of(inode), describe(inode)) for inode in self._inodes()]
         if self._names:
             known = dict(with_snapshots)
             return [(name, known.get(name, "")) for name in self._names]
         return sorted(with_snapshots)
 
+    def _inodes(self) -> list[InodeHeader]:
+        """Of all volumes and snapshots that can be read."""
+        try:
+            connection = Connection(self._address, 0, answer_limit_s=STALL_LIMIT_S)
+        except OSError as error:
+            raise self._nobody(error) from error
+        try:
+            found = list(inodes.headers(connection, inodes.volume_ids(connection)))
+        finally:
+            connection.close()
+        return [inode for inode in found if isinstance(inode, InodeHeader)]
+
     def default(self) -> str:
         """The export that a client gets which names none; empty if there is none."""
-        return self._default or (self._names[0] if len(self._names) == 1 else "")
+        if self._default or self._names:
+            return self._default or (self._names[0] if len(self._names) == 1 else "")
+        volumes = [_name_of(inode) for inode in self._inodes() if not inode.is_snapshot]
+        return volumes[0] if len(volumes) == 1 else ""
 
     # -- opening
 

@@ -155,6 +155,7 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     return _door().listing()
 
 
+@_told
 def default_export(readonly: bool, is_tls: bool) -> str:
     return _door().default()
 

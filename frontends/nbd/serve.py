@@ -81,7 +81,10 @@ class Server:
         if isinstance(address, str):
             return self._listen_unix(address)
         host, port = address
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except socket.gaierror as error:
+            raise UsageError(f"cannot listen at {self.endpoint}: {error.strerror}") from None
         family, _, _, _, target = found[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -102,16 +105,19 @@ class Server:
             listener.bind(path)
         except OSError as error:
             listener.close()
-            raise OSError(error.errno, f"cannot listen at {path}: {error.strerror}") from error
+            raise OSError(error.errno, f"cannot listen at {path}: {error.strerror or error}") from error
         finally:
             os.umask(before)
         try:
             if self.group:
                 shutil.chown(path, group=self.group)
             os.chmod(path, self.mode)
-        except LookupError:
+        except (LookupError, OSError) as error:
+            listener.close()
             os.unlink(path)
-            raise UsageError(f"there is no group {self.group}") from None
+            if isinstance(error, LookupError):
+                raise UsageError(f"there is no group {self.group}") from None
+            raise
         listener.listen(BACKLOG)
         return listener
 

@@ -634,6 +634,28 @@ def test_tls_with_certificates(cluster3: Cluster, serve: Callable[..., NbdServer
     assert content(cluster3, "v")[:6] == b"secret"
 
 
+def test_tls_with_certificates_at_a_socket(cluster3: Cluster, serve: Callable[..., NbdServer], directory: Path) -> None:
+    needs.program("certtool")
+    cluster3.dog("vdi", "create", "v", "8M")
+    pki = certificates(directory)
+    server = serve(cluster3, "v", "--tls-certificates", str(pki))
+    words = json.loads(
+        cluster3.dog("nbd", "uri", "v", "--socket", str(server.socket), "--tls-certificates", str(pki), "--json")
+    )
+    _, credentials, _, drive = words["qemu_blockdev"].split(" ")
+    run(["qemu-io", "--object", credentials, "--image-opts", drive.replace("node-name=disk0,", ""), "-c", "read 0 4k"])
+
+
+def test_the_only_volume_needs_no_name(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
+    server = serve(cluster3)
+    assert run(["nbdinfo", server.uri("")], check=False).returncode != 0
+    cluster3.dog("vdi", "create", "only", "8M")
+    cluster3.dog("vdi", "snapshot", "-s", "t", "only")
+    assert run(["nbdinfo", "--size", server.uri("")]).stdout.strip() == str(8 * MIB).encode()
+    cluster3.dog("vdi", "create", "other", "8M")
+    assert run(["nbdinfo", server.uri("")], check=False).returncode != 0
+
+
 def test_verified_load_while_a_sheep_dies(cluster3: Cluster, serve: Callable[..., NbdServer]) -> None:
     needs.program("fio")
     cluster3.dog("vdi", "create", "v", "64M")

@@ -30,7 +30,7 @@ from sheepdog.cluster.wire import header as wire
 from sheepdog.cluster.wire.opcodes import Opcode
 from sheepdog.cluster.wire.structures import VdiState, pack_vdi_state
 from sheepdog.frontends.nbd import exports as exports_module
-from sheepdog.frontends.nbd.endpoints import Endpoint, Tls, endpoint_of
+from sheepdog.frontends.nbd.endpoints import SERVER_FILES, Endpoint, Tls, endpoint_of
 from sheepdog.frontends.nbd.exports import Export, Exports, Refused, readings
 from sheepdog.frontends.nbd.parameters import Parameters, parse_address
 from sheepdog.frontends.nbd.serve import Server, clear_away, environment
@@ -139,6 +139,8 @@ def test_listing_and_default(sheep: FakeSheep) -> None:
 
 def test_what_is_refused(sheep: FakeSheep) -> None:
     sheep.create("web", MIB, shift=SHIFT)
+    assert door(sheep).default() == "web"
+    sheep.create("other", MIB, shift=SHIFT)
     for exports, name in ((door(sheep), "nix"), (door(sheep), ""), (door(sheep), "web@t"), (door(sheep, "db"), "web")):
         with pytest.raises(Refused) as caught:
             exports.open(name, False)
@@ -513,7 +515,7 @@ def room(sock: socket.socket) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
-def test_the_socket_has_its_permissions(directory: Path) -> None:
+def test_the_socket_has_its_permissions(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(directory / "s")
     server = Server(Endpoint(path), mode=0o640)
     listener = server.listen()
@@ -529,7 +531,66 @@ def test_the_socket_has_its_permissions(directory: Path) -> None:
     assert Path(path).read_text() == "precious"
     with pytest.raises(UsageError, match="no group"):
         Server(Endpoint(str(directory / "t")), group="no such group").listen()
+
+    def refuse(path: str, **_: str) -> None:
+        raise PermissionError(errno.EPERM, "not permitted", path)
+
+    monkeypatch.setattr("shutil.chown", refuse)
+    with pytest.raises(PermissionError):
+        Server(Endpoint(str(directory / "t")), group="root").listen()
     assert not (directory / "t").exists()
+    with pytest.raises(OSError, match="too long"):
+        Server(Endpoint(str(directory / ("x" * 200)))).listen()
+    with pytest.raises(UsageError, match="cannot listen at nohost"):
+        Server(Endpoint(("nohost.invalid", 1))).listen()
+
+
+@pytest.mark.parametrize("content", [b"", b"alice\n", b"\xff\xfe\0" * 100, b"\0:\1\n"], ids=repr)
+def test_what_is_no_file_of_keys_is_told_before_the_server_is(directory: Path, content: bytes) -> None:
+    keys = directory / "keys.psk"
+    keys.write_bytes(content)
+    with pytest.raises(UsageError, match="no keys"):
+        Tls(keys=str(keys)).check_server()
+    assert Endpoint("/run/s", Tls(keys=str(keys))).uri("v").startswith("nbds+unix://USER@/v?")
+    with pytest.raises(OSError, match="directory"):
+        Tls(keys=str(directory)).check_server()
+    with pytest.raises(OSError, match="No such file"):
+        Tls(keys=str(directory / "none")).check_server()
+
+
+def test_certificates_are_looked_for_before_the_server_is_told(directory: Path) -> None:
+    pki = Tls(str(directory))
+    for name in SERVER_FILES:
+        with pytest.raises(UsageError, match=f"there is no {name}"):
+            pki.check_server()
+        (directory / name).touch()
+    pki.check_server()
+
+
+def test_what_clients_will_miss(directory: Path) -> None:
+    other = directory / "other.psk"
+    assert "not on this host" in Tls(keys=str(other)).client_lacks()
+    other.write_text("alice:00ff\n")
+    assert "keys.psk only" in Tls(keys=str(other)).client_lacks()
+    assert not Tls(keys=str(other.rename(directory / "keys.psk"))).client_lacks()
+    pki = Endpoint(("h", 1), Tls(str(directory)))
+    assert "there is no ca-cert.pem on this host" in pki.tls.client_lacks()
+    assert "-certfile" not in pki.kernel("v"), "the server's directory has no certificate of a client's"
+    for name in ("ca-cert.pem", "client-cert.pem"):
+        (directory / name).touch()
+    assert not pki.tls.client_lacks()
+    assert "-certfile" in pki.kernel("v")
+    assert not Tls().client_lacks()
+
+
+def test_a_certificate_is_of_a_host_also_at_a_socket() -> None:
+    socket, host = Endpoint("/run/s", Tls("/pki")), Endpoint(("h", 1), Tls("/pki"))
+    assert socket.blockdev("v")[-1].endswith(",tls-creds=tls0,tls-hostname=localhost")
+    assert socket.drive("v")[-1].endswith(",file.tls-creds=tls0,file.tls-hostname=localhost")
+    assert "tls='yes' tlsHostname=\"localhost\"" in socket.libvirt("v")
+    assert "hostname" not in host.blockdev("v")[-1]
+    assert host._replace(tls=Tls("/pki", hostname="n")).blockdev("v")[-1].endswith(",tls-hostname=n")
+    assert "hostname" not in Endpoint("/run/s", Tls(keys="/k")).drive("v")[-1].lower()
 
 
 def test_uris() -> None:

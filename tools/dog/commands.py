@@ -418,7 +418,14 @@ NBD = (
     ),
     Command(
         "uri",
-        (*_NBD_PLACE, *NETWORK, RAW, *LAST, JSON),
+        (
+            *_NBD_PLACE,
+            Option("", "tls-hostname", "host in the server's certificate (of a socket: localhost)", True),
+            *NETWORK,
+            RAW,
+            *LAST,
+            JSON,
+        ),
         "show how NBD clients reach an image",
         "nbd:uri",
         "<vdiname[@tag]>",

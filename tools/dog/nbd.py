@@ -25,6 +25,9 @@ def serve(context: Context) -> int:
     from sheepdog.frontends.nbd.serve import DEFAULT_MODE, MAX_THREADS, Server
 
     endpoint = endpoint_of(*_place(context))
+    if not endpoint.is_unix and (context.flag("mode") or context.flag("group")):
+        raise UsageFailure("--mode and --group are a socket's (--socket)")
+    endpoint.tls.check_server()
     names = context.rest(0)
     for name in names:
         _check(context, name)
@@ -44,8 +47,9 @@ def serve(context: Context) -> int:
         group=context.value("group"),
         threads=_number(context, "threads", 10, 0, MAX_THREADS),
     )
-    if not endpoint.is_unix and not endpoint.tls and not str(endpoint).startswith(LOOPBACK):
-        warn(f"Warning: whoever reaches {endpoint} can read and change the volumes (see --tls-certificates, --tls-psk)")
+    known = endpoint.tls.keys or endpoint.tls.verify_peer
+    if not endpoint.is_unix and not known and not str(endpoint).startswith(LOOPBACK):
+        warn(f"Warning: whoever reaches {endpoint} can read and change the volumes (see --tls-verify-peer, --tls-psk)")
     listener = server.listen()
     print("\n".join(endpoint.uri(name) for name in names or [""]), flush=True)
     server.run(listener)
@@ -56,7 +60,9 @@ def uri(context: Context) -> int:
     from sheepdog.frontends.nbd.endpoints import endpoint_of
 
     name = context.argument(0, "Please specify the VDI name")
-    endpoint = endpoint_of(*_place(context))
+    endpoint = endpoint_of(*_place(context), context.value("tls-hostname"))
+    if lacks := endpoint.tls.client_lacks():
+        warn(f"Warning: {lacks}")
     read_only = _check(context, name).is_snapshot or context.flag("readonly")
     words = {
         "uri": endpoint.uri(name),
