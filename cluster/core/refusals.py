@@ -55,6 +55,10 @@ class Refusals:
         """This write, and what is behind it, cannot stay."""
         self._void[oid] = min(version, self._void.get(oid, version))
 
+    def is_void(self, oid: ObjectId) -> bool:
+        """Some write of the object is yet to be taken back that cannot stay."""
+        return oid in self._void
+
     def stayed_behind(self, oid: ObjectId, member: int) -> None:
         """A strip could not be given the version of a write that did not touch it."""
         strip = self._strip_on(member, oid)

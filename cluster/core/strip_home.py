@@ -225,7 +225,9 @@ class StripHome:
     def updated(self, update: _Update) -> None:
         """The old bytes are here, unless one of them could not be read."""
         submission, policy = update.submission, update.policy
-        if update.failed:  # the strip is being repaired, or its disk is gone: the write comes again
+        # The strip is being repaired, or its disk is gone: the write comes again. So it does behind writes of which the
+        # parity has not got its part: with a later one it would look as if it had.
+        if update.failed or self.refusals.is_void(submission.oid):
             self._refuse(submission, Result.AGAIN, update.lock)
             return
         changes = encode_part(self._context.coder, policy, update.parts, submission.data, update.old)

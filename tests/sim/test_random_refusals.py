@@ -19,7 +19,7 @@ from sheepdog.cluster.sim.audit import audit
 from sheepdog.cluster.sim.world import MILLISECOND, SECOND
 
 PARITY = 2
-FOUND = (204, 251)  # something that has been mended
+FOUND = (204, 251, 752)  # something that has been mended
 OFFSETS = tuple(strip * UNIT + block * BLOCK_SIZE for strip in range(4) for block in range(2))  # of each data strip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.sim.test_directed import settle
-from tests.sim.test_refused_strips import UNIT, Story, empty, fill
+from tests.sim.test_refused_strips import UNIT, Story, empty, fill, read_slowly
 
 from sheepdog.cluster.core.errors import DiskError, Result
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid, strip_of
@@ -17,6 +17,7 @@ from sheepdog.cluster.core.messages import Buffer, Kind, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Done
 from sheepdog.cluster.core.range_locks import Lock
+from sheepdog.cluster.core.refusals import Refusals
 from sheepdog.cluster.core.replica import Replica
 from sheepdog.cluster.core.strip_check import Checked, StripCheck
 from sheepdog.cluster.core.strip_home import StripHome
@@ -291,6 +292,33 @@ def test_strips_are_compared_between_writes(seed: int) -> None:
     compared_meanwhile(seed)
 
 
+def prepared_meanwhile(seed: int) -> None:
+    """A durable write looks at the old bytes of a strip, to which one behind a write goes that another strip refuses.
+    Soon after all processes end, and then a block of the same stripe rots."""
+    story = Story(seed, 6)
+    assert story.wait(*(story.write(offset, 1) for offset in OFFSETS)) == [0] * len(OFFSETS)
+    story.settle()
+    story.second.disk.copies()[strip_of(story.oid, 1)].rotten[0] = None
+    with pytest.MonkeyPatch.context() as patch:
+        read_slowly(patch, story.parity)
+        for offset, durable in ((UNIT, False), (2 * UNIT, False), (2 * UNIT + BLOCK_SIZE, True)):
+            story.write(offset, 2, durable)
+        story.cluster.world.run_for((9 + seed) * MILLISECOND // 2)
+    for machine in story.cluster.machines:
+        machine.kill()
+    story.cluster.start_all()
+    story.settle()
+    story.home.disk.copies()[strip_of(story.oid, 0)].rotten[0] = None
+    assert {block[0] for block in story.blocks(0)} == {1}
+    story.settle()
+    audit(story.cluster)
+
+
+@pytest.mark.parametrize("seed", range(2 * SEEDS))
+def test_nothing_is_numbered_behind_writes_that_are_given_up(seed: int) -> None:
+    prepared_meanwhile(seed)
+
+
 def out_of_order(patch: pytest.MonkeyPatch) -> None:
     """Who knows its part sends it, whoever is before it."""
 
@@ -350,6 +378,11 @@ def unlocked_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StripHome, "_release", release)
 
 
+def numbered_behind(patch: pytest.MonkeyPatch) -> None:
+    """What is given up does not matter to later writes."""
+    patch.setattr(Refusals, "is_void", lambda self, oid: False)
+
+
 def kept_order(seed: int) -> None:
     fits(late_answer(seed), 5, 4, 3, 2)
 
@@ -370,6 +403,7 @@ def comes_again(seed: int) -> None:
         (leveled_ahead, survives_the_home),
         (without_old_bytes, comes_again),
         (unlocked_at_once, compared_meanwhile),
+        (numbered_behind, prepared_meanwhile),
     ],
 )
 def test_planted_bugs_are_found(
