@@ -16,7 +16,8 @@ adopted     after an end of all processes there may be nothing to go by, and str
             strips are there, each is right as it is (a block is on one strip only): the parity is made anew. A write
             that some of them lack is *half done*: it is nobody's answer, and done again if it is asked for again
 interrupted where an agreement came to too few strips, and enough replicas of its epoch are here to know that nothing
-            was written then, it does not count: what members were to make anew is left out, the others are as before
+            was written then, it does not count: what members were to make anew is left out, the others are as before.
+            But not if a write were undone then that it contained, for that may have been read
 never done  a creation that did not get to all strips, and cannot be decoded, never was answered: what is there goes
 
 Strips that fit get a common new version before anything is decoded, unless they are equal already.
@@ -213,7 +214,8 @@ def decide(
         return StripDecision(oid, policy, NO_VERSION, surplus=everything)
     if unfit is None and _is_agreement(real, best) and not facts.superseded(oid, best.epoch - 1, least):
         before = decide(oid, policy, _before_agreement(held, best, lacking), replicas, facts, lacking)
-        return is_lost if before is not None and before.is_lost else before  # that the object was there, stays true
+        if before is None or not (before.is_lost or _takes_back(before, real, best)):
+            return before  # if it is lost then, too: that the object was there, stays true
     return is_lost
 
 
@@ -251,6 +253,12 @@ def _one_state(
 def _is_agreement(real: Sequence[Held], version: Version) -> bool:
     """The strips that have this version got it from an agreement."""
     return all(entry.steps and entry.steps[0].touched == ALL_STRIPS for entry in real if entry.version == version)
+
+
+def _takes_back(before: StripDecision, real: Sequence[Held], agreement: Version) -> bool:
+    """Without the agreement writes would be undone that it contained: they may have been read since."""
+    agreed = {(entry.strip, entry.member): entry.steps[0].before for entry in real if entry.version == agreement}
+    return any(state < agreed.get((strip, member), NO_VERSION) for strip, member, state in before.agree)
 
 
 def _before_agreement(held: Sequence[Held], version: Version, unfit: Container[tuple[int, int]]) -> list[Held]:

@@ -237,6 +237,17 @@ def test_an_agreement_that_came_to_one_strip_only_is_undone(away: bool, monkeypa
     assert states(decision) == ({} if away else {2: V[3], 3: V[3]})
 
 
+def test_an_agreement_is_not_undone_together_with_a_write_that_it_contained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who else came to it is away, and it may have been read; strip 3 comes back without it. Found by the simulator."""
+    monkeypatch.setattr(Nothing, "was_replica", lambda self, oid, member, epoch: member != 3)
+    decision = decided(
+        held(1, NO_VERSION, as_of=3),
+        held(2, N, (V[3], ALL_STRIPS), (V[2], SECOND), as_of=3),
+        held(3, V[2], as_of=2),
+    )
+    assert decision.is_lost
+
+
 @pytest.mark.parametrize("without", [3, 2], ids=["three of four have it", "two have it"])
 def test_a_write_that_an_agreement_had_undone_is_undone_with_it_where_the_agreement_did_not_get(without: int) -> None:
     """Else the one strip that still has it would make it count again, and the others be made anew from it."""
