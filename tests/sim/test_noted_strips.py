@@ -80,9 +80,10 @@ def fails_late(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     assert isinstance(store, SimStore)
     write = store.write
 
-    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> None:
-        write(oid, offset, data, version, False, lambda error: None)
+    def fail(oid: ObjectId, offset: int, data: Buffer, version: Version, durable: bool, done: Done) -> bool:
+        taken = write(oid, offset, data, version, False, lambda error: None)
         world.after(3 * MILLISECOND, lambda: done(DiskError("late")))
+        return taken
 
     patch.setattr(store, "write", fail)
 
