@@ -71,9 +71,9 @@ class BlockingVolume:
         connection = Connection(address, patience_s, dial=dial, answer_limit_s=ANSWER_LIMIT_S)
         opening = Open(name.encode() if isinstance(name, str) else name, tag, snap_id, read_only)
         try:
-            connection.exchange(opening.resume(), opening.answer)
+            nobody = connection.exchange(opening.resume(), opening.answer)
             if opening.error:
-                raise opening.error
+                raise _cause(opening.error, nobody)
         except BaseException:
             connection.close()
             raise
@@ -258,10 +258,10 @@ class BlockingVolume:
         except IndexError:
             return Connection(self._address, self._patience_s, dial=self._dial, answer_limit_s=ANSWER_LIMIT_S)
 
-    def _exchange(self, requests: list[Request], answer: Answer) -> None:
+    def _exchange(self, requests: list[Request], answer: Answer) -> OSError | None:
         connection = self._borrow()
         try:
-            connection.exchange(requests, answer)
+            return connection.exchange(requests, answer)
         finally:
             self._idle.append(connection)
 
@@ -269,6 +269,7 @@ class BlockingVolume:
         """Carries an operation to its end; raises its error."""
         event = threading.Event()
         operation.wake = event.set
+        nobody: OSError | None = None
 
         def answer(request: Request, result: int, data: Buffer, header: bytes) -> list[Request]:
             with self._lock:
@@ -279,11 +280,16 @@ class BlockingVolume:
             with self._lock:
                 requests = operation.resume()
             if requests:
-                self._exchange(requests, answer)
+                nobody = self._exchange(requests, answer) or nobody
             elif not operation.finished:
                 event.wait()
         if operation.error:
-            raise operation.error
+            raise _cause(operation.error, nobody)
+
+
+def _cause(error: OSError, nobody: OSError | None) -> OSError:
+    """Of an operation's end: that there was no gateway says more than the answer that stands for none."""
+    return nobody if nobody is not None and nobody.errno == error.errno else error
 
 
 def _merged(offset: int, pieces: list[Piece], owners: list[int], maps: dict[int, Buffer]) -> list[Extent]:

@@ -105,11 +105,13 @@ class Connection:
             raise SheepError(reply.result)
         return reply
 
-    def exchange(self, requests: list[Request], answer: Answer) -> None:
+    def exchange(self, requests: list[Request], answer: Answer) -> OSError | None:
         """Sends requests together, hands each answer to `answer` and goes on with the requests that it returns.
 
-        Ends when nothing is outstanding. Without a gateway the rest is answered with EIO and an empty header.
+        Ends when nothing is outstanding. Without a gateway the rest is answered with EIO and an empty header; why there
+        was none is returned.
         """
+        nobody: OSError | None = None
         flight: dict[int, Request] = {}
         waiting = list(requests)
 
@@ -119,12 +121,14 @@ class Connection:
         while waiting or flight:
             try:
                 self._patiently(attempt)
-            except OSError:
+            except OSError as error:
+                nobody = error
                 lost = [*flight.values(), *waiting]
                 flight.clear()
                 waiting.clear()
                 for request in lost:
                     waiting += answer(request, Result.EIO, b"", b"")
+        return nobody
 
     # -- one attempt
 

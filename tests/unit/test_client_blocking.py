@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 from tests.support.fake_sheep import FakeSheep
@@ -97,17 +98,22 @@ def test_no_gateway() -> None:
         sheep.create("v", MIB)
         impatient = Connection(sheep.address, patience_s=0)
         volume = BlockingVolume.open(sheep.address, "v", patience_s=0.2)
+        volume.write(0, b"y" * 4096)
         sheep.__exit__(None, None, None)
         request = lookup(b"v")
         for _ in range(2):  # cut, then refused
             with pytest.raises(ConnectionError):
                 impatient.ask(request.header, request.payload)
-        with pytest.raises(OSError) as caught:
-            volume.write(0, b"x")
-        assert caught.value.errno == errno.EIO
-        with pytest.raises(OSError) as caught:
-            volume.flush()
-        assert caught.value.errno == errno.EIO
+        for call in (
+            partial(volume.write, 0, b"x"),
+            volume.flush,
+            partial(volume.discard, 0, MIB),
+            partial(volume.zero, 0, 4096),
+            volume.refresh,
+        ):
+            with pytest.raises(OSError, match="no gateway at") as caught:
+                call()
+            assert caught.value.errno == errno.EIO
 
 
 def test_a_lookup_tells_its_result() -> None:
