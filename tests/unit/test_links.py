@@ -150,6 +150,18 @@ def closed_by_peer(sock: socket.socket) -> bool:
     return True
 
 
+def test_a_peer_that_goes_and_comes_back_is_sent_to_again(world: World, pair: tuple[Node, Node]) -> None:
+    small, large = pair
+    small.links.send(large.me, message(1))
+    world.until(lambda: len(large.arrived) == 1)
+    small.links.connect([small.me])
+    world.until(lambda: large.events[-1] == (small.me, False))
+    small.links.connect([small.me, large.me])
+    world.until(lambda: small.events[1:] == [(large.me, True)] and large.events[-1] == (small.me, True))
+    small.links.send(large.me, message(2))
+    world.until(lambda: len(large.arrived) == 2)
+
+
 def test_messages_arrive_in_order_both_ways(world: World, pair: tuple[Node, Node]) -> None:
     small, large = pair
     bodies = [b"", b"x" * 100, b"y" * 4096, b"z" * 70_000, b"w" * 3_000_000]
