@@ -322,7 +322,7 @@ class Copies:
 
     def _strip_made(self, strip: ObjectId, pulled: Callable[[int], None], result: int) -> None:
         if result == Result.SUCCESS:
-            self._stale.made_anew(strip, self._must_work)
+            self._stale.made_anew(strip, self._context.store.version, self._must_work)
         pulled(result)
 
     def _pulled_by_witness(self, oid: ObjectId, pulled: Callable[[int], None], result: int) -> None:

@@ -82,9 +82,11 @@ class StaleStrips:
             marks[strip] = _Mark(version, epoch, True)
         self._save(marks, done)
 
-    def made_anew(self, strip: ObjectId, done: Done) -> None:
-        """The strip is what the others are, durably; it may have the version of the mark."""
-        if strip in self._marks:
+    def made_anew(self, strip: ObjectId, version_of: VersionOf, done: Done) -> None:
+        """The strip is what the others are, durably. With a later version than it had, as nearly always, its mark is
+        void by itself: all marks are saved as one, which is too much for each strip of a node that was away."""
+        mark, version = self._marks.get(strip), version_of(strip)
+        if mark is not None and version is not None and version <= mark.version:
             self._save({other: mark for other, mark in self._marks.items() if other != strip}, done)
 
     def _save(self, marks: dict[ObjectId, _Mark], done: Done) -> None:

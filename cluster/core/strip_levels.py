@@ -134,9 +134,10 @@ class StripLevels:
         if not self._home.is_present():
             return
         behind = self._home.strips.sends.behind  # with a later version a strip would not take the write
+        is_void = self._home.strips.refusals.is_void  # the parity would get the version of what it does not have
         due: list[ObjectId] = []
         for oid, uneven in self._uneven.items():
-            if uneven.is_due() and oid not in self._under_way and not behind(oid):
+            if uneven.is_due() and oid not in self._under_way and not (behind(oid) or is_void(oid)):
                 due.append(oid)
             uneven.rests = True
         for start in range(0, len(due), LEVEL_BATCH):

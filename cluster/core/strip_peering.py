@@ -286,14 +286,16 @@ def _in_place(held: Sequence[Held], replicas: tuple[int, ...]) -> bool:
 def _unfinished(policy: Policy, current: Sequence[Held]) -> list[Version]:
     """Writes that some strip has and another one lacks that they touch, ascending.
 
-    All touch the parity. So does the one that a strip knows only because it was brought level with it.
+    All touch the parity. So does the one that a strip knows only because it was brought level with it; what it touched
+    besides another strip tells.
     """
     parity = (1 << policy.strips) - (1 << policy.data)
     newest: dict[int, Version] = {}
     writes: dict[Version, int] = {}
     for entry in current:
         newest[entry.strip] = max(entry.version, newest.get(entry.strip, entry.version))
-        writes.update(entry.writes())
+        for version, touched in entry.writes():
+            writes[version] = writes.get(version, NO_STRIPS) | touched
     return sorted(
         version
         for version, touched in writes.items()

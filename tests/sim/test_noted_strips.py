@@ -70,8 +70,21 @@ def test_what_is_being_made_anew_may_be_what_it_was_again() -> None:
 def test_what_was_made_anew_counts_though_it_has_the_same_version() -> None:
     notes = Notes()
     notes.note(True)
-    notes.wait(lambda done: notes.stale.made_anew(STRIP, done))
+    notes.wait(lambda done: notes.stale.made_anew(STRIP, lambda _: NOTED, done))
     assert not notes.start(NOTED)
+
+
+def test_what_was_made_anew_with_a_later_version_is_not_noted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All notes are saved as one: a node that was away over many objects would spend its time with that."""
+    notes = Notes()
+    notes.note(True)
+
+    def save(state: SimNodeState, data: bytes, done: Done) -> None:
+        raise AssertionError("saved")
+
+    monkeypatch.setattr(SimNodeState, "save_stale", save)
+    notes.stale.made_anew(STRIP, lambda _: AFTER, lambda _: None)
+    assert not notes.start(AFTER)
 
 
 def fails_late(patch: pytest.MonkeyPatch, machine: Machine) -> None:

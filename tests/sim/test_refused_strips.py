@@ -258,7 +258,11 @@ def read_slowly(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     read = store.read
 
     def later(oid: ObjectId, offset: int, length: int, done: ReadDone) -> None:
-        world.after(MILLISECOND, lambda: read(oid, offset, length, done))
+        def now() -> None:
+            if machine.up and machine.node.context.store is store:  # else its process has ended
+                read(oid, offset, length, done)
+
+        world.after(MILLISECOND, now)
 
     patch.setattr(store, "read", later)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.sim.test_directed import settle
-from tests.sim.test_refused_strips import UNIT, Story, empty, fill, read_slowly
+from tests.sim.test_refused_strips import UNIT, Story, empty, fill, read_slowly, refuse_writes
 
 from sheepdog.cluster.core.errors import DiskError, Result
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Version, data_oid, strip_of
@@ -319,6 +319,30 @@ def test_nothing_is_numbered_behind_writes_that_are_given_up(seed: int) -> None:
     prepared_meanwhile(seed)
 
 
+def leveled_meanwhile(seed: int) -> None:
+    """Behind a write that a strip refuses is one of another strip, whose node answers late. Both are given up, and are
+    taken back when it has answered; before that all processes end."""
+    story = Story(seed, 6)
+    assert story.wait(*(story.write(offset, 1) for offset in OFFSETS)) == [0] * len(OFFSETS)
+    story.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_writes(patch, story.second)
+        story.cluster.fabric.hold((story.parity.id, story.home.id), SECOND)
+        for offset in (UNIT, 2 * UNIT):
+            story.write(offset, 2, False)
+        story.cluster.world.run_for(350 * MILLISECOND)
+    for machine in story.cluster.machines:
+        machine.kill()
+    story.cluster.start_all()
+    story.settle()
+    audit(story.cluster)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_strips_are_not_brought_level_with_what_is_given_up(seed: int) -> None:
+    leveled_meanwhile(seed)
+
+
 def out_of_order(patch: pytest.MonkeyPatch) -> None:
     """Who knows its part sends it, whoever is before it."""
 
@@ -404,6 +428,7 @@ def comes_again(seed: int) -> None:
         (without_old_bytes, comes_again),
         (unlocked_at_once, compared_meanwhile),
         (numbered_behind, prepared_meanwhile),
+        (numbered_behind, leveled_meanwhile),
     ],
 )
 def test_planted_bugs_are_found(

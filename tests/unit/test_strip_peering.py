@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import pytest
 
@@ -246,6 +247,15 @@ def test_an_agreement_is_not_undone_together_with_a_write_that_it_contained(monk
         held(3, V[2], as_of=2),
     )
     assert decision.is_lost
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_what_a_strip_knows_by_its_version_alone_hides_no_write(order: tuple[int, ...]) -> None:
+    """Strip 0 was brought level with a write of strip 1, which has lost it with its power; strip 3 is of no use."""
+    able = [held(0, V[2], (V[1], NO_STRIPS)), held(1, V[1]), held(2, V[2], (V[1], SECOND))]
+    decision = decided(*(able[place] for place in order), held(3, NO_VERSION), restarted=(0, 1, 2, 3))
+    assert decision.cut == V[2]
+    assert not decision.is_lost
 
 
 @pytest.mark.parametrize("without", [3, 2], ids=["three of four have it", "two have it"])
