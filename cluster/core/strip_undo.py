@@ -78,6 +78,7 @@ class UndoLog:
         self._chains: dict[ObjectId, _Chain] = {}
         self._state: NodeState | None = None
         self._written = 0  # bytes in the file
+        self._compact_at = UNDO_FILE_BYTES  # so many
 
     def load(self, state: NodeState, version_of: Callable[[ObjectId], Version | None]) -> None:
         """What the process before this one has left; `version_of` tells where the strips are now."""
@@ -106,7 +107,7 @@ class UndoLog:
             chain = self._chains[strip] = _Chain()
         _append(chain.steps, undo)
         if self._state is not None:
-            if self._written > UNDO_FILE_BYTES:
+            if self._written > self._compact_at:
                 self._compact()
             record = encode(strip, undo)
             self._written += len(record)
@@ -116,6 +117,7 @@ class UndoLog:
         assert self._state is not None
         needed = b"".join([encode(strip, undo) for strip, chain in self._chains.items() for undo in chain.steps])
         self._written = len(needed)
+        self._compact_at = max(UNDO_FILE_BYTES, 2 * len(needed))  # where all is needed, not with each write
         self._state.replace_undo(needed)
 
     def steps(self, strip: ObjectId, version: Version | None) -> list[Step]:

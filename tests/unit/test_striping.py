@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sheepdog.cluster.core import strip_undo
 from sheepdog.cluster.core.erasure import PlainCoder, Policy, xor
 from sheepdog.cluster.core.ids import Version, Vid, data_oid, strip_of
 from sheepdog.cluster.core.ports import NodeState
@@ -207,12 +208,14 @@ class _State:
 
     def __init__(self) -> None:
         self.data = b""
+        self.replaced = 0
 
     def append_undo(self, record: bytes) -> None:
         self.data += record
 
     def replace_undo(self, records: bytes) -> None:
         self.data = records
+        self.replaced += 1
 
     def load_undo(self) -> list[bytes]:
         return [self.data]
@@ -263,3 +266,19 @@ def test_what_is_added_behind_a_torn_end_is_found() -> None:
     third = UndoLog()
     third.load(cast("NodeState", state), lambda _: v3)
     assert [step.before for step in third.steps(strip, v3)] == [v2, v1]
+
+
+def test_what_is_all_needed_is_not_written_anew_with_each_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strip_undo, "UNDO_FILE_BYTES", 1000)
+    state, strip = _State(), strip_of(data_oid(Vid(1), 0), 5)
+    log = UndoLog()
+    log.load(cast("NodeState", state), lambda _: None)
+    versions = [Version(1, 1, number) for number in range(101)]
+    for before, after in itertools.pairwise(versions):
+        log.keep(strip, Undo(before, after, 0, bytes(100)))
+    assert 1 < state.replaced < 10
+    log.level(strip, versions[-1])
+    for number in range(100, 300):
+        log.keep(strip, Undo(Version(1, 1, number), Version(1, 1, number + 1), 0, bytes(100)))
+        log.level(strip, Version(1, 1, number + 1))
+    assert len(state.data) < 2000, "what is not needed any more has gone"
