@@ -104,7 +104,7 @@ _dog() {
     "upgrade object-location" | "upgrade object-location "*) words="-o --orig -h --help -T --time" ;;
     nbd) words="serve uri" ;;
     "nbd serve" | "nbd serve "*) words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly --exclusive --mode --group --threads --spread --swap -a --address -p --port -h --help" ;;
-    "nbd uri" | "nbd uri "*) words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly -a --address -p --port -r --raw -h --help -T --time --json" ;;
+    "nbd uri" | "nbd uri "*) words="--socket --listen --tls-certificates --tls-psk --tls-verify-peer --readonly --tls-hostname -a --address -p --port -r --raw -h --help -T --time --json" ;;
     iscsi) words="export list unexport apply clear tgt-config" ;;
     "iscsi export" | "iscsi export "*) words="--initiator --portal --iqn --chap --secret-file --mutual --mutual-secret-file --discovery --discovery-secret-file --readonly --shared --host -a --address -p --port -h --help -T --time"; volumes=1 ;;
     "iscsi list" | "iscsi list "*) words="--host -a --address -p --port -r --raw -h --help -T --time --json" ;;
