@@ -22,9 +22,9 @@ REQUESTS = 64  # many enough that timers do not count
 # times as much and are not counted here (iterators, deques).
 # 30 more since home and replicas tell the gateway themselves: two messages of their own here, where a link puts those
 # of a turn into one frame. They brought a hop less (and 4 to 5 us of user time, as much less of the kernel's).
-# 14 are the numbers of frames, which are read and written in cluster/core now. 8 make the objects that took the place
-# of nested functions, dictionaries' tuples and numbers: together 10,000 instructions less.
-WRITE_LIMIT = 173.0
+# 8 make the objects that took the place of nested functions, dictionaries' tuples and numbers: together 10,000
+# instructions less.
+WRITE_LIMIT = 150.0
 MANY = 100  # volumes, and as many snapshots
 NOBODY = Vid(0)
 READ_LIMIT = 22.0  # at the object's home 22, two of them for the lease; at another replica 19
