@@ -28,7 +28,7 @@ class Counted(Protocol):
 
 
 def calls(work: Callable[[], None]) -> int:
-    """Calls of functions of cluster/core while `work` is done; numbers in bytes are no calls where they are compiled."""
+    """Calls of functions of cluster/core while `work` is done; not those for numbers in bytes, which compiling ends."""
     counted = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
