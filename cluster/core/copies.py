@@ -14,7 +14,7 @@ from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import NoSpace, Result, StoreError
 from sheepdog.cluster.core.home import Home
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, NodeId, ObjectId, Version, plain_oid
-from sheepdog.cluster.core.limits import LOST_PART_ENTRIES, RECOVERY_FULL_PERCENT
+from sheepdog.cluster.core.limits import LOST_PART_ENTRIES, RECOVERY_FULL_PERCENT, RECOVERY_RETRY_NS
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.origins import Origin, encode_origins
 from sheepdog.cluster.core.peering import (
@@ -87,7 +87,8 @@ class Copies:
         store, settled = self._context.store, self._proven.settled
         unfinished = [oid for oid, version in store.inventory() if version == NO_VERSION]
         stale = self._stale.load(store.version, settled)
-        self._standing = Standing(settled, self._context.state.epoch, self._proven.broken, unfinished, stale)
+        losses = self._stale.losses(store.version)
+        self._standing = Standing(settled, self._context.state.epoch, self._proven.broken, unfinished, stale, losses)
         if self._proven.dropped:
             self._standing.complete = 0
         self.replica.strips.load(self._disk, store.version)
@@ -126,8 +127,9 @@ class Copies:
 
         self._disk.save_proven(proven, saved)
 
-    def _went_bad(self) -> None:
+    def _went_bad(self, oid: ObjectId) -> None:
         """A current copy here did: after a restart the copies without a version are not taken for new ones."""
+        self._stale.went_bad([oid], self._must_work)
         if self._proven.broken < self._context.epoch:
             self._prove(self._proven._replace(broken=self._context.epoch))
 
@@ -260,7 +262,23 @@ class Copies:
 
         used = frozenset(verdict.undecided)  # also where it is not to stay
         missing = [oid for oid in verdict.missing if oid not in used]
-        self._stale.settle(decided, missing, context.epoch, context.store.version, saved)
+        lost = {oid: self._standing.lost(oid, known) for oid, known in verdict.lost}
+        self._stale.settle(decided, missing, context.epoch, context.store.version, saved, lost)
+
+    def when_durable(self, durable: Callable[[], None]) -> None:
+        """Who notes that all is current (`settled`) counts for more than the others after a loss of power everywhere.
+        So what all told each other is on the disks by then, although nobody waited for it (core.strip_levels)."""
+        self._flush_told(self._context.fence, durable)
+
+    def _flush_told(self, fence: int, durable: Callable[[], None]) -> None:
+        if self._context.fence == fence:
+            self._context.store.flush(None, partial(self._told_flushed, fence, durable))
+
+    def _told_flushed(self, fence: int, durable: Callable[[], None], error: StoreError | None) -> None:
+        if error is not None:  # what was on that disk is lost now, and this node tells of that
+            self._context.clock.after(RECOVERY_RETRY_NS, partial(self._flush_told, fence, durable))
+        elif self._context.fence == fence:
+            durable()
 
     def completed_locally(self) -> None:
         self.home_done(self._context.me)
@@ -412,6 +430,7 @@ class Copies:
         if not context.epoch:
             self._prove(Proven(), told)
             return
+        self._stale.went_bad(oids, self._must_work)
         forgotten = max(self._proven.forgotten, context.epoch)
         self._prove(self._proven._replace(settled=0, broken=context.epoch, forgotten=forgotten), told)
         context.probe("node.copies_lost")

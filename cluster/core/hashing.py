@@ -5,21 +5,33 @@ FNV-1a of 64 bits in two dresses: plain for names and attributes, one round more
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sheepdog.cluster.core.ids import NodeId, ObjectId, Vid
 
+if TYPE_CHECKING:
+    from mypy_extensions import i64  # for the compiler alone
+
 FNV_BASIS: Final = 0xCBF29CE484222325
-_PRIME: Final = 0x100000001B3
-_MASK: Final = 0xFFFFFFFFFFFFFFFF
+_PRIME_REST: Final = 0x1B3  # the prime is this and 1 << 40
+_HALF: Final = 32
+_HALF_MASK: Final = 0xFFFFFFFF
 _VID_MASK: Final = 0xFFFFFF
 
 
 def fnv1a(data: bytes, basis: int = FNV_BASIS) -> int:
-    """FNV-1a, 64 bit; `basis` is the hash of what comes before `data`."""
+    """FNV-1a, 64 bit; `basis` is the hash of what comes before `data`.
+
+    In two halves, whose products compiled code has in registers: a number of 64 bits would be an object each time.
+    """
+    high: i64 = basis >> _HALF
+    low: i64 = basis & _HALF_MASK
     for byte in data:
-        basis = (basis ^ byte) * _PRIME & _MASK
-    return basis
+        low ^= byte
+        product: i64 = low * _PRIME_REST
+        high = (high * _PRIME_REST + (low << 8) + (product >> _HALF)) & _HALF_MASK
+        low = product & _HALF_MASK
+    return int(high) << _HALF | int(low)
 
 
 def next_hash(value: int) -> int:

@@ -181,8 +181,8 @@ class Home:
             self._held.append(lambda: self.submit(submission))
             return
         oid, flags = submission.oid, submission.flags
-        if self.recovery.is_full(oid):
-            submission.done(Result.NO_SPACE, b"")
+        if refusal := self.recovery.refusal(oid):
+            submission.done(refusal, b"")
             return
         if self.recovery.holds(oid, False, lambda: self.submit(submission)):
             return
@@ -225,7 +225,7 @@ class Home:
     def wait_for_creation(self, submission: Submission) -> None:
         """Takes the change once the object is made, or unmade."""
         self.context.probe("home.waits_for_creation")
-        self.writing[submission.oid][-1].when_over(lambda: self.submit(submission))
+        self.writing[submission.oid][-1].hurry(lambda: self.submit(submission))
 
     def _make_way(self, oid: ObjectId, policy: Policy | None, anew: bool) -> None:
         """No current copy of the object is left, and a client creates it `anew`, or nobody wants it: what there is of
@@ -492,4 +492,5 @@ class Home:
 
     def has_been(self, oid: ObjectId) -> bool:
         """The object exists, and a copy of it can be trusted."""
-        return oid not in self._lost and self.exists(oid, self.context.policy_of(oid))
+        known = self.recovery.knows(oid)  # then the copy here may be yet to be made
+        return oid not in self._lost and (known or self.exists(oid, self.context.policy_of(oid)))

@@ -103,19 +103,9 @@ class HomeReads:
         """
         for write in reversed(self._home.writing.get(oid, ())):
             if write.sequence <= begun and write.start < offset + length and offset < write.end:
-                write.when_over(retry)
-                if write.submission.flags & Flag.DIRECT:
-                    self._hurry(oid)
+                write.hurry(retry)
                 return True
         return False
-
-    def _hurry(self, oid: ObjectId) -> None:
-        """Replicas that have a write tell its home with their next message: an answer to this one."""
-        home = self._home
-        nodes, me = home.context.placement.nodes, home.me
-        for replica in home.context.placement.replicas(oid):
-            if replica != me:
-                home.context.peers.request(nodes[replica], Message(Kind.PING, home.fence), lambda _: None)
 
     def _is_bad(self, oid: ObjectId, error: StoreError) -> bool:
         """The copy here is rotten, or went with its disk."""

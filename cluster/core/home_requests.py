@@ -128,7 +128,7 @@ class HomeRequests:
         home = self._home
         if not home.active:
             home.hold(lambda: self.repair_copy(oid, member, done))
-        elif home.is_lost(oid) or not home.exists(oid, None):
+        elif not home.has_been(oid):
             done(home.absent(oid), b"")
         else:
             home.recovery.suspect(oid, member)

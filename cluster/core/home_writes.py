@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from sheepdog.cluster.core.errors import Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
-from sheepdog.cluster.core.messages import Flag, Message
+from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.peering import Verdict
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.core.replica import touched
@@ -33,6 +33,9 @@ class HomeHooks(Protocol):
 
     def note_bad(self, strip: ObjectId, noted: Callable[[], None]) -> None:
         """BAD to this node."""
+
+    def when_durable(self, call: Callable[[], None]) -> None:
+        """Calls, in this epoch, when what this node has told of its copies is on its disk."""
 
     def completed_locally(self) -> None:
         """Everything this home is home of is recovered."""
@@ -123,6 +126,17 @@ class Write:
             self.waiting = []
         self.waiting.append(call)
 
+    def hurry(self, call: Callable[[], None]) -> None:
+        """As `when_over`, for somebody who waits: replicas that have a direct write tell its home with their next
+        message, an answer to this one."""
+        self.when_over(call)
+        if self.submission.flags & Flag.DIRECT:
+            home = self.home
+            nodes = home.context.placement.nodes
+            for replica in home.replicas_of(self.submission):
+                if replica != home.me:
+                    home.context.peers.request(nodes[replica], Message(Kind.PING, home.fence), _ignore)
+
     def local(self, error: StoreError | None) -> None:
         if error is not None:
             self.home.failed_here(self, error)
@@ -165,3 +179,7 @@ class RemoteCopy:
         write.pending -= 1
         if not write.pending:
             home.completed(write)
+
+
+def _ignore(_: Message) -> None:
+    """What an answer says does not matter."""

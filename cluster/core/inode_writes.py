@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from functools import partial
 
 from sheepdog.cluster.core.coherence import Coherence
 from sheepdog.cluster.core.context import Context
@@ -21,6 +22,8 @@ from sheepdog.cluster.core.ids import NO_VID, ObjectId, Vid, data_oid, index_of,
 from sheepdog.cluster.core.inode import (
     HEADER_SIZE,
     MAP_END,
+    MAP_ENTRY_SIZE,
+    MAP_OFFSET,
     InodeHeader,
     entries_written,
     map_offset,
@@ -38,6 +41,13 @@ from sheepdog.cluster.core.vdi import VdiRecord
 
 # Of an object that is to become zeros: it has, or is not there, or stays with a snapshot.
 _NOTHING_LEFT = (Result.SUCCESS, Result.NO_OBJ, Result.READONLY, Result.NO_VDI)
+
+
+def _are_own(record: VdiRecord, offset: int, data: Buffer) -> bool:
+    """Whole entries of the map of a volume that is no snapshot, all of which name objects of its own."""
+    if record.is_snapshot or (offset - MAP_OFFSET) % MAP_ENTRY_SIZE or len(data) % MAP_ENTRY_SIZE:
+        return False
+    return data == record.vid.to_bytes(MAP_ENTRY_SIZE, "little") * (len(data) // MAP_ENTRY_SIZE)
 
 
 class InodeWrites:
@@ -140,7 +150,30 @@ class InodeWrites:
         return int(answer)
 
     def _begin_map_write(self, oid: ObjectId, offset: int, data: Buffer, durable: bool, ended: Ended) -> None:
-        run(self._write_coherently(oid, offset, data, durable), ended)
+        """One that names objects of a volume without a parent is a write like any other: its entries were empty or
+        named the same before, so nothing becomes free."""
+        vid = vid_of(oid)
+        record = self._context.state.vdis.get(vid)
+        if (
+            record is not None
+            and not record.parent
+            and _are_own(record, offset, data)
+            and not self._coherence.is_shared(vid)
+            and not self._gateway.is_frozen(vid)  # since the write was let in
+        ):
+            flags = Flag.DURABLE if durable else 0
+            self._gateway.change(oid, flags, offset, 0, data, 0, partial(self._named, vid, ended))
+        else:
+            run(self._write_coherently(oid, offset, data, durable), ended)
+
+    def _named(self, vid: Vid, ended: Ended, result: int, _: Buffer) -> None:
+        """The map has the names. Nobody shared the volume when they were written; who does by now may have read the map
+        before, and has to read it again."""
+        if not result and self._coherence.is_shared(vid):
+            self._context.probe("inode.shared_while_written")
+            run(self._coherence.claim(vid), ended)
+        else:
+            ended(result)
 
     def _write_coherently(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         """A map write through one of several gateways. The others learn that their maps are old before it, and once
@@ -183,15 +216,10 @@ class InodeWrites:
             self._context.probe("inode.frozen_while_waiting")
             yield lambda done: self._gateway.when_thawed(vid, done)
         record = self._context.state.vdis.get(vid)
+        if record is not None and _are_own(record, offset, data):
+            return (yield from self._write_own_entries(oid, offset, data, durable))
         entries = entries_written(offset, len(data))
         start, length = map_offset(entries.start), 4 * len(entries)
-        if (
-            record is not None
-            and not record.is_snapshot
-            and offset == start
-            and data == pack_map(array("I", [vid]) * len(entries))
-        ):
-            return (yield from self._write_own_entries(oid, offset, data, durable))
         result, before = yield from self._read_to_change(oid, start, length)
         if result:
             return int(result)
@@ -213,13 +241,12 @@ class InodeWrites:
                 result = yield lambda done: self._operations.late_map_write(record.vid, made, done)
                 if result:
                     return int(result)
-        result, _ = yield self._change(oid, Flag.DURABLE if durable else 0, offset, data)
-        if result or before == after:
-            return int(result)
         dropped = [(Vid(old[i]), entries.start + i) for i in range(len(old)) if old[i] and old[i] != new[i]]
-        if dropped:
+        # What is removed is gone durably: the map must not name it again after a loss of power.
+        result, _ = yield self._change(oid, Flag.DURABLE if durable or dropped else 0, offset, data)
+        if not result and dropped:
             yield from self.reclaim(vid, dropped)
-        return int(Result.SUCCESS)
+        return int(result)
 
     def _write_own_entries(self, oid: ObjectId, offset: int, data: Buffer, durable: bool) -> Script[int]:
         """Objects that the volume has made itself: whatever the map named there, they are its objects now.
@@ -240,18 +267,23 @@ class InodeWrites:
         old = unpack_map(read[1])
         dropped = [(Vid(owner), first + i) for i, owner in enumerate(old) if owner not in (NO_VID, vid)]
         if dropped:
-            yield from self.reclaim(NO_VID, dropped)
+            yield from self.reclaim(NO_VID, dropped, NO_VID if durable else vid)
         return int(Result.SUCCESS)
 
-    def reclaim(self, writer: Vid, dropped: list[tuple[Vid, int]]) -> Script[None]:
+    def reclaim(self, writer: Vid, dropped: list[tuple[Vid, int]], unflushed: Vid = NO_VID) -> Script[None]:
         """Removes those of the data objects (owner, index) that no inode names any more.
 
-        `writer` has dropped them already. Only their owner and what was branched off it can name them.
+        `writer` has dropped them already. Only their owner and what was branched off it can name them. The map of
+        `unflushed` must not name them again after a loss of power: where it cannot be made durable, a sweep frees them.
         """
         vdis = self._context.state.vdis
         objects = [data_oid(owner, index) for owner, index in dropped if vdis.get(owner) is not None]
         named = yield from self.named(objects, writer)
         free = [oid for oid in objects if oid not in named]
+        if free and unflushed:
+            result, _ = yield partial(self._gateway.flush, unflushed)
+            if result:
+                return
         yield gather([self._change(oid, Flag.REMOVE, 0, b"") for oid in free], RECLAIM_PARALLEL)
 
     def named(self, objects: Iterable[ObjectId], writer: Vid = NO_VID) -> Script[dict[ObjectId, None]]:

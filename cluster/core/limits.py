@@ -108,7 +108,7 @@ CACHE_END_NS: Final = 20_000_000_000  # an orderly end pushes for so long; the r
 ORIGINS_SWEEP_AT: Final = 64  # writes remembered of a gateway: swept seldom enough to cost nothing (core.origins)
 
 JOURNALED_BYTES: Final = 64 << 10  # a larger write goes to its file at once: the journal would take as long again
-JOURNALED_NOSYNC_BYTES: Final = 16 << 10  # without syncs it saves no wait: writing twice pays for small ones only
+JOURNALED_NOSYNC_BYTES: Final = 16 << 10  # without syncs it saves no wait: only what has to be whole is written twice
 JOURNAL_READ_BYTES: Final = 4 << 20  # larger than any record: reading a mostly empty segment whole took seconds
 JOURNAL_DAMAGE_BYTES: Final = 16 << 20  # looked at behind it: what is not synced is less, so a later record is nearer
 OVERLAY_SYNC_BYTES: Final = 8 << 20  # of undurable writes in memory: then the journal is synced although nobody waits

@@ -1,10 +1,10 @@
 """Writes into one part of a map, which go together while one before them is under way.
 
-A client that fills a new volume writes an entry for each object that it makes. Each such write reads what it replaces,
-behind those that come before it, and is a write of all copies: as dear as that of the object. So what comes while one
-is under way in the same part of the map waits for it, and what has no gaps between it becomes one write. (Bytes that
-nobody has written are never written: they may be those of another gateway.) What lies elsewhere is begun at once. All
-are under way together for their clients, so they may take effect in any order.
+A client that fills a new volume writes an entry for each object that it makes. Each such write is one of all copies: as
+dear as that of the object; and where objects may become free, it reads what it replaces, behind those that come before
+it. So what comes while one is under way in the same part of the map waits for it, and what has no gaps between it
+becomes one write. (Bytes that nobody has written are never written: they may be those of another gateway.) What lies
+elsewhere is begun at once. All are under way together for their clients, so they may take effect in any order.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Flag:
     DURABLE: Final = 8  # on the disk before the answer
     LAST: Final = 16  # INVENTORY: no further part follows
     ONLY_NEW: Final = 16  # SUBMIT of CREATE: an object that is there already stays as it is, and that is success
-    DIRECT: Final = 128  # SUBMIT, APPLY: the gateway holds a copy, and is told by each replica itself (APPLIED)
+    DIRECT: Final = 128  # SUBMIT, APPLY: the gateway is a replica, and is told by each replica itself (APPLIED)
     OWN: Final = 64  # APPLY without a body: the bytes are those that the receiver submitted as `origin`
     OLD: Final = 32  # APPLY of a data strip: the answer has the bytes that were there
     XOR: Final = 16  # APPLY of a parity strip: the body is XORed into what is there

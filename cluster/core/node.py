@@ -206,8 +206,7 @@ class Node:
         return home.past.knows_all(home.told(), needed, lost)
 
     def refused(self, reason: str) -> None:
-        self._log(3, f"failed to join Sheepdog: {reason}")
-        self.on_exit(1, reason)
+        self.on_exit(1, f"failed to join Sheepdog: {reason}")
 
     def lost(self, reason: str) -> None:
         """This incarnation is over. Another one (a new Node on the same store) may join, as after a crash.

@@ -175,6 +175,9 @@ class _Pull:
         self._context.peers.request(self._sources[0], message, answered)
 
     def _end(self, result: int) -> None:
+        """NO_OBJ: it failed, and what is here is not the object (any more)."""
+        if result == Result.EIO and self._context.store.version(self.oid) != self._version:
+            result = Result.NO_OBJ
         if not self.given_up:
             self._puller.ended(self, result)
 

@@ -19,13 +19,7 @@ from sheepdog.cluster.core.bad_strips import BadStrips
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version
-from sheepdog.cluster.core.limits import (
-    HEALTH_JOBS,
-    RECOVERY_PULLS,
-    RECOVERY_RETRY_NS,
-    RECOVERY_SKIP_NS,
-    REPAIR_TRIES,
-)
+from sheepdog.cluster.core.limits import HEALTH_JOBS, RECOVERY_PULLS, RECOVERY_RETRY_NS, RECOVERY_SKIP_NS, REPAIR_TRIES
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.recovery_jobs import Job, StripJob
 from sheepdog.cluster.core.state import ClusterFlag
@@ -51,6 +45,7 @@ class Recovery:
         self._delayed_until_ns = 0
         self._running = 0
         self._begun = False
+        self._is_durable = False  # what this node told of its copies
         self._pausing = False
         self._reported = False
         self._starts: deque[int] = deque()  # times of the latest starts, for the throttle
@@ -78,6 +73,11 @@ class Recovery:
         late = frozenset(self._delayed)
         self._queue.extend(oid for oid in self._jobs if oid not in late)
         self.run()
+        self._home.hooks.when_durable(self._durable)
+
+    def _durable(self) -> None:
+        self._is_durable = True
+        self._report()
 
     def _end_delay(self) -> None:
         if self._context.fence == self._fence:
@@ -112,10 +112,10 @@ class Recovery:
         """The object is not clean."""
         return oid in self._jobs
 
-    def is_full(self, oid: ObjectId) -> bool:
-        """A replica of the object could not be restored for want of space: writes are refused meanwhile."""
+    def refusal(self, oid: ObjectId) -> int:
+        """What writes are answered while a replica of the object cannot be restored; 0: they are taken, or wait."""
         job = self._jobs.get(oid) if self._jobs else None  # nearly always there are none
-        return job is not None and job.full
+        return 0 if job is None else job.refusal
 
     def holds(self, oid: ObjectId, reading: bool, retry: Callable[[], None]) -> bool:
         """True if the request must wait: `retry` is called when it need not, and the object is restored at once.
@@ -135,14 +135,14 @@ class Recovery:
         return True
 
     def _hurry(self, job: Job) -> None:
-        """A client waits for what is being restored already."""
+        """A client waits for what is being restored already; who asked for that hears how it ended."""
         job.urgent = True
         for target in [target for target, under_way in job.targets.items() if under_way]:
             message = Message(Kind.PULL, self._fence, oid=job.copy_on(target), flags=Flag.HURRY)
             if target == self._home.me:
-                self._home.hooks.pull(message, _ignore)
+                self._home.hooks.pull(message, lambda _: None)
             else:
-                self._request(target, message, _ignore)
+                self._request(target, message, lambda _: None)
 
     def strip_holders(self, oid: ObjectId) -> Mapping[int, int] | None:
         """Of a coded object that is not clean: member by strip, of those that can be read."""
@@ -196,14 +196,13 @@ class Recovery:
             job.when_noted.append(noted)
 
     def elsewhere(self, oid: ObjectId) -> tuple[Version, list[int]] | None:
-        """The home's own copy is bad or gone, and is being repaired, or has no space: where reads are answered
-        meanwhile."""
+        """Where reads are answered while the home's own copy is bad or gone, and is being repaired, or cannot be."""
         job = self._jobs.get(oid)
         if job is None or job.stale or job.witnesses or not job.sources or job.version == NO_VERSION:
             return None
-        if self._home.me not in (job.targets if job.full else job.repair):
+        if self._home.me not in (job.targets if job.refusal else job.repair):
             return None
-        if not job.running and not job.full:
+        if not job.running and not job.refusal:
             self._start(job)
         return job.version, list(job.sources)
 
@@ -345,10 +344,10 @@ class Recovery:
             if any(job.agree.values()):
                 return
             if job.agree:
-                self.has_no_space(job)
+                self.refuse(job, Result.NO_SPACE)
                 self._later(job)
                 return
-            job.as_is = job.full = False
+            job.as_is, job.refusal = False, 0
             self._release(job)
             if job.targets:
                 self._pull(job)
@@ -381,7 +380,7 @@ class Recovery:
             job.restored(target)
             if target == self._home.me:
                 self._home.hooks.restored_locally(job.copy_on(target))
-            job.full = False
+            job.refusal = 0
             if not job.targets:
                 self._done(job)
             elif not any(job.targets.values()):
@@ -394,24 +393,27 @@ class Recovery:
         if result == Result.NO_SPACE and self._skip(job, target):
             return
         job.failures += 1
+        if result == Result.NO_OBJ:
+            job.gone[target] = None
         if result == Result.NO_SPACE:
             job.no_space(target)
-            self.has_no_space(job)
+            self.refuse(job, result)
         if job.failures & (job.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ... time
-            node = self._placement.nodes[target]
             why = "has no space for it" if result == Result.NO_SPACE else f"could not restore it (result {result:#x})"
-            self._context.log(4, f"object {job.oid:016x}: {node} {why}, again soon")
-
+            self._context.log(4, f"object {job.oid:016x}: {self._placement.nodes[target]} {why}, again soon")
         job.targets[target] = False
         if any(job.targets.values()):
             return  # another target is still being restored; its end decides
-        if job.failures >= REPAIR_TRIES and result != Result.NO_SPACE and all(one in job.repair for one in job.targets):
+        is_over = job.failures >= REPAIR_TRIES and all(one in job.repair for one in job.targets)
+        if is_over and any(one in job.gone for one in job.targets):
+            self.refuse(job, Result.EIO)  # neither read there nor written, and tried for as long as the epoch lasts
+        elif is_over and result != Result.NO_SPACE:
             job.running = False
             self._running -= 1
-            self._give_up(job)  # the other copies cannot be read either, or this disk takes nothing any more
+            self._give_up(job)  # the other copies cannot be read either
             self.run()
-        else:
-            self._later(job)
+            return
+        self._later(job)
 
     def taken_back(self, job: StripJob, cut: Version, failed: Sequence[int]) -> None:
         """The strips are what they were before the write `cut`, but for those that could not."""
@@ -424,10 +426,10 @@ class Recovery:
         for call in again:
             call(Result.AGAIN)
 
-    def has_no_space(self, job: Job) -> None:
-        """Changes are refused until there is: whoever waits for that is told. Reads look whether they must wait on."""
-        job.full = True
-        self._end(job, Result.NO_SPACE)
+    def refuse(self, job: Job, result: int) -> None:
+        """Changes are refused until it is restored; who waits for that is told. Reads look if they must wait on."""
+        job.refusal = result
+        self._end(job, result)
         self._release(job)
 
     def _later(self, job: Job) -> None:
@@ -487,14 +489,10 @@ class Recovery:
 
     def _report(self) -> None:
         """Tells everybody, once, that nothing is left to do here."""
-        if self._jobs or self._reported or not self._begun:
+        if self._jobs or self._reported or not self._is_durable:
             return
         self._reported = True
         for node in self._placement.nodes:
             if node != self._context.me:
                 self._context.peers.request(node, Message(Kind.COMPLETE, self._fence), lambda _: None)
         self._home.hooks.completed_locally()
-
-
-def _ignore(_: int) -> None:
-    """The request that is to be hurried tells how it ended."""

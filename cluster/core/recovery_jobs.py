@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sheepdog.cluster.core.context import Context
 from sheepdog.cluster.core.erasure import Policy
+from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, strip_of
 from sheepdog.cluster.core.messages import Buffer, Flag, Kind, Message
 from sheepdog.cluster.core.peering import NO_MEMBER, Decision, encode_members
@@ -26,9 +27,10 @@ class Job:
         "as_is",
         "ended",
         "failures",
-        "full",
+        "gone",
         "noted",
         "oid",
+        "refusal",
         "repair",
         "running",
         "skipped",
@@ -51,13 +53,14 @@ class Job:
         self.surplus: list[tuple[int, ObjectId]] = []
         self.stale: dict[int, None] = {}  # targets that still have an older copy as if it were good
         self.repair: dict[int, None] = {}  # targets whose bytes are not to be trusted
+        self.gone: dict[int, None] = {}  # targets whose disk takes nothing: what is left there is not the object
         self.agree: dict[tuple[int, int], bool] = {}  # (strip, member) that must become this version first: under way
         self.waiting: list[Callable[[], None]] = []
         self.ended: list[tuple[Callable[[int], None], Version]] = []  # told once: restored everywhere, or why not
         self.running = False
         self.again: Timer | None = None  # it failed, and is tried again then
         self.failures = 0
-        self.full = False
+        self.refusal = 0  # what changes are answered while a target takes nothing: NO_SPACE, EIO; 0: they wait
         self.skipped = False  # a node shall not be filled by recovery: waits, until a client needs the object
         self.urgent = False  # a client did when the pulls under way were sent
         self.as_is = False  # what can be read is one state, though parts of it lack its version (core.refusals)
@@ -76,6 +79,11 @@ class Job:
         job.stale = dict.fromkeys(decision.stale)
         job.witnesses = dict.fromkeys(decision.missing if decision.unsettled else ())
         return job
+
+    @property
+    def full(self) -> bool:
+        """It could not be restored for want of space."""
+        return self.refusal == Result.NO_SPACE
 
     @property
     def rank(self) -> int:
@@ -281,7 +289,8 @@ class StripJob(Job):
         self._are_right(self._strips.refusals.taken_back(self.oid, cut, failed))
         over = [ended for ended, version in self.ended if version >= cut]
         self.ended = [entry for entry in self.ended if entry[1] < cut]
-        self.running = self.full = False
+        self.running = False
+        self.refusal = 0
         self._strips.levels.void(self.oid, self.strips())
         return over
 

@@ -132,7 +132,7 @@ class Replica:
     def __init__(
         self,
         context: Context,
-        went_bad: Callable[[], None] = lambda: None,
+        went_bad: Callable[[ObjectId], None] = lambda _: None,
         replaced: Callable[[], None] = lambda: None,
     ) -> None:
         """`went_bad` is told whenever a copy that was current is not any more, `replaced` when a client has made one
@@ -217,7 +217,7 @@ class Replica:
         if oid >> STRIP_SHIFT:
             self.strips.changes.distrust(oid)
         self._context.doubts[oid] = self._context.doubts.get(oid, 0) + 1
-        self._went_bad()
+        self._went_bad(oid)
 
     def recovered(self, home: int) -> None:
         """All copies of the home's objects are equal."""
@@ -324,15 +324,16 @@ class Replica:
         change.answered = True
         if error is not None:
             self._refuse(message, change, error)
-        elif flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
-            is_bad = oid in self.missing
-            self.restored(oid)
-            if applying.was_bad or is_bad:
-                self._replaced()
-        elif flags & Flag.DIRECT and not (self.missing and oid in self.missing):
-            self._tell_gateway(message)
-            context.peers.answer_late(sender, message)
-            return
+        else:
+            was_bad = applying.was_bad or (bool(self.missing) and oid in self.missing)
+            if flags & (Flag.CREATE | Flag.REMOVE):  # whatever was wrong with the copy, it is another one now
+                self.restored(oid)
+                if was_bad:
+                    self._replaced()
+            if flags & Flag.DIRECT and not was_bad:
+                self._tell_gateway(message)
+                context.peers.answer_late(sender, message)
+                return
         if flags & Flag.OLD:
             self._answer_with_old(sender, message, change)
         else:

@@ -1,8 +1,8 @@
 """Where a request goes: this node's copy, or its home; and again after every change of epoch.
 
  read    this node's copy if it may be read here, else the home's
- change  to the home, which numbers it and sees that all replicas have it. A small overwrite of an object of which
-         a copy is here has also ended when all replicas have said so themselves (Flag.DIRECT, APPLIED)
+ change  to the home, which numbers it and sees that all replicas have it. A small overwrite or creation of an
+         object that belongs here, too, has also ended when all replicas have said so themselves (Flag.DIRECT, APPLIED)
 
 Each request is answered exactly once. What is under way when the epoch changes is sent again in its old order.
 """
@@ -29,7 +29,7 @@ from sheepdog.cluster.core.strip_reads import StripReads
 from sheepdog.cluster.core.striping import cut
 
 _SUCCESS: Final = int(Result.SUCCESS)  # looked up once, not for each write
-_MAKES_OR_FREES: Final = Flag.CREATE | Flag.REMOVE | Flag.PUNCH
+_NEVER_DIRECT: Final = Flag.REMOVE | Flag.PUNCH | Flag.ONLY_NEW
 _AGAIN: Final = (Result.AGAIN, Result.STALE_OBJ, Result.OLD_NODE_VER, Result.NEW_NODE_VER)
 
 
@@ -178,7 +178,8 @@ class Router:
         if policy is not None and not flags & (Flag.CREATE | Flag.REMOVE):
             self._change_coded(policy, oid, flags, offset, bytes(length) if flags & Flag.PUNCH else data, done)
         else:
-            direct = not flags & _MAKES_OR_FREES and len(data) <= DIRECT_BYTES
+            # An inode's home may be told of other replicas than this node knows of (`copies`).
+            direct = not flags & _NEVER_DIRECT and len(data) <= DIRECT_BYTES and policy is None and not copies
             self._change(oid, flags, offset, length, data, copies, done, direct)
 
     def _change_coded(self, policy: Policy, oid: ObjectId, flags: int, offset: int, data: Buffer, done: IoDone) -> None:

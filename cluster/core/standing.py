@@ -21,6 +21,7 @@ class Lack(NamedTuple):
 
 _NOTHING_KNOWN = Lack(0, 0)
 _NONE: Mapping[ObjectId, int] = MappingProxyType({})
+_NO_LOSSES: Mapping[ObjectId, Lack] = MappingProxyType({})
 
 
 class Standing:
@@ -33,12 +34,14 @@ class Standing:
         broken: int = 0,
         unfinished: Iterable[ObjectId] = (),
         stale: Mapping[ObjectId, int] = _NONE,
+        losses: Mapping[ObjectId, Lack] = _NO_LOSSES,
     ) -> None:
         """At the start of the node: every copy was current in `settled`, it last served in epoch `last`.
 
         `unfinished`: copies without a version. They were being restored when the node ended, or went with their disk.
         They may have been current before if some copy went bad since `settled`, last in the epoch `broken`.
-        `stale`: strips that were to be made anew, in which epoch (core.stale_strips).
+        `stale`: strips that were to be made anew, in which epoch. `losses`: those of `unfinished` of which nobody had
+        a current one later than that, and what was known of them then (core.stale_strips).
         """
         self.default = settled  # as_of of every copy not named below
         self.complete = settled
@@ -48,6 +51,7 @@ class Standing:
         lack = Lack(last, broken) if broken else Lack(0, 0, last)
         self.lacking: dict[ObjectId, Lack] = dict.fromkeys(unfinished, lack)
         self.lacking.update((strip, Lack(epoch, 0)) for strip, epoch in stale.items())
+        self.lacking.update(losses)
 
     def as_of(self, oid: ObjectId, version: Version) -> int:
         if version == NO_VERSION:
@@ -77,11 +81,10 @@ class Standing:
         for oid in replica.missing:
             if replica.awaits_agreement(oid):
                 continue  # it is not to stay here, but others are made from it
-            known = before.get(oid, _NOTHING_KNOWN)
             if oid in replica.lost:
-                lacking[oid] = known._replace(known=max(known.known, replica.lost[oid]))
+                lacking[oid] = self.lost(oid, replica.lost[oid])
             else:
-                lacking[oid] = Lack(epoch, known.blind)
+                lacking[oid] = Lack(epoch, before.get(oid, _NOTHING_KNOWN).blind)
         for oid in replica.broken:
             lacking[oid] = Lack(epoch, epoch)
         older = {}
@@ -98,6 +101,11 @@ class Standing:
         self.lacking = lacking
         if settled:
             self.complete = epoch
+
+    def lost(self, oid: ObjectId, known: int) -> Lack:
+        """What is known of an object that nobody has in this epoch, and that is said to have existed in `known`."""
+        mine = self.lacking.get(oid, _NOTHING_KNOWN)
+        return mine._replace(known=max(mine.known, known))
 
     def step_back(self, epoch: int) -> None:
         """Later epochs, of which this tells, never were: what it says of them was so in this one. At the start."""

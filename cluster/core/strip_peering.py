@@ -12,6 +12,9 @@ state       what a strip was before the cut: it goes back to that (core.strip_un
 fitting     every write touches the parity, so the steps of a parity strip tell all writes of the object since its
             strips were equal: for each strip the last one that touched it. A strip fits that has that write, at a
             version that the object really had. Any D strips that fit are the object; the others are rebuilt from them
+made anew   such a strip knows no writes. It may alone have a version later than all parity, to which no known write
+            leads: the others have lost that with their power. No durable write was behind what the parity tells, for
+            it would have that; so the object is what it tells, unless D strips have the later version
 adopted     after an end of all processes there may be nothing to go by, and strips may be at any version. If all data
             strips are there, each is right as it is (a block is on one strip only): the parity is made anew. A write
             that some of them lack is *half done*: it is nobody's answer, and done again if it is asked for again
@@ -325,13 +328,13 @@ def _fitting(
 ) -> list[tuple[Held, Version]]:
     """The strips that make up one state of the object, before the write `cut`, each with its version there."""
     parity = [(state, entry) for entry in current if entry.strip >= policy.data and (state := entry.before(cut))]
+    newest = max((state for state, _ in parity), default=NO_VERSION)
     least = max((state for entry in proven if (state := entry.before(cut))), default=NO_VERSION)
-    if (
-        not parity or max(state for state, _ in parity) < least
-    ):  # without one that tells all writes, only equal versions are surely one state
+    if not parity or newest < least:  # without one that tells all writes, only equal versions are surely one state
         version = max((entry.version for entry in current), default=NO_VERSION)
-        return [(entry, version) for entry in sure if entry.version == version and cut is None]
-    newest = max(state for state, _ in parity)
+        equal = [(entry, version) for entry in sure if entry.version == version and cut is None]
+        if not parity or len({entry.strip for entry, _ in equal}) >= policy.data or _knows_write(current, newest, cut):
+            return equal
     teller = max((entry for state, entry in parity if state == newest), key=lambda entry: len(entry.steps))
     base, had, last = newest, {newest}, dict[int, Version]()
     for version, touched in teller.writes():
@@ -350,6 +353,15 @@ def _fitting(
         if state is not None and state in had and state >= last.get(entry.strip, base):
             found.append((entry, state))
     return found
+
+
+def _knows_write(current: Sequence[Held], since: Version, cut: Version | None) -> bool:
+    """Some strip knows of a write behind `since`, before the cut, or of an agreement."""
+    return any(
+        touched != NO_STRIPS and version > since and (cut is None or version < cut)
+        for entry in current
+        for version, touched in entry.writes()
+    )
 
 
 def _passed_over(

@@ -84,7 +84,7 @@ class TakeBack:
             return
         if asked.full:
             self._context.probe("take_back.no_space")
-            self._recovery.has_no_space(asked.job)
+            self._recovery.refuse(asked.job, Result.NO_SPACE)
             self._context.clock.after(RECOVERY_RETRY_NS, partial(self._again, asked))
         else:
             self._recovery.taken_back(asked.job, asked.cut, asked.failed)

@@ -21,8 +21,8 @@ from sheepdog.cluster.core.ids import (
 )
 from sheepdog.cluster.core.inode import HEADER_SIZE, MAP_OFFSET, InodeHeader, unpack_map
 from sheepdog.cluster.sim.cluster import SimCluster
+from sheepdog.cluster.sim.copy import Copy
 from sheepdog.cluster.sim.history import Violation
-from sheepdog.cluster.sim.store import Copy
 from sheepdog.cluster.sim.strip_audit import strips_fit
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sheepdog.cluster.core.erasure import PlainCoder
 from sheepdog.cluster.core.ids import NO_VERSION, STRIP_SHIFT, ObjectId, oid_name, plain_oid, strip_index
 from sheepdog.cluster.sim.cluster import SimCluster
+from sheepdog.cluster.sim.copy import Copy
 from sheepdog.cluster.sim.history import Violation
-from sheepdog.cluster.sim.store import Copy
 
 
 def strips_fit(cluster: SimCluster) -> None:

@@ -62,6 +62,7 @@ class Asking:
         self.world = door.cluster.world
         self.random = door.random
         self.lost = False  # the last request's gateway died before it answered
+        self.doubtful = False  # or an earlier try failed: what was asked may have been done before
         self.stopped = False  # set to have it end with the operation under way
         self.ended = False
 
@@ -86,9 +87,10 @@ class Asking:
         self, request: Request, retried: tuple[Result, ...] = RETRIED, once: bool = False
     ) -> Script[tuple[int, Any]]:
         """Asks until there is an answer that says something. `once`: not again when the gateway died over it."""
-        self.lost = False
+        self.lost = self.doubtful = False
         while True:
             result, value = yield lambda done: self.door.ask(request, done)
+            self.doubtful |= bool(result) and result in (LOST, *retried)
             if result == LOST:
                 self.lost = True
                 if once:
@@ -191,7 +193,7 @@ class VolumeOwner(Asking):
             ),
             (*RETRIED, *BASE_TROUBLE),
         )
-        if result == Result.VDI_EXIST and self.lost:
+        if result == Result.VDI_EXIST and self.doubtful:
             record = yield from self.find(name)  # the answer was lost, not the request
         elif result:
             raise Violation(f"{self.door.name}: creating {name!r}: result {result:#x}")
@@ -315,7 +317,7 @@ class VolumeOwner(Asking):
             result, _ = yield from self.ask(
                 lambda process, done: process.node.operations.delete_vdi(name, b"", 0, done)
             )
-            if result and not (result == Result.NO_VDI and self.lost):
+            if result and not (result == Result.NO_VDI and self.doubtful):
                 raise Violation(f"{self.door.name}: deleting {name!r}: result {result:#x}")
 
     # -- snapshots and clones --------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ class VolumeOwner(Asking):
         result, _ = yield from self.ask(
             lambda process, done: process.node.operations.delete_vdi(image.name, b"", image.snap_id, done)
         )
-        if result and not (result in (Result.NO_VDI, Result.NO_TAG) and self.lost):
+        if result and not (result in (Result.NO_VDI, Result.NO_TAG) and self.doubtful):
             raise Violation(f"{self.door.name}: deleting snapshot {image.snap_id}: result {result:#x}")
 
     def _clone(self) -> Script[None]:
@@ -353,7 +355,7 @@ class VolumeOwner(Asking):
         vid = yield from self._create(name, image.vid)
         yield from check_image(self, Image(name, vid, 0, image.candidates), self._objects, self._blocks)
         result, _ = yield from self.ask(lambda process, done: process.node.operations.delete_vdi(name, b"", 0, done))
-        if result and not (result == Result.NO_VDI and self.lost):
+        if result and not (result == Result.NO_VDI and self.doubtful):
             raise Violation(f"{self.door.name}: deleting clone {name!r}: result {result:#x}")
 
     def check_all(self) -> Script[None]:

@@ -54,6 +54,7 @@ def test_there_and_back_with_snapshots(cluster: Cluster) -> None:
     assert again.stderr.decode() == "v's redundancy level is already set to 2, nothing changed.\n"
     done = cluster.try_dog("vdi", "alter-copy", "-f", "-c", "3", "v", check=True)  # as for a volume of its own
     assert done.stderr.decode() == "v's redundancy level is set to 3, the old one was 2.\n"
+    cluster.wait_recovered()  # the third copies are made in the epoch that the command began
     assert cluster.dog("vdi", "check", "v") == "finish check&repair v\n"
     cluster.dog("vdi", "delete", "v")
     cluster.dog("vdi", "delete", "-s", "old", "v")

@@ -7,7 +7,7 @@ from tests.sim.test_directed import fresh, holders, read, write
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoSpace, Result, StoreError
 from sheepdog.cluster.core.ids import NodeId, ObjectId, data_oid
-from sheepdog.cluster.core.limits import BLOCK_SIZE
+from sheepdog.cluster.core.limits import BLOCK_SIZE, RECOVERY_RETRY_NS, REPAIR_TRIES
 from sheepdog.cluster.core.messages import Flag, Kind, Message
 from sheepdog.cluster.core.peers import Answered
 from sheepdog.cluster.core.ports import Buffer, ReadDone
@@ -207,3 +207,50 @@ def test_the_only_copy_stays_what_it_is_when_its_disk_is_full() -> None:
     cluster.start_all()
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
     assert read(home, volume) == (Result.SUCCESS, block_of(7))
+
+
+@pytest.mark.parametrize("which", ["home", "replica"])
+def test_a_disk_that_takes_nothing_costs_no_other_copy(which: str) -> None:
+    """The others answer, writes fail without a word of a missing object, and it is made anew without being asked."""
+    cluster, volume = fresh(3, 3)
+    home, replica, _ = holders(cluster, volume)
+    assert write(home, volume, 7) == Result.SUCCESS
+    bad = home if which == "home" else replica
+    bad.disk.fault, bad.disk.fault_chance = DiskError, 1.0
+    assert write(home, volume, 8) == Result.EIO
+    cluster.world.run_for(REPAIR_TRIES * RECOVERY_RETRY_NS)
+    seen = {read(machine, volume) for machine in cluster.machines}
+    assert seen in ({(Result.SUCCESS, block_of(7))}, {(Result.SUCCESS, block_of(8))})
+    assert write(replica, volume, 9) == Result.EIO
+    bad.disk.heal()
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "repair")
+    audit(cluster)
+    assert read(bad, volume) in seen
+    assert write(replica, volume, 9) == Result.SUCCESS
+
+
+@pytest.mark.parametrize("first", [Result.NO_OBJ, Result.EIO])
+def test_one_that_takes_nothing_is_made_anew_whatever_another_one_says(
+    first: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's bad copy alone would be given up; what is said last does not decide."""
+    cluster, volume = fresh(3, 3)
+    home, *replicas = holders(cluster, volume)
+    oid = data_oid(volume.vid, 0)
+    assert write(home, volume, 7) == Result.SUCCESS
+    cluster.world.run_for(SECOND)
+    assert home.node.home is not None
+    recovery = home.node.home.recovery
+    members = home.node.context.placement.replicas(oid)[1:]
+    results = first, Result.EIO if first == Result.NO_OBJ else Result.NO_OBJ
+
+    def pulls(machine: Machine, result: Result, delay_ns: int) -> None:
+        monkeypatch.setattr(
+            machine.node.copies, "pull", lambda _, done: cluster.world.after(delay_ns, lambda: done(result))
+        )
+
+    for machine, member, result, delay_ns in zip(replicas, members, results, (SECOND // 20, SECOND // 10), strict=True):
+        pulls(machine, result, delay_ns)
+        recovery.suspect(oid, member)
+    cluster.world.run_for(2 * REPAIR_TRIES * RECOVERY_RETRY_NS)
+    assert recovery.knows(oid)

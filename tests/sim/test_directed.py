@@ -130,7 +130,8 @@ def test_a_node_of_another_version_is_refused_and_the_others_serve_on(monkeypatc
         status, reason = last.exits[0]
         assert (status, reason.split(";")[0]) == (
             1,
-            f"it speaks version {PEER_VERSION + 1} of the protocol between sheep, the cluster {PEER_VERSION}",
+            f"failed to join Sheepdog: it speaks version {PEER_VERSION + 1} of the protocol between sheep, "
+            f"the cluster {PEER_VERSION}",
         )
         assert write(others[0], volume, 1) == Result.SUCCESS
         assert read(others[1], volume) == (Result.SUCCESS, block_of(1))
@@ -260,10 +261,12 @@ def test_a_client_that_missed_a_snapshot_and_its_deletion_goes_on() -> None:
 
 
 def silenced(cluster: SimCluster) -> tuple[Machine, Machine, Machine]:
-    """The coordinator, which is stopped now, another member, and one that is killed; nobody asks for anything."""
+    """The coordinator, which is stopped now, another member, and one that is killed; nobody asks for anything, and what
+    was asked is known to be everywhere: else the coordinator might have what no other node has."""
     coordinator = next(machine for machine in cluster.machines if machine.node.machine.is_coordinator())
     other, victim = (machine for machine in cluster.machines if machine is not coordinator)
     cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    cluster.world.run_for(SECOND)
     coordinator.pause(HEALTH_LIMIT_NS)
     victim.kill()
     cluster.world.run_for(SECOND)

@@ -375,6 +375,26 @@ def test_others_are_told_after_a_map_write() -> None:
     assert is_told_after_a_map_write()
 
 
+def test_who_shares_the_volume_while_its_map_is_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody had to be told before: nobody else had it open."""
+    cluster, held, answers = enforcing(6), list[Callable[[], None]](), list[int]()
+    vid = new_vdi(cluster)
+    create(cluster, vid, 0)
+    gateway, inode, entry = cluster.machines[0].node.gateway, inode_oid(vid), vid.to_bytes(4, "little")
+    change = gateway.change
+    monkeypatch.setattr(gateway, "change", lambda *rest: held.append(partial(change, *rest)))
+    gateway.write(inode, map_offset(0), entry, True, lambda result, _: answers.append(int(result)))
+    assert held
+    for node in (0, 1):
+        lock(cluster, node, shared=True)
+    result, data = tgt_read(cluster, 1, inode, MAP_END)
+    assert (result, unpack_map(bytes(data)[map_offset(0) :])[0]) == (Result.SUCCESS, 0)
+    held.pop()()
+    cluster.world.run_until(lambda: bool(answers), HEALTH_LIMIT_NS, "the entry")
+    assert answers == [Result.SUCCESS]
+    assert tgt_read(cluster, 1, data_oid(vid, 0), 1)[0] == Result.INODE_INVALIDATED
+
+
 def test_what_was_given_back_does_not_come_back_when_its_gateway_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has taken the object out of the map, and not yet removed it, when another client makes that object anew."""
     cluster, vid, (first, second, _) = shared_by_three(1)

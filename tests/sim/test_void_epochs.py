@@ -165,7 +165,8 @@ def all_or_nothing() -> str:
 def test_who_went_on_alone_is_refused_and_leads_when_all_start_together() -> None:
     refused = all_or_nothing()
     assert re.fullmatch(
-        r"its epoch (\d+) is newer than the cluster's (\d+); it may hold what the others lack: "
+        r"failed to join Sheepdog: its epoch (\d+) is newer than the cluster's (\d+); "
+        "it may hold what the others lack: "
         "shut them down and start all nodes together",
         refused,
     )

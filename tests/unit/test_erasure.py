@@ -191,7 +191,6 @@ def test_best_coder_works_whatever_is_installed(monkeypatch: pytest.MonkeyPatch)
     def missing() -> Coder:
         raise ImportError("not here")
 
-    missing.name = "gone"  # type: ignore[attr-defined]
     monkeypatch.setattr(coders, "IsaCoder", missing)
     monkeypatch.setattr(coders, "ZfecCoder", missing)
     assert coders.best_coder(lambda _, text: said.append(text)).name == "plain"

@@ -266,3 +266,40 @@ def test_a_write_that_an_agreement_had_undone_is_undone_with_it_where_the_agreem
     assert decision.cut == V[2]
     assert states(decision) == dict.fromkeys(range(4), V[1])
     assert not decision.contains(V[2])
+
+
+def made_anew_alone(*, second: Version) -> list[Held]:
+    """Strip 0 was made anew at V[3], which all had; the parity has lost that. Its last write is V[2]."""
+    return [
+        held(0, V[3]),
+        held(1, second),
+        held(2, V[2], (V[1], FIRST)),
+        held(3, V[2], (V[1], FIRST)),
+    ]
+
+
+def test_a_strip_made_anew_that_alone_kept_its_version_is_made_anew_again() -> None:
+    """No durable write was behind what the parity tells: that would be on the parity, too."""
+    strips = made_anew_alone(second=V[1])
+    decision = decided(*strips, restarted=(0, 1, 2, 3))
+    assert (states(decision), decision.missing, decision.cut) == ({1: V[1], 2: V[2], 3: V[2]}, (0,), None)
+    decision = decided(strips[0], held(1, NO_VERSION), *strips[2:], restarted=(0, 1, 2, 3))
+    assert (decision.holders, decision.missing) == (((2, 2), (3, 3)), (0, 1))
+
+
+@pytest.mark.parametrize("restarted", [(2, 3), (0, 1, 2, 3)])
+def test_it_counts_where_enough_have_its_version(restarted: tuple[int, ...]) -> None:
+    """So were both data strips: what was written to them before is kept."""
+    decision = decided(*made_anew_alone(second=V[3]), restarted=restarted)
+    assert (decision.holders, decision.missing) == (((0, 0), (1, 1)), (2, 3))
+
+
+def test_a_write_that_is_known_is_not_passed_over_but_undone() -> None:
+    """So the strip that has it counts; that the parity was current then follows from the write alone."""
+    decision = decided(
+        held(0, V[3], (V[2], FIRST)),
+        held(1, NO_VERSION),
+        held(2, V[2], (V[1], FIRST), as_of=0),
+        held(3, V[2], (V[1], FIRST), as_of=0),
+    )
+    assert (states(decision), decision.cut) == ({0: V[2], 2: V[2], 3: V[2]}, V[3])
