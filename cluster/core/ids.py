@@ -82,6 +82,11 @@ def is_data(oid: ObjectId) -> bool:
     return not oid >> _KIND_SHIFT & _KIND_MASK  # as in `is_inode`: small numbers are dealt with in place where compiled
 
 
+def is_plain_data(oid: ObjectId) -> bool:
+    """Of a volume kept as copies; not a strip."""
+    return not oid >> _KIND_SHIFT
+
+
 def is_inode(oid: ObjectId) -> bool:
     return bool(oid >> _INODE_SHIFT & 1)
 

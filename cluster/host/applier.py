@@ -125,13 +125,18 @@ class Applier:
         copy = record.copy
         copy.changes += 1
         try:
-            if record.count > 1 or self._disk.pwrite(copy.fd, record.data, record.first << 12) != len(record.data):
-                write_all(self._disk, copy.fd, record.data, record.first << 12)
+            self._put(record)
         except OSError as error:
             self._failed(record, error)
             return
         self._note(record)
         copy.pins -= 1
+
+    def _put(self, record: Record) -> None:
+        """The record's bytes into its file; OSError."""
+        fd, data, offset = record.copy.fd, record.data, record.first << 12
+        if record.count > 1 or self._disk.pwrite(fd, data, offset) != len(data):
+            write_all(self._disk, fd, data, offset)
 
     def _note(self, record: Record) -> None:
         """The file has the record's blocks."""
@@ -158,13 +163,14 @@ class Applier:
             self._copies.grow(copy, grown * BLOCK_SIZE)
 
     def _write_large(self, record: Record) -> None:
+        """Of whose bytes the journal has hashes; with `nosync` the hot one for plain objects."""
         copy = record.copy
         if copy.void:
             self._end_replaced(record)
             return
         if len(record.data) < SLOW_WRITE_BYTES:
             try:
-                write_all(self._disk, copy.fd, record.data, record.first << 12)
+                self._put(record)
             except OSError as error:
                 self._failed(record, error)
                 return
@@ -210,8 +216,10 @@ class Applier:
         copy = record.copy
         copy.changes += 1
         self._note(record)
-        copy.intents.append(record.lsn)
-        self._syncs.mark_dirty(copy)
+        if not self._nosync:
+            copy.intents.append(record.lsn)
+        if not copy.dirty:
+            self._syncs.mark_dirty(copy)
         if copy in self.unnamed:
             self.unnamed[copy] = True
         if copy.gone:
@@ -292,7 +300,8 @@ class Applier:
             return
         self.touch(copy)
         self.unnamed[copy] = True
-        copy.intents.append(record.lsn)
+        if not self._nosync:
+            copy.intents.append(record.lsn)
         self._syncs.mark_dirty(copy)
         if copy.gone:
             self._end_replaced(record)

@@ -11,7 +11,7 @@ from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.directory import write_all
 from sheepdog.cluster.host.object_file import Copy
 from sheepdog.cluster.host.object_store import ObjectStore
-from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hash, block_hashes
+from sheepdog.cluster.host.trailer import FIRST_ENTRY, block_hashes
 
 _BLOCK_MASK: Final = BLOCK_SIZE - 1
 
@@ -30,7 +30,7 @@ class CacheObjects(ObjectStore):
         copy = self._by_oid.get(oid)
         if copy is None or not _is_free(copy, first, last) or not copy.home.has_room(length):
             return False
-        hashes = [block_hash(data) or 1] if length == BLOCK_SIZE else block_hashes(data)
+        hashes = block_hashes(data)
         copy.changes += 1
         try:
             if length > BLOCK_SIZE or self._disk.pwrite(copy.fd, data, offset) != length:

@@ -1,7 +1,8 @@
 """Checkpoints: make what a journal segment says true in the object files, so that the segment can be used again.
 
 The order for one copy: bytes of large writes are on the disk before a trailer with their hashes is written (a crash in
-between must leave either the old hash or bytes that fit the new one), then the trailer, then a sync of both.
+between must leave either the old hash or bytes that fit the new one), then the trailer, then a sync of both. With
+`nosync` one sync is for both: what that order protects from is a loss of power, where the other copies count.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ RESERVE_MAX_BYTES: Final = 256 << 20  # ... but never more than this, which is e
 SPACE_CHECK_BYTES: Final = 16 << 20  # the file system is asked again after this much was handed out
 # A larger write makes the kernel keep the file in larger pieces of its page cache (large folios), and then every later
 # write of 4 KiB costs up to four times as much: ext4 walks all blocks of the piece.
-WRITE_PIECE_BYTES: Final = 64 << 10
+WRITE_PIECE_BYTES: Final = 32 << 10
 
 _INDEX_MAGIC: Final = b"SHEEPIDX"
 _INDEX_FORMAT: Final = 2

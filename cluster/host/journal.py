@@ -41,6 +41,8 @@ AHEAD_BYTES: Final = 1 << 20  # zeros written at a time where records will come:
 AHEAD_LEAST_BYTES: Final = 256 << 10  # what is ready for the records that come while a sync runs
 THROUGH_BYTES: Final = 512 << 10  # written through at once: more takes so long that the page cache costs little
 THROUGH_RECORD_BYTES: Final = 16 << 10  # of one record: larger ones the kernel copies, and writes back beside us
+CACHED_BYTES: Final = 64 << 20  # of a segment: a checkpoint and these pages again cost less than new pages of the cache
+MOST_INTENTS: Final = 64 << 10  # of a segment; twice as many while the other is not free. A start reads what each names
 
 _SEGMENT = Struct("<8sIIQ16s16s")  # magic, format, then as SegmentHeader
 _CHECKSUM = Struct("<Q")
@@ -136,6 +138,8 @@ class Journal:
         self._begun: Buffer | None = None  # bytes of the block in which the queue begins; None: the cache has them
         self._laid = [0, 0]  # offsets up to which the files' blocks have been written once
         self._number = 0  # of the segment that is written
+        self._cached = 0  # bytes of it that went through the page cache
+        self._intents = 0  # in it
         self._offset = 0  # in it, behind the last queued record
         self._queue: list[Buffer] = []
         self._queue_start = 0  # offset of the first queued byte
@@ -152,8 +156,9 @@ class Journal:
     def start(self, number: int) -> None:
         """Begins segment `number` in its file (number modulo 2), the other is free; blocks. OSError.
 
-        All records that are there are in place. Its header comes first, alone: a crash must not leave the first ones of
-        the older segment, which would be replayed without those behind them. Those of the newer one alone do no harm.
+        All records that are there are in place. Its header comes first, alone: with it the other segment is void, whose
+        number is not the one before (`journal_scan.Found.next_number`). So a crash leaves all to be replayed, or
+        nothing.
         """
         self._begin(number)
         for index in (number & 1, number + 1 & 1):
@@ -190,6 +195,7 @@ class Journal:
 
     def _begin(self, number: int) -> None:
         self._number = number
+        self._cached = self._intents = 0
         self._offset = SEGMENT_HEADER
         self._queue = [encode_segment_header(SegmentHeader(number, self._segment_bytes, self._node, self.identity))]
         self._queue_start = 0
@@ -212,12 +218,18 @@ class Journal:
 
     # Writing
 
-    def has_room(self, size: int, reserve: int = SEGMENT_RESERVE_BYTES) -> bool:
-        return self._offset + size + reserve <= self._segment_bytes
+    def has_room(self, size: int) -> bool:
+        """In this segment, for a record of so many bytes."""
+        has_space = self._offset + size + SEGMENT_RESERVE_BYTES <= self._segment_bytes
+        return has_space and self._intents < 2 * MOST_INTENTS
+
+    def has_enough(self) -> bool:
+        """The segment has room, but going on in the other one, if that is free, costs less."""
+        return self._cached >= CACHED_BYTES or self._intents >= MOST_INTENTS
 
     def is_half_full(self) -> bool:
         """Of the segment that is written."""
-        return 2 * self._offset > self._segment_bytes
+        return 2 * self._offset > self._segment_bytes or self._intents >= MOST_INTENTS
 
     def can_switch(self) -> bool:
         """Now: not while a block of the present segment is under way to the disk."""
@@ -256,6 +268,7 @@ class Journal:
         if hashes is None:
             hashes = []
         queue = self._queue
+        self._intents += kind == RecordKind.INTENT
         queue.append(pack(kind, self.position, self.synced, oid, size, offset, length, version, hashes, payload_length))
         if payload_length:
             if payload_length > THROUGH_RECORD_BYTES:
@@ -297,6 +310,7 @@ class Journal:
         except OSError as error:
             self._fail(error)
             return False
+        self._cached += self._offset - self._queue_start
         self._queue_start = self._offset
         self.written = self.position
         return True

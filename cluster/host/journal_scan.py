@@ -25,13 +25,19 @@ class Found:
 
     records: list[Parsed] = field(default_factory=list)
     segments: dict[int, memoryview] = field(default_factory=dict)
-    next_number: int = 1
+    newest: int = 0  # number of a segment, of which there is none before 1
     journal_bytes: int = 0  # size of the journal as it is; 0: there is none
     directory: str = ""  # where it is
     journal: bytes = NO_JOURNAL  # its id
     incomplete: bool = False  # it is damaged, or was given up: this node has forgotten writes; the log says so
     orderly: bool = False  # the last run noted that everything is in the object files
     missing: str = ""  # why it cannot be read where one must be
+
+    @property
+    def next_number(self) -> int:
+        """Of the segment that a start begins when all is in place. It leaves one out, so that from the moment when it
+        is there neither of those found counts: one of them alone would not be replayed to the same."""
+        return self.newest + 2 if self.newest else 1
 
     def payload(self, record: Parsed) -> memoryview:
         segment = self.segments[record.lsn >> SEGMENT_SHIFT]
@@ -60,7 +66,7 @@ def scan(disk: Disk, directory: str, node: bytes, log: Log, journal: bytes | Non
     for header, data in headers:
         if header.journal == journal:
             found.journal = journal
-            found.next_number = max(found.next_number, header.number + 1)
+            found.newest = max(found.newest, header.number)
             if header.size == len(data):
                 found.segments[header.number] = data
                 found.journal_bytes = 2 * header.size
@@ -70,9 +76,8 @@ def scan(disk: Disk, directory: str, node: bytes, log: Log, journal: bytes | Non
 
 def _find_records(found: Found, log: Log) -> None:
     """Those of the segments that may not be in place."""
-    numbers = sorted(found.segments)
-    if len(numbers) == 2 and numbers[1] != numbers[0] + 1:
-        del numbers[0]  # left from long ago
+    # What an older one had was in place when the newest was begun, whose file may not have its length yet.
+    numbers = sorted(number for number in found.segments if number >= found.newest - 1)
     scanned = [_scan_segment(found.segments[number], number) for number in numbers]
     everything = [record for records in scanned for record in records]
     in_place = max((record.offset for record in everything if record.kind == RecordKind.CHECKPOINT), default=0)

@@ -84,9 +84,9 @@ class LastJournal:
         noted = note.directory or self._metadata
         for place in dict.fromkeys((noted, self.directory)):
             found = scan(self._disk, place, node, self._log, note.journal)
-            if found.incomplete or found.next_number > note.segment:
+            if found.incomplete or found.newest >= note.segment:
                 return found
-        found = Found(next_number=note.segment + 1)
+        found = Found(newest=note.segment)
         if not note.empty:
             found.missing = (
                 f"{noted}: the last journal of this node is not there, and may hold what its disks do not; "

@@ -30,7 +30,7 @@ class NoRoom:
         """Calls `again` later, until then the disk counts as full; `again` may come back here."""
         if not home.full:
             home.full = True
-            text = f"no room for changes in the journal, which keeps them; new ones are refused ({error.strerror})"
+            text = f"no room for changes that are under way, which wait for it; new ones are refused ({error.strerror})"
             self._log(3, f"{home.path}: {text}")
         self._calls.append((home, again))
         if not self.waiting:

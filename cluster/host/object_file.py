@@ -99,7 +99,7 @@ class Copy:
         self.pending: dict[int, Record] = {}  # by block
         self.applied = version
         self.later: deque[Record] | None = None  # durable records that wait for a write in another thread
-        self.intents: list[int] = []  # lsn of large writes in the file that no sync has covered yet
+        self.intents: list[int] = []  # lsn of large writes in the file that no sync has covered yet; none with `nosync`
         self.trailer_writes = 0
         self.trailer_of = -1  # `changes` when the file was made, with its trailer; -1: that one may be older
         self.trusted = version != NO_VERSION  # False: a crash met a restore, the table may not tell what is there

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from sheepdog.cluster.core.errors import DiskError, NoObject, NoSpace, OutOfRange, StoreError
-from sheepdog.cluster.core.ids import ObjectId, Version, Vid, vid_of
+from sheepdog.cluster.core.ids import ObjectId, Version, Vid, is_plain_data, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE, JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Buffer, Clock, Done, Log, ReadDone, Store
 from sheepdog.cluster.host import replay
@@ -38,7 +38,7 @@ from sheepdog.cluster.host.restore import Restores
 from sheepdog.cluster.host.store_options import DEFAULT_OPTIONS, StoreOptions
 from sheepdog.cluster.host.superblock import RandomBytes, disk_identity, node_identity
 from sheepdog.cluster.host.syncs import DirectorySyncs, FileSyncs, gather
-from sheepdog.cluster.host.trailer import block_hash, block_hashes
+from sheepdog.cluster.host.trailer import block_hashes
 from sheepdog.cluster.host.uncached import Uncached
 from sheepdog.cluster.host.verifying import Verifying
 from sheepdog.cluster.host.workers import Workers
@@ -277,13 +277,15 @@ class ObjectStore(Store):
             done(NoSpace(f"{copy.home.path} is full"))
             return
         copy.version = version
-        if length > self._journaled_bytes:
+        # Without syncs the journal need not have the bytes: a kill leaves what the kernel was given, and the hash tells
+        # whether it was. If all copies are cut so, any of them will do, but of strips and inodes none is as good.
+        if length > self._journaled_bytes or (self.nosync and is_plain_data(copy.oid)):
             kind = RecordKind.INTENT
         else:
             kind = RecordKind.WRITE
             if type(data) is not bytes:
                 data = bytes(data)  # it stays in memory after `done`
-        hashes = [block_hash(data) or 1] if length == BLOCK_SIZE else block_hashes(data)
+        hashes = block_hashes(data)
         self._pipeline.submit(Record(kind, copy, first, count, length, hashes, data, version, durable, done))
 
     def _unless_superseded(self, durable: bool, done: Done) -> Done:
@@ -405,6 +407,8 @@ class ObjectStore(Store):
             for copy, by_file in self._applier.unnamed.items()
             if by_file and copy not in large and (vids is None or vid_of(copy.oid) in vids)
         ]
+        if vids is None:  # what went with its disk the node has told: only who wrote it has to hear that from a flush
+            large = [copy for copy in large if copy.size >= 0]
 
         def synced(error: StoreError | None) -> None:
             if error is not None or not large:

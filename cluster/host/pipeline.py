@@ -80,22 +80,24 @@ class Pipeline:
             pending = copy.pending
             for block in range(record.first, record.first + record.count):
                 pending[block] = record
-        if self._backlog or not self._has_room(record):
+        if self._backlog or not self._make_room(record):
             self._backlog.append(record)
             self._replacing += record.replaces is not None
         else:
             self._append(record)
 
-    def _has_room(self, record: Record) -> bool:
+    def _make_room(self, record: Record) -> bool:
+        """May it be appended now? Goes on in the journal's other segment where this one is full, or has had enough."""
         if self._overlay_bytes > OVERLAY_LIMIT_BYTES:
             self.want_sync()
             return False
         journal = self._journal
         size = record_size(len(record.hashes), len(record.data) if record.carries_data else 0)
-        if journal.has_room(size):
+        has_room = journal.has_room(size)
+        if has_room and not journal.has_enough():
             return True
         if not journal.can_switch():
-            return False
+            return has_room
         journal.switch()
         self._switched()
         return True
@@ -250,7 +252,7 @@ class Pipeline:
 
     def drain(self) -> None:
         """Appends what waited for room."""
-        while self._backlog and self._has_room(self._backlog[0]):
+        while self._backlog and self._make_room(self._backlog[0]):
             record = self._backlog.popleft()
             self._replacing -= record.replaces is not None
             self._append(record)

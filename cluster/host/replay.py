@@ -3,7 +3,8 @@
 Replaying twice gives the same as once, and a crash in the middle of it changes nothing: the journal is written again
 only when everything is on the disk. For each block the newest record counts. A large write whose bytes did not get to
 the disk leaves the block as it was before; the copy then gets a version of its own (`torn_version`), because its
-bytes are equal to no other copy's.
+bytes are equal to no other copy's. It is below that of the oldest write that is not here, since another copy may have
+that one and not the newest; unless the journal itself has the bytes of a later change, which may be durable here.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ def torn_version(version: Version, random_number: int) -> Version:
 class _Candidate:
     """What a block may hold: bytes of the journal, a hole, or what the file has if it fits the hash."""
 
-    __slots__ = ("certain", "data", "hash", "lsn")
+    __slots__ = ("certain", "data", "hash", "lsn", "version")
 
-    def __init__(self, lsn: int, value: int, data: memoryview | bytes | None, certain: bool) -> None:
+    def __init__(
+        self, lsn: int, value: int, data: memoryview | bytes | None, certain: bool, version: Version = NO_VERSION
+    ) -> None:
         self.lsn = lsn
+        self.version = version
         self.hash = value
         self.data = data  # None: the bytes are in the file, if anywhere
         self.certain = certain
@@ -51,9 +55,10 @@ class _Candidate:
 class _Plan:
     """What one object has to become. `base`: what the records start from."""
 
-    __slots__ = ("base", "blocks", "size", "version")
+    __slots__ = ("base", "blocks", "certain", "size", "version")
 
     def __init__(self) -> None:
+        self.certain = 0  # lsn of the newest change that is here whatever the file has
         self.base = "file"  # or "holes", "none", "restoring", "restored"
         self.size = 0
         self.version: Version | None = None
@@ -71,6 +76,8 @@ class _Plan:
             self._done(record.offset)
             return
         self.size = record.size
+        if kind not in (RecordKind.INTENT, RecordKind.CREATE_LARGE):
+            self.certain = record.lsn
         if kind in (RecordKind.CREATE, RecordKind.CREATE_LARGE):
             self.base = "holes"
             self.blocks.clear()
@@ -96,7 +103,7 @@ class _Plan:
                 self.put(first + index, _Candidate(record.lsn, 0, ZERO_BLOCK, True))
                 continue
             data = None if payload is None else payload[index << 12 : (index + 1) << 12]
-            self.put(first + index, _Candidate(record.lsn, value, data, data is not None))
+            self.put(first + index, _Candidate(record.lsn, value, data, data is not None, record.version))
 
     def _punch(self, record: Parsed, found: Found) -> None:
         payload = found.payload(record)
@@ -114,6 +121,7 @@ class _Plan:
 
     def _done(self, lsn: int) -> None:
         """The large write of `lsn` is on the disk: nothing older counts for its blocks."""
+        self.certain = max(self.certain, lsn)
         for block, candidates in self.blocks.items():
             for index, candidate in enumerate(candidates):
                 if candidate.lsn == lsn:
@@ -223,6 +231,7 @@ class _Redo:
         self._log = log
         self._disk_missing = disk_missing
         self._torn: list[int] = []
+        self._missing: _Candidate | None = None  # of the oldest write behind `_Plan.certain` that is not in the file
         self._absent = False  # bytes that were on the disk are not in the file
         self._found_there = False  # bytes that count are in the file alone
         self._unknown: list[int] = []
@@ -331,6 +340,8 @@ class _Redo:
             elif found != candidate.hash and not candidate.certain:
                 doubted = True
                 self._torn.append(block)
+                if candidate.lsn > self._plan.certain and (self._missing is None or candidate.lsn < self._missing.lsn):
+                    self._missing = candidate
                 continue
             elif found != candidate.hash and doubted:
                 break  # cut by the newer write
@@ -357,7 +368,8 @@ class _Redo:
         version = self._plan.version
         assert version is not None
         if self._torn:
-            version = torn_version(version, int.from_bytes(self._random(8), "little"))
+            lacked = version if self._missing is None else self._missing.version
+            version = torn_version(lacked, int.from_bytes(self._random(8), "little"))
             self._report.torn.append(self._oid)
         if self._unknown:
             # Neither the old nor the new bytes of an unfinished large write: whole sectors of both (design: P4 above

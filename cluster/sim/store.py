@@ -10,84 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from random import Random
-from struct import pack_into
-
-from xxhash import xxh3_64_intdigest
 
 from sheepdog.cluster.core.errors import Corrupt, DiskError, NoObject, Result, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, vid_of
 from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Done, ReadDone, Store
+from sheepdog.cluster.sim.copy import Copy
 from sheepdog.cluster.sim.world import MICROSECOND, MILLISECOND, Life, World
 
-_ZERO = bytes(BLOCK_SIZE)
-Change = Callable[["Copy | None"], "Copy | None"]
+Change = Callable[[Copy | None], Copy | None]
 """Applies one change to a copy (None: there is none) and returns what is there afterwards."""
 
 
 class OutOfRange(StoreError):
     result = Result.INVALID_PARMS
-
-
-class Copy:
-    """The bytes of one copy; blocks that are not in `blocks` are holes."""
-
-    __slots__ = ("blocks", "rotten", "size", "version")
-
-    def __init__(self, size: int, version: Version) -> None:
-        self.size = size
-        self.version = version
-        self.blocks: dict[int, bytes] = {}
-        self.rotten: dict[int, None] = {}  # blocks whose bytes do not match their hash any more
-
-    def clone(self) -> Copy:
-        twin = Copy(self.size, self.version)
-        twin.blocks = dict(self.blocks)
-        twin.rotten = dict(self.rotten)
-        return twin
-
-    def table(self) -> bytes:
-        table = bytearray(8 * (-(-self.size // BLOCK_SIZE)))
-        for number, block in self.blocks.items():
-            pack_into("<Q", table, 8 * number, xxh3_64_intdigest(block) or 1)
-        return bytes(table)
-
-    def read(self, offset: int, length: int) -> bytes:
-        first, last = offset // BLOCK_SIZE, (offset + length - 1) // BLOCK_SIZE
-        if first == last and length == BLOCK_SIZE:
-            return self.blocks.get(first, _ZERO)
-        whole = b"".join([self.blocks.get(number, _ZERO) for number in range(first, last + 1)])
-        start = offset - first * BLOCK_SIZE
-        return whole[start : start + length]
-
-    def bad(self, offset: int, length: int) -> tuple[int, ...]:
-        """Rotten blocks in a range."""
-        first, last = offset // BLOCK_SIZE, (offset + length - 1) // BLOCK_SIZE
-        return tuple(number for number in self.rotten if first <= number <= last)
-
-    def overwrite(self, offset: int, data: bytes, skip_zero_blocks: bool = False) -> None:
-        position = 0
-        while position < len(data):
-            number, start = divmod(offset + position, BLOCK_SIZE)
-            part = data[position : position + BLOCK_SIZE - start]
-            position += len(part)
-            if len(part) < BLOCK_SIZE:
-                block = self.blocks.get(number, _ZERO)
-                part = block[:start] + part + block[start + len(part) :]
-            if skip_zero_blocks and part == _ZERO:
-                continue
-            self.blocks[number] = part
-            self.rotten.pop(number, None)
-
-    def punch(self, offset: int, length: int) -> None:
-        end = offset + length
-        first, last = -(-offset // BLOCK_SIZE), (-(-end // BLOCK_SIZE) if end == self.size else end // BLOCK_SIZE)
-        for number in range(first, last):
-            self.blocks.pop(number, None)
-            self.rotten.pop(number, None)
-        for start, stop in ((offset, min(first * BLOCK_SIZE, end)), (max(last * BLOCK_SIZE, offset), end)):
-            if start < stop and start // BLOCK_SIZE in self.blocks:
-                self.overwrite(start, bytes(stop - start))
 
 
 class _Entry:
@@ -119,6 +55,8 @@ class SimDisk:
         self.objects: dict[ObjectId, _Object] = {}
         self.fault: Callable[[str], StoreError | None] | None = None
         self.fault_chance = 0.0
+        self.late: Callable[[str], StoreError] | None = None  # what a change that was taken says in the end ...
+        self.late_chance = 0.0  # ... so often: nobody knows then whether it is there
         self.slow = 1  # factor of all delays
         self.nosync = False  # as it is told; what is durable is so nevertheless
         self.capacity_bytes = 1 << 40  # as it is told; `fault` says what fails
@@ -178,7 +116,7 @@ class SimDisk:
 
     def heal(self) -> None:
         """Nothing goes wrong with it any more; what has rotted stays so."""
-        self.fault = None
+        self.fault = self.late = None
         self.slow = 1
 
     def rot(self, oid: ObjectId, block: int) -> None:
@@ -225,7 +163,10 @@ class SimStore(Store):
         return self._find(oid).size
 
     def table(self, oid: ObjectId) -> bytes:
-        return self._find(oid).table()
+        copy = self._find(oid)
+        if copy.size < 0:
+            raise DiskError(f"the disk of {oid:016x} is out of service")
+        return copy.table()
 
     def usage(self) -> tuple[int, int]:
         used = sum(len(copy.blocks) for copy in self._disk.copies().values()) * BLOCK_SIZE
@@ -276,16 +217,24 @@ class SimStore(Store):
             return disk.fault("injected")
         return None
 
-    def _change(self, oid: ObjectId, change: Change, durable: bool, done: Done) -> None:
-        """Takes effect now; `done` when acknowledged, and durable if asked."""
+    def _late_fault(self) -> StoreError | None:
+        late = self._disk.late
+        return late("late") if late is not None and self._random.random() < self._disk.late_chance else None
+
+    def _change(self, oid: ObjectId, change: Change, durable: bool, done: Done, may_fail: bool = True) -> None:
+        """Takes effect now; `done` when acknowledged, and durable if asked; or with an error after all."""
         entry = self._disk.objects.get(oid)
         if entry is None:
             entry = self._disk.objects[oid] = _Object()
         entry.copy = change(entry.copy)
         logged = _Entry(change, self._disk.undo_written)
         entry.log.append(logged)
+        late = self._late_fault() if may_fail and self._disk.late is not None else None
 
         def acknowledge() -> None:
+            if late is not None:
+                done(late)
+                return
             if self._disk.objects.get(oid, entry) is not entry:
                 done(DiskError(f"the disk of {oid:016x} is out of service"))  # it went meanwhile
                 return
@@ -294,7 +243,7 @@ class SimStore(Store):
                 self._settle(oid, entry, logged)
             done(None)
 
-        if not durable and self._random.random() < 0.5:
+        if late is None and not durable and self._random.random() < 0.5:
             acknowledge()
         else:
             self._later(acknowledge, 3 * MILLISECOND if durable else MILLISECOND)
@@ -419,7 +368,7 @@ class SimStore(Store):
         if self._copy(oid) is None:
             done(None)
         else:
-            self._change(oid, lambda _: None, True, done)
+            self._change(oid, lambda _: None, True, done, may_fail=False)
 
     def flush(self, vids: frozenset[Vid] | None, done: Done) -> None:
         marks = [

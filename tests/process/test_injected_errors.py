@@ -122,7 +122,7 @@ def test_no_room_for_what_the_journal_has_takes_nothing_out(cluster: Cluster, tm
 
     with Injection(cluster.pids(0)[-1], victim, "pwrite64,fallocate", "ENOSPC") as injection:
         assert write(start + 4096, 4096).returncode == 0
-        wait_until(lambda: "no room for changes in the journal" in log.read_text(), SECONDS, "a word about it")
+        wait_until(lambda: "no room for changes that are under way" in log.read_text(), SECONDS, "a word about it")
         refused = write(start + 16384, 4096)
         assert refused.returncode == 1
         assert b"no space" in refused.stderr.lower(), refused.stderr

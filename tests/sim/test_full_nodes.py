@@ -99,6 +99,28 @@ def test_a_home_without_space_for_its_copy_has_others_read() -> None:
     audit(cluster)
 
 
+def test_a_disk_goes_while_the_home_has_no_space_for_its_copy() -> None:
+    """The copy that went with it is made anew all the same, and nothing is left to be done in the end."""
+    cluster, volume = fresh(3, 3)
+    oid = data_oid(volume.vid, 0)
+    assert write(cluster.machines[0], volume, 1) == Result.SUCCESS
+    home, other, _ = holders(cluster, volume)
+    home.kill()
+    home.replace_disk()
+    home.disk.fault, home.disk.fault_chance = NoSpace, 1.0
+    home.start()
+    cluster.world.run_until(cluster.all_joined, HEALTH_LIMIT_NS, "the return")
+    cluster.world.run_for(SECOND)
+    assert oid not in home.disk.copies()
+    while other.disk.copies()[oid].size >= 0:
+        other.lose_disk()
+    cluster.world.run_for(SECOND)
+    home.disk.fault = None
+    cluster.world.run_until(cluster.healthy, HEALTH_LIMIT_NS, "health")
+    audit(cluster)
+    assert read(other, volume) == (Result.SUCCESS, block_of(1))
+
+
 def test_a_copy_of_nothing_but_holes_needs_room_too() -> None:
     """Where it cannot even be begun, that is known as want of space, and tried again."""
     cluster, volume = fresh(3, 2)
@@ -112,7 +134,7 @@ def test_a_copy_of_nothing_but_holes_needs_room_too() -> None:
     dying.kill()
     world.run_until(lambda: len(home.node.cluster.members) == 2, SECOND, "death noticed")
     world.run_for(SECOND)
-    assert home.node.copies.at_home().recovery.is_full(oid)
+    assert home.node.copies.at_home().recovery.refusal(oid) == Result.NO_SPACE
     assert oid not in newcomer.disk.copies()
     newcomer.disk.fault = None
     settle(cluster, home, newcomer)

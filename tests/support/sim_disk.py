@@ -254,6 +254,10 @@ class Crashes:
 
         return self._image(chosen, lambda directory: rng.randint(0, len(self._pending_names[directory])))
 
+    def synced(self) -> SimDisk:
+        """The image of a power failure that takes all that was not synced."""
+        return self._image(lambda inode: [], lambda directory: 0)
+
     def every_subset(self, limit: int) -> Iterator[SimDisk]:
         """All images that a power failure may leave here, with every atom there or not; none if there are more than
         `limit`: then, if they are few enough, those with every write there or not as a whole."""

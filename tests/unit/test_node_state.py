@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.stores import Driver
 
 from sheepdog.cluster.core.errors import DiskError, StoreError, UsageError
 from sheepdog.cluster.core.ids import Epoch, EpochRecord, Member, NodeId
+from sheepdog.cluster.core.limits import BLOCK_SIZE
 from sheepdog.cluster.core.ports import Buffer, Proven
 from sheepdog.cluster.host.directory import write_file
 from sheepdog.cluster.host.disk import RealDisk
@@ -62,40 +64,77 @@ def test_state_survives_a_restart(tmp_path: Path) -> None:
     assert again.state.load_epochs() == []
 
 
-class FullDisk(RealDisk):
-    """So many bytes are left, those of the reserve aside."""
+class SmallDisk(RealDisk):
+    """A disk of so many blocks, for the files in one directory and for those of others."""
 
-    def __init__(self) -> None:
-        self.left = 1 << 30
+    def __init__(self, path: Path, blocks: int) -> None:
+        self._path = path
+        self._blocks = blocks
+        self.others = 0  # blocks that somebody else has
+        self.snatches = 0  # so often others take at once what has been given up
+
+    def left(self) -> int:
+        files = (path.stat().st_size for path in self._path.rglob("*") if path.is_file())
+        return self._blocks - self.others - sum(-(-size // BLOCK_SIZE) for size in files)
+
+    def fill(self) -> None:
+        """Others take what is left."""
+        self.others += self.left()
+
+    def _need(self, fd: int, end: int) -> None:
+        if -(-end // BLOCK_SIZE) - -(-os.fstat(fd).st_size // BLOCK_SIZE) > self.left():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:  # type: ignore[override]
-        if len(data) > self.left:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._need(fd, offset + len(data))
         return os.pwrite(fd, data, offset)
 
     def allocate(self, fd: int, length: int) -> None:
-        if length > self.left:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._need(fd, length)
         super().allocate(fd, length)
 
-    def unlink(self, path: str, /) -> None:  # type: ignore[override]
-        self.left += os.stat(path).st_blocks * 512
-        os.unlink(path)
+    def truncate(self, fd: int, length: int, /) -> None:
+        os.ftruncate(fd, length)
+        if self.snatches:
+            self.snatches -= 1
+            self.fill()
 
 
 def test_a_full_disk_has_room_for_the_state(tmp_path: Path) -> None:
-    disk = FullDisk()
+    disk = SmallDisk(tmp_path, 100)
     driver = StateDriver(tmp_path, disk)
-    assert driver.wait(lambda done: driver.state.append_epoch(record(1), done)) is None
-    disk.left = 0
-    assert driver.wait(lambda done: driver.state.append_epoch(record(2), done)) is None
-    assert driver.state.load_epochs() == [record(1), record(2)]
-    assert not (tmp_path / "reserve").exists()
-    disk.left = 0
-    assert isinstance(driver.wait(lambda done: driver.state.append_epoch(record(3), done)), DiskError)
-    disk.left = 1 << 30
-    assert driver.wait(lambda done: driver.state.append_epoch(record(3), done)) is None
-    assert (tmp_path / "reserve").stat().st_blocks * 512 >= RESERVE_BYTES
+    saved = 0
+    while (error := driver.wait(partial(driver.state.append_epoch, record(saved + 1)))) is None:
+        saved += 1
+        disk.fill()
+    assert isinstance(error, DiskError)
+    assert saved > RESERVE_BYTES // BLOCK_SIZE
+    assert driver.state.load_epochs() == [record(number) for number in range(1, saved + 1)]
+    disk.others = 0
+    assert driver.wait(partial(driver.state.append_epoch, record(saved + 1))) is None
+    assert (tmp_path / "reserve").stat().st_size == RESERVE_BYTES
+
+
+def test_what_is_replaced_on_a_full_disk_costs_no_room(tmp_path: Path) -> None:
+    """Whoever wants room, restores for one, has got all that there is each time."""
+    disk = SmallDisk(tmp_path, 100)
+    driver = StateDriver(tmp_path, disk)
+    for epoch in range(1, 100):
+        assert driver.wait(partial(driver.state.save_proven, Proven(epoch))) is None
+        disk.fill()
+    assert driver.state.load_proven() == Proven(99)
+    assert (tmp_path / "reserve").stat().st_size == RESERVE_BYTES
+
+
+def test_what_others_snatch_is_given_up_once_more(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path, 100)
+    driver = StateDriver(tmp_path, disk)
+    assert driver.wait(lambda done: driver.state.save_proven(Proven(1), done)) is None
+    disk.fill()
+    disk.snatches = 5
+    assert driver.wait(lambda done: driver.state.save_proven(Proven(2), done)) is None
+    assert not disk.snatches
+    assert driver.state.load_proven() == Proven(2)
 
 
 @pytest.mark.parametrize("name", ["config", "epoch/00000001"])
@@ -177,17 +216,17 @@ def test_undo_has_a_format(tmp_path: Path) -> None:
 
 
 def test_undo_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
-    disk = FullDisk()
+    disk = SmallDisk(tmp_path, 100)
     driver = StateDriver(tmp_path, disk)
     undo = driver.state.undo
     undo.append(b"one")
     undo.write_out()
-    disk.left = 0
+    disk.fill()
     files = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         undo.replace(b"two")
     assert len(os.listdir("/proc/self/fd")) == files
     assert len(driver.logged) == 5
-    disk.left = 1 << 30
+    disk.others = 0
     undo.append(b"four")
     assert undo.load() == [b"", b"onefour"]

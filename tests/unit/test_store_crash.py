@@ -3,20 +3,22 @@ is opened again and must hold what was promised.
 
 For an object whose version after the crash is that of some operation, its bytes are exactly what that operation left
 (equal versions mean equal bytes), and no durable operation comes after it. A version between two operations says that
-a large write was cut: then each block is as some operation since the block's last durable one left it, or has 512-byte
-sectors of several such.
+the later one was cut, a large write, and perhaps others behind it: then each block is as some operation since the
+block's last durable one left it, or has 512-byte sectors of several such.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 
 import pytest
 from tests.support.sim_disk import ATOM, Crashes, SimDisk
 from tests.support.stores import StoreDriver
+from tests.unit.test_open_files import SlowSyncs
 
-from sheepdog.cluster.core.errors import StoreError
+from sheepdog.cluster.core.errors import Corrupt, StoreError
 from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid
 from sheepdog.cluster.core.limits import JOURNALED_BYTES, JOURNALED_NOSYNC_BYTES
 from sheepdog.cluster.core.ports import Done
@@ -68,7 +70,8 @@ class Workload:
         self.rng = random.Random(seed)
         self.disk = SimDisk(seed, miss_rate=0.2, direct=direct and seed % 3 > 0)
         options = StoreOptions(nosync=nosync, journal_bytes=self._journal_bytes)
-        self._journaled = JOURNALED_NOSYNC_BYTES if nosync else JOURNALED_BYTES
+        self._journaled = JOURNALED_NOSYNC_BYTES if nosync else JOURNALED_BYTES  # of a new object
+        self._overwrites = -1 if nosync else JOURNALED_BYTES - 8192
         self.driver = StoreDriver("/meta", disk=self.disk, options=options, seed=seed)
         self.started = len(self.disk.log)
         self.history: dict[ObjectId, list[Operation]] = {oid: [] for oid in OIDS}
@@ -123,7 +126,7 @@ class Workload:
             punch = kind < 0.42
             changed = bytearray(content)
             changed[offset : offset + length] = bytes(length) if punch else data
-            operation = Operation(version, bytes(changed), first, last, not punch and length > self._journaled - 8192)
+            operation = Operation(version, bytes(changed), first, last, not punch and length > self._overwrites)
             operations.append(operation)
             done = self._done(operation, durable, durable)
             if punch:
@@ -233,8 +236,9 @@ class Workload:
             return
         cut = next(i for i, operation in enumerate(operations) if operation.version and operation.version > version)
         assert cut >= floor
+        last = cut if killed else len(operations) - 1  # a loss of power takes an older one and leaves a newer one
         for block in range(BLOCKS):
-            touching = [i for i, o in enumerate(operations) if o.first <= block <= o.last and i <= cut]
+            touching = [i for i, o in enumerate(operations[: last + 1]) if o.first <= block <= o.last]
             oldest = max((i for i in touching if holds(operations[i], operations[i].durable)), default=-1)
             self._check_block(got, block, [operations[i] for i in touching if i >= oldest], oldest < 0)
 
@@ -306,6 +310,68 @@ def test_a_crash_in_a_replay_loses_nothing(number: int, nosync: bool) -> None:
             again.advance()
             workload.check(again.killed(), place, killed)
             workload.check(again.powerless(rng), place, killed)
+
+
+@pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])
+def test_a_copy_that_lacks_a_write_is_older_than_one_that_has_it(nosync: bool) -> None:
+    """Its journal may have been on the disk already, with a write that no other copy has: that makes it no newer."""
+    length = BLOCK if nosync else JOURNALED_BYTES + BLOCK
+    size = 3 * length
+    contents = [bytes([letter]) * length for letter in b"abc"]
+    disk, options = SimDisk(1), StoreOptions(journal_bytes=JOURNAL_BYTES, nosync=nosync)
+    driver = StoreDriver("/meta", disk=disk, options=options)
+    versions = [Version(1, 1, counter * VERSION_GAP) for counter in range(1, 5)]
+    driver.create(OIDS[0], size, 0, b"0" * size, versions[0])
+    driver.close()
+    driver = StoreDriver("/meta", disk=disk, options=options)
+    for number, content in enumerate(contents):
+        driver.write(OIDS[0], number * length, content, versions[number + 1])
+    crashes = Crashes(disk.log, disk.directories)
+    while crashes.position < len(disk.log):
+        crashes.advance()
+    lacking = 0
+    for seed in range(100):
+        again = StoreDriver("/meta", disk=crashes.powerless(random.Random(seed)), options=options)
+        version = again.store.version(OIDS[0])
+        assert version is not None
+        for number, content in enumerate(contents):
+            with contextlib.suppress(Corrupt):  # with `-n` of those whose record is lost: another copy answers
+                if again.read(OIDS[0], number * length, length) != content:
+                    assert version < versions[number + 1]
+                    lacking += version > versions[0]
+    assert lacking
+
+
+@pytest.mark.parametrize("again_bytes", [JOURNAL_BYTES, 2 * JOURNAL_BYTES], ids=["same size", "larger"])
+def test_a_crash_when_the_journal_begins_anew_leaves_a_torn_copy_torn(again_bytes: int) -> None:
+    """The replay has given it a version of its own. The newer segment alone, without the large write that was cut,
+    would give it that of its last write again, which other copies have with other bytes."""
+    disk, options = SimDisk(1), StoreOptions(journal_bytes=again_bytes)
+    driver = StoreDriver("/meta", disk=disk, options=StoreOptions(journal_bytes=JOURNAL_BYTES))
+    cut, other = OIDS[:2]
+    whole, large, last = (Version(1, 1, counter * VERSION_GAP) for counter in (1, 2, 3))
+    for oid in (cut, other):
+        driver.create(oid, SIZE, 0, b"a" * BLOCK, whole, durable=True)
+    driver.store._syncs._workers = SlowSyncs(driver.call_soon)
+    driver.write(cut, 0, b"b" * (JOURNALED_BYTES + BLOCK), large)
+    begun = driver.store._journal.number
+    while driver.store._journal.number == begun:
+        driver.write(other, 0, b"a" * BLOCK, large, durable=True)
+    driver.write(cut, SIZE - BLOCK, b"c" * BLOCK, last, durable=True)
+    crashes = Crashes(disk.log, disk.directories)
+    while crashes.position < len(disk.log):
+        crashes.advance()
+    image = crashes.synced()
+    replays = Crashes(image.log, image.directories, image)
+    torn = StoreDriver("/meta", disk=image, options=options)
+    version = torn.store.version(cut)
+    assert version is not None
+    assert large < version < last
+    while replays.position < len(image.log):
+        replays.advance()
+        version = StoreDriver("/meta", disk=replays.killed(), options=options).store.version(cut)
+        assert version is not None
+        assert large < version < last
 
 
 @pytest.mark.parametrize("nosync", [False, True], ids=["sync", "nosync"])

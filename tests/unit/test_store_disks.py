@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 from tests.support.stores import StoreDriver
+from tests.unit.test_store import FailingDisk
 
 from sheepdog.cluster.core.errors import DiskError, StoreError, UsageError
-from sheepdog.cluster.core.ids import NO_VERSION, Version, Vid, data_oid, oid_name
+from sheepdog.cluster.core.ids import NO_VERSION, ObjectId, Version, Vid, data_oid, oid_name
 from sheepdog.cluster.host import replay
 from sheepdog.cluster.host.copies import Copies
 from sheepdog.cluster.host.disk import RealDisk, Space
@@ -302,6 +304,33 @@ def test_a_disk_that_fails_at_the_start_is_forgotten(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(replay, "replay", failing)
     assert Starts(tmp_path).forgets("d1", "d2")
+
+
+class NotSyncing(FailingDisk):
+    """Syncs nothing below one directory."""
+
+    broken = ""
+
+    def error_of(self, path: str) -> int:
+        return errno.EIO if self.broken and path.startswith(self.broken) else 0
+
+
+def test_what_went_with_a_disk_is_told_once_and_ends_no_later_flush_of_everything(tmp_path: Path) -> None:
+    """What a node answers for all its copies does not wait until lost ones are made anew, which may be never."""
+    disk, told = NotSyncing(), set[ObjectId]()
+    driver = StoreDriver(str(tmp_path / "meta"), disks=paths(tmp_path, "d1", "d2"), disk=disk)
+    for oid in OIDS:
+        driver.create(oid, SIZE, 0, b"a" * SIZE, v(1))  # not in the journal: a flush syncs the files
+    driver.store.disks.on_lost = lambda oids, done: told.update(oids)
+    disk.broken = str(tmp_path / "d1")
+    for _ in range(2):
+        with contextlib.suppress(StoreError):
+            driver.flush()
+    lost = [oid for oid in OIDS if driver.store.version(oid) == NO_VERSION]
+    assert 0 < len(lost) < len(OIDS)
+    assert told == set(lost)
+    driver.flush()
+    driver.crash()
 
 
 class BrokenDisk(RealDisk):

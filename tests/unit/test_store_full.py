@@ -14,6 +14,7 @@ from sheepdog.cluster.core.errors import NoSpace, StoreError, UsageError
 from sheepdog.cluster.core.ids import ObjectId, Version, Vid, data_oid, inode_oid
 from sheepdog.cluster.core.ports import Buffer
 from sheepdog.cluster.host.disk import RealDisk
+from sheepdog.cluster.host.journal import MOST_INTENTS
 from sheepdog.cluster.host.store_options import StoreOptions
 
 BLOCK = 4096
@@ -277,6 +278,27 @@ def test_writers_never_hang_on_a_journal_that_cannot_be_emptied(driver: StoreDri
     for counter in range(1000, 1250):
         driver.write(OID, 0, b"%04d" % counter * 1024, v(counter), durable=True)
     assert driver.failed == []
+    driver.close()
+
+
+def test_nor_do_writers_of_whose_bytes_the_journal_has_hashes(tmp_path: Path, disk: FullDisk) -> None:
+    """Their records are so small that it is the number of them that ends a segment."""
+    driver = StoreDriver(str(tmp_path), disk=disk, options=StoreOptions(nosync=True))
+    driver.create(OTHER, SIZE, 0, b"a" * BLOCK, v(1))
+    disk.full = True
+    driver.create(OID, SIZE, 0, b"a" * BLOCK, v(1))
+    disk.full = False
+    driver.store._journal._intents = MOST_INTENTS
+    driver.write(OTHER, 0, b"b" * BLOCK, v(2))
+    assert not driver.store._journal.other_is_free()
+    driver.write(OTHER, 0, b"c" * BLOCK, v(3))
+    driver.store._journal._intents = 2 * MOST_INTENTS
+    with pytest.raises(NoSpace):
+        driver.write(OTHER, 0, b"d" * BLOCK, v(4))
+    driver.store._journal._intents = 2 * MOST_INTENTS - 1
+    driver.remove(OTHER)
+    driver.clock.fire()
+    driver.write(OID, 0, b"c" * BLOCK, v(2))
     driver.close()
 
 
