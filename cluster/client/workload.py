@@ -6,6 +6,7 @@ load; `Workload` owns a volume of whole objects and the connections, `run` drive
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -179,17 +180,31 @@ class Workload:
     """A volume of `objects` whole objects, made for the cells to run on, at one sheep."""
 
     def __init__(self, address: Address, objects: int, copies: int = 0, policy: int = 0) -> None:
-        """Makes and fills the volume; copies 0: as the cluster's default. SheepError, OSError."""
+        """Makes and fills the volume; copies 0: as the cluster's default. SheepError, OSError.
+
+        Nothing is left of it if that fails, or is interrupted.
+        """
         self.address = address
         self.objects = objects
         self.name = f"benchmark-{os.getpid()}-{time.monotonic_ns()}".encode()
-        self._first = objects  # index of the next object that does not exist
+        self._first = 0  # index of the next object that does not exist
         self._connection = Connection(address)
         size = (objects + FRESH_OBJECTS) * OBJECT_BYTES
-        self.vid = admin.new_volume(self._connection, self.name, size, copies=copies, policy=policy).vid
-        for index in range(objects):
-            data = random.Random(index).randbytes(OBJECT_BYTES)
-            admin.create_object(self._connection, data_oid(self.vid, index), 0, data, flags=Flags.CACHE)
+        try:
+            self.vid = admin.new_volume(self._connection, self.name, size, copies=copies, policy=policy).vid
+            self._fill()
+        except BaseException:
+            self._connection.close()  # an answer may be under way there
+            with contextlib.suppress(SheepError, OSError):
+                self._connection = Connection(address)
+                self.close()
+            raise
+
+    def _fill(self) -> None:
+        while self._first < self.objects:
+            data, oid = random.Random(self._first).randbytes(OBJECT_BYTES), data_oid(self.vid, self._first)
+            self._first += 1
+            admin.create_object(self._connection, oid, 0, data, flags=Flags.CACHE)
         self._connection.call(admin.object_request(Opcode.FLUSH_VDI, inode_oid(self.vid)))
 
     def close(self) -> None:

@@ -41,6 +41,20 @@ def test_new_processes_take_what_was_compiled_of_these_sources(built: None) -> N
     assert file.endswith(".so" if current else ".py")
 
 
+def test_a_sheep_needs_no_library_for_coding(built: None) -> None:
+    """On a host without ISA-L and zfec the compiled one ended at its start."""
+    script = (
+        "import cffi, sys; sys.modules['zfec'] = None; cffi.FFI.dlopen = lambda *_: open('/no/library'); "
+        "from sheepdog.cluster.host import coders; "
+        "print(coders.best_coder(lambda _, text: print(text, file=sys.stderr)).name, coders.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    name, file = done.stdout.split()
+    assert name == "plain" and file.endswith(".so" if ask()[0] == "True" else ".py")
+    assert done.stderr.count("erasure coding without ") == 2
+
+
 @pytest.mark.skipif("CI" not in os.environ, reason="who changes sources may compile them quickly")
 def test_setup_compiles_with_the_counts_of_a_run(built: None) -> None:
     assert compiled.trained()

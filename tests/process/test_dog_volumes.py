@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 from tests.support.cluster import Cluster, started
 from tests.support.door import Door, vdi
-from tests.support.processes import wait_until
+from tests.support.processes import BIN, environment, wait_until
 
 from sheepdog.cluster.core.errors import Result
 from sheepdog.cluster.wire.header import VDI_RESPONSE
@@ -280,3 +282,21 @@ def test_smaller_commands(cluster: Cluster) -> None:
         assert cluster.dog("benchmark", "io", "-f", "-t", "7", *words, "bench") == ""
     assert b"q" * 100 not in read(cluster, "bench")
     assert failed(cluster, "benchmark", "io", "-t", "1", "bench", stdin=b"no\n")[::2] == (0, "")
+
+
+def test_an_interrupted_benchmark_leaves_nothing(cluster: Cluster) -> None:
+    """In the middle of filling its volume, which takes longer than the loads on it."""
+    before = [cluster.objects(node) for node in range(NODES)]
+    command = [str(BIN / "dog"), "benchmark", "run", "-S", "4096", "-p", str(cluster.port(0))]
+    measuring = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(cluster.objects(0)) > len(before[0]) + 4, 30, "some objects of the volume")
+        measuring.send_signal(signal.SIGINT)
+        _, said = measuring.communicate(timeout=30)
+    finally:
+        measuring.kill()
+        measuring.wait()
+    assert (measuring.returncode, said) == (130, b"")
+    assert "benchmark-" not in cluster.dog("vdi", "list", "-r")
+    data = [{name for name in cluster.objects(node) if name not in before[node]} for node in range(NODES)]
+    assert not any(name.startswith("00") for names in data for name in names), data
