@@ -163,7 +163,7 @@ def best_coder(log: Log) -> Coder:
         try:
             coder: Coder = make()
         except (ImportError, OSError) as error:
-            log(6, f"erasure coding without {make.name}: {error}")
+            log(6, f"erasure coding without {make.__name__}: {error}")
         else:
             return coder
     log(4, "erasure coding in plain Python: install libisal2 and cffi, or zfec")

@@ -1,7 +1,7 @@
 """The daemon `sheep`: the one place that puts the parts together.
 
-Order of a start: lock on META, the membership engine is in reach (mistakes up to here are printed), log, store,
-listening sockets, attaching to the engine.
+Order of a start: lock on META, log, the membership engine is in reach, store, pid file, listening sockets, attaching
+to the engine, joining. What fails up to here is printed: so long waits whoever started it (`lifecycle.Startup`).
 Order of an end: leave the cluster, make everything durable, close the store, remove the pid file.
 """
 
@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from sheepdog.cluster.core.errors import UsageError
+from sheepdog.cluster.core.errors import StoreError, UsageError
 from sheepdog.cluster.core.ids import Member, NodeId, ObjectId
 from sheepdog.cluster.core.limits import DEFAULT_VNODES
 from sheepdog.cluster.core.membership import EXPELLED
@@ -46,12 +46,13 @@ from sheepdog.frontends.qemu.requests import Requests
 
 CLIENT_PATIENCE_S = 60.0  # out of reach of the membership engine: clients wait so long, then they may look elsewhere
 REJOIN_FIRST_S, REJOIN_MAX_S = 0.2, 5.0  # between attempts to attach again; each takes a while of its own
+JOIN_PATIENCE_S = 5.0  # from listening on: then the command returns, whoever does not let the node in yet
 END_TIMEOUT_S = 30.0  # for making everything durable at the end; a hung disk must not keep a host from rebooting
 
 
 def run(options: Options) -> int:
-    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once META is locked, the
-    port was free and the membership engine was reached."""
+    """Runs a sheep to its end; the exit status. Without -f the caller's process returns once the node has joined, or
+    JOIN_PATIENCE_S after it listens."""
     try:
         driver = registry.create(options.driver)
         busy_s = busy_poll_s(os.environ)
@@ -68,16 +69,21 @@ def run(options: Options) -> int:
     try:
         check_port(options.bind_address, options.port)
         driver.reach()
-        startup.done(options.metadata)
-        return Daemon(options, logs, busy_s).run()
-    except UsageError as error:
+        return Daemon(options, logs, busy_s, startup).run()
+    except (UsageError, StoreError) as error:
         logs.write(3, str(error))
         print(error, file=sys.stderr)  # nobody hears it any more once the daemon is on its own
+        return 1
+    except OSError as error:
+        line = f"{error.filename or ','.join((options.metadata, *options.disks))}: {error.strerror}"
+        logs.write(3, f"{line} ({describe(error)})")
+        print(line, file=sys.stderr)
         return 1
     except Exception as error:
         logs.write(2, f"internal error: {describe(error)}")
         if options.foreground:
             raise
+        startup.tell(f"internal error: {describe(error)}")
         return 1
     finally:
         logs.close()
@@ -108,10 +114,11 @@ class _Attachment:
 class Daemon:
     """One sheep, from its store to its last log line."""
 
-    def __init__(self, options: Options, logs: Logs, busy_s: float) -> None:
+    def __init__(self, options: Options, logs: Logs, busy_s: float, startup: lifecycle.Startup) -> None:
         """`busy_s`: see `turn.BusyPoll`."""
         self.options = options
         self.logs = logs
+        self._startup = startup
         self._log = logs.write
         self._loop = new_loop(self._log, busy_s)
         self._status = 1
@@ -127,7 +134,7 @@ class Daemon:
         self._arena = Arena(BufferPool())
         self._clock = HostClock(self._loop)
         driver = registry.create(options.driver)
-        self.address = resolve(options.my_address or driver.local_address() or "127.0.0.1")
+        self.address = announced(options, driver)
         self._workers = LoopWorkers(self._loop, self._call_soon)
         self._coder = best_coder(self._log)
         disk = RealDisk()
@@ -257,6 +264,7 @@ class Daemon:
             self._server.listen_tcp(io.host, io.port)
         self._server.listen_unix(f"{options.metadata}/sock")
         lifecycle.handle_signals(self._loop, self._terminate, self.logs.reopen)
+        self._loop.call_later(JOIN_PATIENCE_S, self._return_without_joining)
         collector = Collector(self._loop, self._turn)
         collector.start()
         self.store.rebalance.begin()
@@ -268,6 +276,10 @@ class Daemon:
             collector.stop()
             self._loop.close()
         return self._status
+
+    def _return_without_joining(self) -> None:
+        self._startup.tell(f"sheep runs, but has not joined the cluster yet; {self.logs.place} may tell why")
+        self._startup.done(self.options.metadata)
 
     async def _live(self) -> None:
         staying = self._loop.create_task(self._stay_joined())
@@ -352,6 +364,7 @@ class Daemon:
             self._serving = True
             self._stop_patience()
             self._server.admit_clients()
+            self._startup.done(self.options.metadata)
 
     def _on_lost(self, reason: str) -> None:
         """What became of the requests under way is not known here any more: clients have to ask again."""
@@ -385,12 +398,14 @@ class Daemon:
         self._failed_disks.append(directory)
         if last:
             self._log(2, f"{directory} is out of service: {reason}; leaving the cluster")
-            self._end(1, "nothing can be stored here any more")
+            self._end(1, "nothing can be stored here any more", f"{directory} is out of service: {reason}")
 
-    def _end(self, status: int, reason: str) -> None:
+    def _end(self, status: int, reason: str, told: str = "") -> None:
+        """`told`: what whoever waits for the start is told, if the log has said more already."""
         if not self._ending.done():
             self._status = status
-            self._log(5, f"ending: {reason}")
+            self._log(3 if status else 5, f"ending: {reason}")
+            self._startup.tell(told or reason)
             self._ending.set_result(None)
 
 
@@ -418,6 +433,16 @@ def capacity(paths: tuple[str, ...]) -> int:
             status = os.statvfs(where)
             total += status.f_blocks * status.f_frsize
     return total
+
+
+def announced(options: Options, driver: Driver) -> bytes:
+    """The address that the other nodes use, part of this node's identity: the only one that it listens on, if that is
+    so. UsageError when it cannot be told now."""
+    if options.my_address:
+        return resolve(options.my_address)
+    if options.bind_address and any(only := resolve(options.bind_address)):  # 0.0.0.0 and :: are all
+        return only
+    return resolve(driver.local_address() or "127.0.0.1")
 
 
 def resolve(text: str) -> bytes:

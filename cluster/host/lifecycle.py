@@ -2,7 +2,7 @@
 
 startup = lifecycle.detach()            # or lifecycle.Startup() to stay in the foreground
 lock = DirectoryLock(options.metadata)
-driver.reach()                          # mistakes up to here are printed, and the caller's exit status is 1
+...                                     # mistakes up to here are printed, and the caller's exit status is 1
 startup.done(options.metadata)          # from here on the log is the only way to say anything
 """
 
@@ -26,9 +26,19 @@ class Startup:
     def __init__(self, pipe: int = -1) -> None:
         self._pipe = pipe
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for a daemon's `done`."""
+        return self._pipe >= 0
+
+    def tell(self, line: str) -> None:
+        """A line for whoever waits at the terminal; nobody does after `done`."""
+        if self.awaited:
+            print(line, file=sys.stderr)
+
     def done(self, directory: str) -> None:
         """Lets the foreground process return with status 0; a daemon gives up terminal and working directory."""
-        if self._pipe < 0:
+        if not self.awaited:
             return
         os.chdir(directory)
         sys.stdout.flush()
@@ -43,8 +53,9 @@ class Startup:
 def detach() -> Startup:
     """Goes on in a daemon: forked twice, in a session of its own, standard input on /dev/null.
 
-    The calling process ends in here, with status 0 at `Startup.done` and 1 when the daemon ends before. To be called
-    before threads and event loops exist; standard output and error stay open until `done`.
+    The calling process ends in here, with status 0 at `Startup.done` and 1 when the daemon ends before; 130 when it is
+    interrupted, which the daemon is not. To be called before threads and event loops exist; standard output and error
+    stay open until `done`.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
@@ -66,6 +77,9 @@ def _wait_for_daemon(child: int, reader: int) -> NoReturn:
     try:
         os.waitpid(child, 0)
         status = 0 if os.read(reader, 1) else 1
+    except KeyboardInterrupt:
+        os.write(2, b"interrupted: the daemon goes on by itself\n")
+        status = 130  # as shells count
     finally:
         os._exit(status)  # what runs at an interpreter's exit is the daemon's business
 

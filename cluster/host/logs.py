@@ -112,6 +112,7 @@ class Logs:
         self._root = logging.getLogger()
         self._output: _Output | None = None
         handler: logging.Handler
+        self.place = "the system log"  # as people are told where to look
         if options.destination == "syslog":
             handler = _Syslog()
             style = "default" if options.format == "server" else options.format  # syslog has the time already
@@ -119,6 +120,7 @@ class Logs:
             path = None if options.destination == "stdout" else os.path.join(options.directory or metadata, FILE_NAME)
             try:
                 handler = self._output = _Output(path)
+                self.place = path or "standard output"
             except OSError as error:
                 raise UsageError(f"cannot open the log file {path} ({error.strerror})") from error
             style = options.format

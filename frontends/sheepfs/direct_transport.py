@@ -119,7 +119,9 @@ class DirectTransport:
         try:
             self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as problem:
-            raise MountError(f"cannot open {DEVICE}: {problem.strerror}") from None
+            missing = problem.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+            advice = "; FUSE has to be in the kernel: modprobe fuse" if missing else ""
+            raise MountError(f"cannot open {DEVICE}: {problem.strerror}{advice}") from None
         data = (
             f"fd={self._device},rootmode=40000,user_id={self._owner[0]},group_id={self._owner[1]},"
             f"default_permissions,max_read={MAX_REQUEST_BYTES}"

@@ -21,15 +21,16 @@ from sheepdog.frontends.sheepfs.filesystem import FileSystem
 from sheepdog.frontends.sheepfs.gateway import GatewayCluster
 from sheepdog.frontends.sheepfs.options import USAGE, Options, parse
 from sheepdog.frontends.sheepfs.transport import MountError, MountOptions, Transport, log
+from sheepdog.streams import open_streams, show
 
 
 def main() -> int:
     """Entry point; the exit status of cli.md 3: 0 mounted (or help), 1 anything else."""
+    open_streams()
     try:
         options = parse(sys.argv[1:])
         if options.help:
-            sys.stdout.write(USAGE)
-            return 0
+            return show("sheepfs", USAGE)
         return run(options)
     except (UsageError, MountError) as problem:
         print(problem, file=sys.stderr)

@@ -373,8 +373,8 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
     """The tree is there, status files are empty; kill -9 of the daemon fails callers instead of hanging them."""
     place = directory / "dir"
     place.mkdir()
-    for end in ("umount", "kill"):
-        run([BIN / "sheepfs", "-p", "1", transport, place])
+    for end, streams in (("umount", ""), ("kill", "<&- >&- 2>&-")):
+        run(["sh", "-c", f'exec "$@" {streams}', "sh", BIN / "sheepfs", "-p", "1", transport, place])
         try:
             assert (place / "cluster/info").read_text() == ""
             assert failure(lambda: (place / "vdi/mount").write_text("web\n")) == "EIO"
@@ -388,6 +388,15 @@ def test_mounting_needs_no_cluster_and_leaves_no_process(transport: str, directo
             run(["umount", place])
         wait_ended([daemon], 10, "sheepfs")
         assert not mounted(place)
+
+
+def test_without_fuse_it_says_what_is_missing(directory: Path) -> None:
+    needs.root()
+    hidden = f'mount --bind {directory} /dev && exec "$@"'  # no /dev/null either: it is not needed before the mount
+    sheepfs = [str(BIN / "sheepfs"), "--transport=direct", str(directory)]
+    done = run(["unshare", "--mount", "sh", "-c", hidden, "sh", *sheepfs], check=False)
+    said = "cannot open /dev/fuse: No such file or directory; FUSE has to be in the kernel: modprobe fuse\n"
+    assert (done.returncode, done.stderr.decode()) == (1, said)
 
 
 @pytest.mark.parametrize("option", ("-f", "-d"))

@@ -1,4 +1,5 @@
-"""`sheep -i`: the traffic between nodes has a network of its own, and goes the other way while that is out of reach."""
+"""Addresses: with `sheep -i` the traffic between nodes has a network of its own, and goes the other way while that is
+out of reach; a node that listens on one address (-b) is known by it."""
 
 from __future__ import annotations
 
@@ -71,3 +72,18 @@ def test_nodes_talk_by_their_io_addresses(
         f"127.0.0.1:{cluster.port(node)}" for node in range(NODES)
     ]
     assert len(cluster.dog("cluster", "info", "-r").splitlines()) == 3, "no node was given up: one epoch"
+
+
+@pytest.mark.parametrize(("bound", "announced"), [("127.0.0.5", "127.0.0.5"), ("::1", "::1"), ("0.0.0.0", "127.0.0.1")])
+def test_a_node_that_listens_on_one_address_announces_it(
+    new_cluster: Callable[..., Cluster], bound: str, announced: str
+) -> None:
+    """It was known by an address on which nobody listened."""
+    cluster = new_cluster(2, options=("-n", "-b", bound))
+    cluster.start()
+    cluster.wait_members(2)
+    rows = cluster.dog("node", "list", "-r", "-a", announced).splitlines()
+    assert [row.split()[1] for row in rows] == [f"{announced}:{cluster.port(node)}" for node in range(2)]
+    cluster.dog("cluster", "format", "-c", "2", "-a", announced)
+    cluster.dog("vdi", "create", "-P", "v", "4M", "-a", announced)
+    assert all(len(cluster.objects(node)) == 2 for node in range(2))

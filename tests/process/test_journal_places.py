@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from tests.support.cluster import RUNNING, Cluster, formatted
-from tests.support.processes import wait_until
 
 SIZE = 24 << 20
 SECONDS = 30.0
@@ -62,9 +61,8 @@ def test_a_journal_whose_disk_is_missing_and_comes_back(cluster: Journals) -> No
 
     away = cluster.directory / "away"
     cluster.fast(2).rename(away)
-    cluster.start()
-    wait_until(lambda: not cluster.pids(2), SECONDS, "the node without its journal has ended")
-    (said,) = (line for line in cluster.log(2).read_text().splitlines() if "journal" in line and " ERROR " in line)
+    cluster.start(0, 1)
+    said = cluster.start_fails(2)
     assert f"{cluster.fast(2)}: the last journal of this node is not there" in said
     assert said.endswith("or give it up with -j size=SIZE,skip")
     assert not cluster.fast(2).exists()
@@ -80,8 +78,8 @@ def test_a_journal_whose_disk_is_missing_and_comes_back(cluster: Journals) -> No
 
     cluster.fast(2).rename(cluster.directory / "under")
     away.rename(cluster.fast(2))
-    cluster.start()
-    wait_until(lambda: not cluster.pids(2), SECONDS, "the node with an older journal has ended")
+    cluster.start(0, 1)
+    cluster.start_fails(2)
     cluster.fast(2).rename(away)
     (cluster.directory / "under").rename(cluster.fast(2))
     cluster.start(2)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import needs
-from tests.support.cluster import Cluster
+from tests.support.cluster import RUNNING, WAIT_FOR_JOIN, Cluster
 from tests.support.netns import NetworkNamespace
 from tests.support.processes import BIN, alive, environment, run, wait_until
 
@@ -117,12 +117,99 @@ def test_a_busy_port_is_told(single: Cluster, options: list[str]) -> None:
     assert not single.pids(0)
 
 
-def test_mistakes_that_only_the_log_tells(single: Cluster, directory: Path) -> None:
-    """An unwritable pid file: the start has returned already, the daemon is gone."""
-    log = single.log(0)
-    run([*single.command(0), "-P", str(directory / "no" / "where")])
-    wait_until(lambda: not single.pids(0), WAIT_S, "the end of the daemon")
-    assert "cannot create the pid file" in messages(log)
+def test_why_a_daemon_cannot_be_is_told(new_cluster: Callable[..., Cluster], directory: Path) -> None:
+    """No way to the pid file; a store of another cluster; a strategy of virtual nodes that is not the cluster's."""
+    cluster = new_cluster(2)
+    nowhere = f"{directory}/no/where"
+    assert cluster.start_fails(0, ["-P", nowhere]).startswith(f"cannot create the pid file {nowhere} (No such file")
+    own, cluster.driver = cluster.driver, f"local:{directory}/elsewhere"
+    cluster.start(1)
+    cluster.dog("cluster", "format", "-c", "1", node=1)
+    cluster.kill(1, signal.SIGTERM)
+    cluster.driver = own
+    cluster.start(0)
+    cluster.format("-c", "1")
+    assert cluster.start_fails(1).startswith("failed to join Sheepdog: its store belongs to another cluster")
+    shutil.rmtree(cluster.store(1))
+    assert "its vnodes are fixed" in cluster.start_fails(1, ["-V", "64"])
+
+
+@pytest.mark.parametrize("options", [[], ["-f"]], ids=["daemon", "foreground"])
+def test_a_disk_without_room_is_one_line(single: Cluster, options: list[str]) -> None:
+    needs.root()
+    single.store(0).mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", single.store(0)])
+    try:
+        told = run([*single.command(0), *options], check=False)
+    finally:
+        run(["umount", single.store(0)])
+    assert (told.returncode, told.stderr.decode()) == (1, f"{single.store(0)}: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_place_for_other_files(single: Cluster, closed: str) -> None:
+    """The lock would be lost, or the log go into it."""
+    run(["sh", "-c", f'exec "$@" {closed}', "sh", *single.command(0)])
+    (pid,) = single.pids(0)
+    assert [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+    assert "another sheep daemon is using" in run(single.command(0), check=False).stderr.decode()
+
+
+@pytest.fixture
+def busy_processors() -> Iterator[None]:
+    with ExitStack() as ending:
+        for _ in range(2 * len(os.sched_getaffinity(0))):
+            spinning = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+            ending.callback(spinning.wait)
+            ending.callback(spinning.kill)
+        yield
+
+
+@pytest.mark.usefixtures("busy_processors")
+def test_a_sheep_can_be_asked_as_soon_as_its_command_returns(new_cluster: Callable[..., Cluster]) -> None:
+    """It listens, and has joined: what it says is the cluster's word. Nothing here is waited for or tried again."""
+    cluster = new_cluster(2)
+    for number in range(3):  # alone: a new cluster, and one that starts again
+        cluster.start(0)
+        socket.create_connection(("127.0.0.1", cluster.port(0))).close()
+        if not number:
+            cluster.dog("cluster", "format", "-c", "1")
+        cluster.dog("vdi", "create", f"alone{number}", "4M")
+        if number < 2:
+            cluster.kill(0, signal.SIGTERM)
+    for number in range(3):  # beside another one
+        cluster.start(1)
+        socket.create_connection(("127.0.0.1", cluster.port(1))).close()
+        assert len(cluster.dog("node", "list", "-r", node=1).splitlines()) == 2
+        cluster.dog("vdi", "create", f"second{number}", "4M", node=1)
+        cluster.kill(1, signal.SIGTERM)
+
+
+def test_a_start_does_not_wait_for_the_other_members(new_cluster: Callable[..., Cluster]) -> None:
+    """After a shutdown each node waits for all the others, its command does not; nor for one that hangs."""
+    cluster = new_cluster(3)
+    cluster.start()
+    cluster.wait_members(3)
+    cluster.format("-c", "1")
+    cluster.dog("cluster", "shutdown")
+    cluster.wait_stopped()
+    for node in (0, 1):  # one that had waited in vain would say so
+        assert run(cluster.command(node)).stderr == b""
+    cluster.wait_status(WAIT_FOR_JOIN)
+    for node in (0, 1):
+        cluster.kill(node, signal.SIGSTOP)
+    impatient = subprocess.Popen(cluster.command(2), stderr=subprocess.PIPE, env=environment())
+    wait_until(lambda: messages(cluster.log(2)).count(STARTED) == 2, WAIT_S, "the second start of node 2")
+    impatient.send_signal(signal.SIGINT)
+    _, said = impatient.communicate(timeout=WAIT_S)
+    assert impatient.returncode == 130
+    assert said.startswith(b"interrupted: the daemon goes on by itself\n"), said
+    cluster.kill(2)
+    late = run(cluster.command(2))
+    assert late.stderr.decode() == (f"sheep runs, but has not joined the cluster yet; {cluster.log(2)} may tell why\n")
+    for node in (0, 1):
+        cluster.kill(node, signal.SIGCONT)
+    cluster.wait_status(RUNNING)
 
 
 @pytest.mark.parametrize(("number", "style"), [(signal.SIGINT, "json"), (signal.SIGTERM, "default")])

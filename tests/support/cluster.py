@@ -94,6 +94,15 @@ class Cluster:
         for node in nodes or range(self.count):
             run(self.command(node, (extra or {}).get(node, ())))
 
+    def start_fails(self, node: int, extra: Sequence[str] = ()) -> str:
+        """Starts a node that cannot run: the one line that it says, to whoever starts it and in its log."""
+        told = run(self.command(node, extra), check=False)
+        text = told.stderr.decode()
+        assert (told.returncode, told.stdout, text.count("\n")) == (1, b"", 1), text
+        assert text in self.log(node).read_text()
+        wait_ended(self.pids(node), JOIN_SECONDS, f"node {node}")
+        return text.rstrip("\n")
+
     def command(self, node: int, extra: Sequence[str] = ()) -> list[str]:
         return [
             *self.prefix, str(self.binaries / "sheep"), self.place(node), *self.options, *extra,

@@ -506,9 +506,9 @@ def test_clients_at_a_unix_socket_get_room_for_large_answers(plugin: Any, sheep:
         with accepted:
             plugin.module.close(plugin.module.open(False))
             assert room(accepted) > room(client) == room(listener)
-            before = os.listdir("/proc/self/fd")
+            before = set(os.listdir("/proc/self/fd"))
             widen_accepted()
-            assert os.listdir("/proc/self/fd") == before
+            assert set(os.listdir("/proc/self/fd")) <= before  # a thread of another test may still close its own
 
 
 def room(sock: socket.socket) -> int:

@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from sheepdog.streams import open_streams
+
 if TYPE_CHECKING:  # every command pays for what is imported here
     from types import FrameType
 
@@ -34,16 +36,11 @@ class _Output(io.FileIO):
 def prepare() -> None:
     """For a process of its own: once, before anything is printed or opened."""
     sys.set_int_max_str_digits(0)  # no number is too long to be refused in a line
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed; the next file or socket would be taken for it
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 (it lasts as long as the process)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    open_streams()
     out = io.BufferedWriter(_Output(1, "w", closefd=False))  # type: ignore[type-var]  # typeshed knows files by their own methods only
-    encoding = sys.stdout.encoding if sys.stdout else "utf-8"
-    sys.stdout = io.TextIOWrapper(out, encoding=encoding, errors="surrogateescape", line_buffering=os.isatty(1))
+    sys.stdout = io.TextIOWrapper(
+        out, encoding=sys.stdout.encoding, errors="surrogateescape", line_buffering=os.isatty(1)
+    )
     for stream in (sys.stdin, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names are bytes
     for number in (signal.SIGTERM, signal.SIGHUP):
