@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import gc
+import os
 import re
 import resource
 import selectors
@@ -35,6 +37,7 @@ COLLECT_BUSY_CHECKS = (
 COLLECT_FULL_CHECKS = 600  # checks between two full collections
 MMAP_THRESHOLD_BYTES = 32 << 20  # the most glibc accepts: memory for bodies is kept, not unmapped and faulted in again
 TRIM_THRESHOLD_BYTES = 256 << 20  # free memory at the heap's end that is not given back
+DESCRIPTORS = 1 << 16  # what the table of them is made for at once: half a megabyte; more of them grow it
 _PR_SET_IO_FLUSHER = 57  # <linux/prctl.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LOG_ERROR, _LOG_WARNING = 3, 4
@@ -186,5 +189,17 @@ def prepare_process(log: Log) -> None:
     try:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # clients, peers and cached object files
+        _make_room_for_descriptors(hard)
     except (OSError, ValueError) as error:
         log(_LOG_WARNING, f"the limit of open files stays as it is: {error}")
+
+
+def _make_room_for_descriptors(limit: int) -> None:
+    """The kernel doubles a process's table of descriptors when it is full, and with threads it waits for all processors
+    then, 10 ms and more, in the midst of a request. So it gets its size now. OSError."""
+    most = DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, DESCRIPTORS)
+    descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, most - 1))
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -299,3 +301,17 @@ def test_collector_runs_when_idle_and_gives_the_policy_back(world: World, monkey
         gc.callbacks.remove(seen)
         collector.stop()
     assert gc.isenabled()
+
+
+def test_descriptors_never_wait_for_a_larger_table() -> None:
+    """With threads the kernel's growing of it is 10 ms and more in the midst of a request."""
+    script = """
+import os, resource
+from sheepdog.cluster.host.loop import DESCRIPTORS, prepare_process
+prepare_process(lambda level, text: None)
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("FDSize:"))
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+assert size >= min(limit, DESCRIPTORS), (size, limit)
+assert len(os.listdir("/proc/self/fd")) < 10
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
